@@ -1,0 +1,39 @@
+# Two commands: `make report` and `make test`. Each sets up what it needs from nothing and skips what is already there.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: report test check format lint types docs setup clean
+
+report: setup
+	$(BIN)/bilevel compare hypercleaning fewshot --out report
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: setup
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (torch and what the report, the tests and the docs need); a few minutes the first time"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[all]"
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) report docs/_build

@@ -1,0 +1,83 @@
+"""The only caller of torch.autograd: every derivative passes here.
+
+torch.autograd rather than torch.func: it held half the memory of torch.func.grad for the same unroll and was no slower, and double
+backward beat forward-over-reverse in time and memory in every eager configuration measured on CPU (../shared/baseline.md).
+"""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bilevel._tree import Leaves, PartialLeaves
+from bilevel.outcome import NotTwiceDifferentiableError
+
+
+def grad(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor] | None = None,
+    *,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
+) -> PartialLeaves:
+    """Gradient of sum(weights * outputs) with respect to inputs; None where there is no path.
+
+    Raises:
+        NotTwiceDifferentiableError: an operator on the way has no derivative.
+    """
+    pairs = [(output, None if weights is None else weights[i]) for i, output in enumerate(outputs) if output.requires_grad]
+    wanted = [i for i, leaf in enumerate(inputs) if leaf.requires_grad]
+    found: list[Tensor | None] = [None] * len(inputs)
+    if not pairs or not wanted:
+        return tuple(found)
+    try:
+        gradients = torch.autograd.grad(
+            [output for output, _ in pairs],
+            [inputs[i] for i in wanted],
+            None if weights is None else [weight for _, weight in pairs],
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+    except (RuntimeError, NotImplementedError) as error:
+        raise _explained(error) from error
+    for i, gradient in zip(wanted, gradients, strict=True):
+        found[i] = gradient
+    return tuple(found)
+
+
+def filled(gradients: PartialLeaves, like: Sequence[Tensor]) -> Leaves:
+    """Zeros in place of None."""
+    return tuple(torch.zeros_like(leaf) if gradient is None else gradient for gradient, leaf in zip(gradients, like, strict=True))
+
+
+# What torch says when a kernel has no derivative of its backward: fused attention, cuDNN recurrent nets, custom functions.
+_MISSING = (
+    re.compile(r"derivative for (?P<name>\S+) is not implemented"),
+    re.compile(r"the derivative for '(?P<name>[^']+)' is not implemented"),
+    re.compile(r"(?P<name>_cudnn_rnn_backward)"),
+    re.compile(r"trying to differentiate twice a function that was marked with (?P<name>@once_differentiable)"),
+)
+
+
+def _explained(error: Exception) -> Exception:
+    for pattern in _MISSING:
+        match = pattern.search(str(error))
+        if match:
+            name = match["name"]
+            if "attention" in name:
+                remedy = (
+                    "    from torch.nn.attention import SDPBackend, sdpa_kernel\n"
+                    "    with sdpa_kernel(SDPBackend.MATH): hg = bilevel.hypergradient(...)"
+                )
+            elif "rnn" in name:
+                remedy = "    with torch.backends.cudnn.flags(enabled=False): hg = bilevel.hypergradient(...)"
+            else:
+                remedy = "    replace the operator in the loss by one made of differentiable torch operations"
+            return NotTwiceDifferentiableError(
+                f"the operator {name} has no second derivative, and this estimator needs one. Either take an estimator that needs no "
+                f"double backward, estimator=bilevel.FirstOrderCorrected() or bilevel.FirstOrder(), or switch the operator off:\n{remedy}"
+            )
+    return error

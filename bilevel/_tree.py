@@ -1,0 +1,102 @@
+"""Arithmetic on trees of tensors.
+
+User functions see pytrees (dicts, lists, tuples, a bare tensor). Between them the library works on flat tuples of leaves: `Leaves`.
+Dot products and norms know about tasks: with `tasks` given every leaf has a leading dimension of that size and one number a task comes back.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Tree = Any
+Leaves = tuple[Tensor, ...]
+"""The tensors of a tree, in its order."""
+PartialLeaves = tuple[Tensor | None, ...]
+"""The same with None where nothing contributes (a zero that costs no memory)."""
+
+
+def flatten(tree: Tree) -> tuple[list[Any], pytree.TreeSpec]:
+    """The leaves of a tree and what is needed to rebuild it."""
+    return pytree.tree_flatten(tree)
+
+
+def unflatten(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Tree:
+    """Inverse of `flatten`."""
+    return pytree.tree_unflatten(list(leaves), spec)
+
+
+def like(tree: Tree, leaves: Sequence[Any]) -> Tree:
+    """`leaves` in the structure of `tree`."""
+    return pytree.tree_unflatten(list(leaves), pytree.tree_structure(tree))
+
+
+def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """Apply `function` leaf by leaf."""
+    return pytree.tree_map(function, tree, *rest)
+
+
+def names(tree: Tree) -> list[str]:
+    """A readable path for each leaf, for error messages."""
+    return [pytree.keystr(path) or "(the tensor itself)" for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def tensors(tree: Tree) -> list[Tensor]:
+    """The leaves that are tensors."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def detach(tree: Tree) -> Tree:
+    """The same storage without the graph; leaves that are not tensors pass through."""
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def attach(tree: Tree) -> Tree:
+    """The same storage as fresh graph leaves that require grad; integer tensors and other leaves pass through."""
+    return tree_map(
+        lambda leaf: leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, tree
+    )
+
+
+def per_task(number: Tensor, leaf: Tensor) -> Tensor:
+    """Shape one number a task so that it multiplies a leaf; a scalar passes through."""
+    return number if number.dim() == 0 else number.reshape(-1, *[1] * (leaf.dim() - 1))
+
+
+def axpy(alpha: Tensor | float, x: Sequence[Tensor], y: Sequence[Tensor]) -> Leaves:
+    """y + alpha x."""
+    if isinstance(alpha, Tensor):
+        return tuple(torch.addcmul(b, per_task(alpha, a), a) for a, b in zip(x, y, strict=True))
+    return tuple(torch.add(b, a, alpha=alpha) for a, b in zip(x, y, strict=True))
+
+
+def dot(x: Sequence[Tensor], y: Sequence[Tensor], tasks: int | None = None) -> Tensor:
+    """Inner product: a scalar, or shape (tasks,)."""
+    if tasks is None:
+        parts = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(x, y, strict=True)]
+    else:
+        parts = [torch.linalg.vecdot(a.reshape(tasks, -1), b.reshape(tasks, -1)) for a, b in zip(x, y, strict=True)]
+    return torch.stack(parts).sum(0)
+
+
+def norm(x: Sequence[Tensor], tasks: int | None = None) -> Tensor:
+    """Euclidean norm: a scalar, or shape (tasks,)."""
+    return dot(x, x, tasks).sqrt()
+
+
+def accumulate(total: PartialLeaves, new: PartialLeaves) -> PartialLeaves:
+    """Sum where None is zero. Out of place: what autograd returns may alias something else."""
+    return tuple(b if a is None else a if b is None else a + b for a, b in zip(total, new, strict=True))
+
+
+def finite(tree: Tree) -> Tensor:
+    """Whether every number is finite, as a 0-dim tensor (no synchronisation)."""
+    found = [torch.isfinite(leaf).all() for leaf in tensors(tree) if leaf.is_floating_point()]
+    return torch.stack(found).all() if found else torch.tensor(True)
+
+
+def size(tree: Tree) -> int:
+    """How many numbers the tensors of a tree hold."""
+    return sum(leaf.numel() for leaf in tensors(tree))

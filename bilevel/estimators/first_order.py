@@ -1,0 +1,53 @@
+"""First order without correction: FOMAML and its kin. Biased.
+
+    dF/dx ~ df/dx + (dy_0/dx)' df/dy(y_K)
+
+| | inner gradients | outer gradients | HVPs | memory |
+| --- | --- | --- | --- | --- |
+| FirstOrder() | K | 1 | 0 | 2 P + one graph, independent of K |
+
+Reference: Finn et al. 2017, arXiv 1703.03400, section 5.2. The bias does not shrink with K or with the step size of the outer loop: it takes every
+factor I - lr H of the ordered product for I, a relative error of order K lr |H|.
+"""
+
+import dataclasses
+from typing import Any
+
+from bilevel import _spans, _tree, oracles
+from bilevel.estimators.base import Estimate, Estimator, Instance, refuse_blind
+from bilevel.inner.base import health
+from bilevel.outcome import worst
+from bilevel.problem import PerStep
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstOrder(Estimator):
+    """The uncorrected baseline: treat y_K - y_0 as a constant. Biased, see the module.
+
+    Memory: that of plain training, independent of K; linear in T.
+
+    Raises:
+        ValueError: (when used) x enters only through the inner loss or a hyper-parameter, which this estimator cannot see.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.Problem(lambda y, x, b: y**2, lambda y, x, b: y**2 / 2, init=lambda x, b: x)
+        >>> hg = bl.hypergradient(problem, torch.tensor(1.0), None, bl.Batches(None, None),
+        ...     solver=bl.Descent(bl.SGD(lr=0.25), steps=1), estimator=bl.FirstOrder())
+        >>> hg.grad  # the exact one is 0.25
+        tensor(0.5000)
+    """
+
+    def estimate(self, instance: Instance, state: Any) -> Estimate:
+        problem, batches = instance.problem, instance.batches
+        found = instance.solve()
+        with _spans.span(_spans.HYPERGRADIENT):
+            outer_loss, gradient, grad = oracles.outer_gradient(problem, found.inner, instance.outer, batches.outer)
+            if problem.init is not None:
+                grad = _tree.accumulate(grad, oracles.start_vjp(problem, instance.outer, batches.inner_at(0), gradient))
+            inner_loss = instance.inner_loss(found.inner, found.steps)
+        remedy = "Use Unrolled(), Implicit(bilevel.CG(10)) or FirstOrderCorrected()."
+        refuse_blind(self, instance, grad, "the start of the inner loop and the outer loss", remedy)
+        comparable = not isinstance(batches.inner, PerStep)
+        code = worst(found.code, health(found.inner, found.first_loss, inner_loss, comparable=comparable))
+        return Estimate(grad, found.inner, outer_loss, inner_loss, code, {"inner_steps": found.steps, "inner_residual": found.residual})

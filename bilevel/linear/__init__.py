@@ -1,0 +1,6 @@
+"""Solvers of A v = b from products A v alone."""
+
+from bilevel.linear.base import LinearSolver as LinearSolver
+from bilevel.linear.cg import CG as CG
+from bilevel.linear.dense import Dense as Dense
+from bilevel.linear.neumann import Neumann as Neumann

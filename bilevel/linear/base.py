@@ -1,0 +1,81 @@
+"""The contract of a linear solver, and what every answer is checked against.
+
+Solvers work on leaves and with masks instead of branches, so that tasks converge independently, a GPU is never waited for, and
+torch.func.vmap maps over them. `tasks` makes every dot product one number a task.
+"""
+
+import abc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bilevel import _tree
+from bilevel._strategy import Strategy
+from bilevel._tree import Leaves
+from bilevel.outcome import LinearSolution, Status, code_if, worst
+
+Product = Callable[[Leaves], Leaves]
+"""v -> A v."""
+
+
+class LinearSolver(Strategy):
+    """How (A + damping I) v = b is solved, A symmetric."""
+
+    damping: float
+    tol: float
+
+    @abc.abstractmethod
+    def iterate(self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None) -> LinearSolution:
+        """The solver's own work; its residual is what the recursion believes."""
+
+    def solve(self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None) -> LinearSolution:
+        """Solve and check: one product more than `iterate`, for the true residual.
+
+        Args:
+            product: v -> A v, on tuples of tensors shaped like b.
+            b: right-hand side.
+            start: first guess; None for zero.
+            tasks: number of tasks, when every leaf has a leading task dimension.
+
+        Example:
+            >>> import torch, bilevel as bl
+            >>> found = bl.CG(max_steps=2, tol=1e-8).solve(lambda v: (2 * v[0],), (torch.ones(2),))
+            >>> found.value[0], found.status.name
+            (tensor([0.5000, 0.5000]), 'OK')
+        """
+        found = self.iterate(product, b, start, tasks=tasks)
+        return self.checked(found, product(found.value), b, tasks)
+
+    def checked(self, found: LinearSolution, image: Leaves, b: Leaves, tasks: int | None) -> LinearSolution:
+        """`found` with its residual and status replaced by the truth, given image = A v."""
+        residual = _tree.axpy(-1.0, _tree.axpy(self.damping, found.value, image) if self.damping else image, b)
+        scale = _tree.norm(b, tasks)
+        relative = _tree.norm(residual, tasks) / torch.where(scale > 0, scale, 1.0)
+        # NaN compares false, so it counts as unmet; a rounding floor keeps tolerances below precision from failing.
+        floor = 100 * torch.finfo(relative.dtype).eps
+        unmet = code_if(~(relative <= max(self.tol * 10, floor)), Status.MAX_STEPS)
+        return LinearSolution(found.value, relative, found.steps, worst(found.code, unmet))
+
+
+def damped(product: Product, damping: float) -> Product:
+    """v -> A v + damping v."""
+    return product if damping == 0 else lambda v: _tree.axpy(damping, v, product(v))
+
+
+def settled(live: Tensor) -> bool:
+    """Whether no task goes on, where that can be read for free: on the CPU and outside vmap and fake tensors."""
+    readable = live.device.type == "cpu" and type(live) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(live)
+    return readable and not bool(live.any())
+
+
+def check_number(owner: str, name: str, value: object, low: float) -> None:
+    """Raise ValueError unless `value` is a number of at least `low`."""
+    if not isinstance(value, (int, float)) or not value >= low:
+        raise ValueError(f"{owner} was given {name}={value!r}; a number of at least {low} was needed")
+
+
+def check_steps(owner: str, name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a positive integer."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{owner} was given {name}={value!r}; an integer of at least 1 was needed")

@@ -1,0 +1,203 @@
+"""The oracles: what an estimator may ask of a problem. Each opens a named span and costs what it says.
+
+| oracle | cost | memory |
+| --- | --- | --- |
+| inner_gradient | 1 gradient of g | one graph, freed |
+| outer_gradient | 1 gradient of f, in y and x at once | one graph, freed |
+| Linearization | 1 gradient of g | its graph, kept while the object lives |
+| Linearization.hvp | 1 product H v | 1 P |
+| Linearization.mixed | 1 product (H v, M v) in one sweep | P + Q |
+| step_vjp | 1 gradient of g and 1 product (H w, M w) | one graph, freed |
+
+H = d2g/dy2, M v = d/dx <dg/dy, v>.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import _autodiff, _spans, _tree
+from bilevel._rng import Replay
+from bilevel._tree import Leaves, PartialLeaves, Tree
+from bilevel.optim.base import Optimizer
+from bilevel.problem import Problem
+
+
+def inner_gradient(problem: Problem, inner: Tree, outer: Tree, embedded: Any, *, create_graph: bool = False) -> tuple[Tensor, Leaves]:
+    """g and dg/dy, at a batch that went through `problem.embed`.
+
+    With `create_graph` the arguments are taken as they come and the gradient keeps its graph; otherwise they are detached first.
+
+    Raises:
+        ValueError: g does not depend on y.
+    """
+    with _spans.span(_spans.INNER_GRADIENT):
+        point = inner if create_graph else _tree.attach(inner)
+        loss = problem.inner_on(point, outer, embedded)
+        leaves = _tree.tensors(point)
+        gradient = _autodiff.grad([loss], leaves, create_graph=create_graph)
+        if all(leaf is None for leaf in gradient):
+            raise ValueError(
+                "inner_loss does not depend on the inner variable: its gradient has no path there. Compute it from the `inner` argument, "
+                "without .detach(), .item() or torch.no_grad()"
+            )
+        return loss.detach(), _autodiff.filled(gradient, leaves)
+
+
+def outer_gradient(
+    problem: Problem, inner: Tree, outer: Tree, batch: Any, *, to_outer: bool = True
+) -> tuple[Tensor, Leaves, PartialLeaves]:
+    """f, df/dy and df/dx (None where x does not enter f directly, and without `to_outer`)."""
+    with _spans.span(_spans.OUTER_GRADIENT):
+        y, x = _tree.attach(inner), _tree.attach(outer) if to_outer else _tree.detach(outer)
+        loss = problem.outer(y, x, batch)
+        leaves = _tree.tensors(y)
+        gradient = _autodiff.grad([loss], [*leaves, *_tree.tensors(x)])
+        return loss.detach(), _autodiff.filled(gradient[: len(leaves)], leaves), gradient[len(leaves) :]
+
+
+def inner_gradient_in_outer(problem: Problem, inner: Tree, outer: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
+    """g and dg/dx at a fixed y (None where x does not enter g)."""
+    with _spans.span(_spans.INNER_GRADIENT):
+        x = _tree.attach(outer)
+        loss = problem.inner(_tree.detach(inner), x, batch)
+        return loss.detach(), _autodiff.grad([loss], _tree.tensors(x))
+
+
+def outer_gradient_in_outer(problem: Problem, inner: Tree, outer: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
+    """f and df/dx at a fixed y (None where x does not enter f directly)."""
+    with _spans.span(_spans.OUTER_GRADIENT):
+        x = _tree.attach(outer)
+        loss = problem.outer(_tree.detach(inner), x, batch)
+        return loss.detach(), _autodiff.grad([loss], _tree.tensors(x))
+
+
+def start(problem: Problem, outer: Tree, batch: Any) -> Tree:
+    """The inner start init(x), without a graph."""
+    with torch.no_grad():
+        return _tree.detach(problem.start(_tree.detach(outer), batch))
+
+
+def start_vjp(problem: Problem, outer: Tree, batch: Any, weights: Sequence[Tensor | None]) -> PartialLeaves:
+    """d<init(x), weights>/dx; None where x does not enter init."""
+    x = _tree.attach(outer)
+    pairs = [(leaf, weight) for leaf, weight in zip(_tree.tensors(problem.start(x, batch)), weights, strict=True) if weight is not None]
+    return _autodiff.grad([leaf for leaf, _ in pairs], _tree.tensors(x), [weight for _, weight in pairs])
+
+
+class Embedding:
+    """What the losses receive in place of a batch, made once and without a graph; its cotangents go through the features in one plain backward.
+
+    Without `problem.features` it is the batch itself and costs nothing.
+    """
+
+    def __init__(self, problem: Problem, outer: Tree, batch: Any) -> None:
+        self._problem, self._outer, self._batch = problem, outer, batch
+        self.value, self.leaves = batch, list[Tensor]()
+        if problem.features is not None:
+            self._replay = Replay(_tree.tensors(outer)[0].device)
+            self._replay.record()
+            with torch.no_grad():
+                self.value = _tree.attach(problem.embed(_tree.detach(outer), batch))
+            self.leaves = [leaf for leaf in _tree.tensors(self.value) if leaf.requires_grad]
+
+    def pull(self, cotangents: PartialLeaves) -> PartialLeaves:
+        """Cotangents of `leaves` to cotangents of x, replaying the features' random numbers."""
+        x = _tree.attach(self._outer)
+        if not self.leaves or all(cotangent is None for cotangent in cotangents):
+            return (None,) * len(_tree.tensors(x))
+        self._replay.finish()
+        self._replay.seek(0)
+        embedded = self._problem.embed(x, self._batch)
+        self._replay.end()
+        outputs = [leaf for leaf in _tree.tensors(embedded) if leaf.is_floating_point()]
+        pairs = [(z, w) for z, w in zip(outputs, cotangents, strict=True) if w is not None]
+        return _autodiff.grad([z for z, _ in pairs], _tree.tensors(x), [w for _, w in pairs])
+
+
+class Linearization:
+    """dg/dy at one point, with its graph, so that each product costs one backward.
+
+    With `problem.features` the graph holds the losses' part only; the mixed product goes through the features as a plain first-order backward.
+    """
+
+    def __init__(self, problem: Problem, inner: Tree, outer: Tree, batch: Any) -> None:
+        self._x, y = _tree.attach(outer), _tree.attach(inner)
+        self._leaves = _tree.tensors(y)
+        self._embedding = Embedding(problem, outer, batch)
+        with _spans.span(_spans.INNER_GRADIENT):
+            loss = problem.inner_on(y, self._x, self._embedding.value)
+            self._gradient: PartialLeaves | None = _autodiff.grad([loss], self._leaves, create_graph=True)
+        self.loss = loss.detach()
+
+    def _products(self, v: Leaves, inputs: list[Tensor], *, last: bool) -> PartialLeaves:
+        assert self._gradient is not None, "the graph was freed by mixed()"
+        pairs = [(g, w) for g, w in zip(self._gradient, v, strict=True) if g is not None]
+        return _autodiff.grad([g for g, _ in pairs], inputs, [w for _, w in pairs], retain_graph=not last)
+
+    def hvp(self, v: Leaves) -> Leaves:
+        """H v."""
+        with _spans.span(_spans.HVP):
+            return _autodiff.filled(self._products(v, self._leaves, last=False), self._leaves)
+
+    def mixed(self, v: Leaves) -> tuple[Leaves, PartialLeaves]:
+        """(H v, M v) in one sweep; frees the graph, so it is the last product."""
+        with _spans.span(_spans.MIXED):
+            count, xs = len(self._leaves), _tree.tensors(self._x)
+            found = self._products(v, [*self._leaves, *xs, *self._embedding.leaves], last=True)
+            self._gradient = None
+            direct = found[count : count + len(xs)]
+            return _autodiff.filled(found[:count], self._leaves), _tree.accumulate(direct, self._embedding.pull(found[count + len(xs) :]))
+
+
+def step_vjp(
+    problem: Problem,
+    optimizer: Optimizer,
+    inner: Tree,
+    state: Any,
+    outer: Tree,
+    embedding: Embedding,
+    cotangents: list[Tensor | None],
+    *,
+    to_inner: bool = True,
+) -> tuple[list[Tensor | None], PartialLeaves, PartialLeaves]:
+    """Pull cotangents of (y', s') = step(y, s, x) back to (y, s), x and the embedded batch, rebuilding the graph of this one step.
+
+    The step is split where it is thin: y', s' = U(dg/dy, y, s, x) with U the optimizer's elementwise algebra. First the cotangent w of
+    the gradient through U, then H w and M w by one double backward. `cotangents` runs over the tensors of y' and of s' (None for zero)
+    and is emptied on the way, so that they are freed as soon as they are used.
+
+    Args:
+        to_inner: False leaves out H w, when the step's start is a constant.
+
+    Returns:
+        cotangents of the tensors of (y, s) (an empty list without `to_inner`), of x, and of `embedding.leaves`.
+    """
+    y, x = _tree.attach(inner), _tree.attach(outer)
+    ys, xs = _tree.tensors(y), _tree.tensors(x)
+    _, gradient = inner_gradient(problem, y, x, embedding.value, create_graph=True)
+    with _spans.span(_spans.HVP):
+        through_gradient, direct, to_outer = _optimizer_vjp(optimizer, gradient, inner, state, outer, cotangents, to_inner=to_inner)
+        products = _autodiff.grad(gradient, [*(ys if to_inner else ()), *xs, *embedding.leaves], through_gradient)
+    count = len(ys) if to_inner else 0
+    for i, product in enumerate(products[:count]):
+        known = direct[i]
+        direct[i] = product if known is None else known if product is None else known + product
+    return direct, _tree.accumulate(to_outer, products[count : count + len(xs)]), products[count + len(xs) :]
+
+
+def _optimizer_vjp(
+    optimizer: Optimizer, gradient: Leaves, inner: Tree, state: Any, outer: Tree, cotangents: list[Tensor | None], *, to_inner: bool
+) -> tuple[Leaves, list[Tensor | None], PartialLeaves]:
+    g, y, s = [leaf.detach().requires_grad_() for leaf in gradient], _tree.attach(inner), _tree.attach(state)
+    x = _tree.attach(outer) if optimizer.depends_on_outer() else _tree.detach(outer)
+    moved, next_state = optimizer.step(_tree.like(inner, g), s, y, x)
+    outputs = [*_tree.tensors(moved), *(leaf for leaf in _tree.tensors(next_state) if leaf.is_floating_point())]
+    # The state after the last step has no cotangents at all: zip stops before it.
+    pairs = [(output, weight) for output, weight in zip(outputs, cotangents, strict=False) if weight is not None]
+    cotangents.clear()
+    start = [*_tree.tensors(y), *(leaf for leaf in _tree.tensors(s) if leaf.requires_grad)] if to_inner else []
+    pulled = _autodiff.grad([output for output, _ in pairs], [*g, *start, *_tree.tensors(x)], [weight for _, weight in pairs])
+    return _autodiff.filled(pulled[: len(g)], g), list(pulled[len(g) : len(g) + len(start)]), pulled[len(g) + len(start) :]

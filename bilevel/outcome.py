@@ -1,0 +1,169 @@
+"""What comes back: Status (a sentence each), Solution of an inner or linear solve, Hypergradient.
+
+Failures are data. Solvers report codes as 0-dim integer tensors, so that the happy path never waits for the GPU; reading `status`
+waits for it. Codes are ordered by severity, so that the worst of several is their maximum.
+"""
+
+import dataclasses
+import enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel._tree import Leaves, Tree
+
+
+class BilevelError(RuntimeError):
+    """A hypergradient that must not be used, raised on request by `Hypergradient.raise_if_failed`."""
+
+
+class NotTwiceDifferentiableError(RuntimeError):
+    """An operator in a loss has no second derivative and the chosen estimator needs one."""
+
+
+class Status(enum.Enum):
+    """How a computation ended. The value is a sentence to act on; the order is the order of severity."""
+
+    OK = "Computed as asked."
+    INNER_ROSE = (
+        "The inner loss ended at more than twice its starting value: the inner loop is moving away from a solution. "
+        "Lower the step size of the inner optimizer, or take fewer steps."
+    )
+    MAX_STEPS = (
+        "The linear solver used all its steps before the residual met its tolerance, so the hypergradient is approximate: see "
+        "stats['linear_residual']. Give it more steps, a larger tol, or some damping."
+    )
+    INNER_MAX_STEPS = (
+        "The inner solver used all its steps before the gradient norm met its tolerance: see stats['inner_residual']. Give Converge more "
+        "max_steps, a larger tol or a better step size."
+    )
+    NOT_CONTRACTIVE = (
+        "The Neumann series does not contract: its residual grew. Its step_size must lie below 2 / (largest eigenvalue of the inner "
+        "Hessian). Lower step_size, or use CG."
+    )
+    NEGATIVE_CURVATURE = (
+        "Conjugate gradients met a direction of non-positive curvature: the inner Hessian is not positive definite there, so y is not a "
+        "minimiser and the implicit hypergradient is not defined. The solver stopped at its last safe iterate. Take more inner steps, add "
+        "damping or a proximal term, or use Unrolled or FirstOrderCorrected, which do not need a definite Hessian."
+    )
+    BREAKDOWN = "The linear system is singular to working precision. Add damping, or a regulariser to the inner loss."
+    DIVERGED = (
+        "The inner loop diverged: the inner variable is not finite. Lower the step size of the inner optimizer, clip, or take fewer steps."
+    )
+    NONFINITE = (
+        "The hypergradient or a loss is not finite although the inner variable is. Look at the losses first (log of 0, division by 0, "
+        "overflow in reduced precision); a hypergradient through many steps also overflows when the inner loop is chaotic."
+    )
+
+    @property
+    def code(self) -> int:
+        """Position in the order of severity, 0 for OK."""
+        return _STATUSES.index(self)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the result must not be used (an unmet tolerance alone is not a failure, it is a less accurate answer)."""
+        return self.code >= Status.NOT_CONTRACTIVE.code
+
+
+_STATUSES = list(Status)
+
+
+def status_of(code: Tensor | int) -> Status:
+    """The Status of a code; waits for the GPU if the code lives there."""
+    return _STATUSES[int(code)]
+
+
+def code_if(condition: Tensor, status: Status) -> Tensor:
+    """The code of `status` where `condition` holds anywhere, else 0."""
+    return torch.where(condition.any(), status.code, 0)
+
+
+def worst(*codes: Tensor | int) -> Tensor:
+    """The most severe of several codes, on the device of the tensors among them."""
+    device = next((code.device for code in codes if isinstance(code, Tensor)), None)
+    return torch.stack([torch.as_tensor(code, device=device).long() for code in codes]).max()
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """What an inner solver found.
+
+    `inner` has the structure of the start; `steps` counts updates made; `first_loss`, `last_loss` are the inner loss at the first and at
+    the last point where a gradient was taken (None for zero steps); `residual` is the gradient norm there (one number a task), for
+    solvers that look at it.
+    """
+
+    inner: Tree
+    steps: int
+    code: Tensor | int
+    first_loss: Tensor | None = None
+    last_loss: Tensor | None = None
+    residual: Tensor | None = None
+
+    @property
+    def status(self) -> Status:
+        """How the solve ended."""
+        return status_of(self.code)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearSolution:
+    """What a linear solver found for A v = b.
+
+    `residual` is |b - A v| / |b| (one number a task), the true one when it comes from `LinearSolver.solve`; `steps` counts products
+    with A that moved v (the largest over tasks).
+    """
+
+    value: Leaves
+    residual: Tensor
+    steps: Tensor | int
+    code: Tensor | int
+
+    @property
+    def status(self) -> Status:
+        """How the solve ended."""
+        return status_of(self.code)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hypergradient:
+    """The result of `hypergradient`.
+
+    Attributes:
+        grad: the estimate of dF/dx, a tree like `outer`, detached.
+        inner: the adapted inner variable, detached.
+        outer_loss: f at `inner`, a 0-dim tensor (the mean over tasks).
+        inner_loss: g at `inner` on the last inner batch, a 0-dim tensor (the mean over tasks).
+        state: what the estimator carries to the next call (warm starts); pass it back as `state=`. None if it carries nothing.
+        stats: `calls` (oracle calls by name), `inner_steps`, and, where they apply, `linear_residual`, `linear_steps`,
+            `inner_residual`, ... as numbers or tensors.
+        code: the status as an integer tensor, not yet waited for.
+    """
+
+    grad: Tree
+    inner: Tree
+    outer_loss: Tensor
+    inner_loss: Tensor
+    state: Any = None
+    stats: dict[str, Any] = dataclasses.field(default_factory=dict)
+    code: Tensor | int = 0
+
+    @property
+    def status(self) -> Status:
+        """How the computation ended; waits for the GPU."""
+        return status_of(self.code)
+
+    def raise_if_failed(self, *, strict: bool = False) -> None:
+        """Raise if the hypergradient must not be used.
+
+        Args:
+            strict: also raise when a tolerance was not met.
+
+        Raises:
+            BilevelError: with the sentence of the status.
+        """
+        status = self.status
+        if status.failed or (strict and status is not Status.OK):
+            raise BilevelError(f"{status.name}: {status.value}")

@@ -1,0 +1,58 @@
+"""Clipped gradient descent with momentum.
+
+    m <- (1 - b) m + b g;   x <- x - min(lr, radius / |m|) m,   |.| over all parameters at once
+
+Plain descent where the averaged gradient is small, steps of length `radius` where it is large: the other step that (L0, L1)-smooth meta-objectives
+allow, with lr <= 1 / (2 L0) and radius <= 1 / (2 L1). Reference: Chayti and Jaggi 2024, arXiv 2409.03682; Zhang et al. 2020, arXiv 1905.11881.
+Unlike torch.nn.utils.clip_grad_norm_, the average is clipped, not the gradient that enters it.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from bilevel.outer.base import averaged, check, norm_of
+
+
+class ClippedSGD(torch.optim.Optimizer):
+    """Descent along the averaged gradient with steps no longer than `radius`.
+
+    Args:
+        params: tensors, or parameter groups; the norm is taken over each group.
+        lr: step size.
+        radius: the longest step.
+        momentum: weight of the past in the average; 0 for none.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> x = torch.tensor([3.0, 4.0], requires_grad=True)
+        >>> x.grad = torch.tensor([30.0, 40.0])
+        >>> bl.ClippedSGD([x], lr=1.0, radius=0.5).step(); x.data
+        tensor([2.7000, 3.6000])
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float, radius: float, momentum: float = 0.0) -> None:
+        check("ClippedSGD", lr, momentum)
+        if not radius > 0:
+            raise ValueError(f"ClippedSGD was given radius={radius!r}; a positive number was needed")
+        super().__init__(params, {"lr": lr, "radius": radius, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Move every group by one step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params, averages = averaged(self, group)
+            if not params:
+                continue
+            scale = torch.clamp(group["radius"] / norm_of(averages), max=group["lr"])
+            for x, m in zip(params, averages, strict=True):
+                x.sub_(m * scale)
+        return loss

@@ -1,0 +1,3 @@
+"""Averages over tasks."""
+
+from bilevel.tasks.mean import TaskMean as TaskMean
