@@ -9,13 +9,23 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from bilevel._tree import Leaves, PartialLeaves
 from bilevel.outcome import NotTwiceDifferentiableError
 
 
+Root = Tensor | GradientEdge
+"""What a backward starts from: a tensor, or the place of one in the graph, which does not keep its numbers alive."""
+
+
+def root(tensor: Tensor) -> Root:
+    """The place of a tensor in its graph (the tensor itself if it has none), so that the tensor can be freed before the backward."""
+    return get_gradient_edge(tensor) if tensor.grad_fn is not None else tensor
+
+
 def grad(
-    outputs: Sequence[Tensor],
+    outputs: Sequence[Root],
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor] | None = None,
     *,
@@ -27,7 +37,7 @@ def grad(
     Raises:
         NotTwiceDifferentiableError: an operator on the way has no derivative.
     """
-    pairs = [(output, None if weights is None else weights[i]) for i, output in enumerate(outputs) if output.requires_grad]
+    pairs = [(output, None if weights is None else weights[i]) for i, output in enumerate(outputs) if _has_graph(output)]
     wanted = [i for i, leaf in enumerate(inputs) if leaf.requires_grad]
     found: list[Tensor | None] = [None] * len(inputs)
     if not pairs or not wanted:
@@ -46,6 +56,10 @@ def grad(
     for i, gradient in zip(wanted, gradients, strict=True):
         found[i] = gradient
     return tuple(found)
+
+
+def _has_graph(output: Root) -> bool:
+    return output.requires_grad if isinstance(output, Tensor) else True
 
 
 def filled(gradients: PartialLeaves, like: Sequence[Tensor]) -> Leaves:

@@ -23,19 +23,31 @@ def flatten(tree: Tree) -> tuple[list[Any], pytree.TreeSpec]:
     return pytree.tree_flatten(tree)
 
 
-def unflatten(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Tree:
-    """Inverse of `flatten`."""
-    return pytree.tree_unflatten(list(leaves), spec)
+# Flat containers of tensors are what nearly every caller has. Walking them directly costs a tenth of a general traversal, which would
+# otherwise be 2% of an inner step of a small net. The order is pytree's: that of insertion.
+
+
+def _flat(tree: Tree) -> Sequence[Any] | None:
+    """The entries of a bare tensor or of a flat dict, list or tuple of tensors; None for anything else."""
+    kind = type(tree)
+    if kind is Tensor:
+        return (tree,)
+    entries = tuple(tree.values()) if kind is dict else tree if kind is list or kind is tuple else None
+    return entries if entries is not None and all(type(entry) is Tensor for entry in entries) else None
 
 
 def like(tree: Tree, leaves: Sequence[Any]) -> Tree:
     """`leaves` in the structure of `tree`."""
-    return pytree.tree_unflatten(list(leaves), pytree.tree_structure(tree))
+    if _flat(tree) is None or (type(tree) is Tensor and len(leaves) != 1):
+        return pytree.tree_unflatten(list(leaves), pytree.tree_structure(tree))
+    kind = type(tree)
+    return leaves[0] if kind is Tensor else dict(zip(tree, leaves, strict=True)) if kind is dict else kind(leaves)
 
 
 def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Apply `function` leaf by leaf."""
-    return pytree.tree_map(function, tree, *rest)
+    entries = None if rest else _flat(tree)
+    return pytree.tree_map(function, tree, *rest) if entries is None else like(tree, [function(entry) for entry in entries])
 
 
 def names(tree: Tree) -> list[str]:
@@ -45,7 +57,8 @@ def names(tree: Tree) -> list[str]:
 
 def tensors(tree: Tree) -> list[Tensor]:
     """The leaves that are tensors."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    entries = _flat(tree)
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)] if entries is None else list(entries)
 
 
 def detach(tree: Tree) -> Tree:
@@ -93,8 +106,9 @@ def accumulate(total: PartialLeaves, new: PartialLeaves) -> PartialLeaves:
 
 def finite(tree: Tree) -> Tensor:
     """Whether every number is finite, as a 0-dim tensor (no synchronisation)."""
-    found = [torch.isfinite(leaf).all() for leaf in tensors(tree) if leaf.is_floating_point()]
-    return torch.stack(found).all() if found else torch.tensor(True)
+    # The maximum norm lets NaN and inf through, in one pass; isfinite().all() takes five.
+    norms = [torch.linalg.vector_norm(leaf, float("inf")) for leaf in tensors(tree) if leaf.is_floating_point() and leaf.numel()]
+    return torch.stack(norms).isfinite().all() if norms else torch.tensor(True)
 
 
 def size(tree: Tree) -> int:

@@ -129,12 +129,14 @@ class Linearization:
         self._embedding = Embedding(problem, outer, batch)
         with _spans.span(_spans.INNER_GRADIENT):
             loss = problem.inner_on(y, self._x, self._embedding.value)
-            self._gradient: PartialLeaves | None = _autodiff.grad([loss], self._leaves, create_graph=True)
+            gradient = _autodiff.grad([loss], self._leaves, create_graph=True)
+            # Products need the gradient's place in the graph, not its P numbers.
+            self._roots: list[_autodiff.Root | None] | None = [None if leaf is None else _autodiff.root(leaf) for leaf in gradient]
         self.loss = loss.detach()
 
     def _products(self, v: Leaves, inputs: list[Tensor], *, last: bool) -> PartialLeaves:
-        assert self._gradient is not None, "the graph was freed by mixed()"
-        pairs = [(g, w) for g, w in zip(self._gradient, v, strict=True) if g is not None]
+        assert self._roots is not None, "the graph was freed by mixed()"
+        pairs = [(g, w) for g, w in zip(self._roots, v, strict=True) if g is not None]
         return _autodiff.grad([g for g, _ in pairs], inputs, [w for _, w in pairs], retain_graph=not last)
 
     def hvp(self, v: Leaves) -> Leaves:
@@ -147,7 +149,7 @@ class Linearization:
         with _spans.span(_spans.MIXED):
             count, xs = len(self._leaves), _tree.tensors(self._x)
             found = self._products(v, [*self._leaves, *xs, *self._embedding.leaves], last=True)
-            self._gradient = None
+            self._roots = None
             direct = found[count : count + len(xs)]
             return _autodiff.filled(found[:count], self._leaves), _tree.accumulate(direct, self._embedding.pull(found[count + len(xs) :]))
 
@@ -179,8 +181,11 @@ def step_vjp(
     ys, xs = _tree.tensors(y), _tree.tensors(x)
     _, gradient = inner_gradient(problem, y, x, embedding.value, create_graph=True)
     with _spans.span(_spans.HVP):
+        roots = [_autodiff.root(leaf) for leaf in gradient]
+        gradient = tuple(leaf.detach() for leaf in gradient)
         through_gradient, direct, to_outer = _optimizer_vjp(optimizer, gradient, inner, state, outer, cotangents, to_inner=to_inner)
-        products = _autodiff.grad(gradient, [*(ys if to_inner else ()), *xs, *embedding.leaves], through_gradient)
+        del gradient
+        products = _autodiff.grad(roots, [*(ys if to_inner else ()), *xs, *embedding.leaves], through_gradient)
     count = len(ys) if to_inner else 0
     for i, product in enumerate(products[:count]):
         known = direct[i]

@@ -125,7 +125,7 @@ def _through_graph(instance: Instance, first: int) -> Estimate:
     with _spans.span(_spans.INNER):
         batch = batches.inner_at(0)
         y = _attached(instance.start() if problem.init is None or first > 0 else problem.start(x, batch))
-        state, first_loss, last_loss = optimizer.init(y), None, None
+        state, first_loss, last_loss, direction = optimizer.init(y), None, None, None
         gradient, embedded = instance.gradient(), None
         for step in range(steps):
             if step < first:
@@ -138,7 +138,8 @@ def _through_graph(instance: Instance, first: int) -> Estimate:
                 last_loss, direction = oracles.inner_gradient(problem, y, x, embedded, create_graph=True)
                 y, state = optimizer.step(_tree.like(y, direction), state, y, x)
             first_loss = last_loss if first_loss is None else first_loss
-        del state, embedded
+        # The tape keeps what it needs; the last gradient would be one P more at the peak.
+        del state, embedded, direction
     with _spans.span(_spans.HYPERGRADIENT):
         with _spans.span(_spans.OUTER_GRADIENT), _spans.span(_spans.HVP, count=steps - first):
             loss = problem.outer(y, x, batches.outer)

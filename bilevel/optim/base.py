@@ -56,7 +56,8 @@ def spread(value: Any, inner: Tree) -> list[Any]:
 
 def minus(y: Tensor, rate: Any, d: Tensor) -> Tensor:
     """y - rate d, without a temporary where the rate is a number."""
-    return y - rate * d if isinstance(rate, Tensor) else torch.sub(y, d, alpha=rate)
+    # add with a negative alpha: the backward of sub negates and scales in two passes, that of add in one.
+    return y - rate * d if isinstance(rate, Tensor) else torch.add(y, d, alpha=-rate)
 
 
 def plus(y: Tensor, rate: Any, d: Tensor) -> Tensor:

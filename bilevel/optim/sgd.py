@@ -59,8 +59,7 @@ class SGD(Optimizer):
 
     def step(self, grad: Tree, state: Any, inner: Tree, outer: Tree) -> tuple[Tree, Any]:
         decay, momentum, dampening = (value_of(hyper, outer) for hyper in (self.weight_decay, self.momentum, self.dampening))
-        y, spec = _tree.flatten(inner)
-        direction = _tree.tensors(grad)
+        y, direction = _tree.tensors(inner), _tree.tensors(grad)
         if not off(decay):
             direction = [plus(g, rate, leaf) for g, rate, leaf in zip(direction, spread(decay, inner), y, strict=True)]
         if not off(momentum):
@@ -71,4 +70,4 @@ class SGD(Optimizer):
             direction = [plus(d, momentum, b) for d, b in zip(direction, buffers, strict=True)] if self.nesterov else buffers
             state = buffers
         rates = spread(value_of(self.lr, outer), inner)
-        return _tree.unflatten([minus(leaf, rate, d) for leaf, rate, d in zip(y, rates, direction, strict=True)], spec), state
+        return _tree.like(inner, [minus(leaf, rate, d) for leaf, rate, d in zip(y, rates, direction, strict=True)]), state
