@@ -1,5 +1,6 @@
 """Records as `bilevel compare` would write them, made up by formulas: two cases, eight estimators, three K, timelines, outer loops, failures."""
 
+import dataclasses
 import math
 import random
 
@@ -62,16 +63,16 @@ def _errors(name: str, k: int, rng: random.Random) -> tuple[float, float]:
 def _timeline(name: str, k: int, peak: float, rng: random.Random) -> tuple[tuple[int, int, str], ...]:
     """Bytes alive against operations: a rise while the tape grows, a saw while it is rebuilt, a plateau for solvers."""
     points = []
-    operations = 40 * k
+    operations = int(sum(_costs(name, k, 1, 1, 1)[2].values()) * 23)
     floor = peak * (0.35 if name in ("implicit", "memory-reduced") else 0.6 if name.startswith("first") else 0.08)
     for place in range(161):
         share = place / 160
         phase = "inner" if share < 0.45 else "hypergradient" if share < 0.97 else "outer"
         wave = 0.5 + 0.5 * math.sin(place * 2.1)
         if phase == "inner":
-            level = floor + (peak - floor) * share / 0.45 * 0.93 if name.startswith("unrolled") and "segments" not in name else floor * (0.6 + 0.4 * wave)
-            if "segments" in name:
-                level = floor + (peak - floor) * 0.6 * share / 0.45
+            level = floor * (0.6 + 0.4 * wave)
+            if name.startswith("unrolled"):
+                level = floor + (peak - floor) * share / 0.45 * (0.6 if "segments" in name else 0.93)
         elif phase == "hypergradient":
             down = (0.97 - share) / 0.52
             level = peak * (down * 0.93 + 0.07 * wave) if name.startswith("unrolled") else floor + (peak - floor) * wave
@@ -80,7 +81,8 @@ def _timeline(name: str, k: int, peak: float, rng: random.Random) -> tuple[tuple
         else:
             level = floor * 0.5
         points.append((place * operations // 160, int(level * MIB * rng.uniform(0.985, 1.0)), phase))
-    return tuple(points)
+    top = max(level for _, level, _ in points)
+    return tuple((operation, int(level / top * peak * MIB), phase) for operation, level, phase in points)
 
 
 def _loop(name: str, error: float, steps: int, rng: random.Random) -> tuple[Iteration, ...]:
@@ -174,7 +176,7 @@ def make() -> list[Record]:
         elif key == ("fewshot", "memory-reduced", 200):
             record = _failure(record, "TIMEOUT", "The run was stopped after 600 s.")
         elif key == ("hypercleaning", "implicit", 50):
-            data = {name: getattr(record, name) for name in record.__dataclass_fields__}
-            record = Record(**{**data, "status": "MAX_STEPS", "reason": "The linear solver used all its steps before the residual met its tolerance."})
+            reason = "The linear solver used all its steps before the residual met its tolerance."
+            record = dataclasses.replace(record, status="MAX_STEPS", reason=reason)
         changed.append(record)
     return changed

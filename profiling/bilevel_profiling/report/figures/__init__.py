@@ -1,0 +1,49 @@
+"""The figures of a report, written as SVG by hand: small, without a plotting library, and following the reader's light or dark scheme."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..groups import Group
+from ..markup import Markup, decimal, tag
+from . import bars, lines, scatter, timeline
+from .frame import Figure
+from .palette import DARK, LIGHT, Style, styles
+
+__all__ = ["Figure", "case_figures", "standalone", "styles", "stylesheet"]
+
+_MARGIN = 14.0
+
+
+def case_figures(group: Group, styles: Mapping[str, Style], key: str) -> list[Figure]:
+    """The figures of one case, those that its records can fill; `key` starts every id inside them."""
+    memory = group.measure
+    found = [
+        lines.against_k(group, styles, f"{key}-memory", memory.field, memory.name, "MiB", 2.0**20),
+        lines.against_k(group, styles, f"{key}-time", "wall_seconds", "time", "ms", 1e-3),
+        scatter.error_against_memory(group, styles, f"{key}-program", "program_relative_error", "K-step program"),
+        scatter.error_against_memory(group, styles, f"{key}-solution", "solution_relative_error", "converged solution"),
+        lines.outer_loss(group, styles, f"{key}-loss"),
+        *bars.metrics(group, styles, f"{key}-metric"),
+        timeline.timelines(group, f"{key}-timeline"),
+    ]
+    return [figure for figure in found if figure is not None]
+
+
+def stylesheet() -> str:
+    """Colors and strokes that the drawings refer to, for light and for dark pages."""
+    light = "".join(f"--s{n}:{color};" for n, color in enumerate(LIGHT))
+    dark = "".join(f"--s{n}:{color};" for n, color in enumerate(DARK))
+    classes = "".join(f".s{n}{{--c:var(--s{n})}}" for n in range(len(LIGHT)))
+    rules = (Path(__file__).parent / "figure.css").read_text(encoding="utf-8")
+    return f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}{classes}\n{rules}"
+
+
+def standalone(drawing: Markup) -> str:
+    """A drawing as a file of its own, with its colors, a margin and a background."""
+    opening, rest = drawing.split(">", 1)
+    width, height = (float(number) for number in re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', opening)[0])
+    box = {"x": -_MARGIN, "y": -_MARGIN, "width": width + 2 * _MARGIN, "height": height + 2 * _MARGIN}
+    opening = re.sub(r'viewBox="[^"]*"', f'viewBox="{" ".join(decimal(edge) for edge in box.values())}"', opening)
+    opening = opening.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    return f"{opening}>{tag('style', Markup(stylesheet()))}{tag('rect', class_='paper', **box)}{rest}\n"

@@ -1,0 +1,183 @@
+"""What all views share: records grouped by case, the baseline row, ratios, growth with K, and the Pareto front."""
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Iterable, Sequence
+
+from ..record import Record
+from .units import finite
+
+EXACT = 1e-3
+"""Largest relative error at which an estimate counts as the gradient of the K-step program (it leaves room for float32 rounding)."""
+
+_ROUNDING = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
+_NOTES = {"INNER_ROSE", "MAX_STEPS", "INNER_MAX_STEPS"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """The kind of memory that a group is compared by."""
+
+    field: str
+    name: str
+    explanation: str
+
+
+MEASURES = (
+    Measure("peak_tensor_bytes", "peak memory", "the most bytes of tensors made by the call and alive at once (base memory not included)"),
+    Measure("cuda_allocated_bytes", "peak CUDA memory", "the peak of the CUDA allocator during the call"),
+    Measure("resident_bytes", "peak RSS", "the peak growth of the process, heap fragmentation included: not the cost of the algorithm alone"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """Least-squares line through memory against K: `start + slope * K` bytes; `fit` is R squared, None with two points."""
+
+    start: float
+    slope: float
+    fit: float | None
+    flat: bool
+    """Whether memory changed by less than 2 percent from the smallest to the largest K."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The records of one case on one device in one dtype."""
+
+    title: str
+    records: tuple[Record, ...]
+
+    @property
+    def case(self) -> str:
+        return self.records[0].case
+
+    @functools.cached_property
+    def estimators(self) -> tuple[str, ...]:
+        """Labels in order of first appearance."""
+        return tuple(dict.fromkeys(record.estimator for record in self.records))
+
+    @functools.cached_property
+    def rows(self) -> tuple[Record, ...]:
+        """Records by K, then in the order of the estimators."""
+        order = {label: place for place, label in enumerate(self.estimators)}
+        return tuple(sorted(self.records, key=lambda r: (-1 if r.inner_steps is None else r.inner_steps, order[r.estimator], r.seed)))
+
+    @functools.cached_property
+    def steps(self) -> tuple[int | None, ...]:
+        """Every K, ascending; None first where a record has none."""
+        return tuple(dict.fromkeys(record.inner_steps for record in self.rows))
+
+    @functools.cached_property
+    def failures(self) -> tuple[Record, ...]:
+        return tuple(record for record in self.rows if failed(record))
+
+    @functools.cached_property
+    def measure(self) -> Measure:
+        """The first kind of memory that any record has."""
+        found = (measure for measure in MEASURES if any(finite(getattr(r, measure.field)) for r in self.records))
+        return next(found, MEASURES[0])
+
+    @functools.cached_property
+    def focus(self) -> int | None:
+        """The K that one-K views show: where most estimators finished, the largest such."""
+        done = {k: len({r.estimator for r in self.records if r.inner_steps == k and not failed(r)}) for k in self.steps}
+        return max(self.steps, key=lambda k: (done[k], -1 if k is None else k))
+
+    def value(self, estimator: str, k: int | None, field: str) -> float | None:
+        """Median of a field over the runs (seeds) of an estimator at K that did not fail; None if there is no finite one."""
+        found = (getattr(r, field) for r in self.records if r.estimator == estimator and r.inner_steps == k and not failed(r))
+        values = [float(value) for value in found if finite(value)]
+        return statistics.median(values) if values else None
+
+    def points(self, estimator: str, field: str) -> list[tuple[int, float]]:
+        """(K, value) where both are known, by K."""
+        pairs = ((k, self.value(estimator, k, field)) for k in self.steps if k is not None)
+        return [(k, value) for k, value in pairs if value is not None]
+
+    def exact(self, estimator: str, k: int | None) -> bool:
+        """Whether the estimator was measured to give the gradient of the K-step program at this K."""
+        error = self.value(estimator, k, "program_relative_error")
+        return error is not None and error <= EXACT
+
+    @functools.cached_property
+    def baseline(self) -> str | None:
+        """The estimator that ratios refer to: the first exact unroll of the comparison, else the first that was measured to be exact."""
+        unrolls = {r.estimator for r in self.records if r.settings.startswith("Unrolled(") or (not r.settings and "unroll" in r.estimator.lower())}
+        cut = {r.estimator for r in self.records if "trunc" in (r.estimator + r.settings).lower()}
+        seen = [e for e in self.estimators if self._exact_everywhere(e)]
+        unmeasured = [e for e in self.estimators if e not in cut and not self._errors(e)]
+        candidates = [e for e in self.estimators if e in unrolls and (e in seen or e in unmeasured)] or seen
+        return candidates[0] if candidates else None
+
+    def ratio(self, record: Record, field: str) -> float | None:
+        """The record's value over the baseline's at the same K; None where either is missing or the baseline is 0."""
+        value = getattr(record, field)
+        base = None if self.baseline is None else self.value(self.baseline, record.inner_steps, field)
+        return value / base if finite(value) and base else None
+
+    def growth(self, estimator: str) -> Growth | None:
+        """The line through memory against K, or None with fewer than two K."""
+        points = self.points(estimator, self.measure.field)
+        if len(points) < 2:
+            return None
+        xs, ys = [float(k) for k, _ in points], [value for _, value in points]
+        slope, start = statistics.linear_regression(xs, ys)
+        mean = statistics.fmean(ys)
+        total = sum((y - mean) ** 2 for y in ys)
+        rest = sum((y - start - slope * x) ** 2 for x, y in zip(xs, ys, strict=True))
+        fit = None if len(points) == 2 or total == 0 else 1 - rest / total
+        return Growth(start, slope, fit, flat=max(ys) - min(ys) <= 0.02 * max(ys))
+
+    @property
+    def rounding(self) -> float:
+        """Errors below this are rounding in the group's dtype, and count as equal."""
+        return _ROUNDING.get(self.records[0].dtype.removeprefix("torch."), 1e-5)
+
+    def _errors(self, estimator: str) -> list[float]:
+        return [value for k in self.steps if (value := self.value(estimator, k, "program_relative_error")) is not None]
+
+    def _exact_everywhere(self, estimator: str) -> bool:
+        errors = self._errors(estimator)
+        return bool(errors) and max(errors) <= EXACT
+
+
+def failed(record: Record) -> bool:
+    """Whether the row's result must not be used (an unmet tolerance alone is a less accurate answer, not a failure)."""
+    return record.status != "OK" and record.status not in _NOTES
+
+
+def group(records: Iterable[Record]) -> list[Group]:
+    """Records by case, device and dtype, in order of first appearance; the title says more than the case only where it must."""
+    found: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        found.setdefault((record.case, record.device, record.dtype), []).append(record)
+    cases = [case for case, _, _ in found]
+    return [
+        Group(case if cases.count(case) == 1 else f"{case} ({device}, {dtype})", tuple(members)) for (case, device, dtype), members in found.items()
+    ]
+
+
+def estimators(records: Iterable[Record]) -> tuple[str, ...]:
+    """Labels over all cases, in order of first appearance: the order of colors."""
+    return tuple(dict.fromkeys(record.estimator for record in records))
+
+
+def environment(records: Iterable[Record]) -> dict[str, str]:
+    """The environments of all records as one; where they differ, every value."""
+    merged: dict[str, dict[str, None]] = {}
+    for record in records:
+        for key, value in record.environment.items():
+            merged.setdefault(str(key), {})[str(value)] = None
+    return {key: "; ".join(values) for key, values in merged.items()}
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Places of the points that no other point beats (less or equal in both, less in one), by the first coordinate."""
+    front = [
+        place
+        for place, (x, y) in enumerate(points)
+        if not any(u <= x and v <= y and (u < x or v < y) for other, (u, v) in enumerate(points) if other != place)
+    ]
+    return sorted(front, key=lambda place: points[place])

@@ -1,0 +1,164 @@
+"""What the numbers of one case say, in sentences computed from its records."""
+
+import dataclasses
+
+from . import units
+from .groups import EXACT, Group
+from .text import listing, plural
+
+
+class Name(str):
+    """Text from a record inside a sentence (a label, a status): views set it apart, and clean it."""
+
+
+Sentence = list[str]
+"""Fragments to be joined without separators; those that are not `Name` are safe anywhere."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """One figure worth a large print."""
+
+    title: str
+    value: str
+    estimator: str
+    detail: str
+
+
+def sentences(group: Group) -> list[Sentence]:
+    """The paragraph on a case."""
+    found = [_lightest(group), _exact(group), _growing(group), _failing(group), _leaking(group)]
+    return [sentence for sentence in found if sentence]
+
+
+def facts(group: Group) -> list[Fact]:
+    """Least memory, the lightest and the fastest exact estimator, and the most memory, where they are known."""
+    k, field = group.focus, group.measure.field
+    memory, times = _values(group, field), _values(group, "wall_seconds")
+    exact = {e for e in group.estimators if group.exact(e, k)}
+    found = []
+    for title, candidates, choose in (
+        ("Least memory", memory, min),
+        ("Lightest exact", {e: v for e, v in memory.items() if e in exact}, min),
+        ("Most memory", memory, max),
+    ):
+        if candidates:
+            label = choose(candidates, key=lambda e: candidates[e])
+            found.append(Fact(title, units.size(candidates[label]), label, _error_text(group, label)))
+    fast = {e: v for e, v in times.items() if e in exact}
+    if fast:
+        label = min(fast, key=lambda e: fast[e])
+        found.insert(2, Fact("Fastest exact", units.duration(fast[label]), label, _error_text(group, label)))
+    return found
+
+
+def at(group: Group) -> str:
+    """The K of the sentences and facts, as in "K = 20"; nothing where K is unknown."""
+    return "" if group.focus is None else f"K = {group.focus:,}"
+
+
+def _values(group: Group, field: str) -> dict[str, float]:
+    pairs = ((label, group.value(label, group.focus, field)) for label in group.estimators)
+    return {label: value for label, value in pairs if value is not None}
+
+
+def _error_text(group: Group, label: str) -> str:
+    error = group.value(label, group.focus, "program_relative_error")
+    return "" if error is None else f"relative error {units.significant(error)}"
+
+
+def _lightest(group: Group) -> Sentence:
+    memory = _values(group, group.measure.field)
+    start = f"At {at(group)}, " if at(group) else ""
+    if not memory:
+        return ["No run finished with its memory measured."]
+    label = min(memory, key=lambda e: memory[e])
+    if len(group.estimators) == 1:
+        return [start, Name(label), f" needs {units.size(memory[label])} ({group.measure.name})."]
+    sentence: Sentence = [start, Name(label), f" needs the least memory: {units.size(memory[label])}"]
+    base = group.baseline
+    if base in memory and base != label and memory[label] > 0:
+        sentence += [f", against {units.size(memory[base])} for ", Name(base), f" ({units.ratio(memory[label] / memory[base])})"]
+    program = group.value(label, group.focus, "program_relative_error")
+    solution = group.value(label, group.focus, "solution_relative_error")
+    errors = []
+    if program is not None:
+        errors.append(f"{units.significant(program)} against the K-step program")
+    if solution is not None:
+        errors.append(f"{units.significant(solution)} against the converged solution")
+    return [*sentence, f"; its relative error is {listing(errors)}." if errors else "."]
+
+
+def _exact(group: Group) -> Sentence:
+    k = group.focus
+    errors = _values(group, "program_relative_error")
+    if not errors:
+        return ["Errors against the K-step program were not measured."]
+    exact = [label for label in errors if errors[label] <= EXACT]
+    if not exact:
+        label = min(errors, key=lambda e: errors[e])
+        return [
+            f"No estimator reproduces the gradient of the K-step program to {EXACT:g}; the closest is ",
+            Name(label),
+            f" ({units.significant(errors[label])}).",
+        ]
+    verb = "reproduces" if len(exact) == 1 else "reproduce"
+    sentence: Sentence = [*_names(exact), f" {verb} the gradient of the K-step program (relative error at most {EXACT:g})"]
+    memory = {e: v for e in exact if (v := group.value(e, k, group.measure.field)) is not None}
+    times = {e: v for e in exact if (v := group.value(e, k, "wall_seconds")) is not None}
+    if len(exact) == 1 or not memory:
+        return [*sentence, "."]
+    light = min(memory, key=lambda e: memory[e])
+    sentence += ["; of these, ", Name(light), f" is the lightest ({units.size(memory[light])}"]
+    if light in times:
+        sentence.append(f", {units.duration(times[light])}")
+    sentence.append(")")
+    if times:
+        fast = min(times, key=lambda e: times[e])
+        rest = f"{units.duration(times[fast])}" + (f", {units.size(memory[fast])}" if fast in memory else "")
+        sentence += [" and the fastest."] if fast == light else [" and ", Name(fast), f" the fastest ({rest})."]
+    else:
+        sentence.append(".")
+    return sentence
+
+
+def _growing(group: Group) -> Sentence:
+    fits = {label: fit for label in group.estimators if (fit := group.growth(label)) is not None}
+    flat = [label for label, fit in fits.items() if fit.flat]
+    rising = {label: fit for label, fit in fits.items() if not fit.flat and fit.slope > 0}
+    sentence: Sentence = []
+    if rising:
+        label = max(rising, key=lambda e: rising[e].slope)
+        sentence += ["Each inner step adds ", units.size(rising[label].slope), " to ", Name(label)]
+    if flat:
+        sentence += ["; " if rising else "", "the memory of " if rising else "The memory of ", *_names(flat), " does not grow with K"]
+    return [*sentence, "."] if sentence else []
+
+
+def _failing(group: Group) -> Sentence:
+    if not group.failures:
+        return []
+    sentence: Sentence = [f"{len(group.failures):,} of {plural(len(group.records), 'run')} failed: "]
+    statuses = [r.status for r in group.failures]
+    for place, status in enumerate(dict.fromkeys(statuses)):
+        sentence += [", " if place else "", Name(status), f" ({statuses.count(status):,})"]
+    return [*sentence, "."]
+
+
+def _leaking(group: Group) -> Sentence:
+    leaks = {r.estimator: r.kept_tensor_bytes for r in group.rows if r.kept_tensor_bytes and r.status != "OUT_OF_MEMORY"}
+    if not leaks:
+        return []
+    label = max(leaks, key=lambda e: leaks[e])
+    return [Name(label), f" still held {units.size(leaks[label])} after its result was dropped: something leaks."]
+
+
+def _names(labels: list[str]) -> Sentence:
+    """Labels as an enumeration; of many, the first few."""
+    if len(labels) > 6:
+        return [*(part for label in labels[:4] for part in (Name(label), ", ")), f"and {len(labels) - 4:,} others"]
+    parts: Sentence = []
+    for place, label in enumerate(labels):
+        parts += [] if place == 0 else [" and " if place == len(labels) - 1 else ", "]
+        parts.append(Name(label))
+    return parts

@@ -1,0 +1,33 @@
+"""Text that came from outside (labels, reasons, metric names), made fit to print anywhere."""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+
+def clean(text: str) -> str:
+    """`text` on one line: control characters become spaces and halves of surrogate pairs U+FFFD, so that no view can be derailed."""
+    kept = (" " if unicodedata.category(c) == "Cc" else "\ufffd" if unicodedata.category(c) == "Cs" else c for c in text)
+    return " ".join("".join(kept).split())
+
+
+def shorten(text: str, length: int) -> str:
+    """`text`, or its beginning and an ellipsis, in at most `length` characters."""
+    text = clean(text)
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def slug(text: str) -> str:
+    """A name for files and anchors: lower-case ASCII letters, digits and single hyphens; "case" if nothing is left."""
+    ascii_only = unicodedata.normalize("NFKD", clean(text)).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9]+", "-", ascii_only.lower()).strip("-")[:60] or "case"
+
+
+def plural(count: int, noun: str) -> str:
+    """A count with its noun: "1 run", "2 runs"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def listing(items: Sequence[str]) -> str:
+    """An enumeration: "a", "a and b", "a, b and c"."""
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1] if items else ""

@@ -1,0 +1,402 @@
+"""Reports are functions of records: golden text for what people read, structure and safety for the page, and no input that breaks them.
+
+To accept changed text: UPDATE_GOLDEN=1 python -m pytest tests/profiling/test_report.py, then read the diff.
+"""
+
+import dataclasses
+import html.parser
+import importlib.util
+import io
+import itertools
+import math
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from bilevel_profiling import report
+from bilevel_profiling.record import Iteration, Phase, Record
+from bilevel_profiling.report import columns, groups, markdown, summary, units
+from bilevel_profiling.report import html as page
+from bilevel_profiling.report.figures import case_figures, lines, palette, scales, svg, timeline
+
+HERE = Path(__file__).parent
+COMMAND = "bilevel compare hypercleaning fewshot --inner-steps 10,50,200 --out report"
+EVIL = '<script>alert(1)</script> | **x** `y` [z](http://evil.example/) & "q" \x1b[31m\n_u_'
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+RECORDS: list[Record] = _load(HERE / "records_factory.py").make()
+
+
+def _printed(records: list[Record], width: int) -> str:
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+    report.print_table(records, console)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+
+
+def _golden(name: str, text: str) -> None:
+    path = HERE / "golden" / name
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+class Page(html.parser.HTMLParser):
+    """Elements, attributes and text of a page; every element must be closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.counts: dict[str, int] = {}
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text.append(data)
+
+    @property
+    def ids(self) -> list[str]:
+        return [value for _, name, value in self.attributes if name == "id"]
+
+
+def _evil() -> list[Record]:
+    shared = {"case": EVIL, "settings": EVIL, "reason": EVIL, "reference_note": EVIL, "device": EVIL, "dtype": EVIL}
+    return [
+        Record(
+            estimator=f"{EVIL} {number}",
+            status="OK" if number else EVIL,
+            inner_steps=k,
+            peak_tensor_bytes=2**20 * k * (number + 1),
+            wall_seconds=0.1 * k,
+            program_relative_error=0.1,
+            metrics={EVIL: 0.5},
+            metrics_before={EVIL: 0.3},
+            environment={EVIL: EVIL},
+            calls={EVIL: 3},
+            phases={EVIL: Phase(peak_tensor_bytes=3)},
+            iterations=tuple(Iteration(index=n, outer_loss=1 / (n + 1)) for n in range(500)),
+            timeline=((0, 0, EVIL), (5, 3 * 2**20, "inner"), (9, 0, "outer")),
+            **shared,
+        )
+        for number in range(3)
+        for k in (1, 10)
+    ]
+
+
+def _nonfinite() -> list[Record]:
+    return [
+        Record(
+            case="c",
+            estimator=label,
+            inner_steps=k,
+            peak_tensor_bytes=0,
+            wall_seconds=math.nan,
+            wall_seconds_low=math.nan,
+            wall_seconds_high=math.inf,
+            program_relative_error=math.nan if label == "a" else math.inf,
+            program_cosine=math.nan,
+            solution_relative_error=0.0,
+            iterations=(Iteration(index=0, outer_loss=math.nan, status="NONFINITE"), Iteration(index=1, outer_loss=math.inf)),
+            metrics={"accuracy": math.nan},
+            metrics_before={"accuracy": math.inf},
+            timeline=((0, 0, "inner"),),
+        )
+        for label in "ab"
+        for k in (1, 2)
+    ]
+
+
+PARTIAL = {
+    "nothing": [],
+    "one record": RECORDS[:1],
+    "names alone": [Record(case="toy", estimator="a")],
+    "one K": [record for record in RECORDS if record.inner_steps == 200],
+    "holes": [record for place, record in enumerate(RECORDS) if place % 3 != 1],
+    "all failed": [Record(case="c", estimator=e, inner_steps=k, status="OUT_OF_MEMORY") for e in "ab" for k in (1, 2)],
+    "not finite": _nonfinite(),
+    "zeros": [Record(case="c", estimator=e, inner_steps=k, peak_tensor_bytes=b, wall_seconds=0.0) for e, b in (("a", 0), ("b", 9)) for k in (0, 5)],
+    "any callable": [Record(case="f", estimator=e, peak_tensor_bytes=5000, wall_seconds=1e-5) for e in "fg"],
+    "many": [dataclasses.replace(RECORDS[2], estimator=f"number {n}", inner_steps=k, seed=s) for n in range(19) for k in (10, 200) for s in (0, 1)],
+    "long names": [dataclasses.replace(RECORDS[2], case="y" * 300, estimator="x" * 200, metrics={f"metric {n}": 0.1 * n for n in range(30)})],
+    "odd text": [Record(case="\ud800x", estimator="é漢字", inner_steps=3, peak_tensor_bytes=4, kept_tensor_bytes=10)],
+    "two devices": [dataclasses.replace(r, device="cuda", cuda_allocated_bytes=r.peak_tensor_bytes, peak_tensor_bytes=None) for r in RECORDS[:9]]
+    + RECORDS[:9],
+    "hostile": _evil(),
+}
+
+
+def test_markdown_is_the_golden_text() -> None:
+    _golden("report.md", markdown.render(RECORDS, COMMAND, {"fewshot": [("Peak memory against inner steps", "figures/fewshot-memory.svg")]}))
+
+
+@pytest.mark.parametrize("width", [60, 100, 180])
+def test_terminal_table_is_the_golden_text_and_as_wide_as_the_terminal(width: int) -> None:
+    text = _printed(RECORDS, width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    _golden(f"table_{width}.txt", text)
+
+
+def test_page_shows_every_case_estimator_and_failure_and_needs_nothing_from_outside() -> None:
+    text = page.render(RECORDS, COMMAND)
+    found = Page(text)
+    words = " ".join(found.text)
+    for record in RECORDS:
+        assert record.case in words
+        assert record.estimator in words
+        assert record.reason in words
+    assert COMMAND in words
+    assert "2.13.0+cpu" in words
+    figures = [value for tag, name, value in found.attributes if tag == "svg" and name == "class" and value == "fig"]
+    assert len(figures) == (4 + 1 + 2 + 8) + (3 + 1 + 1 + 8)
+    assert sum(tag == "svg" and name == "aria-labelledby" for tag, name, _ in found.attributes) == len(figures)
+    assert found.counts["desc"] == len(figures)
+    assert len(found.ids) == len(set(found.ids))
+    assert {value for _, name, value in found.attributes if name in ("src", "href")} <= {f"#{anchor}" for anchor in found.ids}
+    assert not re.search(r"url\(|@import|https?:|srcset|<link|<iframe|<img", text)
+    assert len(text) < 400_000
+
+
+def test_page_follows_the_dark_scheme_and_scales_to_a_phone() -> None:
+    text = page.render(RECORDS)
+    assert text.count("prefers-color-scheme:dark") + text.count("prefers-color-scheme: dark") == 2
+    assert 'name="viewport"' in text
+    for n in range(len(palette.LIGHT)):
+        assert text.count(f"--s{n}:") == 2, "a color in only one of the two schemes"
+    assert not re.search(r'(fill|stroke)="#', text), "a color that does not follow the scheme"
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_partial_records_make_a_report(name: str, tmp_path: Path) -> None:
+    found = report.write(PARTIAL[name], tmp_path / "out", COMMAND)
+    assert found == tmp_path / "out" / "index.html"
+    text = found.read_text(encoding="utf-8")
+    Page(text)
+    assert not re.search(r'="[^"]*\b(nan|inf)\b[^"]*"', text), "a coordinate that is not finite"
+    assert (tmp_path / "out" / "report.md").stat().st_size > 0
+    for drawing in (tmp_path / "out").glob("figures/*.svg"):
+        xml.etree.ElementTree.parse(drawing)
+    for width in (20, 80):
+        assert max(len(line) for line in _printed(PARTIAL[name], width).splitlines()) <= width
+
+
+def test_text_from_outside_is_never_markup(tmp_path: Path) -> None:
+    text = report.write(_evil(), tmp_path, EVIL).read_text(encoding="utf-8")
+    assert Page(text).counts["script"] == 1
+    assert "<script>alert" not in text
+    assert "\x1b" not in text
+    document = (tmp_path / "report.md").read_text(encoding="utf-8")
+    outside_code = re.sub(r"```.*?```|(`+).*?\1(?!`)", "", document.replace("\\`", ""), flags=re.DOTALL)
+    assert "<script>" not in outside_code
+    assert "](http://evil" not in outside_code.replace("\\](", "")
+    for table in re.findall(r"(?:^\|.*\n)+", document, flags=re.MULTILINE):
+        borders = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(borders) == 1, "a cell broke out of its column"
+    assert "\x1b" not in _printed(_evil(), 100)
+
+
+def test_writing_replaces_whole_files_and_leaves_no_others(tmp_path: Path) -> None:
+    report.write(RECORDS[:4], tmp_path)
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    report.write(RECORDS[:4], tmp_path)
+    assert before == sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    assert not [path for path in before if path.name.startswith(".")]
+
+
+def test_a_report_is_a_function_of_its_records() -> None:
+    again = [Record.from_json(record.to_json()) for record in RECORDS]
+    assert page.render(again, COMMAND) == page.render(RECORDS, COMMAND)
+
+
+def test_png_is_written_and_says_what_it_lacks(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report.write_png(RECORDS, tmp_path / "new" / "figure.png")
+    assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="memory measured"):
+        report.write_png(PARTIAL["all failed"], tmp_path / "figure.png")
+
+
+def test_report_imports_neither_torch_nor_plotting_nor_terminal_libraries() -> None:
+    program = f"""
+import sys, types
+for name in ("torch", "rich", "matplotlib", "numpy", "jinja2"):
+    sys.modules[name] = None
+package = types.ModuleType("bilevel_profiling")
+package.__path__ = [{str(HERE.parents[1] / "profiling" / "bilevel_profiling")!r}]
+sys.modules["bilevel_profiling"] = package
+from bilevel_profiling import report
+from bilevel_profiling.record import Record
+import pathlib, tempfile
+with tempfile.TemporaryDirectory() as folder:
+    print(report.write([Record(case="toy", estimator="a", inner_steps=2, peak_tensor_bytes=3)], pathlib.Path(folder)).name)
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "index.html", done.stderr
+
+
+def test_baseline_is_the_first_exact_unroll_and_ratios_are_taken_at_the_same_k() -> None:
+    clean, shots = groups.group(RECORDS)
+    assert clean.baseline == shots.baseline == "unrolled"
+    cells = {(r.estimator, r.inner_steps): clean.ratio(r, "peak_tensor_bytes") for r in clean.rows}
+    assert cells["unrolled", 50] == 1.0
+    assert cells["unrolled iterates", 200] == pytest.approx((0.954 * 200 + 8) / (0.68 * 200 + 5), rel=1e-5)
+    lost = {(r.estimator, r.inner_steps): shots.ratio(r, "wall_seconds") for r in shots.rows}
+    assert lost["first-order", 200] is None, "the baseline ran out of memory there"
+
+
+def test_an_inexact_or_truncated_unroll_is_no_baseline() -> None:
+    def of(label: str, settings: str, error: float | None) -> Record:
+        return Record(case="c", estimator=label, settings=settings, inner_steps=5, peak_tensor_bytes=9, program_relative_error=error)
+
+    def baseline(*records: Record) -> str | None:
+        return groups.group(records)[0].baseline
+
+    assert baseline(of("short", "Unrolled(last=2)", 0.3), of("implicit", "Implicit()", 0.1)) is None
+    assert baseline(of("truncated", "Unrolled(last=2)", None), of("full", "Unrolled()", None)) == "full"
+    assert baseline(of("implicit", "Implicit()", 1e-7), of("full", "Unrolled()", 1e-7)) == "full"
+    assert baseline(of("implicit", "Implicit()", 1e-7)) == "implicit"
+
+
+def test_growth_recovers_the_slope_and_says_what_is_flat() -> None:
+    clean = groups.group(RECORDS)[0]
+    fit = clean.growth("unrolled")
+    assert fit is not None
+    assert fit.slope == pytest.approx(0.68 * 2**20, rel=1e-4)
+    assert fit.fit == pytest.approx(1.0)
+    segments, flat = clean.growth("unrolled segments"), clean.growth("first-order")
+    assert segments is not None
+    assert segments.fit is not None
+    assert segments.fit < 0.99
+    assert flat is not None
+    assert flat.flat
+    assert clean.growth("nobody") is None
+
+
+def test_pareto_front_keeps_what_nothing_beats_and_ties() -> None:
+    assert groups.pareto([(1, 9), (2, 5), (3, 6), (2, 5), (9, 1)]) == [0, 1, 3, 4]
+    assert groups.pareto([]) == []
+
+
+def test_summary_speaks_of_the_k_at_which_most_finished() -> None:
+    shots = groups.group(RECORDS)[1]
+    assert shots.focus == 50
+    text = " ".join("".join(sentence) for sentence in summary.sentences(shots))
+    assert text.startswith("At K = 50, first-order needs the least memory: 38.4 MiB, against 233 MiB for unrolled (0.16x)")
+    assert "2 of 24 runs failed: OUT_OF_MEMORY (1), TIMEOUT (1)." in text
+
+
+def test_a_leak_is_told() -> None:
+    record = dataclasses.replace(RECORDS[0], kept_tensor_bytes=3 * 2**20)
+    text = "".join(part for sentence in summary.sentences(groups.group([record])[0]) for part in sentence)
+    assert "still held 3.00 MiB after its result was dropped" in text
+
+
+def test_colors_belong_to_estimators_over_all_cases_and_combinations_do_not_repeat_soon() -> None:
+    looks = palette.styles([str(n) for n in range(32)])
+    assert len({(look.color, look.shape) for look in looks.values()}) == 32
+    clean, shots = groups.group(RECORDS)
+    backwards = palette.styles(groups.estimators([*reversed(shots.records), *clean.records]))
+    drawn = [case_figures(each, backwards, key)[0].drawing or "" for each, key in ((clean, "a"), (shots, "b"))]
+    place = backwards["truncated"].place
+    assert all(f'data-s="{place}"' in drawing for drawing in drawn)
+
+
+def test_labels_do_not_overlap() -> None:
+    placed = svg.spread([5.0, 5.0, 6.0, 90.0, 100.0], 15, 0, 100)
+    assert sorted(placed) == placed
+    assert min(b - a for a, b in itertools.pairwise(placed)) >= 15
+    assert min(placed) >= 0
+    assert max(placed) <= 100
+    frame = svg.Frame(40, 440, 30, 260)
+    labels = svg.point_labels(frame, [("first", 200.0, 100.0), ("second", 203.0, 103.0), ("third", 206.0, 100.0)])
+    assert len({(x, y) for x, y, _ in labels}) == 3
+
+
+def test_thinning_keeps_peaks_and_changes_of_phase() -> None:
+    level = [(n, 10 + n % 7, "inner" if n < 5000 else "hypergradient") for n in range(9000)]
+    level[4321] = (4321, 10**9, "inner")
+    kept = timeline.thinned(level)
+    assert len(kept) <= 210
+    assert (4321, 10**9, "inner") in kept
+    assert {kept[0], kept[-1], level[5000]} <= set(kept)
+    loop = tuple(Iteration(index=n, outer_loss=math.nan if n == 700 else 99.0 if n == 333 else 1.0) for n in range(1000))
+    drawn = lines.thinned(loop, lambda entry: entry.outer_loss)
+    assert len(drawn) <= 160
+    assert (333, 99.0) in drawn
+
+
+def test_scales_are_logarithmic_only_where_values_spread_and_hold_zeros() -> None:
+    assert not scales.choose([3, 5, 9], 0, 100).log
+    wide = scales.choose([0.0, 1e-7, 1.0], 0, 100)
+    assert wide.log
+    assert wide(0.0) == 0 < wide(1e-7) < wide(1.0) <= 100
+    assert wide.ticks[0] == (0.0, "0")
+    for values in ([], [0.0], [5.0, 5.0], [-3.0, 2.0], [1e-12], [1e300]):
+        scale = scales.choose(values, 0, 100)
+        assert all(math.isfinite(scale(value)) for value in values)
+        assert scale.ticks
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (units.mebibytes(2**20), "1.00"),
+        (units.mebibytes(5_000), "0.00477"),
+        (units.mebibytes(0), "0"),
+        (units.mebibytes(None), "-"),
+        (units.milliseconds(0.0612), "61.2"),
+        (units.significant(99.96), "100"),
+        (units.significant(1234.5), "1,234"),
+        (units.significant(1.23e-7), "1.2e-07"),
+        (units.significant(math.nan), "nan"),
+        (units.size(3 * 2**30), "3.00 GiB"),
+        (units.size(512), "512 B"),
+        (units.duration(2.5e-6), "2.50 µs"),
+        (units.ratio(0.218), "0.22x"),
+        (units.ratio(15.2), "15.2x"),
+        (units.ratio(0.0012), "0.00120x"),
+        (units.count(1234567), "1,234,567"),
+        (units.cosine(0.99996), "1.0000"),
+        (units.tick(2500), "2,500"),
+        (units.tick(1e-5), "10⁻⁵"),
+        (units.tick(0.25), "0.25"),
+    ],
+)
+def test_units(written: str, expected: str) -> None:
+    assert written == expected
+
+
+def test_every_column_explains_itself() -> None:
+    for each in groups.group(RECORDS):
+        shown = columns.columns(each)
+        assert all(column.explanation for column in shown)
+        assert len({(column.section, column.header) for column in shown}) == len(shown)
