@@ -176,7 +176,7 @@ def _through_iterates(instance: Instance, first: int, starts: list[int]) -> Esti
         del gradient_y
         to_start, pending = problem.init is not None and first == 0, None
         for begin, end in reversed(list(itertools.pairwise([*starts, steps]))):
-            if not kept:
+            if begin < end and not kept:
                 kept = _recompute(instance, gradient, replay, snapshots.pop(), begin, end)
             for step in reversed(range(begin, end)):
                 y, s = kept.pop()
