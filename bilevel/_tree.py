@@ -81,12 +81,14 @@ def per_task(number: Tensor, leaf: Tensor) -> Tensor:
 def axpy(alpha: Tensor | float, x: Sequence[Tensor], y: Sequence[Tensor]) -> Leaves:
     """y + alpha x."""
     if isinstance(alpha, Tensor):
-        return tuple(torch.addcmul(b, per_task(alpha, a), a) for a, b in zip(x, y, strict=True))
+        return tuple(torch.addcmul(b, per_task(alpha, a).to(a.dtype), a) for a, b in zip(x, y, strict=True))
     return tuple(torch.add(b, a, alpha=alpha) for a, b in zip(x, y, strict=True))
 
 
 def dot(x: Sequence[Tensor], y: Sequence[Tensor], tasks: int | None = None) -> Tensor:
-    """Inner product: a scalar, or shape (tasks,)."""
+    """Inner product: a scalar, or shape (tasks,); of 16-bit numbers in float32, which does not overflow at 65504."""
+    if x[0].dtype in (torch.float16, torch.bfloat16):
+        x, y = [leaf.float() for leaf in x], [leaf.float() for leaf in y]
     if tasks is None:
         parts = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(x, y, strict=True)]
     else:
@@ -95,8 +97,32 @@ def dot(x: Sequence[Tensor], y: Sequence[Tensor], tasks: int | None = None) -> T
 
 
 def norm(x: Sequence[Tensor], tasks: int | None = None) -> Tensor:
-    """Euclidean norm: a scalar, or shape (tasks,)."""
-    return dot(x, x, tasks).sqrt()
+    """Euclidean norm: a scalar, or shape (tasks,). Summed in float64, so that squares neither overflow nor vanish."""
+    flat = [leaf.reshape(1 if tasks is None else tasks, -1) for leaf in x]
+    # (Apple GPUs have no float64.)
+    wide = torch.float32 if x[0].device.type == "mps" else torch.float64
+    parts = [torch.linalg.vector_norm(leaf, dim=1, dtype=wide) for leaf in flat]
+    total = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    return total if tasks is not None else total.squeeze(0)
+
+
+def largest(x: Sequence[Tensor], tasks: int | None = None) -> Tensor:
+    """Maximum norm: a scalar, or shape (tasks,)."""
+    flat = [leaf.reshape(1 if tasks is None else tasks, -1) for leaf in x if leaf.numel()]
+    total = torch.stack([torch.linalg.vector_norm(leaf, float("inf"), dim=1) for leaf in flat]).amax(0)
+    return total if tasks is not None else total.squeeze(0)
+
+
+def scaled(factor: Tensor, x: Sequence[Tensor]) -> Leaves:
+    """factor x, with one factor or one a task."""
+    return tuple(per_task(factor, leaf).to(leaf.dtype) * leaf for leaf in x)
+
+
+def aligned(tree: Tree, reference: Tree) -> list[Tensor] | None:
+    """The tensors of `tree` in the order of `reference`; None if their structures differ. Dicts match by key, not by position."""
+    if isinstance(tree, dict) and isinstance(reference, dict) and set(tree) == set(reference):
+        tree = {name: tree[name] for name in reference}
+    return tensors(tree) if pytree.tree_structure(tree) == pytree.tree_structure(reference) else None
 
 
 def accumulate(total: PartialLeaves, new: PartialLeaves) -> PartialLeaves:

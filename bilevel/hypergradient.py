@@ -71,11 +71,12 @@ def hypergradient(
             f"from the `outer` argument and not from a copy of it?",
             stacklevel=2,
         )
-    grad = [leaf.detach() for leaf in _autodiff.filled(estimate.grad, xs)]
+    given = {leaf.untyped_storage()._cdata for leaf in (*xs, *_tree.tensors(instance.inner))}
+    grad = _owned([leaf.detach() for leaf in _autodiff.filled(estimate.grad, xs)], given)
     sound = _tree.finite([*grad, estimate.outer_loss, estimate.inner_loss])
     return Hypergradient(
         grad=_tree.like(instance.outer, grad),
-        inner=estimate.inner,
+        inner=_tree.like(estimate.inner, _owned(_tree.tensors(estimate.inner), given)),
         outer_loss=estimate.outer_loss,
         inner_loss=estimate.inner_loss.detach(),
         state=estimate.state,
@@ -84,11 +85,21 @@ def hypergradient(
     )
 
 
+def _owned(leaves: list[Tensor], given: set[int]) -> list[Tensor]:
+    """Tensors that may be changed in place: autograd returns expanded tensors and the same tensor twice, zero steps return the start itself."""
+    seen, owned = set(given), list[Tensor]()
+    for leaf in leaves:
+        shared = leaf.untyped_storage()._cdata in seen or not leaf.is_contiguous()
+        owned.append(leaf.clone(memory_format=torch.contiguous_format) if shared else leaf)
+        seen.add(owned[-1].untyped_storage()._cdata)
+    return owned
+
+
 def set_grad(outer: Tree, grad: Tree) -> None:
-    """Put a hypergradient where torch.optim looks for it: into `.grad` of each outer tensor (replacing what is there).
+    """Put a copy of a hypergradient where torch.optim looks for it: into `.grad` of each outer tensor (replacing what is there).
 
     Args:
-        outer: the tensors the optimizer was made with.
+        outer: the tensors the optimizer was made with. A tensor that stands in it twice gets the sum of its two gradients.
         grad: a tree of the same structure and shapes.
 
     Raises:
@@ -100,23 +111,26 @@ def set_grad(outer: Tree, grad: Tree) -> None:
         >>> bl.set_grad(x, torch.ones(2)); x.grad
         tensor([1., 1.])
     """
-    xs, gs = _tree.tensors(outer), _tree.tensors(grad)
-    if [tuple(leaf.shape) for leaf in xs] != [tuple(leaf.shape) for leaf in gs]:
+    xs, gs = _tree.tensors(outer), _tree.aligned(grad, outer)
+    if gs is None or [leaf.shape for leaf in xs] != [leaf.shape for leaf in gs]:
         raise ValueError(
             f"set_grad was given outer tensors of shapes {[tuple(leaf.shape) for leaf in xs]} and gradients of shapes "
-            f"{[tuple(leaf.shape) for leaf in gs]}; the same tree was needed, such as set_grad(outer, hg.grad)"
+            f"{[tuple(leaf.shape) for leaf in _tree.tensors(grad)]}; the same tree was needed, such as set_grad(outer, hg.grad)"
         )
     for name, x in zip(_tree.names(outer), xs, strict=True):
         if not (x.is_leaf and x.requires_grad):
             raise ValueError(f"outer {name} is no leaf that requires grad, so no optimizer can hold it; make it with torch.tensor(..., requires_grad=True)")
+    for x in xs:
+        x.grad = None
     for x, g in zip(xs, gs, strict=True):
-        x.grad = g.detach().to(dtype=x.dtype, device=x.device)
+        g = g.detach().to(dtype=x.dtype, device=x.device)
+        x.grad = g.clone(memory_format=torch.contiguous_format) if x.grad is None else x.grad + g
 
 
 def _most_telling(code: Tensor | int, nonfinite: Tensor) -> Tensor:
     """The estimator's own failure explains a non-finite result better than NONFINITE does."""
     code = torch.as_tensor(code, device=nonfinite.device)
-    return torch.where(code == Status.DIVERGED.code, code, worst(code, nonfinite))
+    return torch.where(code >= Status.NOT_CONTRACTIVE.code, code, worst(code, nonfinite))
 
 
 def _check_parts(problem: Any, batches: Any, solver: Any, estimator: Any) -> None:

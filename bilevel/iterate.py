@@ -1,7 +1,8 @@
 """iterate(): the optional outer loop, as a generator, so that the loop body stays the user's."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ def iterate(
     optimizer: torch.optim.Optimizer,
     carry: bool = True,
     state: Any = None,
+    tolerate: Collection[Status] = (Status.NEGATIVE_CURVATURE,),
 ) -> Iterator[Step]:
     """Hypergradient, outer step, repeat: one step for each item of `loader`.
 
@@ -59,13 +61,19 @@ def iterate(
         carry: True (the default) lets y continue from where the last outer step left it; False restarts it from `inner` every time. With
             Problem.init every step starts at init(x). The estimator's state is carried either way.
         state: estimator state to begin with.
+        tolerate: failed statuses that are stepped through with a warning. By default negative curvature: nets that are not converged have it
+            now and then, and conjugate gradients that stop there still give a direction. A non-finite hypergradient is never tolerated.
 
     Yields:
         A `Step` after each outer step.
 
     Raises:
-        BilevelError: the hypergradient is not finite; x has not been moved by it, and all earlier steps stand.
-        TypeError: `loader` yields something else than Batches; otherwise as `hypergradient`.
+        BilevelError: the hypergradient failed (see `Status.failed`) or is not finite; x has not been moved by it, and all earlier steps stand.
+        TypeError: `loader` yields something else than Batches, `optimizer` is no torch.optim optimizer; otherwise as `hypergradient`.
+        ValueError: `optimizer` holds none of the tensors of `outer`.
+
+    Warns:
+        UserWarning: a tolerated failure.
 
     Example:
         >>> import itertools, torch, bilevel as bl
@@ -77,13 +85,39 @@ def iterate(
         >>> step.index, round(x.item(), 3)
         (29, 3.0)
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"iterate() was given a {type(optimizer).__name__} as optimizer; a torch.optim optimizer over outer was needed, such as "
+            f"torch.optim.Adam(outer.values(), lr=0.01) (bilevel.SGD and its kin are for the inner variable)"
+        )
+    held = {id(x) for group in optimizer.param_groups for x in group["params"]}
+    if not any(id(x) in held for x in _tree.tensors(outer)):
+        raise ValueError("iterate() was given an optimizer that holds none of the tensors of outer, so outer would never move; make it over outer.values()")
+    return _steps(problem, outer, inner, loader, solver, estimator, optimizer, carry, state, tolerate)
+
+
+def _steps(
+    problem: Problem,
+    outer: Tree,
+    inner: Tree | None,
+    loader: Iterable[Batches],
+    solver: InnerSolver,
+    estimator: Estimator,
+    optimizer: torch.optim.Optimizer,
+    carry: bool,
+    state: Any,
+    tolerate: Collection[Status],
+) -> Iterator[Step]:
     for index, batches in enumerate(loader):
         if not isinstance(batches, Batches):
             raise TypeError(f"iterate()'s loader yielded a {type(batches).__name__}; write (bilevel.Batches(inner=a, outer=b) for a, b in zip(train, valid))")
         found = hypergradient(problem, outer, inner, batches, solver=solver, estimator=estimator, state=state)
         with _spans.span(_spans.OUTER):
-            if found.status in (Status.NONFINITE, Status.DIVERGED):
-                raise BilevelError(f"outer step {index}: {found.status.name}: {found.status.value} The outer variable was not moved by this step.")
+            status = found.status
+            if status.failed and (status not in tolerate or status in (Status.NONFINITE, Status.DIVERGED) or not bool(_tree.finite(found.grad))):
+                raise BilevelError(f"outer step {index}: {status.name}: {status.value} The outer variable was not moved by this step.")
+            if status.failed:
+                warnings.warn(f"iterate() stepped through {status.name}: {status.value}", stacklevel=2)
             set_grad(outer, found.grad)
             optimizer.step()
         state = found.state

@@ -48,6 +48,12 @@ class Problem:
     features: Callable[[Tree, Any], Any] | None = None
     tasks: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, optional in (("inner_loss", False), ("outer_loss", False), ("init", True), ("features", True)):
+            value = getattr(self, name)
+            if not callable(value) and not (optional and value is None):
+                raise TypeError(f"Problem was given {name}={value!r}; a function was needed")
+
     def inner(self, inner: Tree, outer: Tree, batch: Any) -> Tensor:
         """g at a batch as it comes from `Batches` (summed over tasks)."""
         return self.inner_on(inner, outer, self.embed(outer, batch))
@@ -69,20 +75,30 @@ class Problem:
     def start(self, outer: Tree, batch: Any) -> Tree:
         """`init`, for all tasks at once where there are tasks."""
         assert self.init is not None
-        return self.init(outer, batch) if self.tasks is None else over_tasks(self.init, None, 0)(outer, batch)
+        start = self.init(outer, batch) if self.tasks is None else over_tasks(self.init, None, 0)(outer, batch)
+        like = _tree.tensors(outer)[0]
+        leaves = _tree.flatten(start)[0]
+        for leaf in leaves or [None]:
+            if not isinstance(leaf, Tensor) or leaf.dtype != like.dtype or leaf.device != like.device:
+                given = f"{leaf.dtype} on {leaf.device}" if isinstance(leaf, Tensor) else "nothing" if leaf is None else f"a {type(leaf).__name__}"
+                raise TypeError(
+                    f"Problem.init returned {given}; a pytree of tensors of the dtype and device of outer ({like.dtype} on {like.device}) was needed"
+                )
+        return start
 
     def _evaluate(self, name: str, inner: Tree, outer: Tree, batch: Any) -> Tensor:
         function: Loss = getattr(self, name)
-        leaves = _tree.tensors(inner)
-        versions = [leaf._version for leaf in leaves]
+        watched = {"inner": _tree.tensors(inner), "outer": _tree.tensors(outer), "batch": _tree.tensors(batch)}
+        versions = {role: [leaf._version for leaf in leaves] for role, leaves in watched.items()}
         try:
             loss = function(inner, outer, batch) if self.tasks is None else over_tasks(function, 0, None, 0)(inner, outer, batch)
         except RuntimeError as error:
             if "in-place operation" in str(error):
-                raise ValueError(_in_place_message(name)) from error
+                raise ValueError(_in_place_message(name, "inner or outer")) from error
             raise
-        if versions != [leaf._version for leaf in leaves]:
-            raise ValueError(_in_place_message(name))
+        for role, leaves in watched.items():
+            if versions[role] != [leaf._version for leaf in leaves]:
+                raise ValueError(_in_place_message(name, role))
         if not isinstance(loss, Tensor):
             raise TypeError(
                 f"{name} returned {'None' if loss is None else type(loss).__name__}; a 0-dim tensor was needed. Does it end in a return "
@@ -98,9 +114,9 @@ class Problem:
         return loss if self.tasks is None else loss.sum()
 
 
-def _in_place_message(name: str) -> str:
+def _in_place_message(name: str, role: str) -> str:
     return (
-        f"{name} changed the inner variable in place. It must leave its arguments as they are: write y = y + d instead of y += d or "
+        f"{name} changed its argument {role} in place. It must leave its arguments as they are: write y = y + d instead of y += d or "
         f"y.add_(d), and clone a tensor before assigning into it."
     )
 

@@ -12,7 +12,7 @@ from bilevel import _autodiff, _spans, _tree, oracles
 from bilevel._strategy import Strategy
 from bilevel._tree import PartialLeaves, Tree
 from bilevel.inner.base import Gradient, InnerSolver, Visit
-from bilevel.outcome import Solution
+from bilevel.outcome import NotTwiceDifferentiableError, Solution
 from bilevel.problem import Batches, PerStep, Problem
 
 
@@ -99,10 +99,18 @@ def refuse_blind(estimator: Estimator, instance: Instance, grad: PartialLeaves, 
         paths["the start of the inner loop (Problem.init)"] = _reached(_tree.tensors(y0), xs)
         y = _tree.attach(y0)
         if instance.solver.optimizer.depends_on_outer():
-            zeros = _tree.tree_map(torch.ones_like, _tree.detach(y0))
-            moved, _ = instance.solver.optimizer.step(zeros, instance.solver.optimizer.init(y), _tree.detach(y0), x)
+            # Two steps: momentum acts from the second on.
+            ones, moved, state = _tree.tree_map(torch.ones_like, _tree.detach(y0)), _tree.detach(y0), instance.solver.optimizer.init(y)
+            for _ in range(2):
+                moved, state = instance.solver.optimizer.step(ones, state, moved, x)
             paths["a hyper-parameter of the inner optimizer"] = _reached(_tree.tensors(moved), xs)
-        paths["the inner loss"] = _reached([instance.problem.inner(y, x, batch)], xs)
+        # What moves y is dg/dy: an x that only shifts g has no influence through it.
+        loss = instance.problem.inner(y, x, batch)
+        gradient = [leaf for leaf in _autodiff.grad([loss], _tree.tensors(y), create_graph=True) if leaf is not None]
+        try:
+            paths["the inner loss"] = _reached(gradient, xs)
+        except NotTwiceDifferentiableError:
+            paths["the inner loss"] = _reached([instance.problem.inner(y, x, batch)], xs)
     found = [f"{names[i]} through {path}" for path, reached in paths.items() for i in missed if i in reached]
     if found:
         raise ValueError(

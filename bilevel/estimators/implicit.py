@@ -58,7 +58,8 @@ class Implicit(Estimator):
             at = adjoint(instance.problem, found.inner, instance.outer, instance.batches, found.steps, self.linear)
         refuse_blind(self, instance, at.grad, AT_SOLUTION, UNROLL_OR_PROXIMAL)
         comparable = not isinstance(instance.batches.inner, PerStep)
-        code = worst(found.code, health(found.inner, found.first_loss, at.inner_loss, comparable=comparable), at.linear.code)
+        inner_loss = at.inner_loss if instance.batches.curvature is None else instance.inner_loss(found.inner, found.steps)
+        code = worst(found.code, health(found.inner, found.first_loss, inner_loss, comparable=comparable), at.linear.code)
         stats = {"inner_steps": found.steps, "inner_residual": found.residual}
         stats |= {"linear_residual": at.linear.residual, "linear_steps": at.linear.steps}
-        return Estimate(at.grad, found.inner, at.outer_loss, at.inner_loss, code, stats)
+        return Estimate(at.grad, found.inner, at.outer_loss, inner_loss, code, stats)

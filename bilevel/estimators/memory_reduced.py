@@ -19,6 +19,7 @@ from bilevel import _spans, _tree
 from bilevel.adjoint import adjoint
 from bilevel.estimators.base import AT_SOLUTION, UNROLL_OR_PROXIMAL, Estimate, Estimator, Instance, refuse_blind
 from bilevel.inner.base import health
+from bilevel.linear.base import check_number, check_steps
 from bilevel.linear.cg import CG
 from bilevel.outcome import worst
 from bilevel.problem import PerStep
@@ -65,7 +66,9 @@ class MemoryReduced(Estimator):
     cache_features: bool = True
 
     def __post_init__(self) -> None:
-        CG(self.steps, self.tol, self.damping)
+        check_steps("MemoryReduced", "steps", self.steps)
+        check_number("MemoryReduced", "tol", self.tol, 0.0)
+        check_number("MemoryReduced", "damping", self.damping, 0.0)
 
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         if not self.cache_features and instance.problem.features is not None:
@@ -77,12 +80,13 @@ class MemoryReduced(Estimator):
             at = adjoint(instance.problem, found.inner, instance.outer, instance.batches, found.steps, linear, v0)
         refuse_blind(self, instance, at.grad, AT_SOLUTION, UNROLL_OR_PROXIMAL)
         comparable = not isinstance(instance.batches.inner, PerStep)
-        code = worst(found.code, health(found.inner, found.first_loss, at.inner_loss, comparable=comparable), at.linear.code)
+        inner_loss = at.inner_loss if instance.batches.curvature is None else instance.inner_loss(found.inner, found.steps)
+        code = worst(found.code, health(found.inner, found.first_loss, inner_loss, comparable=comparable), at.linear.code)
         stats = {"inner_steps": found.steps, "inner_residual": found.residual}
         stats |= {"linear_residual": at.linear.residual, "linear_steps": at.linear.steps}
         keep = self.warm_inner or self.warm_adjoint
         carried = {"inner": found.inner, "adjoint": _tree.like(found.inner, at.linear.value)} if keep else None
-        return Estimate(at.grad, found.inner, at.outer_loss, at.inner_loss, code, stats, carried)
+        return Estimate(at.grad, found.inner, at.outer_loss, inner_loss, code, stats, carried)
 
     def _warm(self, instance: Instance, state: Any) -> tuple[Any, Any]:
         if state is None:

@@ -26,7 +26,7 @@ from bilevel import _autodiff, _spans, _tree, oracles
 from bilevel._rng import Replay
 from bilevel._tree import Tree
 from bilevel.estimators.base import Estimate, Estimator, Instance, refuse_blind
-from bilevel.inner.base import Gradient, health, move
+from bilevel.inner.base import Gradient, check_step, health, move
 from bilevel.inner.descent import Descent
 from bilevel.outcome import worst
 from bilevel.problem import PerStep
@@ -136,7 +136,10 @@ def _through_graph(instance: Instance, first: int) -> Estimate:
                 if embedded is None or isinstance(batches.inner, PerStep):
                     embedded = problem.embed(x, batches.inner_at(step))
                 last_loss, direction = oracles.inner_gradient(problem, y, x, embedded, create_graph=True)
+                before = y
                 y, state = optimizer.step(_tree.like(y, direction), state, y, x)
+                check_step(optimizer, before, y)
+                del before
             first_loss = last_loss if first_loss is None else first_loss
         # The tape keeps what it needs; the last gradient would be one P more at the peak.
         del state, embedded, direction
@@ -150,14 +153,18 @@ def _through_graph(instance: Instance, first: int) -> Estimate:
 
 
 def _attached(tree: Tree) -> Tree:
-    """Leaves that carry a graph stay, the others become fresh graph leaves."""
-    return _tree.tree_map(lambda leaf: leaf if leaf.requires_grad else leaf.detach().requires_grad_(), tree)
+    """Leaves that carry a graph get a node of their own (init may return x itself, or one tensor twice), the others become graph leaves."""
+    return _tree.tree_map(lambda leaf: leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_(), tree)
 
 
 def _through_iterates(instance: Instance, first: int, starts: list[int]) -> Estimate:
     problem, solver, batches = instance.problem, instance.solver, instance.batches
-    steps, embedding = solver.max_steps, instance.embedding()
-    gradient, replay = instance.gradient(embedding), Replay(_tree.tensors(instance.outer)[0].device)
+    device, steps = _tree.tensors(instance.outer)[0].device, solver.max_steps
+    before_start, replay = Replay(device), Replay(device)
+    before_start.record()
+    y0 = instance.start()
+    embedding = instance.embedding()
+    gradient = instance.gradient(embedding)
     snapshots, kept = list[tuple[Tree, Any]](), list[tuple[Tree, Any]]()
 
     def visit(step: int, y: Tree, s: Any) -> None:
@@ -167,7 +174,8 @@ def _through_iterates(instance: Instance, first: int, starts: list[int]) -> Esti
         elif step in starts:
             snapshots.append((y, s))
 
-    found = instance.solve(visit=visit, gradient=gradient)
+    found = instance.solve(y0, visit=visit, gradient=gradient)
+    del y0
     with _spans.span(_spans.HYPERGRADIENT):
         outer_loss, gradient_y, total = oracles.outer_gradient(problem, found.inner, instance.outer, batches.outer)
         inner_loss = instance.inner_loss(found.inner, steps)
@@ -194,6 +202,7 @@ def _through_iterates(instance: Instance, first: int, starts: list[int]) -> Esti
             total = _tree.accumulate(total, embedding(0).pull(pending))
         if to_start:
             count = len(_tree.tensors(found.inner))
+            before_start.seek(0)
             total = _tree.accumulate(total, oracles.start_vjp(problem, instance.outer, batches.inner_at(0), cotangents[:count]))
         replay.end()
     code = health(found.inner, found.first_loss, found.last_loss, comparable=not isinstance(batches.inner, PerStep))

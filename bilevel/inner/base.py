@@ -58,13 +58,18 @@ def move(optimizer: Optimizer, gradient: Leaves, state: Any, inner: Tree, outer:
     """
     with torch.no_grad():
         moved, state = optimizer.step(_tree.like(inner, gradient), state, inner, outer)
+    check_step(optimizer, inner, moved)
+    return moved, state
+
+
+def check_step(optimizer: Optimizer, inner: Tree, moved: Tree) -> None:
+    """Raise ValueError if an optimizer step changed a shape or dtype."""
     for before, after in zip(_tree.tensors(inner), _tree.tensors(moved), strict=True):
         if before.shape != after.shape or before.dtype != after.dtype:
             raise ValueError(
                 f"an inner step changed a tensor of shape {tuple(before.shape)} and dtype {before.dtype} into {tuple(after.shape)} and {after.dtype}. "
                 f"A hyper-parameter of {type(optimizer).__name__} has a shape that broadcasts against y; give a 0-dim tensor or a tree like inner"
             )
-    return moved, state
 
 
 def health(inner: Tree, first_loss: Tensor | None, last_loss: Tensor | None, *, comparable: bool = True) -> Tensor:

@@ -49,7 +49,7 @@ class Converge(InnerSolver):
 
     def __post_init__(self) -> None:
         check_optimizer("Converge", self.optimizer)
-        if not self.tol > 0:
+        if not isinstance(self.tol, (int, float)) or not self.tol > 0:
             raise ValueError(f"Converge was given tol={self.tol!r}; a positive number was needed")
         if not isinstance(self.max_steps, int) or self.max_steps < 1:
             raise ValueError(f"Converge was given max_steps={self.max_steps!r}; an integer of at least 1 was needed")

@@ -6,6 +6,7 @@ torch.func.vmap maps over them. `tasks` makes every dot product one number a tas
 
 import abc
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class LinearSolver(Strategy):
 
     damping: float
     tol: float
+    worse_than_zero: ClassVar[Status] = Status.MAX_STEPS
+    """What it means when the residual is larger than that of v = 0."""
 
     @abc.abstractmethod
     def iterate(self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None) -> LinearSolution:
@@ -52,10 +55,13 @@ class LinearSolver(Strategy):
         residual = _tree.axpy(-1.0, _tree.axpy(self.damping, found.value, image) if self.damping else image, b)
         scale = _tree.norm(b, tasks)
         relative = _tree.norm(residual, tasks) / torch.where(scale > 0, scale, 1.0)
-        # NaN compares false, so it counts as unmet; a rounding floor keeps tolerances below precision from failing.
-        floor = 100 * torch.finfo(relative.dtype).eps
-        unmet = code_if(~(relative <= max(self.tol * 10, floor)), Status.MAX_STEPS)
-        return LinearSolution(found.value, relative, found.steps, worst(found.code, unmet))
+        # The recursion's residual drifts from the true one, hence the factor of ten; no solver gets below rounding.
+        allowed = max(min(self.tol * 10, 1.0), 100 * torch.finfo(b[0].dtype).eps)
+        unmet = code_if(~(relative <= allowed), Status.MAX_STEPS)
+        worse = code_if(relative > 1.001, self.worse_than_zero)
+        # A failure of the solver explains a non-finite answer better than NONFINITE does.
+        broken = torch.where(torch.as_tensor(found.code, device=unmet.device) == 0, code_if(~torch.isfinite(relative), Status.NONFINITE), 0)
+        return LinearSolution(found.value, relative, found.steps, worst(found.code, unmet, worse, broken))
 
 
 def damped(product: Product, damping: float) -> Product:
@@ -71,8 +77,14 @@ def settled(live: Tensor) -> bool:
 
 def check_number(owner: str, name: str, value: object, low: float) -> None:
     """Raise ValueError unless `value` is a number of at least `low`."""
-    if not isinstance(value, (int, float)) or not value >= low:
+    if not isinstance(value, (int, float)) or not low <= value < float("inf"):
         raise ValueError(f"{owner} was given {name}={value!r}; a number of at least {low} was needed")
+
+
+def check_positive(owner: str, name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a positive finite number."""
+    if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ValueError(f"{owner} was given {name}={value!r}; a positive number was needed")
 
 
 def check_steps(owner: str, name: str, value: object) -> None:

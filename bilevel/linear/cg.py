@@ -53,11 +53,17 @@ class CG(LinearSolver):
 
     def iterate(self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None) -> LinearSolution:
         apply = damped(product, self.damping)
-        v = tuple(torch.zeros_like(leaf) for leaf in b) if start is None else start
-        r = b if start is None else _tree.axpy(-1.0, apply(start), b)
+        # Solved for b / max|b|, so that squares neither overflow nor vanish in float32.
+        scale = _tree.largest(b, tasks)
+        scale = torch.where(scale > 0, scale, 1.0)
+        b = _tree.scaled(1 / scale, b)
+        v = tuple(torch.zeros_like(leaf) for leaf in b) if start is None else _tree.scaled(1 / scale, start)
+        r = b if start is None else _tree.axpy(-1.0, apply(v), b)
         p, rr = r, _tree.dot(r, r, tasks)
         bb = _tree.dot(b, b, tasks)
-        enough = bb * self.tol**2
+        del b
+        # Past rounding the recursion follows noise and reports curvature that is not there.
+        enough = bb * max(self.tol, 10 * torch.finfo(p[0].dtype).eps) ** 2
         live, negative, steps = rr > enough, torch.zeros_like(rr, dtype=torch.bool), torch.zeros_like(rr, dtype=torch.long)
         for step in range(self.max_steps):
             if settled(live):
@@ -77,5 +83,6 @@ class CG(LinearSolver):
             rr = rr_new
             live = live & (rr > enough)
         residual = (rr / torch.where(bb > 0, bb, 1.0)).sqrt()
+        v = _tree.scaled(scale, v)
         code = worst(code_if(negative, Status.NEGATIVE_CURVATURE), code_if(live, Status.MAX_STEPS))
         return LinearSolution(v, residual, steps.max(), code)

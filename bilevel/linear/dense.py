@@ -52,9 +52,13 @@ class Dense(LinearSolver):
         identity = torch.eye(rhs.shape[1], dtype=rhs.dtype, device=rhs.device)
         columns = [join(product(split(row.expand(count, -1)))) for row in identity]
         matrix = torch.stack(columns, dim=2) + self.damping * identity
-        solution, info = torch.linalg.solve_ex(matrix, rhs.unsqueeze(2))
+        factors, pivots, info = torch.linalg.lu_factor_ex(matrix)
+        solution = torch.linalg.lu_solve(factors, pivots, rhs.unsqueeze(2))
         image = (matrix @ solution).squeeze(2)
+        # Rounding turns the zero pivot of a singular matrix into a tiny one, behind which the answer is arbitrary.
+        sizes_of_pivots = factors.diagonal(dim1=-2, dim2=-1).abs()
+        singular = sizes_of_pivots.amin(1) <= sizes_of_pivots.amax(1) * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
         scale = rhs.norm(dim=1)
         residual = (rhs - image).norm(dim=1) / torch.where(scale > 0, scale, 1.0)
-        broken = (info != 0) | ~torch.isfinite(residual)
+        broken = (info != 0) | singular | ~torch.isfinite(residual)
         return LinearSolution(split(solution.squeeze(2)), residual if tasks else residual[0], rhs.shape[1], code_if(broken, Status.BREAKDOWN))

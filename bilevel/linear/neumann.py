@@ -13,12 +13,13 @@ returned as if it were fine (TorchOpt's default is 1,100 times too large on a we
 """
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 
 from bilevel import _tree
 from bilevel._tree import Leaves
-from bilevel.linear.base import LinearSolver, Product, check_number, check_steps, damped
+from bilevel.linear.base import LinearSolver, Product, check_number, check_positive, check_steps, damped
 from bilevel.outcome import LinearSolution, Status, code_if
 
 
@@ -42,6 +43,8 @@ class Neumann(LinearSolver):
         tensor([0.3750])
     """
 
+    worse_than_zero: ClassVar[Status] = Status.NOT_CONTRACTIVE
+
     steps: int = 10
     step_size: float = 0.1
     tol: float = 1.0
@@ -51,19 +54,17 @@ class Neumann(LinearSolver):
         check_steps("Neumann", "steps", self.steps)
         check_number("Neumann", "tol", self.tol, 0.0)
         check_number("Neumann", "damping", self.damping, 0.0)
-        if not self.step_size > 0:
-            raise ValueError(f"Neumann was given step_size={self.step_size!r}; a positive number was needed")
+        check_positive("Neumann", "step_size", self.step_size)
 
     def iterate(self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None) -> LinearSolution:
         apply = damped(product, self.damping)
         v = tuple(self.step_size * leaf for leaf in b) if start is None else start
-        bb = _tree.dot(b, b, tasks)
-        first = rr = bb
-        for step in range(self.steps):
+        size = _tree.norm(b, tasks)
+        residual = size
+        for _ in range(self.steps):
             r = _tree.axpy(-1.0, apply(v), b)
-            rr = _tree.dot(r, r, tasks)
-            first = rr if step == 0 else first
+            residual = _tree.norm(r, tasks)
             v = _tree.axpy(self.step_size, r, v)
-        scale = torch.where(bb > 0, bb, 1.0)
-        grew = ~(rr <= torch.maximum(first, bb) * (1 + 1e-3))
-        return LinearSolution(v, (rr / scale).sqrt(), self.steps, code_if(grew, Status.NOT_CONTRACTIVE))
+        # A start from an earlier solution may begin above |b|; growing past it as well is divergence.
+        grew = ~(residual <= size * 1.001) if start is None else ~torch.isfinite(residual)
+        return LinearSolution(v, residual / torch.where(size > 0, size, 1.0), self.steps, code_if(grew, Status.NOT_CONTRACTIVE))

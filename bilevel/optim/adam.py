@@ -34,7 +34,9 @@ def _adam_step(betas: tuple[Any, Any], eps: Any, lr: Any, grad: list[Tensor], st
     correction1, correction2 = 1 - beta1**count, (1 - beta2**count) ** 0.5
     moved = []
     for y, m, v, rate in zip(_tree.tensors(inner), first, second, spread(lr, inner), strict=True):
-        root = v.clamp_min(torch.finfo(v.dtype).tiny).sqrt()
+        # float16 ends at 6e-8, below its smallest normal number, and a second moment is often there.
+        floor = 6e-8 if v.dtype == torch.float16 else torch.finfo(v.dtype).tiny
+        root = v.clamp_min(floor).sqrt()
         moved.append(minus(y, rate / correction1, m / (root / correction2 + eps)))
     return moved, {"step": count, "first": first, "second": second}
 

@@ -46,10 +46,11 @@ def spread(value: Any, inner: Tree) -> list[Any]:
     count = len(_tree.tensors(inner))
     if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0):
         return [value] * count
-    values = _tree.flatten(value)[0]
-    if len(values) != count:
+    values = _tree.aligned(value, inner)
+    if values is None:
         raise ValueError(
-            f"a hyper-parameter has {len(values)} leaves where the inner variable has {count}; a 0-dim tensor or a tree like inner was needed"
+            f"a hyper-parameter is a {type(value).__name__} whose structure is not that of the inner variable; a number, a 0-dim tensor or a tree like inner "
+            f"was needed"
         )
     return values
 

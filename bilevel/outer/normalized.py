@@ -37,6 +37,8 @@ class NormalizedSGD(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.0, eps: float = 1e-12) -> None:
         check("NormalizedSGD", lr, momentum)
+        if not eps >= 0:
+            raise ValueError(f"NormalizedSGD was given eps={eps!r}; a number of at least 0 was needed")
         super().__init__(params, {"lr": lr, "momentum": momentum, "eps": eps})
 
     @torch.no_grad()
@@ -51,6 +53,7 @@ class NormalizedSGD(torch.optim.Optimizer):
             if not params:
                 continue
             norm = norm_of(averages)
+            # 0-dim float64 does not promote what it multiplies.
             scale = torch.where(norm > group["eps"], group["lr"] / norm, 0.0)
             for x, m in zip(params, averages, strict=True):
                 x.sub_(m * scale)

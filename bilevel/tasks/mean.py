@@ -61,7 +61,7 @@ class TaskMean(Estimator):
             raise ValueError(f"TaskMean was given chunk={self.chunk!r}; None or an integer of at least 1 was needed")
 
     def estimate(self, instance: Instance, state: Any) -> Estimate:
-        tasks = _count(instance)
+        tasks = _count(instance, state)
         size = tasks if self.chunk is None else min(self.chunk, tasks)
         total: PartialLeaves = (None,) * len(_tree.tensors(instance.outer))
         parts: list[Estimate] = []
@@ -81,14 +81,20 @@ class TaskMean(Estimator):
         )
 
 
-def _count(instance: Instance) -> int:
-    """T, from the leading dimensions of the batches and of inner, which must agree."""
+def _count(instance: Instance, state: Any) -> int:
+    """T, from the leading dimensions of the batches, inner and state, which must agree."""
     inner_batches = instance.batches.inner
     first = inner_batches[0] if isinstance(inner_batches, PerStep) else inner_batches
     found = {
         name: sorted({leaf.shape[0] if leaf.dim() else 0 for leaf in _tree.tensors(tree)})
-        for name, tree in (("Batches.inner", first), ("Batches.outer", instance.batches.outer), ("inner", instance.inner))
-        if tree is not None
+        for name, tree in (
+            ("Batches.inner", first),
+            ("Batches.outer", instance.batches.outer),
+            ("Batches.curvature", instance.batches.curvature),
+            ("inner", instance.inner),
+            ("state", state),
+        )
+        if _tree.tensors(tree)
     }
     sizes = {size for group in found.values() for size in group}
     if len(sizes) != 1 or 0 in sizes:
@@ -113,7 +119,11 @@ class _TaskSteps(PerStep):
         self._steps, self._rows, self._single = steps, rows, single
 
     def __getitem__(self, step: int) -> Any:
-        return _rows(self._steps[step], self._rows, single=self._single)
+        batch = self._steps[step]
+        for leaf in _tree.tensors(batch):
+            if leaf.dim() == 0 or leaf.shape[0] < self._rows.stop:
+                raise ValueError(f"batch {step} of PerStep has a tensor of shape {tuple(leaf.shape)}; a leading task dimension like that of batch 0 was needed")
+        return _rows(batch, self._rows, single=self._single)
 
     def __len__(self) -> int:
         return len(self._steps)

@@ -15,7 +15,7 @@ EXACT = {  # the gradient of the K-step program
 AT_SOLUTION = {  # estimates of the hypergradient at the inner solution
     "implicit cg": bl.Implicit(bl.CG(max_steps=60, tol=1e-13)),
     "implicit dense": bl.Implicit(bl.Dense()),
-    "implicit neumann": bl.Implicit(bl.Neumann(steps=400, step_size=0.3)),
+    "implicit neumann": bl.Implicit(bl.Neumann(steps=400, step_size=0.8)),
     "memory reduced": bl.MemoryReduced(steps=60, tol=1e-13),
     "corrected": bl.FirstOrderCorrected(),
 }
@@ -34,7 +34,7 @@ def weighted_net(dtype=D, device="cpu"):
     """Data weights and a learned decay on a two-layer net; x enters the inner loss, y_0 is given."""
     g = torch.Generator().manual_seed(0)
     X, Y = torch.randn(24, 5, generator=g, dtype=D), torch.randint(0, 3, (24,), generator=g)
-    outer = {"weights": 0.1 * torch.randn(24, generator=g, dtype=D), "decay": torch.tensor(-2.0, dtype=D), "log_lr": torch.tensor(-1.5, dtype=D)}
+    outer = {"weights": 0.1 * torch.randn(24, generator=g, dtype=D), "decay": torch.tensor(-3.0, dtype=D), "log_lr": torch.tensor(-1.5, dtype=D)}
     inner = {"a": 0.5 * torch.randn(5, 4, generator=g, dtype=D), "b": 0.5 * torch.randn(4, 3, generator=g, dtype=D)}
 
     def logits(y, inputs):

@@ -9,6 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import bilevel as bl
+from bilevel.estimators.first_order_corrected import default_nu
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])]
 
@@ -99,7 +100,7 @@ def test_truncation_is_the_same_for_every_way_of_keeping_the_trajectory(last, op
 @functools.cache
 def long_unroll(problem):
     p, outer, inner, batches = catalogue.PROBLEMS[problem]()
-    solver = bl.Descent(bl.SGD(0.5), 1200)
+    solver = bl.Descent(bl.SGD(1.0), 2000)
     return flat(quietly(lambda: bl.hypergradient(p, outer, inner, batches, solver=solver, estimator=bl.Unrolled("segments"))).grad)
 
 
@@ -108,7 +109,7 @@ def long_unroll(problem):
 def test_estimators_at_the_solution_agree_with_a_long_unroll(problem, estimator):
     p, outer, inner, batches = catalogue.PROBLEMS[problem]()
     long = long_unroll(problem)
-    solver = bl.Converge(bl.SGD(0.5), tol=1e-12, max_steps=5000)
+    solver = bl.Converge(bl.SGD(1.0), tol=1e-12, max_steps=5000)
     found = quietly(lambda: bl.hypergradient(p, outer, inner, batches, solver=solver, estimator=catalogue.AT_SOLUTION[estimator]))
     assert found.status is bl.Status.OK
     # the finite difference keeps its own nu^2 and rounding; the others are exact here
@@ -187,3 +188,25 @@ def test_same_seed_same_answer(estimator):
         for _ in range(2)
     ]
     assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize(("dtype", "scheme", "bound"), [
+    (torch.float64, "symmetric", 2e-9),
+    (torch.float64, "forward", 5e-7),
+    (torch.float32, "symmetric", 1e-3),
+    (torch.float32, "forward", 5e-3),
+])
+def test_the_default_perturbation_balances_truncation_and_rounding(dtype, scheme, bound):
+    """A tenth and ten times the default are no better than a factor of ten or so; the bound is what the default reaches here."""
+    p, outer, _, batches = catalogue.meta_start()
+    exact = flat(bl.hypergradient(p, outer, None, batches, solver=bl.Descent(bl.SGD(0.5), 150), estimator=bl.Unrolled("segments")).grad)
+    p, outer, _, batches = catalogue.meta_start(dtype)
+
+    def error(nu):
+        estimator = bl.FirstOrderCorrected(nu, scheme)
+        found = bl.hypergradient(p, outer, None, batches, solver=bl.Descent(bl.SGD(0.5), 150), estimator=estimator)
+        assert found.stats["nu"] == (nu or default_nu(dtype, scheme))
+        return ((flat(found.grad).double() - exact).norm() / exact.norm()).item()
+
+    assert error(None) < bound
+    assert error(None) < 15 * min(error(default_nu(dtype, scheme) * factor) for factor in (0.1, 10.0))

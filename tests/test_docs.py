@@ -1,0 +1,105 @@
+"""The documentation runs: every Python block of every page, in order, with the output it shows; and every example script.
+
+A ```python block is executed in its page's namespace. A ```text block right after it is what it prints ("..." stands for anything).
+"""
+
+import contextlib
+import doctest
+import io
+import itertools
+import pathlib
+import re
+import runpy
+import sys
+
+import pytest
+from bilevel_profiling import case_file
+
+import bilevel as bl
+import bilevel_profiling
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if "_build" not in path.parts]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page):
+    """(line number, code, the output shown after it or None) of each Python block."""
+    text = page.read_text(encoding="utf-8")
+    found = list(BLOCK.finditer(text))
+    for block, after in itertools.zip_longest(found, found[1:]):
+        if block[1] == "python":
+            shown = after[2] if after and after[1] == "text" and not text[block.end() : after.start()].strip() else None
+            yield text[: block.start()].count("\n") + 1, block[2], shown
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if list(blocks(page))], ids=name)
+def test_a_page_runs_and_prints_what_it_shows(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path / "cache"))
+    namespace = {"__name__": "page"}
+    for line, code, shown in blocks(page):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            # As many newlines as come before it, so that a traceback has the page's line numbers.
+            exec(compile("\n" * line + code, str(page), "exec"), namespace)
+        if shown is not None:
+            same = doctest.OutputChecker().check_output(shown, printed.getvalue(), doctest.ELLIPSIS)
+            assert same, f"{name(page)}, line {line} prints\n{printed.getvalue()}and shows\n{shown}"
+
+
+def test_every_public_name_is_in_the_api_page():
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    ours = [key for key, value in vars(bl).items() if not key.startswith("_") and getattr(value, "__module__", "").startswith("bilevel.")]
+    theirs = bilevel_profiling.__all__
+    wanted = [f"bilevel.{key}" for key in ours] + [f"bilevel_profiling.{key}" for key in theirs]
+    assert [key for key in wanted if not re.search(rf":: {re.escape(key)}$", text, re.MULTILINE)] == []
+
+
+def test_every_page_is_in_the_table_of_contents():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    pages = [path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in PAGES if path.parent.name != ROOT.name and path != ROOT / "README.md"]
+    assert [page for page in pages if page != "index" and not re.search(rf"^{page}$", index, re.MULTILINE)] == []
+
+
+def test_every_status_is_explained():
+    text = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    for status in bl.Status:
+        assert f"| `{status.name}` | {'yes' if status.failed else 'no'} |" in text
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=name)
+def test_an_example_runs(script, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BILEVEL_EXAMPLE_SMALL", "1")
+    monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out.strip() or script.name == "my_cases.py"
+
+
+def test_the_example_case_file_is_usable(monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setenv("BILEVEL_EXAMPLE_SMALL", "1")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    definition = case_file.load(str(ROOT / "examples" / "my_cases.py"))
+    solver = bl.Descent(definition.optimizer, definition.inner_steps[0])
+    estimator = definition.estimators["implicit CG"]
+    record = bilevel_profiling.measure(
+        bilevel_profiling.Case(definition.setup, solver=solver, estimator=estimator, solution=definition.solution), repeats=1
+    )
+    assert not bl.Status[record.status].failed
+    assert record.solution_relative_error is not None
+    assert set(definition.evaluate(definition.setup("cpu")[1], "cpu")) == {"test_loss", "test_accuracy"}
+
+
+def test_the_citation_names_this_version():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version: {bl.__version__}\n" in citation
