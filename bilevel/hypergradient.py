@@ -117,14 +117,19 @@ def set_grad(outer: Tree, grad: Tree) -> None:
             f"set_grad was given outer tensors of shapes {[tuple(leaf.shape) for leaf in xs]} and gradients of shapes "
             f"{[tuple(leaf.shape) for leaf in _tree.tensors(grad)]}; the same tree was needed, such as set_grad(outer, hg.grad)"
         )
-    for name, x in zip(_tree.names(outer), xs, strict=True):
-        if not (x.is_leaf and x.requires_grad):
-            raise ValueError(f"outer {name} is no leaf that requires grad, so no optimizer can hold it; make it with torch.tensor(..., requires_grad=True)")
+    check_movable(outer)
     for x in xs:
         x.grad = None
     for x, g in zip(xs, gs, strict=True):
         g = g.detach().to(dtype=x.dtype, device=x.device)
         x.grad = g.clone(memory_format=torch.contiguous_format) if x.grad is None else x.grad + g
+
+
+def check_movable(outer: Tree) -> None:
+    """Raise ValueError unless every outer tensor is a leaf that requires grad, which is what an optimizer can move."""
+    for name, x in zip(_tree.names(outer), _tree.tensors(outer), strict=True):
+        if not (x.is_leaf and x.requires_grad):
+            raise ValueError(f"outer {name} is no leaf that requires grad, so no optimizer can hold it; make it with torch.tensor(..., requires_grad=True)")
 
 
 def _most_telling(code: Tensor | int, nonfinite: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel import _spans, _tree
 from bilevel._tree import Tree
 from bilevel.estimators.base import Estimator
-from bilevel.hypergradient import hypergradient, set_grad
+from bilevel.hypergradient import check_movable, hypergradient, set_grad
 from bilevel.inner.base import InnerSolver
 from bilevel.outcome import BilevelError, Hypergradient, Status
 from bilevel.problem import Batches, Problem
@@ -90,6 +90,7 @@ def iterate(
             f"iterate() was given a {type(optimizer).__name__} as optimizer; a torch.optim optimizer over outer was needed, such as "
             f"torch.optim.Adam(outer.values(), lr=0.01) (bilevel.SGD and its kin are for the inner variable)"
         )
+    check_movable(outer)
     held = {id(x) for group in optimizer.param_groups for x in group["params"]}
     if not any(id(x) in held for x in _tree.tensors(outer)):
         raise ValueError("iterate() was given an optimizer that holds none of the tensors of outer, so outer would never move; make it over outer.values()")

@@ -48,12 +48,12 @@ class Status(enum.Enum):
         "damping or a proximal term, or use Unrolled or FirstOrderCorrected, which do not need a definite Hessian."
     )
     BREAKDOWN = "The linear system is singular to working precision. Add damping, or a regulariser to the inner loss."
-    DIVERGED = (
-        "The inner loop diverged: the inner variable is not finite. Lower the step size of the inner optimizer, clip, or take fewer steps."
-    )
     NONFINITE = (
         "The hypergradient or a loss is not finite although the inner variable is. Look at the losses first (log of 0, division by 0, "
         "overflow in reduced precision); a hypergradient through many steps also overflows when the inner loop is chaotic."
+    )
+    DIVERGED = (
+        "The inner loop diverged: the inner variable is not finite. Lower the step size of the inner optimizer, clip, or take fewer steps."
     )
 
     @property

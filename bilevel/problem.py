@@ -88,16 +88,16 @@ class Problem:
 
     def _evaluate(self, name: str, inner: Tree, outer: Tree, batch: Any) -> Tensor:
         function: Loss = getattr(self, name)
-        watched = {"inner": _tree.tensors(inner), "outer": _tree.tensors(outer), "batch": _tree.tensors(batch)}
-        versions = {role: [leaf._version for leaf in leaves] for role, leaves in watched.items()}
+        watched = {"inner variable": _tree.tensors(inner), "outer variable": _tree.tensors(outer), "batch": _tree.tensors(batch)}
+        versions = [[leaf._version for leaf in leaves] for leaves in watched.values()]
         try:
             loss = function(inner, outer, batch) if self.tasks is None else over_tasks(function, 0, None, 0)(inner, outer, batch)
         except RuntimeError as error:
             if "in-place operation" in str(error):
-                raise ValueError(_in_place_message(name, "inner or outer")) from error
+                raise ValueError(_in_place_message(name, _mutated(function, inner, outer, batch))) from error
             raise
-        for role, leaves in watched.items():
-            if versions[role] != [leaf._version for leaf in leaves]:
+        for role, leaves, before in zip(watched, watched.values(), versions, strict=True):
+            if before != [leaf._version for leaf in leaves]:
                 raise ValueError(_in_place_message(name, role))
         if not isinstance(loss, Tensor):
             raise TypeError(
@@ -114,9 +114,18 @@ class Problem:
         return loss if self.tasks is None else loss.sum()
 
 
+def _mutated(function: Loss, inner: Tree, outer: Tree, batch: Any) -> str:
+    """Which argument a loss changes in place, found on copies after autograd refused the change."""
+    roles = {"inner variable": inner, "outer variable": outer, "batch": batch}
+    copies = [_tree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree) for tree in roles.values()]
+    with torch.no_grad():
+        function(*copies)
+    return next((role for role, copy in zip(roles, copies, strict=True) if any(leaf._version for leaf in _tree.tensors(copy))), "inner variable")
+
+
 def _in_place_message(name: str, role: str) -> str:
     return (
-        f"{name} changed its argument {role} in place. It must leave its arguments as they are: write y = y + d instead of y += d or "
+        f"{name} changed the {role} in place. It must leave its arguments as they are: write y = y + d instead of y += d or "
         f"y.add_(d), and clone a tensor before assigning into it."
     )
 

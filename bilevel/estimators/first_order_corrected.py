@@ -28,7 +28,6 @@ from bilevel._tree import Leaves, PartialLeaves, Tree
 from bilevel.estimators.base import AT_SOLUTION, UNROLL_OR_PROXIMAL, Estimate, Estimator, Instance, refuse_blind
 from bilevel.inner.base import Gradient, health
 from bilevel.inner.descent import Descent
-from bilevel.linear.base import check_positive
 from bilevel.outcome import Solution, worst
 from bilevel.problem import PerStep
 
@@ -44,7 +43,7 @@ class FirstOrderCorrected(Estimator):
             error of order eps / nu, truncation one of order nu^2 (nu for "forward").
         scheme: "symmetric" or "forward".
 
-    The adapted `hg.inner` is y_0 for "forward" and (y_nu + y_-nu) / 2, within O(nu^2) of it, for "symmetric"; the losses likewise.
+    The adapted `hg.inner` is y_0 for "forward" and (y_nu + y_-nu) / 2, within O(nu^2) of it, for "symmetric"; the losses are those at `hg.inner`.
 
     Memory: independent of K; linear in T.
 
@@ -64,8 +63,10 @@ class FirstOrderCorrected(Estimator):
     scheme: str = "symmetric"
 
     def __post_init__(self) -> None:
-        if self.nu is not None:
-            check_positive("FirstOrderCorrected", "nu", self.nu)
+        if self.nu is not None and (
+            not isinstance(self.nu, (int, float)) or not 0 < self.nu < float("inf")
+        ):
+            raise ValueError(f"FirstOrderCorrected was given nu={self.nu!r}; None or a positive number was needed")
         if self.scheme not in _SCHEMES:
             raise ValueError(f"FirstOrderCorrected was given scheme={self.scheme!r}; one of {', '.join(map(repr, _SCHEMES))} was needed")
 
@@ -89,14 +90,16 @@ class FirstOrderCorrected(Estimator):
             if self.scheme == "symmetric":
                 grad = _tree.accumulate(grad, _combine([(0.5, one.f_x), (0.5, other.f_x)]))
                 inner = _tree.tree_map(lambda a, b: (a + b) / 2, one.found.inner, other.found.inner)
-                losses = ((one.outer_loss + other.outer_loss) / 2, (one.inner_loss + other.inner_loss) / 2)
             else:
-                grad, inner, losses = _tree.accumulate(grad, other.f_x), one.found.inner, (one.outer_loss, one.inner_loss)
+                grad, inner = _tree.accumulate(grad, other.f_x), one.found.inner
+            with torch.no_grad():
+                outer_loss = instance.problem.outer(inner, instance.outer, instance.batches.outer)
+            inner_loss = instance.inner_loss(inner, one.found.steps)
         refuse_blind(self, instance, grad, AT_SOLUTION, UNROLL_OR_PROXIMAL)
         comparable = not isinstance(instance.batches.inner, PerStep)
         codes = [code, *(code for side in (one, other) for code in (side.found.code, health(side.found.inner, side.found.first_loss, side.found.last_loss, comparable=comparable)))]
         stats = {"inner_steps": one.found.steps + other.found.steps, "nu": nu, "inner_residual": one.found.residual}
-        return Estimate(grad, inner, *losses, worst(*codes), stats)
+        return Estimate(grad, inner, outer_loss, inner_loss, worst(*codes), stats)
 
 
 def default_nu(dtype: torch.dtype, scheme: str) -> float:
@@ -116,8 +119,6 @@ class _Side:
     found: Solution
     g_x: PartialLeaves
     f_x: PartialLeaves
-    inner_loss: Tensor
-    outer_loss: Tensor
 
 
 def _side(instance: Instance, nu: float, start: Tree, gradient: Gradient) -> _Side:
@@ -129,15 +130,18 @@ def _side(instance: Instance, nu: float, start: Tree, gradient: Gradient) -> _Si
         if nu == 0:
             return loss, g
         # Two graphs one after the other, not one over both losses: the peak stays that of one gradient.
+        # f draws without moving the stream, so that g's draws are those of a side that needs no f.
+        after_g = Replay(_tree.tensors(x)[0].device)
+        after_g.record()
         f_loss, f, _ = oracles.outer_gradient(problem, y, x, batches.outer, to_outer=False)
+        after_g.seek(0)
         return loss + nu * f_loss, _tree.axpy(nu, f, g)
 
     found = instance.solve(start, gradient=perturbed)
     with _spans.span(_spans.HYPERGRADIENT):
-        inner_loss, g_x = oracles.inner_gradient_in_outer(problem, found.inner, x, batches.at_solution(found.steps))
-        outer_loss, f_x = oracles.outer_gradient_in_outer(problem, found.inner, x, batches.outer)
-        inner_loss = inner_loss if batches.curvature is None else instance.inner_loss(found.inner, found.steps)
-    return _Side(found, g_x, f_x, inner_loss, outer_loss)
+        _, g_x = oracles.inner_gradient_in_outer(problem, found.inner, x, batches.at_solution(found.steps))
+        _, f_x = oracles.outer_gradient_in_outer(problem, found.inner, x, batches.outer)
+    return _Side(found, g_x, f_x)
 
 
 def _combine(terms: list[tuple[float, PartialLeaves]]) -> PartialLeaves:

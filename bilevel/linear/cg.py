@@ -53,9 +53,9 @@ class CG(LinearSolver):
 
     def iterate(self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None) -> LinearSolution:
         apply = damped(product, self.damping)
-        # Solved for b / max|b|, so that squares neither overflow nor vanish in float32.
+        # Solved for b over a power of two near max|b|: squares then neither overflow nor vanish, and scaling rounds nothing.
         scale = _tree.largest(b, tasks)
-        scale = torch.where(scale > 0, scale, 1.0)
+        scale = torch.where((scale > 0) & torch.isfinite(scale), scale / torch.frexp(scale).mantissa, 1.0)
         b = _tree.scaled(1 / scale, b)
         v = tuple(torch.zeros_like(leaf) for leaf in b) if start is None else _tree.scaled(1 / scale, start)
         r = b if start is None else _tree.axpy(-1.0, apply(v), b)

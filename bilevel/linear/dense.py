@@ -60,5 +60,5 @@ class Dense(LinearSolver):
         singular = sizes_of_pivots.amin(1) <= sizes_of_pivots.amax(1) * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
         scale = rhs.norm(dim=1)
         residual = (rhs - image).norm(dim=1) / torch.where(scale > 0, scale, 1.0)
-        broken = (info != 0) | singular | ~torch.isfinite(residual)
+        broken = ((info != 0) | singular | ~torch.isfinite(residual)) & torch.isfinite(scale)
         return LinearSolution(split(solution.squeeze(2)), residual if tasks else residual[0], rhs.shape[1], code_if(broken, Status.BREAKDOWN))

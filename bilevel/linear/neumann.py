@@ -13,7 +13,6 @@ returned as if it were fine (TorchOpt's default is 1,100 times too large on a we
 """
 
 import dataclasses
-from typing import ClassVar
 
 import torch
 
@@ -43,7 +42,7 @@ class Neumann(LinearSolver):
         tensor([0.3750])
     """
 
-    worse_than_zero: ClassVar[Status] = Status.NOT_CONTRACTIVE
+    worse_than_zero = Status.NOT_CONTRACTIVE
 
     steps: int = 10
     step_size: float = 0.1
@@ -67,4 +66,4 @@ class Neumann(LinearSolver):
             v = _tree.axpy(self.step_size, r, v)
         # A start from an earlier solution may begin above |b|; growing past it as well is divergence.
         grew = ~(residual <= size * 1.001) if start is None else ~torch.isfinite(residual)
-        return LinearSolution(v, residual / torch.where(size > 0, size, 1.0), self.steps, code_if(grew, Status.NOT_CONTRACTIVE))
+        return LinearSolution(v, residual / torch.where(size > 0, size, 1.0), self.steps, code_if(grew & torch.isfinite(size), Status.NOT_CONTRACTIVE))

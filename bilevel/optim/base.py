@@ -47,6 +47,11 @@ def spread(value: Any, inner: Tree) -> list[Any]:
     if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0):
         return [value] * count
     values = _tree.aligned(value, inner)
+    if len(_tree.tensors(value)) != count:
+        raise ValueError(
+            f"a hyper-parameter has {len(_tree.tensors(value))} leaves where the inner variable has {count}; a number, a 0-dim tensor or a tree like "
+            f"inner was needed"
+        )
     if values is None:
         raise ValueError(
             f"a hyper-parameter is a {type(value).__name__} whose structure is not that of the inner variable; a number, a 0-dim tensor or a tree like inner "

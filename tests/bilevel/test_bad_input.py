@@ -774,10 +774,18 @@ def test_iterate_does_not_move_on_a_hypergradient_that_must_not_be_used(case):
     """Status.failed means that the result must not be used, so a loop must not use it quietly."""
     problem, estimator = FAILING[case]
     x = vector(0.5, -0.3).requires_grad_()
-    loop = bl.iterate(problem, x, vector(0.1, 0.2), [NOTHING] * 3, solver=DESCENT, estimator=estimator, optimizer=torch.optim.SGD([x], lr=0.1))
+    kwargs = {"solver": DESCENT, "estimator": estimator, "optimizer": torch.optim.SGD([x], lr=0.1)}
     with pytest.raises(bl.BilevelError, match="outer step 0"):
-        list(loop)
+        list(bl.iterate(problem, x, vector(0.1, 0.2), [NOTHING] * 3, tolerate=(), **kwargs))
     assert torch.equal(x.detach(), vector(0.5, -0.3))
+
+
+def test_iterate_steps_through_negative_curvature_with_a_warning():
+    problem, estimator = FAILING["NEGATIVE_CURVATURE"]
+    x = vector(0.5, -0.3).requires_grad_()
+    loop = bl.iterate(problem, x, vector(0.1, 0.2), [NOTHING], solver=DESCENT, estimator=estimator, optimizer=torch.optim.SGD([x], lr=0.1))
+    with pytest.warns(UserWarning, match="stepped through NEGATIVE_CURVATURE"):
+        assert len(list(loop)) == 1
 
 
 def looped(outer: Any, loader: Any, optimizer: Any = None, **kwargs: Any) -> list[bl.Step]:
