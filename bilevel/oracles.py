@@ -181,16 +181,26 @@ def step_vjp(
     ys, xs = _tree.tensors(y), _tree.tensors(x)
     _, gradient = inner_gradient(problem, y, x, embedding.value, create_graph=True)
     with _spans.span(_spans.HVP):
-        roots = [_autodiff.root(leaf) for leaf in gradient]
-        gradient = tuple(leaf.detach() for leaf in gradient)
-        through_gradient, direct, to_outer = _optimizer_vjp(optimizer, gradient, inner, state, outer, cotangents, to_inner=to_inner)
-        del gradient
-        products = _autodiff.grad(roots, [*(ys if to_inner else ()), *xs, *embedding.leaves], through_gradient)
+        roots, rate = [_autodiff.root(leaf) for leaf in gradient], optimizer.plain_rate
+        wanted = [*(ys if to_inner else ()), *xs, *embedding.leaves]
+        direct: list[Tensor | None]
+        if rate is None:
+            gradient = tuple(leaf.detach() for leaf in gradient)
+            weights, direct, to_outer = _optimizer_vjp(optimizer, gradient, inner, state, outer, cotangents, to_inner=to_inner)
+            del gradient
+            products = _autodiff.grad(roots, wanted, weights)
+        else:
+            # U(g, y) = y - rate g: the products of the cotangent itself, scaled after, so that no second P-vector is held meanwhile.
+            del gradient
+            weights, direct, to_outer = tuple(leaf for leaf in cotangents if leaf is not None), list(cotangents), (None,) * len(xs)
+            cotangents.clear()
+            products = tuple(None if leaf is None else leaf * -rate for leaf in _autodiff.grad(roots, wanted, weights))
     count = len(ys) if to_inner else 0
     for i, product in enumerate(products[:count]):
         known = direct[i]
         direct[i] = product if known is None else known if product is None else known + product
-    return direct, _tree.accumulate(to_outer, products[count : count + len(xs)]), products[count + len(xs) :]
+    to_outer = _tree.accumulate(to_outer, products[count : count + len(xs)])
+    return direct if to_inner else [], to_outer, products[count + len(xs) :]
 
 
 def _optimizer_vjp(

@@ -125,31 +125,33 @@ def _through_graph(instance: Instance, first: int) -> Estimate:
     with _spans.span(_spans.INNER):
         batch = batches.inner_at(0)
         y = _attached(instance.start() if problem.init is None or first > 0 else problem.start(x, batch))
-        state, first_loss, last_loss, direction = optimizer.init(y), None, None, None
+        comparable = not isinstance(batches.inner, PerStep)
+        state, first_loss, direction = optimizer.init(y), None, None
         gradient, embedded = instance.gradient(), None
         for step in range(steps):
             if step < first:
-                last_loss, direction = gradient(y, step)
+                loss, direction = gradient(y, step)
                 y, state = move(optimizer, direction, state, _tree.detach(y), instance.outer)
                 y = _attached(y) if step == first - 1 else y
             else:
                 if embedded is None or isinstance(batches.inner, PerStep):
                     embedded = problem.embed(x, batches.inner_at(step))
-                last_loss, direction = oracles.inner_gradient(problem, y, x, embedded, create_graph=True)
+                loss, direction = oracles.inner_gradient(problem, y, x, embedded, create_graph=True)
                 before = y
                 y, state = optimizer.step(_tree.like(y, direction), state, y, x)
                 check_step(optimizer, before, y)
                 del before
-            first_loss = last_loss if first_loss is None else first_loss
+            first_loss = loss if first_loss is None and comparable else first_loss
         # The tape keeps what it needs; the last gradient would be one P more at the peak.
-        del state, embedded, direction
+        del state, embedded, direction, gradient
     with _spans.span(_spans.HYPERGRADIENT):
         with _spans.span(_spans.OUTER_GRADIENT), _spans.span(_spans.HVP, count=steps - first):
             loss = problem.outer(y, x, batches.outer)
             grad = _autodiff.grad([loss], _tree.tensors(x))
         y = _tree.detach(y)
-        code = health(y, first_loss, last_loss, comparable=not isinstance(batches.inner, PerStep))
-        return Estimate(grad, y, loss.detach(), instance.inner_loss(y, steps), code, {"inner_steps": steps})
+        inner_loss = instance.inner_loss(y, steps)
+        code = health(y, first_loss, inner_loss, comparable=comparable)
+        return Estimate(grad, y, loss.detach(), inner_loss, code, {"inner_steps": steps})
 
 
 def _attached(tree: Tree) -> Tree:
@@ -175,10 +177,11 @@ def _through_iterates(instance: Instance, first: int, starts: list[int]) -> Esti
             snapshots.append((y, s))
 
     found = instance.solve(y0, visit=visit, gradient=gradient)
-    del y0
+    comparable = not isinstance(batches.inner, PerStep)
+    y_end, first_loss = found.inner, found.first_loss if comparable else None
+    del y0, found
     with _spans.span(_spans.HYPERGRADIENT):
-        outer_loss, gradient_y, total = oracles.outer_gradient(problem, found.inner, instance.outer, batches.outer)
-        inner_loss = instance.inner_loss(found.inner, steps)
+        outer_loss, gradient_y, total = oracles.outer_gradient(problem, y_end, instance.outer, batches.outer)
         replay.finish()
         cotangents: list[Tensor | None] = list(gradient_y)
         del gradient_y
@@ -201,12 +204,13 @@ def _through_iterates(instance: Instance, first: int, starts: list[int]) -> Esti
         if pending is not None:
             total = _tree.accumulate(total, embedding(0).pull(pending))
         if to_start:
-            count = len(_tree.tensors(found.inner))
+            count = len(_tree.tensors(y_end))
             before_start.seek(0)
             total = _tree.accumulate(total, oracles.start_vjp(problem, instance.outer, batches.inner_at(0), cotangents[:count]))
         replay.end()
-    code = health(found.inner, found.first_loss, found.last_loss, comparable=not isinstance(batches.inner, PerStep))
-    return Estimate(total, found.inner, outer_loss, inner_loss, code, {"inner_steps": steps})
+        inner_loss = instance.inner_loss(y_end, steps)
+    code = health(y_end, first_loss, inner_loss, comparable=comparable)
+    return Estimate(total, y_end, outer_loss, inner_loss, code, {"inner_steps": steps})
 
 
 def _recompute(

@@ -31,6 +31,11 @@ class Optimizer(Strategy):
     def step(self, grad: Tree, state: Any, inner: Tree, outer: Tree) -> tuple[Tree, Any]:
         """One step. Returns the new inner variable and the new state, both new objects."""
 
+    @property
+    def plain_rate(self) -> float | None:
+        """The number c when a step is y - c g and nothing else: its derivative then needs no algebra. None otherwise."""
+        return None
+
     def depends_on_outer(self) -> bool:
         """Whether a hyper-parameter is a function of outer."""
         return any(callable(hyper) for hyper in _tree.flatten(vars(self))[0])

@@ -54,6 +54,10 @@ class SGD(Optimizer):
         if self.nesterov and (off(self.momentum) or not off(self.dampening)):
             raise ValueError("SGD was given nesterov=True, which needs a momentum and no dampening; write SGD(lr, momentum=0.9, nesterov=True)")
 
+    @property
+    def plain_rate(self) -> float | None:
+        return self.lr if isinstance(self.lr, (int, float)) and off(self.momentum) and off(self.weight_decay) else None
+
     def init(self, inner: Tree) -> Any:
         return None
 

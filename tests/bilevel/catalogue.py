@@ -15,11 +15,11 @@ EXACT = {  # the gradient of the K-step program
 AT_SOLUTION = {  # estimates of the hypergradient at the inner solution
     "implicit cg": bl.Implicit(bl.CG(max_steps=60, tol=1e-13)),
     "implicit dense": bl.Implicit(bl.Dense()),
-    "implicit neumann": bl.Implicit(bl.Neumann(steps=400, step_size=0.8)),
+    "implicit neumann": bl.Implicit(bl.Neumann(steps=2500, step_size=0.8)),
     "memory reduced": bl.MemoryReduced(steps=60, tol=1e-13),
     "corrected": bl.FirstOrderCorrected(),
 }
-ESTIMATORS = {**EXACT, **AT_SOLUTION, "corrected forward": bl.FirstOrderCorrected(scheme="forward"), "first order": bl.FirstOrder()}
+ESTIMATORS = {**EXACT, **AT_SOLUTION, "implicit neumann": bl.Implicit(bl.Neumann(steps=30, step_size=0.5)), "corrected forward": bl.FirstOrderCorrected(scheme="forward"), "first order": bl.FirstOrder()}
 OPTIMIZERS = {
     "sgd": bl.SGD(0.3),
     "momentum": bl.SGD(0.1, momentum=0.8),
