@@ -37,9 +37,7 @@ def our_step(p, ours):
 
     leaves = [leaf.detach() for leaf in p.upper]
     if p.name == "P1":
-        problem = bl.Problem(
-            lambda y, x, k: p.inner(p.fwd(y), y, x, k, 0), lambda y, x, _: p.outer(p.fwd(y), 0), init=lambda x, k: x
-        )
+        problem = bl.Problem(lambda y, x, k: p.inner(p.fwd(y), y, x, k, 0), lambda y, x, _: p.outer(p.fwd(y), 0), init=lambda x, k: x)
         inner = None
         if ours == "implicit":
             problem = bl.proximal(problem, 2.0)

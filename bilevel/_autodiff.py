@@ -14,7 +14,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from bilevel._tree import Leaves, PartialLeaves
 from bilevel.outcome import NotTwiceDifferentiableError
 
-
 Root = Tensor | GradientEdge
 """What a backward starts from: a tensor, or the place of one in the graph, which does not keep its numbers alive."""
 
@@ -44,7 +43,7 @@ def grad(
         return tuple(found)
     try:
         gradients = torch.autograd.grad(
-            [output for output, _ in pairs],
+            [output for output, _ in pairs],  # type: ignore[arg-type]  # tensors and edges may be mixed
             [inputs[i] for i in wanted],
             None if weights is None else [weight for _, weight in pairs],
             create_graph=create_graph,

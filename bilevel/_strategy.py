@@ -9,7 +9,7 @@ import inspect
 from typing import Any
 
 
-class Strategy(abc.ABC):
+class Strategy(abc.ABC):  # noqa: B024 (its subclasses declare the abstract methods)
     """Frozen dataclasses derive from this; a subclass of a concrete strategy is refused."""
 
     __slots__ = ()

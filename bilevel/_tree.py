@@ -68,9 +68,7 @@ def detach(tree: Tree) -> Tree:
 
 def attach(tree: Tree) -> Tree:
     """The same storage as fresh graph leaves that require grad; integer tensors and other leaves pass through."""
-    return tree_map(
-        lambda leaf: leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, tree
-    )
+    return tree_map(lambda leaf: leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, tree)
 
 
 def per_task(number: Tensor, leaf: Tensor) -> Tensor:
@@ -79,7 +77,7 @@ def per_task(number: Tensor, leaf: Tensor) -> Tensor:
 
 
 def axpy(alpha: Tensor | float, x: Sequence[Tensor], y: Sequence[Tensor]) -> Leaves:
-    """y + alpha x."""
+    """Y + alpha x."""
     if isinstance(alpha, Tensor):
         return tuple(torch.addcmul(b, per_task(alpha, a).to(a.dtype), a) for a, b in zip(x, y, strict=True))
     return tuple(torch.add(b, a, alpha=alpha) for a, b in zip(x, y, strict=True))
@@ -114,7 +112,7 @@ def largest(x: Sequence[Tensor], tasks: int | None = None) -> Tensor:
 
 
 def scaled(factor: Tensor, x: Sequence[Tensor]) -> Leaves:
-    """factor x, with one factor or one a task."""
+    """Factor x, with one factor or one a task."""
     return tuple(per_task(factor, leaf).to(leaf.dtype) * leaf for leaf in x)
 
 

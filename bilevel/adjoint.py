@@ -26,9 +26,7 @@ class Adjoint:
     inner_loss: Tensor
 
 
-def adjoint(
-    problem: Problem, inner: Tree, outer: Tree, batches: Batches, steps: int, linear: LinearSolver, start: Leaves | None = None
-) -> Adjoint:
+def adjoint(problem: Problem, inner: Tree, outer: Tree, batches: Batches, steps: int, linear: LinearSolver, start: Leaves | None = None) -> Adjoint:
     """Solve the adjoint system at `inner`, found after `steps` inner steps.
 
     Costs 1 outer gradient, 1 inner gradient, the solver's products, and 1 mixed product, which yields H v as well: the true residual is free.

@@ -27,7 +27,7 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
         torch.Size([4, 2])
     """
     _refuse_running_statistics(module)
-    buffers = {name: buffer for name, buffer in module.named_buffers()}
+    buffers = dict(module.named_buffers())
     params = {name: parameter.detach() for name, parameter in module.named_parameters()}
 
     def call(params: dict[str, Tensor], *inputs: Any, **keywords: Any) -> Any:
@@ -39,7 +39,8 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
         changed = [name for name, buffer in buffers.items() if buffer._version != versions[name]]
         if changed:
             raise ValueError(
-                f"the module wrote its buffers {changed} in its forward; an inner loop needs a pure function of the parameters. Switch the layer to a mode "
+                f"the module wrote its buffers {changed} in its forward; an inner loop needs a pure function of the parameters. "
+                "Switch the layer to a mode "
                 f"that does not write (module.eval(), or track_running_stats=False)"
             )
         return output
@@ -51,7 +52,9 @@ def _refuse_running_statistics(module: nn.Module) -> None:
     for name, layer in module.named_modules():
         if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.track_running_stats and layer.training and layer.running_mean is not None:
             raise ValueError(
-                f"{type(layer).__name__} {name or '(the module itself)'} is in training mode with track_running_stats=True: every forward of the inner loop "
-                f"would write its running statistics. Build it with track_running_stats=False (batch statistics, the usual choice in meta-learning), or call "
+                f"{type(layer).__name__} {name or '(the module itself)'} is in training mode with track_running_stats=True: "
+                "every forward of the inner loop "
+                f"would write its running statistics. Build it with track_running_stats=False (batch statistics, the usual "
+                "choice in meta-learning), or call "
                 f"module.eval() first (running statistics, held fixed), or use GroupNorm"
             )

@@ -129,7 +129,9 @@ def check_movable(outer: Tree) -> None:
     """Raise ValueError unless every outer tensor is a leaf that requires grad, which is what an optimizer can move."""
     for name, x in zip(_tree.names(outer), _tree.tensors(outer), strict=True):
         if not (x.is_leaf and x.requires_grad):
-            raise ValueError(f"outer {name} is no leaf that requires grad, so no optimizer can hold it; make it with torch.tensor(..., requires_grad=True)")
+            raise ValueError(
+                f"outer {name} is no leaf that requires grad, so no optimizer can hold it; make it with torch.tensor(..., requires_grad=True)"
+            )
 
 
 def _most_telling(code: Tensor | int, nonfinite: Tensor) -> Tensor:
@@ -167,10 +169,19 @@ def _check_variables(outer: Tree, inner: Tree | None, problem: Problem) -> None:
             raise ValueError(f"{variable} holds no tensors; a pytree of floating tensors was needed, such as dict(model.named_parameters())")
         for name, leaf in zip(_tree.names(tree), leaves, strict=True):
             if not isinstance(leaf, Tensor):
-                hint = "; write dict(model.named_parameters())" if isinstance(leaf, torch.nn.Module) else f"; write torch.tensor({leaf!r})" if isinstance(leaf, (int, float)) else ""
+                hint = (
+                    "; write dict(model.named_parameters())"
+                    if isinstance(leaf, torch.nn.Module)
+                    else f"; write torch.tensor({leaf!r})"
+                    if isinstance(leaf, (int, float))
+                    else ""
+                )
                 raise TypeError(f"{variable} {name} is a {type(leaf).__name__}; a pytree of floating tensors was needed{hint}")
             if not leaf.is_floating_point():
-                raise TypeError(f"{variable} {name} has dtype {leaf.dtype}; only floating tensors can be differentiated. Convert it with .float(), or pass it in the batch")
+                raise TypeError(
+                    f"{variable} {name} has dtype {leaf.dtype}; only floating tensors can be differentiated. Convert it with "
+                    ".float(), or pass it in the batch"
+                )
             seen.setdefault((leaf.device, leaf.dtype), f"{variable} {name}")
     if len(seen) > 1:
         found = "; ".join(f"{where} is {dtype} on {device}" for (device, dtype), where in seen.items())
@@ -180,7 +191,9 @@ def _check_variables(outer: Tree, inner: Tree | None, problem: Problem) -> None:
 def _check_steps(batches: Batches, solver: InnerSolver) -> None:
     if not isinstance(batches.inner, PerStep):
         if hasattr(batches.inner, "__next__"):
-            raise TypeError("Batches.inner is an iterator, which can be read only once. Pass one batch, or PerStep(list(itertools.islice(loader, K)))")
+            raise TypeError(
+                "Batches.inner is an iterator, which can be read only once. Pass one batch, or PerStep(list(itertools.islice(loader, K)))"
+            )
         return
     if not solver.fixed:
         raise ValueError(

@@ -31,7 +31,7 @@ class Step:
 
     @property
     def outer_loss(self) -> Tensor:
-        """f before the step."""
+        """F before the step."""
         return self.hypergradient.outer_loss
 
 
@@ -93,7 +93,9 @@ def iterate(
     check_movable(outer)
     held = {id(x) for group in optimizer.param_groups for x in group["params"]}
     if not any(id(x) in held for x in _tree.tensors(outer)):
-        raise ValueError("iterate() was given an optimizer that holds none of the tensors of outer, so outer would never move; make it over outer.values()")
+        raise ValueError(
+            "iterate() was given an optimizer that holds none of the tensors of outer, so outer would never move; make it over outer.values()"
+        )
     return _steps(problem, outer, inner, loader, solver, estimator, optimizer, carry, state, tolerate)
 
 
@@ -111,7 +113,9 @@ def _steps(
 ) -> Iterator[Step]:
     for index, batches in enumerate(loader):
         if not isinstance(batches, Batches):
-            raise TypeError(f"iterate()'s loader yielded a {type(batches).__name__}; write (bilevel.Batches(inner=a, outer=b) for a, b in zip(train, valid))")
+            raise TypeError(
+                f"iterate()'s loader yielded a {type(batches).__name__}; write (bilevel.Batches(inner=a, outer=b) for a, b in zip(train, valid))"
+            )
         found = hypergradient(problem, outer, inner, batches, solver=solver, estimator=estimator, state=state)
         with _spans.span(_spans.OUTER):
             status = found.status

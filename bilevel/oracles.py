@@ -26,7 +26,7 @@ from bilevel.problem import Problem
 
 
 def inner_gradient(problem: Problem, inner: Tree, outer: Tree, embedded: Any, *, create_graph: bool = False) -> tuple[Tensor, Leaves]:
-    """g and dg/dy, at a batch that went through `problem.embed`.
+    """G and dg/dy, at a batch that went through `problem.embed`.
 
     With `create_graph` the arguments are taken as they come and the gradient keeps its graph; otherwise they are detached first.
 
@@ -46,9 +46,7 @@ def inner_gradient(problem: Problem, inner: Tree, outer: Tree, embedded: Any, *,
         return loss.detach(), _autodiff.filled(gradient, leaves)
 
 
-def outer_gradient(
-    problem: Problem, inner: Tree, outer: Tree, batch: Any, *, to_outer: bool = True
-) -> tuple[Tensor, Leaves, PartialLeaves]:
+def outer_gradient(problem: Problem, inner: Tree, outer: Tree, batch: Any, *, to_outer: bool = True) -> tuple[Tensor, Leaves, PartialLeaves]:
     """f, df/dy and df/dx (None where x does not enter f directly, and without `to_outer`)."""
     with _spans.span(_spans.OUTER_GRADIENT):
         y, x = _tree.attach(inner), _tree.attach(outer) if to_outer else _tree.detach(outer)
@@ -59,7 +57,7 @@ def outer_gradient(
 
 
 def inner_gradient_in_outer(problem: Problem, inner: Tree, outer: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
-    """g and dg/dx at a fixed y (None where x does not enter g)."""
+    """G and dg/dx at a fixed y (None where x does not enter g)."""
     with _spans.span(_spans.INNER_GRADIENT):
         x = _tree.attach(outer)
         loss = problem.inner(_tree.detach(inner), x, batch)
@@ -67,7 +65,7 @@ def inner_gradient_in_outer(problem: Problem, inner: Tree, outer: Tree, batch: A
 
 
 def outer_gradient_in_outer(problem: Problem, inner: Tree, outer: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
-    """f and df/dx at a fixed y (None where x does not enter f directly)."""
+    """F and df/dx at a fixed y (None where x does not enter f directly)."""
     with _spans.span(_spans.OUTER_GRADIENT):
         x = _tree.attach(outer)
         loss = problem.outer(_tree.detach(inner), x, batch)
@@ -171,8 +169,7 @@ def step_vjp(
     the gradient through U, then H w and M w by one double backward. `cotangents` runs over the tensors of y' and of s' (None for zero)
     and is emptied on the way, so that they are freed as soon as they are used.
 
-    Args:
-        to_inner: False leaves out H w, when the step's start is a constant.
+    `to_inner=False` leaves out H w, when the step's start is a constant.
 
     Returns:
         cotangents of the tensors of (y, s) (an empty list without `to_inner`), of x, and of `embedding.leaves`.

@@ -52,9 +52,7 @@ class Status(enum.Enum):
         "The hypergradient or a loss is not finite although the inner variable is. Look at the losses first (log of 0, division by 0, "
         "overflow in reduced precision); a hypergradient through many steps also overflows when the inner loop is chaotic."
     )
-    DIVERGED = (
-        "The inner loop diverged: the inner variable is not finite. Lower the step size of the inner optimizer, clip, or take fewer steps."
-    )
+    DIVERGED = "The inner loop diverged: the inner variable is not finite. Lower the step size of the inner optimizer, clip, or take fewer steps."
 
     @property
     def code(self) -> int:

@@ -55,15 +55,15 @@ class Problem:
                 raise TypeError(f"Problem was given {name}={value!r}; a function was needed")
 
     def inner(self, inner: Tree, outer: Tree, batch: Any) -> Tensor:
-        """g at a batch as it comes from `Batches` (summed over tasks)."""
+        """G at a batch as it comes from `Batches` (summed over tasks)."""
         return self.inner_on(inner, outer, self.embed(outer, batch))
 
     def outer(self, inner: Tree, outer: Tree, batch: Any) -> Tensor:
-        """f at a batch as it comes from `Batches` (summed over tasks)."""
+        """F at a batch as it comes from `Batches` (summed over tasks)."""
         return self._evaluate("outer_loss", inner, outer, self.embed(outer, batch))
 
     def inner_on(self, inner: Tree, outer: Tree, embedded: Any) -> Tensor:
-        """g at the result of `embed`."""
+        """G at the result of `embed`."""
         return self._evaluate("inner_loss", inner, outer, embedded)
 
     def embed(self, outer: Tree, batch: Any) -> Any:
@@ -135,7 +135,7 @@ def over_tasks(function: Callable[..., Any], *dims: int | None) -> Callable[...,
 
     def mapped(*arguments: Any) -> Any:
         in_dims = tuple(
-            _tree.tree_map(lambda leaf: 0 if dim == 0 and isinstance(leaf, Tensor) else None, argument)
+            None if dim is None else _tree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, argument)
             for dim, argument in zip(dims, arguments, strict=True)
         )
         # "different": tasks draw their own dropout masks, as they would one after another.

@@ -14,6 +14,7 @@ import sys
 
 import bilevel_profiling
 import pytest
+import torch
 from bilevel_profiling import case_file
 
 import bilevel as bl
@@ -42,6 +43,7 @@ def name(path):
 def test_a_page_runs_and_prints_what_it_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)  # pages draw random data; what they print does not depend on the draw
     namespace = {"__name__": "page"}
     for line, code, shown in blocks(page):
         printed = io.StringIO()

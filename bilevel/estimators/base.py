@@ -50,7 +50,7 @@ class Instance:
             return dataclasses.replace(found, inner=_tree.detach(found.inner))
 
     def inner_loss(self, inner: Tree, steps: int) -> Tensor:
-        """g at the solution, without a graph."""
+        """G at the solution, without a graph."""
         with torch.no_grad():
             return self.problem.inner(inner, self.outer, self.batches.inner_at(max(steps - 1, 0)))
 

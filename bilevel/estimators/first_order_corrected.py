@@ -63,9 +63,7 @@ class FirstOrderCorrected(Estimator):
     scheme: str = "symmetric"
 
     def __post_init__(self) -> None:
-        if self.nu is not None and (
-            not isinstance(self.nu, (int, float)) or not 0 < self.nu < float("inf")
-        ):
+        if self.nu is not None and (not isinstance(self.nu, (int, float)) or not 0 < self.nu < float("inf")):
             raise ValueError(f"FirstOrderCorrected was given nu={self.nu!r}; None or a positive number was needed")
         if self.scheme not in _SCHEMES:
             raise ValueError(f"FirstOrderCorrected was given scheme={self.scheme!r}; one of {', '.join(map(repr, _SCHEMES))} was needed")
@@ -97,7 +95,14 @@ class FirstOrderCorrected(Estimator):
             inner_loss = instance.inner_loss(inner, one.found.steps)
         refuse_blind(self, instance, grad, AT_SOLUTION, UNROLL_OR_PROXIMAL)
         comparable = not isinstance(instance.batches.inner, PerStep)
-        codes = [code, *(code for side in (one, other) for code in (side.found.code, health(side.found.inner, side.found.first_loss, side.found.last_loss, comparable=comparable)))]
+        codes = [
+            code,
+            *(
+                code
+                for side in (one, other)
+                for code in (side.found.code, health(side.found.inner, side.found.first_loss, side.found.last_loss, comparable=comparable))
+            ),
+        ]
         stats = {"inner_steps": one.found.steps + other.found.steps, "nu": nu, "inner_residual": one.found.residual}
         return Estimate(grad, inner, outer_loss, inner_loss, worst(*codes), stats)
 
@@ -105,8 +110,8 @@ class FirstOrderCorrected(Estimator):
 def default_nu(dtype: torch.dtype, scheme: str) -> float:
     """The perturbation that balances truncation and rounding for losses and gradients of order one.
 
-    Symmetric eps^(1/3) and forward eps^(1/2), rounded up to a power of ten, because noise from an inexact inner solve grows faster below than truncation does above:
-    1e-5 and 1e-7 in float64, 1e-2 and 1e-3 in float32, 0.1 in 16 bits. tests/bilevel/test_conformance.py holds them to the best of a grid.
+    Symmetric eps^(1/3) and forward eps^(1/2), rounded up to a power of ten, because noise from an inexact inner solve grows faster below than
+    truncation does above: 1e-5 and 1e-7 in float64, 1e-2 and 1e-3 in float32, 0.1 in 16 bits. tests/bilevel/test_conformance.py holds them to the best of a grid.
     """
     eps = torch.finfo(dtype).eps
     if scheme == "symmetric":

@@ -50,7 +50,9 @@ class Implicit(Estimator):
 
     def __post_init__(self) -> None:
         if not isinstance(self.linear, LinearSolver):
-            raise TypeError(f"Implicit was given {type(self.linear).__name__}; a linear solver was needed, such as Implicit(bilevel.CG(max_steps=10))")
+            raise TypeError(
+                f"Implicit was given {type(self.linear).__name__}; a linear solver was needed, such as Implicit(bilevel.CG(max_steps=10))"
+            )
 
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         found = instance.solve()

@@ -96,7 +96,9 @@ class MemoryReduced(Estimator):
         start = instance.start()
         for name, tree in state.items():
             if [leaf.shape for leaf in _tree.tensors(tree)] != [leaf.shape for leaf in _tree.tensors(start)]:
-                raise ValueError(f"MemoryReduced was given a state whose {name!r} does not have the shapes of the inner variable; pass state=None to start afresh")
+                raise ValueError(
+                    f"MemoryReduced was given a state whose {name!r} does not have the shapes of the inner variable; pass state=None to start afresh"
+                )
         return (_tree.detach(state["inner"]) if self.warm_inner else None, tuple(_tree.tensors(state["adjoint"])) if self.warm_adjoint else None)
 
 

@@ -112,7 +112,7 @@ def shrinking(count: int) -> list[int]:
         ([4, 3, 2, 1], [5, 4, 3])
     """
     longest = math.ceil((math.sqrt(8 * count + 1) - 1) / 2)
-    lengths = []
+    lengths: list[int] = []
     while count > 0:
         lengths.append(min(longest - len(lengths), count))
         count -= lengths[-1]
@@ -213,9 +213,7 @@ def _through_iterates(instance: Instance, first: int, starts: list[int]) -> Esti
     return Estimate(total, y_end, outer_loss, inner_loss, code, {"inner_steps": steps})
 
 
-def _recompute(
-    instance: Instance, gradient: Gradient, replay: Replay, snapshot: tuple[Tree, Any], begin: int, end: int
-) -> list[tuple[Tree, Any]]:
+def _recompute(instance: Instance, gradient: Gradient, replay: Replay, snapshot: tuple[Tree, Any], begin: int, end: int) -> list[tuple[Tree, Any]]:
     """The iterates of a segment, from its first."""
     kept = [snapshot]
     for step in range(begin, end - 1):

@@ -67,7 +67,8 @@ def check_step(optimizer: Optimizer, inner: Tree, moved: Tree) -> None:
     for before, after in zip(_tree.tensors(inner), _tree.tensors(moved), strict=True):
         if before.shape != after.shape or before.dtype != after.dtype:
             raise ValueError(
-                f"an inner step changed a tensor of shape {tuple(before.shape)} and dtype {before.dtype} into {tuple(after.shape)} and {after.dtype}. "
+                f"an inner step changed a tensor of shape {tuple(before.shape)} and dtype {before.dtype} into "
+                f"{tuple(after.shape)} and {after.dtype}. "
                 f"A hyper-parameter of {type(optimizer).__name__} has a shape that broadcasts against y; give a 0-dim tensor or a tree like inner"
             )
 
@@ -80,10 +81,12 @@ def health(inner: Tree, first_loss: Tensor | None, last_loss: Tensor | None, *, 
     rose = last_loss > first_loss + first_loss.abs()
     return worst(diverged, code_if(rose, Status.INNER_ROSE))
 
+
 def check_optimizer(owner: str, optimizer: object) -> None:
     """Raise TypeError for anything but a differentiable inner optimizer."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"{owner} was given the optimizer {type(optimizer).__name__}; an inner optimizer such as bilevel.SGD(lr=0.1) was needed (torch.optim optimizers "
+            f"{owner} was given the optimizer {type(optimizer).__name__}; an inner optimizer such as bilevel.SGD(lr=0.1) "
+            "was needed (torch.optim optimizers "
             f"work in place and are for the outer variable)"
         )

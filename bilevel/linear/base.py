@@ -65,7 +65,7 @@ class LinearSolver(Strategy):
 
 
 def damped(product: Product, damping: float) -> Product:
-    """v -> A v + damping v."""
+    """V -> A v + damping v."""
     return product if damping == 0 else lambda v: _tree.axpy(damping, v, product(v))
 
 

@@ -59,20 +59,21 @@ def spread(value: Any, inner: Tree) -> list[Any]:
         )
     if values is None:
         raise ValueError(
-            f"a hyper-parameter is a {type(value).__name__} whose structure is not that of the inner variable; a number, a 0-dim tensor or a tree like inner "
+            f"a hyper-parameter is a {type(value).__name__} whose structure is not that of the inner variable; a number, a "
+            "0-dim tensor or a tree like inner "
             f"was needed"
         )
     return values
 
 
 def minus(y: Tensor, rate: Any, d: Tensor) -> Tensor:
-    """y - rate d, without a temporary where the rate is a number."""
+    """Y - rate d, without a temporary where the rate is a number."""
     # add with a negative alpha: the backward of sub negates and scales in two passes, that of add in one.
     return y - rate * d if isinstance(rate, Tensor) else torch.add(y, d, alpha=-rate)
 
 
 def plus(y: Tensor, rate: Any, d: Tensor) -> Tensor:
-    """y + rate d, likewise."""
+    """Y + rate d, likewise."""
     return y + rate * d if isinstance(rate, Tensor) else torch.add(y, d, alpha=rate)
 
 
@@ -87,5 +88,6 @@ def check_hyper(owner: str, name: str, value: Hyper, low: float, high: float = f
         return
     if not isinstance(value, (int, float)) or not low <= value < high:
         raise ValueError(
-            f"{owner} was given {name}={value!r}; a number in [{low}, {high}) or a function of outer was needed, such as {name}=lambda outer: outer['{name}']"
+            f"{owner} was given {name}={value!r}; a number in [{low}, {high}) or a function of outer was needed, such as "
+            f"{name}=lambda outer: outer['{name}']"
         )

@@ -67,10 +67,8 @@ class SGD(Optimizer):
         if not off(decay):
             direction = [plus(g, rate, leaf) for g, rate, leaf in zip(direction, spread(decay, inner), y, strict=True)]
         if not off(momentum):
-            if state is None:
-                buffers = list(direction)
-            else:
-                buffers = [plus(momentum * b, 1 - dampening, d) for b, d in zip(state, direction, strict=True)]
+            past = [None] * len(direction) if state is None else state
+            buffers = [d if b is None else plus(momentum * b, 1 - dampening, d) for b, d in zip(past, direction, strict=True)]
             direction = [plus(d, momentum, b) for d, b in zip(direction, buffers, strict=True)] if self.nesterov else buffers
             state = buffers
         rates = spread(value_of(self.lr, outer), inner)

@@ -122,7 +122,9 @@ class _TaskSteps(PerStep):
         batch = self._steps[step]
         for leaf in _tree.tensors(batch):
             if leaf.dim() == 0 or leaf.shape[0] < self._rows.stop:
-                raise ValueError(f"batch {step} of PerStep has a tensor of shape {tuple(leaf.shape)}; a leading task dimension like that of batch 0 was needed")
+                raise ValueError(
+                    f"batch {step} of PerStep has a tensor of shape {tuple(leaf.shape)}; a leading task dimension like that of batch 0 was needed"
+                )
         return _rows(batch, self._rows, single=self._single)
 
     def __len__(self) -> int:

@@ -19,7 +19,13 @@ AT_SOLUTION = {  # estimates of the hypergradient at the inner solution
     "memory reduced": bl.MemoryReduced(steps=60, tol=1e-13),
     "corrected": bl.FirstOrderCorrected(),
 }
-ESTIMATORS = {**EXACT, **AT_SOLUTION, "implicit neumann": bl.Implicit(bl.Neumann(steps=30, step_size=0.5)), "corrected forward": bl.FirstOrderCorrected(scheme="forward"), "first order": bl.FirstOrder()}
+ESTIMATORS = {
+    **EXACT,
+    **AT_SOLUTION,
+    "implicit neumann": bl.Implicit(bl.Neumann(steps=30, step_size=0.5)),
+    "corrected forward": bl.FirstOrderCorrected(scheme="forward"),
+    "first order": bl.FirstOrder(),
+}
 OPTIMIZERS = {
     "sgd": bl.SGD(0.3),
     "momentum": bl.SGD(0.1, momentum=0.8),

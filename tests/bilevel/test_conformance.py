@@ -55,9 +55,7 @@ def test_exact_estimators_equal_the_written_out_program(problem, optimizer, esti
     p, outer, inner, batches = catalogue.PROBLEMS[problem](device=device)
     optimizer = catalogue.OPTIMIZERS[optimizer]
     expected = reference(p, outer, inner, batches, optimizer, 7)
-    found = quietly(
-        lambda: bl.hypergradient(p, outer, inner, batches, solver=bl.Descent(optimizer, 7), estimator=catalogue.EXACT[estimator])
-    )
+    found = quietly(lambda: bl.hypergradient(p, outer, inner, batches, solver=bl.Descent(optimizer, 7), estimator=catalogue.EXACT[estimator]))
     assert found.status is bl.Status.OK
     torch.testing.assert_close(flat(found.grad), flat(expected), rtol=1e-11, atol=1e-13)
     assert pytree.tree_structure(found.grad) == pytree.tree_structure(outer)
@@ -171,9 +169,7 @@ def test_both_sides_of_the_correction_draw_the_same_random_numbers():
         torch.manual_seed(5)
         return flat(
             quietly(
-                lambda: bl.hypergradient(
-                    noisy, outer, inner, batches, solver=bl.Descent(bl.SGD(0.3), 30), estimator=bl.FirstOrderCorrected(nu)
-                )
+                lambda: bl.hypergradient(noisy, outer, inner, batches, solver=bl.Descent(bl.SGD(0.3), 30), estimator=bl.FirstOrderCorrected(nu))
             ).grad
         )
 
@@ -190,12 +186,15 @@ def test_same_seed_same_answer(estimator):
     assert torch.equal(*answers)
 
 
-@pytest.mark.parametrize(("dtype", "scheme", "bound"), [
-    (torch.float64, "symmetric", 2e-9),
-    (torch.float64, "forward", 5e-7),
-    (torch.float32, "symmetric", 1e-3),
-    (torch.float32, "forward", 5e-3),
-])
+@pytest.mark.parametrize(
+    ("dtype", "scheme", "bound"),
+    [
+        (torch.float64, "symmetric", 2e-9),
+        (torch.float64, "forward", 5e-7),
+        (torch.float32, "symmetric", 1e-3),
+        (torch.float32, "forward", 5e-3),
+    ],
+)
 def test_the_default_perturbation_balances_truncation_and_rounding(dtype, scheme, bound):
     """A tenth and ten times the default are no better than a factor of ten or so; the bound is what the default reaches here."""
     p, outer, _, batches = catalogue.meta_start()

@@ -270,7 +270,5 @@ def test_momentum_and_adam_unrolls_equal_reverse_mode_through_torch_func():
     for optimizer in (bl.SGD(0.1, momentum=0.9, nesterov=True), bl.Adam(0.05), bl.AdamW(0.05, weight_decay=0.1)):
         expected = torch.func.grad(program)(x, optimizer, 15)
         for keep in ("graph", "iterates", "segments"):
-            found = bl.hypergradient(
-                problem, x, torch.zeros(6, dtype=D), NO_DATA, solver=bl.Descent(optimizer, 15), estimator=bl.Unrolled(keep=keep)
-            )
+            found = bl.hypergradient(problem, x, torch.zeros(6, dtype=D), NO_DATA, solver=bl.Descent(optimizer, 15), estimator=bl.Unrolled(keep=keep))
             torch.testing.assert_close(found.grad, expected, rtol=1e-11, atol=1e-13)

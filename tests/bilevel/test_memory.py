@@ -1,6 +1,7 @@
 """Memory as a contract: how the peak of each estimator grows with K, at the size of ../shared/bench P2.
 
-An MLP 784-300-10 (238,510 numbers, P = 0.91 MiB), 5000 data weights, minibatch 500, K = 10, 50, 200. Bytes are counted, not timed, so one run is exact.
+An MLP 784-300-10 (238,510 numbers, P = 0.91 MiB), 5000 data weights, minibatch 500, K = 10, 50, 200. Bytes are counted, not timed: one run is
+exact.
 """
 
 import dataclasses
@@ -151,9 +152,7 @@ def test_tasks_cost_by_the_chunk(chunk):
         batches = bl.Batches(rows, rows)
         gc.collect()
         with Tensors() as meter:
-            found = bl.hypergradient(
-                problem, outer, None, batches, solver=bl.Descent(bl.SGD(0.1), 3), estimator=bl.TaskMean(bl.FirstOrder(), chunk)
-            )
+            found = bl.hypergradient(problem, outer, None, batches, solver=bl.Descent(bl.SGD(0.1), 3), estimator=bl.TaskMean(bl.FirstOrder(), chunk))
         del found
         return meter.peak_bytes - 8 * params_bytes()
 
