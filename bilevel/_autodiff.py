@@ -1,7 +1,7 @@
 """The only caller of torch.autograd: every derivative passes here.
 
 torch.autograd rather than torch.func: it held half the memory of torch.func.grad for the same unroll and was no slower, and double
-backward beat forward-over-reverse in time and memory in every eager configuration measured on CPU (../shared/baseline.md).
+backward beat forward-over-reverse in time and memory in every eager configuration measured on CPU.
 """
 
 import re

@@ -129,7 +129,7 @@ def accumulate(total: PartialLeaves, new: PartialLeaves) -> PartialLeaves:
 
 
 def finite(tree: Tree) -> Tensor:
-    """Whether every number is finite, as a 0-dim tensor (no synchronisation)."""
+    """Whether every number is finite, as a 0-dim tensor (no synchronization)."""
     # The maximum norm lets NaN and inf through, in one pass; isfinite().all() takes five.
     norms = [torch.linalg.vector_norm(leaf, float("inf")) for leaf in tensors(tree) if leaf.is_floating_point() and leaf.numel()]
     return torch.stack(norms).isfinite().all() if norms else torch.tensor(True)

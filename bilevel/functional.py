@@ -17,7 +17,7 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
         is `dict(module.named_parameters())`, detached copies of nothing: the module's own storage, never mutated.
 
     Raises:
-        ValueError: here, when a normalisation layer is in a mode that writes its running statistics; in `call`, when the forward changed a
+        ValueError: here, when a normalization layer is in a mode that writes its running statistics; in `call`, when the forward changed a
             buffer.
 
     Example:

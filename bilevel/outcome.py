@@ -44,10 +44,10 @@ class Status(enum.Enum):
     )
     NEGATIVE_CURVATURE = (
         "Conjugate gradients met a direction of non-positive curvature: the inner Hessian is not positive definite there, so y is not a "
-        "minimiser and the implicit hypergradient is not defined. The solver stopped at its last safe iterate. Take more inner steps, add "
+        "minimizer and the implicit hypergradient is not defined. The solver stopped at its last safe iterate. Take more inner steps, add "
         "damping or a proximal term, or use Unrolled or FirstOrderCorrected, which do not need a definite Hessian."
     )
-    BREAKDOWN = "The linear system is singular to working precision. Add damping, or a regulariser to the inner loss."
+    BREAKDOWN = "The linear system is singular to working precision. Add damping, or a regularizer to the inner loss."
     NONFINITE = (
         "The hypergradient or a loss is not finite although the inner variable is. Look at the losses first (log of 0, division by 0, "
         "overflow in reduced precision); a hypergradient through many steps also overflows when the inner loop is chaotic."

@@ -222,7 +222,7 @@ class Batches:
 def proximal(problem: Problem, strength: float) -> Problem:
     """Add strength/2 |y - init(x)|^2 to the inner loss: the inner problem of iMAML and of 2409.03682.
 
-    It makes an initialisation visible to implicit and corrected estimators, for which the start of the inner loop does not matter.
+    It makes an initialization visible to implicit and corrected estimators, for which the start of the inner loop does not matter.
 
     Args:
         problem: one with `init`.

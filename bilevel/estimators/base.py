@@ -77,7 +77,7 @@ class Estimator(Strategy):
 
 
 AT_SOLUTION = "the inner loss and the outer loss at the inner solution"
-UNROLL_OR_PROXIMAL = "Use Unrolled(), or make the start visible with bilevel.proximal(problem, strength)."
+UNROLL_OR_PROXIMAL = "Use Unrolled(), which sees every path (a start can also be made visible, with bilevel.proximal(problem, strength))."
 
 
 def refuse_blind(estimator: Estimator, instance: Instance, grad: PartialLeaves, sees: str, remedy: str) -> None:

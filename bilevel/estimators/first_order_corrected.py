@@ -1,6 +1,6 @@
 """First order with a correction: a finite difference of the perturbed value function. No second derivative anywhere.
 
-    l_nu(x) = min_y g(y, x) + nu f(y, x),   y_nu its minimiser,   dl_nu/dx = dg/dx(y_nu) + nu df/dx(y_nu)      (Danskin)
+    l_nu(x) = min_y g(y, x) + nu f(y, x),   y_nu its minimizer,   dl_nu/dx = dg/dx(y_nu) + nu df/dx(y_nu)      (Danskin)
     dF/dx = d/dnu (dl_nu/dx) at nu = 0
     symmetric:  (dl_nu/dx - dl_-nu/dx) / (2 nu)        forward:  (dl_nu/dx - dl_0/dx) / nu
 
@@ -9,7 +9,7 @@
 | "symmetric" | 2 K + 2 | 2 K + 2 | 0 | O(nu^2) + O(delta / nu) | 3 P + 2 Q + one graph, independent of K |
 | "forward" | 2 K + 2 | K + 2 | 0 | O(nu) + O(delta / nu) | the same |
 
-delta: distance of the inner iterates from their minimisers. Both sides start alike, take the same number of steps, see the same batches and
+delta: distance of the inner iterates from their minimizers. Both sides start alike, take the same number of steps, see the same batches and
 draw the same random numbers, so that delta is nearly common to both and cancels; with different budgets the error blows up like delta / nu.
 
 References: Chayti and Jaggi 2024, arXiv 2409.03682 (proximal MAML, in which case this is strength (y_-nu - y_nu) / (2 nu)); the general form
@@ -111,7 +111,8 @@ def default_nu(dtype: torch.dtype, scheme: str) -> float:
     """The perturbation that balances truncation and rounding for losses and gradients of order one.
 
     Symmetric eps^(1/3) and forward eps^(1/2), rounded up to a power of ten, because noise from an inexact inner solve grows faster below than
-    truncation does above: 1e-5 and 1e-7 in float64, 1e-2 and 1e-3 in float32, 0.1 in 16 bits. tests/bilevel/test_conformance.py holds them to the best of a grid.
+    truncation does above: 1e-5 and 1e-7 in float64, 1e-2 and 1e-3 in float32, 0.1 in 16 bits.
+    tests/bilevel/test_conformance.py holds them to the best of a grid.
     """
     eps = torch.finfo(dtype).eps
     if scheme == "symmetric":
@@ -127,7 +128,7 @@ class _Side:
 
 
 def _side(instance: Instance, nu: float, start: Tree, gradient: Gradient) -> _Side:
-    """Minimise g + nu f from `start` and take both partial derivatives in x there."""
+    """Minimize g + nu f from `start` and take both partial derivatives in x there."""
     problem, batches, x = instance.problem, instance.batches, instance.outer
 
     def perturbed(y: Tree, step: int) -> tuple[Tensor, Leaves]:

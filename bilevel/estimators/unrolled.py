@@ -6,7 +6,7 @@
 | --- | --- | --- | --- |
 | "graph" | K | K | K tapes of a differentiable step |
 | "iterates" | 2 K | K | K S + one tape |
-| "segments" | about 3 K - 2 sqrt(2 K) | K | sqrt(2 K) S + one tape |
+| "segments" | about 3 K - sqrt(2 K) | K | sqrt(2 K) S + one tape |
 
 References: Maclaurin et al. 2015, arXiv 1502.03492; Franceschi et al. 2017, arXiv 1703.01785; multi-step MAML, arXiv 2002.07836, section 2.2
 (the ordered product of I - alpha H); segments after Chen et al. 2016, arXiv 1604.06174. Differences from peers: one step is split into

@@ -7,8 +7,8 @@
 | iterate | at most max_steps (one more with a start) | v, r, p, Ap: 4 P |
 | solve | one more, for the true residual | |
 
-Reference: Hestenes and Stiefel 1952. Differences from the textbook and from peers: the direction uses the new residual (betty-ml's does
-not); the iterate that met the tolerance is the one returned (hypertorch's and BOAT's return the one before); a direction with p'Ap <= 0
+Reference: Hestenes and Stiefel 1952. Differences from the textbook and from peers: the direction uses the new residual (that of the
+betty-ml wheels 0.1.1 and 0.2.1 does not); the iterate that met the tolerance is the one returned (hypertorch's and BOAT's return the one before); a direction with p'Ap <= 0
 ends the task with Status.NEGATIVE_CURVATURE instead of a step of the wrong sign; converged tasks are frozen by a mask.
 """
 

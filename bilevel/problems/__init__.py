@@ -7,7 +7,7 @@ Each problem module has `setup(device="cpu", seed=0, ...) -> (problem, outer, in
 | `quadratic` | a vector | a vector | none: everything in closed form |
 | `ridge` | linear weights | a log-penalty for each feature | diabetes (scikit-learn) |
 | `hypercleaning` | a perceptron | a weight for each training example | digits (scikit-learn), 40 % of the labels corrupted |
-| `fewshot` | a convolutional network for each task | its initialisation | characters drawn from fonts (matplotlib) |
+| `fewshot` | a convolutional network for each task | its initialization | characters drawn from fonts (matplotlib) |
 
 The parts of the last one stand alone: `glyphs` draws the characters, `folders` reads Omniglot and CIFAR-FS, `imageset` is what both return,
 `episodes` draws tasks from it, `conv4` is the network.

@@ -1,6 +1,6 @@
 """The four-block convolutional network of the few-shot literature.
 
-Four times: 3 x 3 convolution (padding 1), batch normalisation, ReLU, 2 x 2 max-pooling; then a linear head. Batch normalisation always uses the
+Four times: 3 x 3 convolution (padding 1), batch normalization, ReLU, 2 x 2 max-pooling; then a linear head. Batch normalization always uses the
 statistics of the batch, at test time too, as MAML does (transductive), and keeps none: the forward is a pure function of the parameters.
 
 Reference: Vinyals et al. 2016, arXiv 1606.04080; Finn et al. 2017, Model-Agnostic Meta-Learning, arXiv 1703.03400, whose Omniglot
@@ -19,7 +19,7 @@ def conv4(way: int = 5, *, channels: int = 1, side: int = 28, width: int = 32, s
         channels: of the images.
         side: height and width of the images, at least 16.
         width: channels of every block.
-        seed: of PyTorch's default initialisation.
+        seed: of PyTorch's default initialization.
 
     Raises:
         ValueError: `side` is smaller than 16, so that nothing is left after four poolings.

@@ -1,4 +1,4 @@
-"""Few-shot classification: an initialisation x from which a few steps on a new task's support images do well on its query images (MAML).
+"""Few-shot classification: an initialization x from which a few steps on a new task's support images do well on its query images (MAML).
 
     g_i(y) = CE(net_y, support_i)     y_0 = x     f_i(y) = CE(net_y, query_i)     F(x) = mean_i f_i(y_K,i(x))
 
@@ -72,7 +72,7 @@ def setup(
 
     Args:
         device: of all tensors.
-        seed: of the split, the episodes and the initialisation.
+        seed: of the split, the episodes and the initialization.
         tasks: T, how many tasks.
         way: classes in each task.
         shot: support images of each class.
@@ -160,7 +160,7 @@ def evaluate(
     Args:
         outer: the network's parameters, as `setup` returns them.
         data: the classes to be judged on; None for the glyphs' test split.
-        seed: of the split and of the tasks. The same seed gives the same tasks, so that two initialisations are compared on equal terms.
+        seed: of the split and of the tasks. The same seed gives the same tasks, so that two initializations are compared on equal terms.
         tasks: how many.
         way: classes in each task; the network's.
         shot: support images of each class.

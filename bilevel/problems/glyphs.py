@@ -182,7 +182,7 @@ def _affine(ink: Any, jitter: random.Random | None) -> tuple[float, ...]:
     a, b, c, d, shift_x, shift_y = 1.0, 0.0, 0.0, 1.0, 0.0, 0.0
     if jitter is not None:
         # Rotation up to 17 degrees, shear and scale up to 20 %, shift up to 3 pixels, about what handwriting varies by. With half of it, a
-        # network fresh from its initialisation learns 5-way 5-shot tasks to 98 % in ten steps, and leaves nothing to meta-learn.
+        # network fresh from its initialization learns 5-way 5-shot tasks to 98 % in ten steps, and leaves nothing to meta-learn.
         turn, shear, zoom = jitter.uniform(-0.3, 0.3), jitter.uniform(-0.2, 0.2), jitter.uniform(0.8, 1.2)
         a, b, c, d = 1 / zoom, (turn + shear) / zoom, -turn / zoom, 1 / zoom
         shift_x, shift_y = jitter.uniform(-3, 3) * _OVERSAMPLING, jitter.uniform(-3, 3) * _OVERSAMPLING

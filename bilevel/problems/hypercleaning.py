@@ -145,7 +145,7 @@ def setup(
 
     Args:
         device: of all tensors.
-        seed: of the data and of the initialisation.
+        seed: of the data and of the initialization.
         corruption: see `load`.
         l2: of the inner loss. From 5e-3 on, it alone resists most of the noise and weights have little left to gain.
         hidden: width of the perceptron.
@@ -215,7 +215,7 @@ def evaluate(
     Args:
         outer: {"logits": [n]}.
         data: what they were learned on; None for `load(seed)` in their dtype and on their device.
-        seed: of the data (if they are not given); the perceptron starts from another initialisation than `setup(seed=seed)` does.
+        seed: of the data (if they are not given); the perceptron starts from another initialization than `setup(seed=seed)` does.
         steps: steps of full-batch Adam, until the loss is flat.
         lr: of Adam.
         l2: as in `setup`.

@@ -79,7 +79,7 @@ class Record:
     """Peak resident memory of the process above what it held before the call (memory-profiler)."""
 
     wall_seconds: float | None = None
-    """Median over `repeats` calls, device synchronised."""
+    """Median over `repeats` calls, device synchronized."""
     wall_seconds_low: float | None = None
     wall_seconds_high: float | None = None
     repeats: int | None = None

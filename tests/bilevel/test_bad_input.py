@@ -227,7 +227,7 @@ def test_an_indefinite_hessian_is_reported_and_not_an_exception(name):
     hg = solve(saddle, estimator=ESTIMATORS[name])
     assert hg.status is bl.Status.NEGATIVE_CURVATURE
     assert torch.isfinite(hg.grad).all()
-    with pytest.raises(bl.BilevelError, match=r"NEGATIVE_CURVATURE: .*not a minimiser.*FirstOrderCorrected"):
+    with pytest.raises(bl.BilevelError, match=r"NEGATIVE_CURVATURE: .*not a minimizer.*FirstOrderCorrected"):
         hg.raise_if_failed()
 
 
@@ -320,7 +320,7 @@ def test_an_outer_variable_used_as_a_copy_is_warned_about(name):
 
 @every_estimator
 def test_an_outer_tensor_that_shifts_the_inner_loss_alone_has_zero_gradient(name):
-    """g + c moves no minimiser: zero is the right answer (a warning is fine), an error is not."""
+    """g + c moves no minimizer: zero is the right answer (a warning is fine), an error is not."""
     if name == "first order":
         return  # it refuses whatever enters through the inner loss alone
     problem = bl.Problem(lambda y, x, b: inner_loss(y, x["used"], b) + x["shift"] ** 2, lambda y, x, b: outer_loss(y, x["used"], b))
@@ -427,7 +427,7 @@ def test_a_loss_that_changes_outer_in_place_is_refused(how, which, name):
 @every_estimator
 @pytest.mark.parametrize("which", ["inner_loss", "outer_loss"])
 def test_a_loss_that_changes_its_batch_in_place_is_refused(which, name):
-    """A batch normalised in place is normalised again at every step, and recomputing estimators see other data than they saw first."""
+    """A batch normalized in place is normalized again at every step, and recomputing estimators see other data than they saw first."""
 
     def loss(y, x, b):
         b -= 0.5
@@ -995,7 +995,7 @@ def test_the_call_draws_no_random_numbers_of_its_own(name):
     ],
     ids=["the start is x itself", "two leaves of the start are one tensor"],
 )
-def test_an_initialisation_that_is_the_outer_variable_is_not_confused_with_it(inner, init, keep):
+def test_an_initialization_that_is_the_outer_variable_is_not_confused_with_it(inner, init, keep):
     """g may depend on x and on y_0 = x at once; dg/dy must not take in dg/dx."""
     problem = bl.Problem(
         inner, lambda y, x, b: torch.stack([((leaf - 2) ** 2).sum() for leaf in (y if isinstance(y, list) else [y])]).sum(), init=init

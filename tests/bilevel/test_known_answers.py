@@ -114,11 +114,11 @@ def test_correction_equals_its_own_closed_form_and_order(nu, scheme):
     A, B, a, b, x, problem = quadratics()
     eye = torch.eye(8, dtype=D)
 
-    def minimiser(nu):
+    def minimizer(nu):
         return torch.linalg.solve(A + nu * B + eye, A @ a + nu * B @ b + x)
 
-    biased = (minimiser(-nu) - minimiser(nu)) / (2 * nu) if scheme == "symmetric" else (minimiser(0.0) - minimiser(nu)) / nu
-    exact = torch.linalg.solve(A + eye, B @ (minimiser(0.0) - b))
+    biased = (minimizer(-nu) - minimizer(nu)) / (2 * nu) if scheme == "symmetric" else (minimizer(0.0) - minimizer(nu)) / nu
+    exact = torch.linalg.solve(A + eye, B @ (minimizer(0.0) - b))
     found = converged(problem, x, bl.FirstOrderCorrected(nu, scheme)).grad
     assert (found - biased).norm() / biased.norm() < 1e-10
     # the bias itself: forward loses one digit per digit of nu, symmetric two

@@ -45,7 +45,7 @@ def cleaning():
 
 
 def maml():
-    """The same net with x = its initialisation, for FirstOrder, which cannot see data weights."""
+    """The same net with x = its initialization, for FirstOrder, which cannot see data weights."""
     problem, _, y = cleaning()
     ones = torch.zeros(5000)
     return bl.Problem(lambda y, x, rows: problem.inner_loss(y, ones, rows), problem.outer_loss, init=lambda x, rows: x), y, None

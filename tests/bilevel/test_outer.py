@@ -189,7 +189,7 @@ def curvature(theta: float) -> float:
 
 
 @pytest.mark.parametrize("theta", [0.0, 0.7, -3.0, 10.0, 100.0])
-def test_the_hypergradient_of_the_generalised_smoothness_example_is_the_closed_form(theta):
+def test_the_hypergradient_of_the_generalized_smoothness_example_is_the_closed_form(theta):
     maml = bl.Problem(lambda y, x, b: y.cos(), lambda y, x, b: y**2 / 2, init=lambda x, b: x)
     solver = bl.Converge(bl.SGD(lr=0.4), tol=1e-12, max_steps=2000)
     hg = bl.hypergradient(

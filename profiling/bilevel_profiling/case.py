@@ -1,0 +1,155 @@
+"""A Case: everything one measurement needs, and the same problem made afresh each time it is asked for."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from bilevel import _tree
+from bilevel_profiling.meters.tensors import storage_bytes
+
+Setup = Callable[..., Any]
+"""`setup(device)` or `setup(device, seed=...)` -> (problem, outer, inner, batches)."""
+OuterOptimizer = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
+
+
+def adam(tensors: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """The outer optimizer of a case that names none."""
+    return torch.optim.Adam(tensors, lr=1e-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One estimator on one problem, to be measured.
+
+    Args:
+        setup: makes the problem, called as `setup(device)`, with `seed=` if it takes one, after torch.manual_seed; returns
+            `(problem, outer, inner, batches)`.
+        solver: how the inner variable moves.
+        estimator: what is measured.
+        device: "cpu", "cuda", ...
+        seed: of the random numbers before `setup` and before each measured call.
+        name: of the case in the record; by default that of `setup`'s module, or of `setup` itself.
+        label: of the estimator in the record; by default its class.
+        solution: an inner solver that converges, such as `bl.Converge(...)`: where it is given, the error against the hypergradient at the
+            solution is measured too.
+        outer_optimizer: makes the torch optimizer of the outer tensors; Adam with lr 1e-2 by default. It is part of the outer phase.
+
+    Example:
+        >>> import bilevel as bl
+        >>> from bilevel.problems import quadratic
+        >>> case = Case(quadratic.setup, solver=bl.Descent(bl.SGD(lr=1.0), steps=5), estimator=bl.Unrolled())
+        >>> case.name, case.label
+        ('quadratic', 'Unrolled')
+    """
+
+    setup: Setup
+    solver: bl.InnerSolver
+    estimator: bl.Estimator
+    device: str = "cpu"
+    seed: int = 0
+    name: str = ""
+    label: str = ""
+    solution: bl.InnerSolver | None = None
+    outer_optimizer: OuterOptimizer = adam
+
+    def __post_init__(self) -> None:
+        for name, kind, write in (("solver", bl.InnerSolver, "bl.Descent(bl.SGD(lr=0.1), steps=20)"), ("estimator", bl.Estimator, "bl.Unrolled()")):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"Case was given a {type(getattr(self, name)).__name__} as {name}; {write} was needed")
+        if not callable(self.setup):
+            raise TypeError(f"Case was given a {type(self.setup).__name__} as setup; a function setup(device) was needed")
+        object.__setattr__(self, "name", self.name or name_of(self.setup))
+        object.__setattr__(self, "label", self.label or type(self.estimator).__name__)
+
+    def pose(self) -> "Posed":
+        """Make the problem."""
+        return pose(self.setup, self.device, self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Posed:
+    """What `setup` returned."""
+
+    problem: bl.Problem
+    outer: Any
+    inner: Any
+    batches: bl.Batches
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the outer variable."""
+        return _tree.tensors(self.outer)[0].dtype
+
+    def tensor_bytes(self, steps: int) -> int:
+        """Bytes of the distinct storages of outer, inner, and the batches that `steps` inner steps see."""
+        inner = self.batches.inner
+        seen = [inner[step] for step in range(min(len(inner), max(steps, 1)))] if isinstance(inner, bl.PerStep) else inner
+        return storage_bytes((self.outer, self.inner, seen, self.batches.outer, self.batches.curvature))
+
+    def double(self) -> "Posed":
+        """The same in float64: the floating tensors of outer, inner and batches; what a loss captured stays what it is."""
+        inner = self.batches.inner
+        cast = bl.PerStep(_DoubleSteps(inner)) if isinstance(inner, bl.PerStep) else _double(inner)
+        batches = bl.Batches(cast, _double(self.batches.outer), _double(self.batches.curvature))
+        return Posed(self.problem, _double(self.outer), _double(self.inner), batches)
+
+
+def pose(setup: Setup, device: str, seed: int) -> Posed:
+    """Call a setup function.
+
+    Raises:
+        TypeError: it did not return what was needed.
+    """
+    torch.manual_seed(seed)
+    made = setup(device, seed=seed) if _takes_seed(setup) else setup(device)
+    if not (isinstance(made, tuple) and len(made) == 4 and isinstance(made[0], bl.Problem) and isinstance(made[3], bl.Batches)):
+        got = f"({', '.join(type(part).__name__ for part in made)})" if isinstance(made, tuple) else f"a {type(made).__name__}"
+        raise TypeError(f"setup() returned {got}; (problem, outer, inner, batches) was needed: a bl.Problem, two trees of tensors, and a bl.Batches")
+    if not _tree.tensors(made[1]):
+        raise TypeError("setup() returned an outer variable without tensors")
+    return Posed(*made)
+
+
+def leaves_of(outer: Any) -> Any:
+    """A copy of the outer variable that an optimizer can move without touching what `setup` returned."""
+    return _tree.tree_map(lambda leaf: leaf.detach().clone().requires_grad_() if isinstance(leaf, Tensor) else leaf, outer)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """A name for what a function measures: its module's last part for a `setup`, else its own."""
+    own = getattr(function, "__name__", type(function).__name__)
+    module = getattr(function, "__module__", "").rpartition(".")[2]
+    return module if own == "setup" and module not in ("", "__main__") else own
+
+
+def _takes_seed(setup: Setup) -> bool:
+    try:
+        parameters = inspect.signature(setup).parameters
+    except (TypeError, ValueError):  # some callables have no signature to look at
+        return False
+    return "seed" in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+class _DoubleSteps(Sequence[Any]):
+    """The batches of a PerStep, cast when asked for: it may be endless."""
+
+    def __init__(self, steps: bl.PerStep) -> None:
+        self._steps = steps
+
+    def __getitem__(self, step: Any) -> Any:
+        return _double(self._steps[step])
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+
+def _double(tree: Any) -> Any:
+    def cast(leaf: Any) -> Any:
+        return leaf.detach().to(torch.float64) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return _tree.tree_map(cast, tree)

@@ -1,0 +1,194 @@
+"""Run a function in a process of its own, and turn however that ends into a result or a failure.
+
+Processes are forked from a server that has torch loaded and has done nothing else: such a process is as fresh as a new interpreter, starts in a
+tenth of a second, and has no CUDA context, threads or heap of ours in it. What it prints goes to a log, so that it cannot corrupt our output.
+"""
+
+import contextlib
+import dataclasses
+import faulthandler
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.process
+import os
+import pickle
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+from bilevel_profiling.failure import CRASHED, Failure, of_error, of_exit, of_timeout
+
+# torch._dynamo: every torch.optim optimizer imports it when it is made, which takes seconds.
+_PRELOAD = ["torch", "torch._dynamo", "bilevel_profiling.cell"]
+Gate = Callable[[], None]
+"""Called by the function in the other process when it is ready to be watched; returns when it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a process ended: with a value, or with a failure; and what it printed."""
+
+    value: Any = None
+    failure: Failure | None = None
+    log: str = ""
+
+
+def refuse_recursion() -> None:
+    """Raise when a new process is importing the main script that started it.
+
+    Raises:
+        RuntimeError: with what to write in the script.
+    """
+    if getattr(multiprocessing.process.current_process(), "_inheriting", False):
+        raise RuntimeError("compare() starts processes, which import this script: put the call under `if __name__ == '__main__':`")
+
+
+def warm_up() -> None:
+    """Start the server that processes are forked from; it loads torch while we go on."""
+    if _context().get_start_method() != "forkserver":
+        return
+    from multiprocessing.forkserver import ensure_running
+
+    with _ignoring_interrupts():
+        ensure_running()
+
+
+def run(
+    function: Callable[..., Any],
+    *arguments: Any,
+    time_limit: float,
+    around: Callable[[int], AbstractContextManager[Any]] | None = None,
+) -> Outcome:
+    """Call `function(*arguments)` in a fresh process and wait for it.
+
+    Args:
+        function: importable by name, like its arguments.
+        arguments: its arguments.
+        time_limit: seconds after which the process is killed.
+        around: what watches the process, made from its process id. The function is then given a `Gate` as its last argument, and what it does
+            after passing the gate happens inside this context.
+
+    Raises:
+        TypeError, AttributeError, pickle.PicklingError: the function or an argument cannot be sent to another process.
+        KeyboardInterrupt: after the process has been killed.
+
+    Example:
+        >>> run(divmod, 17, 5, time_limit=60).value
+        (3, 2)
+        >>> run(divmod, 17, 0, time_limit=60).failure.status
+        'ERROR'
+    """
+    payload = pickle.dumps((function, arguments, around is not None))
+    context = _context()
+    warm_up()
+    descriptor, log = tempfile.mkstemp(prefix="bilevel-", suffix=".log")
+    os.close(descriptor)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_enter, args=(theirs, log, payload))  # type: ignore[attr-defined]
+    try:
+        process.start()
+        theirs.close()
+        value, failure = _awaited(ours, process, time_limit, around)
+    finally:
+        if process.pid is not None:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        ours.close()
+        text = Path(log).read_text(encoding="utf-8", errors="replace")
+        Path(log).unlink()
+    if failure is not None and failure.status == CRASHED:
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        failure = of_exit(process.exitcode, lines[-1][:300] if lines and process.exitcode != -signal.SIGKILL else "")
+    return Outcome(value, failure, text)
+
+
+def _awaited(
+    ours: multiprocessing.connection.Connection, process: Any, time_limit: float, around: Callable[[int], AbstractContextManager[Any]] | None
+) -> tuple[Any, Failure | None]:
+    deadline = time.monotonic() + time_limit
+    with contextlib.ExitStack() as watching:
+        while True:
+            ready = multiprocessing.connection.wait([ours, process.sentinel], timeout=max(deadline - time.monotonic(), 0))
+            if not ready:
+                return None, of_timeout(time_limit)
+            try:
+                kind, value = ours.recv() if ours.poll() else ("ended", None)
+            except (EOFError, ConnectionError):
+                kind = "ended"
+            if kind == "ready":
+                assert around is not None
+                watching.enter_context(around(process.pid))
+                ours.send("go")
+            elif kind == "value":
+                return value, None
+            elif kind == "failure":
+                return None, value
+            else:
+                process.join(10)
+                return None, of_exit(process.exitcode)
+
+
+def _context() -> BaseContext:
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
+@contextlib.contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Ctrl-C reaches every process of the terminal; the server inherits that it is to ignore it, from its first moment on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _enter(connection: multiprocessing.connection.Connection, log: str, payload: bytes) -> None:
+    """The other process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C our parent ends us
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    faulthandler.enable()
+    watched = threading.Event()
+    threading.Thread(target=_follow, args=(connection, watched), daemon=True).start()
+
+    def gate() -> None:
+        connection.send(("ready", None))
+        watched.wait()
+
+    try:
+        function, arguments, gated = pickle.loads(payload)
+        message = ("value", function(*arguments, *((gate,) if gated else ())))
+    except BaseException as error:
+        traceback.print_exc()
+        message = ("failure", of_error(error))
+    try:
+        connection.send(message)
+    except (TypeError, AttributeError, pickle.PicklingError) as error:
+        traceback.print_exc()
+        connection.send(("failure", of_error(error)))
+
+
+def _follow(connection: multiprocessing.connection.Connection, watched: threading.Event) -> None:
+    """Hear the parent's word; end with it, so that no work outlives the command that wanted it."""
+    try:
+        connection.recv()
+        watched.set()
+        connection.recv()
+    except (EOFError, OSError):
+        os._exit(1)

@@ -1,0 +1,9 @@
+"""Meters: context managers that yield numbers and say whether they perturb what they measure."""
+
+from bilevel_profiling.meters.base import Meter as Meter
+from bilevel_profiling.meters.clock import Clock as Clock
+from bilevel_profiling.meters.cuda import Cuda as Cuda
+from bilevel_profiling.meters.flops import Flops as Flops
+from bilevel_profiling.meters.oracles import Oracles as Oracles
+from bilevel_profiling.meters.resident import Resident as Resident
+from bilevel_profiling.meters.tensors import Tensors as Tensors

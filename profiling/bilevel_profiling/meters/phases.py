@@ -1,0 +1,63 @@
+"""Which phase of a hypergradient runs: the one place, besides the oracle counter, that listens to the library's spans."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from bilevel import _spans
+
+NAMES = tuple(name.removeprefix("bilevel.") for name in _spans.PHASES)
+"""inner, hypergradient, outer."""
+OUTSIDE = ""
+"""The name of what runs outside all phases; it belongs to the total only."""
+
+
+class Phases:
+    """Follows the phases inside a `with` block and calls `ended(phase)` at the end of every stretch.
+
+    A phase may run in several stretches (once a task, or twice for a symmetric difference); between them the phase is `OUTSIDE`.
+
+    Args:
+        ended: called with the name of the phase that ran until now, at each boundary and at the end of the block.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> stretches = []
+        >>> problem = bl.Problem(lambda y, x, b: y**2 - x * y, lambda y, x, b: y**2 / 2)
+        >>> with Phases(stretches.append):
+        ...     hg = bl.hypergradient(problem, torch.tensor(1.0), torch.tensor(0.0), bl.Batches(None, None),
+        ...         solver=bl.Descent(bl.SGD(lr=0.25), steps=1), estimator=bl.Unrolled())
+        >>> stretches
+        ['', 'inner', '', 'hypergradient', '']
+    """
+
+    def __init__(self, ended: Callable[[str], None]) -> None:
+        self._ended = ended
+        self._stack: list[str] = []
+
+    @property
+    def current(self) -> str:
+        """The phase that runs now."""
+        return self._stack[-1] if self._stack else OUTSIDE
+
+    def __enter__(self) -> Self:
+        self._stack.clear()
+        self._listening = _spans.listen(self)
+        self._listening.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._listening.__exit__(None, None, None)
+        self._ended(self.current)
+
+    def enter(self, name: str, count: int) -> None:
+        """A span opened (the listener's side of the seam)."""
+        if name in _spans.PHASES:
+            self._ended(self.current)
+            self._stack.append(name.removeprefix("bilevel."))
+
+    def exit(self, name: str) -> None:
+        """A span closed."""
+        if name in _spans.PHASES and self._stack:
+            self._ended(self.current)
+            self._stack.pop()
