@@ -8,8 +8,9 @@
 | solve | one more, for the true residual | |
 
 Reference: Hestenes and Stiefel 1952. Differences from the textbook and from peers: the direction uses the new residual (that of the
-betty-ml wheels 0.1.1 and 0.2.1 does not); the iterate that met the tolerance is the one returned (hypertorch's and BOAT's return the one before); a direction with p'Ap <= 0
-ends the task with Status.NEGATIVE_CURVATURE instead of a step of the wrong sign; converged tasks are frozen by a mask.
+betty-ml wheels 0.1.1 and 0.2.1 does not); the iterate that met the tolerance is the one returned (hypertorch's and BOAT's return the one
+before); a direction with p'Ap <= 0 ends the task with Status.NEGATIVE_CURVATURE instead of a step of the wrong sign; converged tasks are
+frozen by a mask.
 """
 
 import dataclasses
