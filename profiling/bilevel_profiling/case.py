@@ -106,7 +106,7 @@ def pose(setup: Setup, device: str, seed: int) -> Posed:
         TypeError: it did not return what was needed.
     """
     torch.manual_seed(seed)
-    made = setup(device, seed=seed) if _takes_seed(setup) else setup(device)
+    made = seeded(setup, device, seed=seed)
     if not (isinstance(made, tuple) and len(made) == 4 and isinstance(made[0], bl.Problem) and isinstance(made[3], bl.Batches)):
         got = f"({', '.join(type(part).__name__ for part in made)})" if isinstance(made, tuple) else f"a {type(made).__name__}"
         raise TypeError(f"setup() returned {got}; (problem, outer, inner, batches) was needed: a bl.Problem, two trees of tensors, and a bl.Batches")
@@ -127,9 +127,14 @@ def name_of(function: Callable[..., Any]) -> str:
     return module if own == "setup" and module not in ("", "__main__") else own
 
 
-def _takes_seed(setup: Setup) -> bool:
+def seeded(function: Callable[..., Any], *arguments: Any, seed: int) -> Any:
+    """Call a function of a case with `seed=`, if it takes one."""
+    return function(*arguments, seed=seed) if _takes_seed(function) else function(*arguments)
+
+
+def _takes_seed(function: Callable[..., Any]) -> bool:
     try:
-        parameters = inspect.signature(setup).parameters
+        parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # some callables have no signature to look at
         return False
     return "seed" in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

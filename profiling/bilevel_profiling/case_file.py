@@ -2,7 +2,7 @@
 
 | name | what it is | if missing |
 | --- | --- | --- |
-| `setup(device)` | makes (problem, outer, inner, batches); may take `seed` | an error |
+| `setup(device)` | makes (problem, outer, inner, batches) | an error |
 | `ESTIMATORS` | dict of label to estimator | `default_estimators()` |
 | `OPTIMIZER` | the inner optimizer | bl.SGD(lr=0.1) |
 | `INNER_STEPS` | the K to compare at | 1, 5, 20 |
@@ -11,6 +11,9 @@
 | `batches(step, device)` | the Batches of an outer step | those of `setup`, every time |
 | `evaluate(outer, device)` | dict of metrics, called before and after the outer loop | no metrics |
 | `OUTER_STEPS` | length of the outer loop | 0: no loop |
+| `PRELOAD` | names of modules that take long to import, loaded once for all processes | none |
+
+The functions `setup`, `batches` and `evaluate` are given `seed=` if they have such a parameter.
 """
 
 import ast
@@ -59,6 +62,7 @@ class Definition:
     batches: Callable[..., bl.Batches] | None = None
     evaluate: Callable[..., Mapping[str, float]] | None = None
     outer_steps: int = 0
+    preload: tuple[str, ...] = ()
     title: str = ""
     """The first line of the file's docstring."""
 
@@ -79,6 +83,8 @@ class Definition:
             raise CaseError(f"case {self.name}: INNER_STEPS is {list(steps)!r}; a list of integers of at least 0 was needed, such as [1, 5, 20]")
         if not isinstance(self.outer_steps, int) or self.outer_steps < 0:
             raise CaseError(f"case {self.name}: OUTER_STEPS is {self.outer_steps!r}; an integer of at least 0 was needed")
+        if isinstance(self.preload, str) or not all(isinstance(name, str) for name in self.preload):
+            raise CaseError(f'case {self.name}: PRELOAD is {self.preload!r}; names of modules were needed, such as ["sklearn.datasets"]')
         for name in ("setup", "outer_optimizer", "batches", "evaluate"):
             value = getattr(self, name)
             if value is not None and not callable(value):
@@ -175,6 +181,7 @@ def _defined(name: str, module: ModuleType) -> Definition:
         "batches": "batches",
         "evaluate": "evaluate",
         "outer_steps": "OUTER_STEPS",
+        "preload": "PRELOAD",
     }
     found = {field: getattr(module, attribute) for field, attribute in names.items() if hasattr(module, attribute)}
     if "inner_steps" in found:

@@ -6,6 +6,7 @@ row.
 """
 
 import dataclasses
+import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -136,7 +137,7 @@ class Comparison:
         """
         from bilevel_profiling import report
 
-        isolate.warm_up()
+        isolate.warm_up(_preload(self._settled))
         try:
             self._progress.start([task for each in self._settled for task, _ in self._tasks(each)])
             for each in self._settled:
@@ -270,6 +271,12 @@ class Comparison:
             folder = self.out / "logs"
             folder.mkdir(exist_ok=True)
             (folder / f"{_filename(stem)}.txt").write_text(log, encoding="utf-8")
+
+
+def _preload(settled: Sequence[Settled]) -> list[str]:
+    """What the cases want loaded, as far as it is there: a module that cannot be found is for `setup` to complain about."""
+    wanted = dict.fromkeys(name for each in settled for name in each.case.preload)
+    return [name for name in wanted if importlib.util.find_spec(name.partition(".")[0]) is not None]
 
 
 def _is_row(record: Record, definition: Definition, job: cell.Job) -> bool:

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -50,9 +50,13 @@ def refuse_recursion() -> None:
         raise RuntimeError("compare() starts processes, which import this script: put the call under `if __name__ == '__main__':`")
 
 
-def warm_up() -> None:
-    """Start the server that processes are forked from; it loads torch while we go on."""
-    if _context().get_start_method() != "forkserver":
+def warm_up(preload: Sequence[str] = ()) -> None:
+    """Start the server that processes are forked from; it loads torch while we go on.
+
+    Args:
+        preload: modules for the server to load as well; without effect when it runs already.
+    """
+    if _context(preload).get_start_method() != "forkserver":
         return
     from multiprocessing.forkserver import ensure_running
 
@@ -136,11 +140,11 @@ def _awaited(
                 return None, of_exit(process.exitcode)
 
 
-def _context() -> BaseContext:
+def _context(preload: Sequence[str] = ()) -> BaseContext:
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
-        context.set_forkserver_preload(_PRELOAD)
+        context.set_forkserver_preload([*_PRELOAD, *preload])
     return context
 
 

@@ -9,7 +9,7 @@ import torch
 
 import bilevel as bl
 from bilevel import _tree
-from bilevel_profiling.case import Case, Posed, leaves_of
+from bilevel_profiling.case import Case, Posed, leaves_of, seeded
 from bilevel_profiling.case_file import Definition
 from bilevel_profiling.measurement import STEPPED_THROUGH, Figures
 from bilevel_profiling.meters.clock import Clock
@@ -46,7 +46,7 @@ def outer_loop(case: Case, definition: Definition, steps: int) -> Loop:
 def _looped(case: Case, definition: Definition, steps: int) -> Loop:
     metered = [] if torch.device(case.device).type == "cuda" else _peaks(case, definition, min(steps, _METERED))
     posed, outer = _started(case)
-    before = _evaluated(definition, outer, case.device)
+    before = _evaluated(definition, outer, case)
     iterations = []
     for index, take in enumerate(_steps(case, definition, posed, outer, steps)):
         iteration = _iteration(index, take, case.device)
@@ -55,7 +55,7 @@ def _looped(case: Case, definition: Definition, steps: int) -> Loop:
         iterations.append(iteration)
         if iteration.outer_loss is None:  # refused
             break
-    return Loop(tuple(iterations), before, _evaluated(definition, outer, case.device))
+    return Loop(tuple(iterations), before, _evaluated(definition, outer, case))
 
 
 Take = Callable[[], bl.Step | bl.Status]
@@ -87,7 +87,7 @@ def _steps(case: Case, definition: Definition, posed: Posed, outer: Any, steps: 
             return next((status for status in bl.Status if f": {status.name}: " in str(error)), bl.Status.NONFINITE)
 
     for step in range(steps):
-        waiting.append(posed.batches if definition.batches is None else definition.batches(step, case.device))
+        waiting.append(posed.batches if definition.batches is None else seeded(definition.batches, step, case.device, seed=case.seed))
         yield take
 
 
@@ -144,8 +144,8 @@ def _with_peaks(iteration: Iteration, meter: Tensors) -> Iteration:
     return dataclasses.replace(iteration, peak_tensor_bytes=meter.peak_bytes, phases=phases)
 
 
-def _evaluated(definition: Definition, outer: Any, device: str) -> dict[str, float]:
+def _evaluated(definition: Definition, outer: Any, case: Case) -> dict[str, float]:
     if definition.evaluate is None:
         return {}
-    detached = _tree.detach(outer)
-    return {str(name): float(value) for name, value in definition.evaluate(detached, device).items()}
+    found = seeded(definition.evaluate, _tree.detach(outer), case.device, seed=case.seed)
+    return {str(name): float(value) for name, value in found.items()}
