@@ -32,7 +32,8 @@ def characters(records):
     lines = ["| estimator | shot | K | outer steps | accuracy before | after | without adaptation |", "| --- " * 7 + "|"]
     for r in records:
         lines.append(
-            f"| {r['estimator']} | {r['shot']} | {r['inner_steps']} | {r['outer_steps']} | {r['before_accuracy']:.3f} +- {r['before_accuracy_interval']:.3f} "
+            f"| {r['estimator']} | {r['shot']} | {r['inner_steps']} | {r['outer_steps']} "
+            f"| {r['before_accuracy']:.3f} +- {r['before_accuracy_interval']:.3f} "
             f"| {r['accuracy']:.3f} +- {r['accuracy_interval']:.3f} | {r['unadapted_accuracy']:.3f} |"
         )
     return "\n".join(lines)
@@ -49,13 +50,13 @@ Every table here is written by `python benchmarks/tables.py` from `results/`, an
     python benchmarks/plain_reference.py
 
 `../shared/bench/plain_ref.py` is torch by hand, without a library. Both sides do the same work in one fresh single-threaded process, call by call
-in turn; the time ratio is the median over rounds of ours / theirs in process CPU seconds, with quartiles (other work on the machine moves it by several
-percent; memory is exact). P1: MAML of a 4-conv net, one task, 5-way 5-shot. P2: hyper-cleaning, MLP 784-300-10, 5000 weights, minibatch 500.
+in turn; the time ratio is the median over rounds of ours / theirs in process CPU seconds, with quartiles (other work on the machine moves it by
+several percent; memory is exact). P1: MAML of a 4-conv net, one task, 5-way 5-shot. P2: hyper-cleaning, MLP 784-300-10, 5000 weights, minibatch 500.
 Memory is the peak of live tensor bytes under that folder's meter. "difference" is the relative difference of the two hypergradients.
 
 "implicit": at the K-th iterate of these nets the Hessian is indefinite. Our CG says so and stops (status, HVPs made); the hand-written one goes
-on through negative curvature for its ten products, so the two numbers differ and the time ratio is not like for like. In "implicit damped" ours solves
-(H + 10 I) v = b and makes ten products too: the same work, another system.
+on through negative curvature for its ten products, so the two numbers differ and the time ratio is not like for like. In "implicit damped" ours
+solves (H + 10 I) v = b and makes ten products too: the same work, another system.
 
 {table(plain)}
 

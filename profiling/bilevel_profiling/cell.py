@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import bilevel as bl
 from bilevel_profiling import references
 from bilevel_profiling.case import Case
@@ -34,9 +36,11 @@ class Job:
     seed: int = 0
     repeats: int = 5
     command: str = ""
+    threads: int = 1
 
     def definition(self) -> Definition:
-        """The case's definition, loaded in this process."""
+        """The case's definition, loaded in this process, which takes its number of threads."""
+        torch.set_num_threads(self.threads)
         return given(self.source, **self.overrides)
 
     def case(self, definition: Definition) -> Case:

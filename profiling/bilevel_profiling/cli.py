@@ -75,6 +75,7 @@ def _add_compare(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add("--seed", type=int, default=0, metavar="N", help="of data, initialization and random losses (default 0)")
     add("--repeats", type=_positive, default=5, metavar="N", help="how often each call is timed, at most (default 5; slow calls fewer times)")
     add("--time-limit", type=_seconds, default=300.0, metavar="S", help="seconds after which a run is stopped, and is a row TIMEOUT (default 300)")
+    add("--threads", type=_positive, default=1, metavar="N", help="of torch in each run (default 1, the most repeatable)")
     add("--out", default="report", metavar="DIR", help="folder of the report, made if missing; its records.jsonl is replaced (default: report)")
     add("--json", action="store_true", help="print the records as JSON lines on standard output; everything else goes to standard error")
 
@@ -89,7 +90,10 @@ def _compare(options: argparse.Namespace) -> int:
     known = {name: value for name, value in overrides.items() if value is not None}
     try:
         device = _device(options.device)
-        plans = [Plan(case, known, options.estimators, device, options.seed, options.repeats, options.time_limit) for case in options.cases]
+        plans = [
+            Plan(case, known, options.estimators, device, options.seed, options.repeats, options.time_limit, options.threads)
+            for case in options.cases
+        ]
         comparison = Comparison(plans, options.out, progress=progress.chosen(), command=options.command)
     except (CaseError, TypeError) as error:
         return _wrong(str(error))

@@ -38,6 +38,7 @@ def compare(
     seed: int = 0,
     repeats: int = 5,
     time_limit: float = 300.0,
+    threads: int = 1,
     outer_steps: int | None = None,
     batches: Callable[..., bl.Batches] | None = None,
     evaluate: Callable[..., Mapping[str, float]] | None = None,
@@ -60,6 +61,7 @@ def compare(
         seed: set before `setup`, and before each call, in every process.
         repeats: of the clock.
         time_limit: seconds for each process.
+        threads: of torch in each process; one is the most repeatable.
         outer_steps: outer steps of the loop at the largest K; 0 for none.
         batches: the data of each outer step, as in a case file, like the next four.
         evaluate: metrics before and after the outer loop.
@@ -99,7 +101,7 @@ def compare(
         "name": name,
     }
     known = {key: value for key, value in overrides.items() if value is not None}
-    plan = Plan(setup if callable(setup) else str(setup), known, device=device, seed=seed, repeats=repeats, time_limit=time_limit)
+    plan = Plan(setup if callable(setup) else str(setup), known, device=device, seed=seed, repeats=repeats, time_limit=time_limit, threads=threads)
     comparison = Comparison([plan], out, progress=progress, command=command)
     comparison.run()
     return comparison.records
@@ -176,7 +178,7 @@ class Comparison:
             yield Task(definition.name, f"{label}, outer loop of {definition.outer_steps}", 4 + definition.outer_steps * (k + 5) / 8), work
 
     def _job(self, plan: Plan, label: str, steps: int) -> cell.Job:
-        return cell.Job(plan.source, plan.overrides, label, steps, plan.device, plan.seed, plan.repeats, self._command)
+        return cell.Job(plan.source, plan.overrides, label, steps, plan.device, plan.seed, plan.repeats, self._command, plan.threads)
 
     def _referencing(self, plan: Plan, definition: Definition, job: cell.Job, kind: str, notes: dict[Any, Path | str], key: Any) -> Callable[[], str]:
         stem = f"{definition.name}-{kind}{f'-{job.inner_steps}' if kind == 'program' else ''}{'-tasks' if key[2] else ''}-{job.device}-{job.seed}"

@@ -24,13 +24,14 @@ def environment(command: str = "", device: torch.device | str = "cpu") -> dict[s
         >>> sorted(environment())
         ['bilevel', 'cpu', 'date', 'platform', 'python', 'threads', 'torch']
     """
+    wait = os.environ.get("OMP_WAIT_POLICY", "")
     found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "bilevel": bilevel.__version__ + (f" ({_commit()})" if _commit() else ""),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _processor(),
-        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
+        "threads": f"{torch.get_num_threads()} on {os.cpu_count()} processors" + (f", OMP_WAIT_POLICY={wait}" if wait else ""),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     if torch.device(device).type == "cuda" and torch.cuda.is_available():

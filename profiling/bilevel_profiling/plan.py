@@ -22,6 +22,7 @@ class Plan:
         seed: set before `setup` and before each call, in every process.
         repeats: of the clock.
         time_limit: seconds for each process.
+        threads: of torch in each process. One is repeatable: two on two cores wait for each other whenever a neighbor takes a core.
     """
 
     source: Setup | str
@@ -31,6 +32,7 @@ class Plan:
     seed: int = 0
     repeats: int = 5
     time_limit: float = 300.0
+    threads: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

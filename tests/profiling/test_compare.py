@@ -1,0 +1,213 @@
+"""Comparisons end to end: fresh processes, failures as rows, two references that are never mixed up, and the command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from bilevel_profiling import Case, compare, measure, record
+from bilevel_profiling.cli import main
+from bilevel_profiling.meters.tensors import storage_bytes
+
+import bilevel as bl
+from bilevel.problems import quadratic
+
+SOLVER = bl.Descent(bl.SGD(lr=1.0), steps=5)
+
+
+def test_measuring_a_case_fills_every_figure():
+    found = measure(
+        Case(quadratic.setup, solver=SOLVER, estimator=bl.Unrolled("iterates"), solution=bl.Converge(bl.SGD(1.0), 1e-12, 5000)), repeats=3
+    )
+    assert found.status == "OK"
+    assert found.calls == {"inner_gradient": 10, "outer_gradient": 1, "hvp": 5, "mixed": 0}
+    assert found.peak_tensor_bytes > 0
+    assert found.kept_tensor_bytes == 0
+    _, outer, inner, batches = quadratic.setup()
+    assert (found.inner_size, found.outer_size) == (6, 4)
+    assert found.base_tensor_bytes == storage_bytes((outer, inner, batches.inner, batches.outer))
+    assert found.repeats == 3
+    assert {"inner", "hypergradient", "outer"} <= set(found.phases)
+    assert max(phase.peak_tensor_bytes for phase in found.phases.values()) == found.peak_tensor_bytes
+    assert found.timeline
+    assert found.environment["torch"] == torch.__version__
+    assert record.Record.from_json(found.to_json()) == found
+
+
+def test_the_two_references_are_the_closed_forms_and_are_not_mixed_up():
+    exact = quadratic.random()
+    _, outer, inner, _ = quadratic.setup()
+    outer, inner = outer.detach(), inner.detach()
+    program, solution = exact.unrolled_hypergradient(outer, inner, 1.0, 5), exact.hypergradient(outer)
+    for estimator in (bl.Unrolled(), bl.Implicit(bl.Dense()), bl.Unrolled(last=2)):
+        case = Case(quadratic.setup, solver=SOLVER, estimator=estimator, solution=bl.Converge(bl.SGD(1.0), 1e-12, 5000))
+        found = measure(case, repeats=1)
+        mine = bl.hypergradient(*quadratic.setup(), solver=SOLVER, estimator=estimator).grad
+        for reference, error, cosine in (
+            (program, found.program_relative_error, found.program_cosine),
+            (solution, found.solution_relative_error, found.solution_cosine),
+        ):
+            assert error == pytest.approx(((mine - reference).norm() / reference.norm()).item(), abs=1e-9)
+            assert cosine == pytest.approx(torch.cosine_similarity(mine, reference, dim=0).item(), abs=1e-9)
+
+
+def test_measuring_any_callable():
+    layer = torch.nn.Linear(256, 256)
+    x = torch.ones(64, 256)
+    found = measure(lambda: layer(x).sum())
+    assert found.status == "OK"
+    assert found.peak_tensor_bytes >= 64 * 256 * 4
+    assert found.matmul_flops == 2 * 64 * 256 * 256
+
+
+CASES = '''
+"""A case of one's own."""
+import os, signal, time
+import torch
+import bilevel as bl
+
+def setup(device):
+    x, y = torch.ones(3, device=device), torch.zeros(3, device=device)
+    return bl.Problem(lambda y, x, b: ((y - x) ** 2).sum(), lambda y, x, b: outer(y)), x, y, bl.Batches(None, None)
+
+def outer(y):
+    if os.environ.get("FATE") == "killed": os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ.get("FATE") == "slow": time.sleep(60)
+    if os.environ.get("FATE") == "memory": torch.empty(10**15)
+    if os.environ.get("FATE") == "raises": raise ValueError("no such <luck>")
+    return (y ** 2).sum()
+
+OPTIMIZER = bl.SGD(lr=0.25)
+INNER_STEPS = [2, 4]
+ESTIMATORS = {"unrolled": bl.Unrolled(), "corrected": bl.FirstOrderCorrected(), "blind": bl.FirstOrder()}
+OUTER_STEPS = 3
+def outer_optimizer(tensors): return torch.optim.SGD(tensors, lr=0.1)
+def evaluate(outer, device): return {"size": float(sum(x.norm() for x in ([outer] if torch.is_tensor(outer) else outer.values())))}
+'''
+
+
+@pytest.fixture
+def cases(tmp_path):
+    path = tmp_path / "my_cases.py"
+    path.write_text(CASES)
+    return path
+
+
+def test_a_users_own_file_from_the_command_line(cases, tmp_path, capsys):
+    out = tmp_path / "report"
+    assert main(["compare", str(cases), "--out", str(out), "--repeats", "2", "--device", "cpu"]) == 0
+    found = record.read(out / "records.jsonl")
+    assert [(r.estimator, r.inner_steps) for r in found] == [(e, k) for k in (2, 4) for e in ("unrolled", "corrected", "blind")]
+    by = {(r.estimator, r.inner_steps): r for r in found}
+    assert by["unrolled", 4].program_relative_error < 1e-6
+    # FirstOrder cannot see this x: a row that says so, not zeros
+    assert by["blind", 4].status == "ERROR"
+    assert "cannot see" in by["blind", 4].reason
+    assert len(by["unrolled", 4].iterations) == 3
+    assert by["unrolled", 4].metrics["size"] < by["unrolled", 4].metrics_before["size"]
+    assert by["unrolled", 4].environment["threads"].startswith("1 ")
+    page = (out / "index.html").read_text()
+    assert "corrected" in page
+    assert str(out / "index.html") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("fate", "status", "reason"),
+    [("killed", "CRASHED", "SIGKILL"), ("slow", "TIMEOUT", "3"), ("memory", "OUT_OF_MEMORY", ""), ("raises", "ERROR", "no such <luck>")],
+)
+def test_what_goes_wrong_in_a_cell_is_a_row(cases, tmp_path, monkeypatch, fate, status, reason):
+    """In a process of its own: the server that forks the cells keeps the environment it was started with."""
+    out = tmp_path / "report"
+    command = [sys.executable, "-m", "bilevel_profiling.cli", "compare", str(cases), "--out", str(out), "--estimators", "unrolled"]
+    command += ["--inner-steps", "2", "--outer-steps", "0", "--time-limit", "3"]
+    done = subprocess.run(command, env={**os.environ, "FATE": fate}, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stdout
+    (row,) = record.read(out / "records.jsonl")
+    assert row.status == status
+    assert reason in row.reason
+    assert "<luck>" not in (out / "index.html").read_text()
+
+
+def test_ctrl_c_keeps_the_finished_rows(cases, tmp_path):
+    out = tmp_path / "report"
+    many = ",".join(str(k) for k in range(1, 60))
+    command = [sys.executable, "-m", "bilevel_profiling.cli", "compare", str(cases), "--out", str(out), "--inner-steps", many]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    records = out / "records.jsonl"
+    while time.monotonic() < deadline and not (records.exists() and records.read_text().count("\n") >= 2):
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=30)
+    assert running.returncode == 130
+    kept = record.read(records)
+    assert 2 <= len(kept) < 59 * 3
+    assert "kept in" in errors
+    assert (out / "index.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "hypercleanin"], "Did you mean hypercleaning"),
+        (["compare", "quadratic", "--estimators", "nobody"], "nobody"),
+        (["compare", "quadratic", "--inner-steps", "1,x"], "1,x"),
+        (["compare", "quadratic", "--out", "/proc/nowhere"], "/proc/nowhere"),
+        (["compare", "{tmp}/broken.py"], "broken.py"),
+        (["compare", "{tmp}/empty.py"], "setup"),
+        (["show", "{tmp}/nothing.jsonl"], "nothing.jsonl"),
+        (["show", "{tmp}/corrupt.jsonl"], "line 1"),
+    ],
+)
+def test_bad_arguments_get_one_sentence_and_status_2(arguments, message, tmp_path, capsys):
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    (tmp_path / "corrupt.jsonl").write_text("{not json\n")
+    try:
+        status = main([argument.replace("{tmp}", str(tmp_path)) for argument in arguments])
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    errors = capsys.readouterr().err
+    assert status == 2
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_json_output_is_records_and_nothing_else(tmp_path, capsys):
+    arguments = ["compare", "quadratic", "--estimators", "unrolled", "--inner-steps", "2", "--outer-steps", "0", "--repeats", "1", "--json"]
+    assert main([*arguments, "--out", str(tmp_path / "r")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["estimator"] for line in lines] == ["unrolled"]
+
+
+def test_show_prints_the_table_without_torch(tmp_path):
+    records = compare(
+        quadratic.setup, {"unrolled": bl.Unrolled()}, optimizer=bl.SGD(1.0), inner_steps=[2], repeats=1, outer_steps=0, out=tmp_path / "r"
+    )
+    code = "import sys; sys.modules['torch'] = None; from bilevel_profiling.cli import main; sys.exit(main(['show', sys.argv[1]]))"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "r")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "unrolled" in done.stdout
+    assert records[0].status == "OK"
+
+
+def test_list_names_cases_and_estimators(capsys):
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    for name in ("hypercleaning", "fewshot", "ridge", "quadratic", "MemoryReduced", "Unrolled", "CG"):
+        assert name in text
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (Path(record.__file__).parent / "cases").glob("[a-z]*.py")])
+def test_every_built_in_case_is_usable(name):
+    from bilevel_profiling.case_file import load
+
+    case = load(name)
+    assert case.inner_steps
+    assert case.title
+    assert all(isinstance(estimator, bl.Estimator) for estimator in case.estimators.values())
