@@ -44,7 +44,7 @@ def our_step(p, ours):
         problem = bl.Problem(lambda y, x, k: p.inner(p.fwd(y), y, x, k, 0), lambda y, x, _: p.outer(p.fwd(y), 0))
         inner = [leaf.detach() for leaf in p.init_module.parameters()]
     batches = bl.Batches(inner=bl.PerStep(range(p.K)), outer=0, curvature=0)
-    # Both nets have an indefinite Hessian at y_K: our CG stops there, theirs goes on. Damped, ours makes all its ten products as well.
+    # Both nets have an indefinite Hessian at y_K: our CG stops there, theirs goes on. Damped, ours goes on to the end as well.
     linear = bl.CG(max_steps=10, tol=0.0, damping=10.0 if ours == "implicit damped" else 0.0)
     estimator = bl.Implicit(linear) if ours.startswith("implicit") else bl.Unrolled(keep=ours)
     solver = bl.Descent(bl.SGD(lr=p.lr), steps=p.K)

@@ -26,7 +26,7 @@ class LinearSolver(Strategy):
     damping: float
     tol: float
     worse_than_zero: ClassVar[Status] = Status.MAX_STEPS
-    """What it means when the residual is larger than that of v = 0."""
+    """What it means when the residual is more than twice that of v = 0."""
 
     @abc.abstractmethod
     def iterate(self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None) -> LinearSolution:
@@ -58,7 +58,8 @@ class LinearSolver(Strategy):
         # The recursion's residual drifts from the true one, hence the factor of ten; no solver gets below rounding.
         allowed = max(min(self.tol * 10, 1.0), 100 * torch.finfo(b[0].dtype).eps)
         unmet = code_if(~(relative <= allowed), Status.MAX_STEPS)
-        worse = code_if(relative > 1.001, self.worse_than_zero)
+        # Between 1 and 2 a little negative curvature is at work, and a truncated answer is still of use: unmet, not failed.
+        worse = code_if(relative > 2.0, self.worse_than_zero)
         # A failure of the solver explains a non-finite answer better than NONFINITE does.
         broken = torch.where(torch.as_tensor(found.code, device=unmet.device) == 0, code_if(~torch.isfinite(relative), Status.NONFINITE), 0)
         return LinearSolution(found.value, relative, found.steps, worst(found.code, unmet, worse, broken))

@@ -167,7 +167,7 @@ def _waiting_passively() -> Iterator[None]:
     """OpenMP threads that wait for each other sleep instead of spinning, unless the user has chosen.
 
     Beside another busy process, spinning threads take the cores from those they wait for: one hypergradient of the built-in hypercleaning case took
-    5 s instead of 0.09 s on two cores. Alone, both are equally fast. OpenMP reads the variable once, when it is loaded.
+    5 s instead of 0.09 s on two cores. OpenMP reads the variable once, when it is loaded.
     """
     if _WAIT in os.environ:
         yield
