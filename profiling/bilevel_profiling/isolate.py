@@ -7,6 +7,7 @@ tenth of a second, and has no CUDA context, threads or heap of ours in it. What 
 import contextlib
 import dataclasses
 import faulthandler
+import gc
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.process
@@ -23,10 +24,11 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-from bilevel_profiling.failure import CRASHED, Failure, of_error, of_exit, of_timeout
+from bilevel_profiling.failure import CRASHED, ERROR, Failure, of_error, of_exit, of_timeout
 
 # torch._dynamo: every torch.optim optimizer imports it when it is made, which takes seconds.
 _PRELOAD = ["torch", "torch._dynamo", "bilevel_profiling.cell"]
+_NEVER_BEGAN = "The process ended while it imported the main script. Is the call that starts it under `if __name__ == '__main__':`?"
 _WAIT = "OMP_WAIT_POLICY"
 Gate = Callable[[], None]
 """Called by the function in the other process when it is ready to be watched; returns when it is."""
@@ -118,7 +120,7 @@ def run(
 def _awaited(
     ours: multiprocessing.connection.Connection, process: Any, time_limit: float, around: Callable[[int], AbstractContextManager[Any]] | None
 ) -> tuple[Any, Failure | None]:
-    deadline = time.monotonic() + time_limit
+    deadline, begun = time.monotonic() + time_limit, False
     with contextlib.ExitStack() as watching:
         while True:
             ready = multiprocessing.connection.wait([ours, process.sentinel], timeout=max(deadline - time.monotonic(), 0))
@@ -128,7 +130,9 @@ def _awaited(
                 kind, value = ours.recv() if ours.poll() else ("ended", None)
             except (EOFError, ConnectionError):
                 kind = "ended"
-            if kind == "ready":
+            if kind == "begun":
+                begun = True
+            elif kind == "ready":
                 assert around is not None
                 watching.enter_context(around(process.pid))
                 ours.send("go")
@@ -138,7 +142,7 @@ def _awaited(
                 return None, value
             else:
                 process.join(10)
-                return None, of_exit(process.exitcode)
+                return None, of_exit(process.exitcode) if begun else Failure(ERROR, _NEVER_BEGAN)
 
 
 def _context(preload: Sequence[str] = ()) -> BaseContext:
@@ -186,6 +190,7 @@ def _enter(connection: multiprocessing.connection.Connection, log: str, payload:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     faulthandler.enable()
+    gc.freeze()  # what the server loaded is no garbage: without it every collection walks all of torch, 0.2 s
     watched = threading.Event()
     threading.Thread(target=_follow, args=(connection, watched), daemon=True).start()
 
@@ -193,6 +198,7 @@ def _enter(connection: multiprocessing.connection.Connection, log: str, payload:
         connection.send(("ready", None))
         watched.wait()
 
+    connection.send(("begun", None))
     try:
         function, arguments, gated = pickle.loads(payload)
         message = ("value", function(*arguments, *((gate,) if gated else ())))
