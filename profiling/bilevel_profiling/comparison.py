@@ -166,16 +166,16 @@ class Comparison:
             for name, k in wanted:
                 job = self._job(plan, label, steps[-1] if k is None else k)
                 text = f"float64 reference, {'converged solution' if k is None else f'K = {k}'}"
-                yield Task(definition.name, text, 4 + job.inner_steps), self._referencing(plan, definition, job, name, notes, (name, k, kind))
+                yield Task(definition.name, text, 5 + job.inner_steps / 4), self._referencing(plan, definition, job, name, notes, (name, k, kind))
         for k in steps:
             for label in labels:
                 sources = [notes.get(key, "none.") for key in (("program", k, by_task[label]), ("solution", None, by_task[label]))]
                 work = self._measuring(plan, definition, self._job(plan, label, k), sources)
-                yield Task(definition.name, f"{label}, K = {k}", 8 + k), work
+                yield Task(definition.name, f"{label}, K = {k}", 15 + k), work
         k = steps[-1]
         for label in labels if definition.outer_steps else ():
             work = self._looping(plan, definition, self._job(plan, label, k), definition.outer_steps)
-            yield Task(definition.name, f"{label}, outer loop of {definition.outer_steps}", 4 + definition.outer_steps * (k + 5) / 8), work
+            yield Task(definition.name, f"{label}, outer loop of {definition.outer_steps}", (15 + k) * (0.5 + definition.outer_steps / 12)), work
 
     def _job(self, plan: Plan, label: str, steps: int) -> cell.Job:
         return cell.Job(plan.source, plan.overrides, label, steps, plan.device, plan.seed, plan.repeats, self._command, plan.threads)
@@ -260,7 +260,7 @@ class Comparison:
             seed=job.seed,
             status=failure.status,
             reason=failure.reason,
-            environment=environment(self._command),
+            environment=next((r.environment for r in self.records if r.device == job.device), environment(self._command)),
         )
 
     def _rewrite(self) -> None:

@@ -160,7 +160,8 @@ class _Pace:
 
     def text(self) -> str:
         spent = time.monotonic() - self._started
-        left = "" if self._weight == 0 else f", about {_clock(spent * (self._total - self._weight) / self._weight)} left"
+        # The first pieces wait for torch to load, and say nothing about the rest.
+        left = "" if self._weight < 0.05 * self._total else f", about {_clock(spent * (self._total - self._weight) / self._weight)} left"
         return f"[{self._finished}/{self._count}, {_clock(spent)}{left}]"
 
 

@@ -31,7 +31,13 @@ def test_each_iteration_is_recorded_and_is_that_of_iterate():
     found = run()
     problem, outer, inner, batches = quadratic.setup(seed=3)
     loop = bl.iterate(
-        problem, outer, inner, [batches] * 4, solver=bl.Descent(bl.SGD(lr=1.0), 5), estimator=bl.Unrolled(), optimizer=torch.optim.SGD([outer], lr=1e-3)
+        problem,
+        outer,
+        inner,
+        [batches] * 4,
+        solver=bl.Descent(bl.SGD(lr=1.0), 5),
+        estimator=bl.Unrolled(),
+        optimizer=torch.optim.SGD([outer], lr=1e-3),
     )
     assert [step.index for step in found.iterations] == [0, 1, 2, 3]
     for mine, step in zip(found.iterations, loop, strict=True):

@@ -89,7 +89,11 @@ class Failing:
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 b")],
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 b"),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_running_out_of_memory_is_a_record_with_what_was_measured_before(error):
