@@ -83,7 +83,7 @@ def _change(key: str, name: str, after: dict[str, float], before: dict[str, floa
     told = svg.described((clean(label), starts.get(label, "") + units.significant(value)) for label, value in after.items())
     how = "Ring: before the outer loop; filled: after it. " if before else "After the outer loop. "
     drawing = svg.figure(key, f"{name} before and after the outer loop", told, height, *parts)
-    return Figure(key, f"{name[:1].upper()}{name[1:]}", (how + note).strip(), drawing)
+    return Figure(key, f"{name[:1].upper()}{name[1:]}".replace("_", " "), (how + note).strip(), drawing)
 
 
 def _name(label: str, style: Style, left: float, y: float) -> Markup:
