@@ -5,14 +5,7 @@
 Data: characters drawn from the DejaVu fonts (`glyphs`), or any other ImageSet, such as Omniglot's or CIFAR-FS's (`folders`). Net: `conv4`. The losses
 are those of one task; every tensor in the batches has a leading task dimension T, so the estimator is `TaskMean(...)`.
 
-Measured on one core (5-way, 4 tasks a step, Adam(lr=2e-3) on x; accuracy on 40 tasks of unseen characters after 10 steps of size 0.1):
-
-| | untrained | outer steps 50 | 100 | 200 |
-| --- | --- | --- | --- | --- |
-| 5-shot, TaskMean(FirstOrder(), chunk=1), K = 5 | 0.917 +- 0.018 | 0.969 | 0.977 +- 0.008 | |
-| 1-shot, TaskMean(Unrolled(), chunk=1), K = 3 | 0.680 +- 0.030 | 0.866 | 0.890 | 0.912 +- 0.022 |
-
-An outer step takes 1 to 2 seconds there; on a CPU a chunk of one task is as fast as all at once, and needs less memory.
+What it reaches on unseen characters: benchmarks/README.md, made by `python benchmarks/problems.py`. On a CPU a chunk of one task is as fast as all at once, and needs less memory.
 
 Reference: Finn, Abbeel, Levine 2017, Model-Agnostic Meta-Learning, arXiv 1703.03400.
 """
