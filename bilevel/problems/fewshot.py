@@ -5,7 +5,8 @@
 Data: characters drawn from the DejaVu fonts (`glyphs`), or any other ImageSet, such as Omniglot's or CIFAR-FS's (`folders`). Net: `conv4`. The losses
 are those of one task; every tensor in the batches has a leading task dimension T, so the estimator is `TaskMean(...)`.
 
-What it reaches on unseen characters: benchmarks/README.md, made by `python benchmarks/problems.py`. On a CPU a chunk of one task is as fast as all at once, and needs less memory.
+What it reaches on unseen characters: benchmarks/README.md, made by `python benchmarks/problems.py`. On a CPU a chunk of one
+task is as fast as all at once, and needs less memory.
 
 Reference: Finn, Abbeel, Levine 2017, Model-Agnostic Meta-Learning, arXiv 1703.03400.
 """
