@@ -84,10 +84,10 @@ def reference(job: Job, kind: str, path: Path) -> str:
     return references.cached(job.case(job.definition()), kind, path).note
 
 
-def loop(job: Job, steps: int) -> Loop:
-    """The outer loop."""
+def loop(job: Job, steps: int, before: Mapping[str, float] | None) -> Loop:
+    """The outer loop, with its metrics before the first step if they are known."""
     definition = job.definition()
-    return outer_loop(job.case(definition), definition, steps)
+    return outer_loop(job.case(definition), definition, steps, before)
 
 
 def _reference(source: Path | str) -> Reference:

@@ -234,7 +234,8 @@ class Comparison:
             place = next((n for n, r in enumerate(self.records) if _is_row(r, definition, job)), None)
             if place is None or self.records[place].status in ("ERROR", "CRASHED", "TIMEOUT", "OUT_OF_MEMORY"):
                 return "left out: its single hypergradient failed"
-            outcome = isolate.run(cell.loop, job, steps, time_limit=plan.time_limit)
+            before = next((r.metrics_before for r in self.records if r.case == definition.name and r.metrics_before), None)
+            outcome = isolate.run(cell.loop, job, steps, before, time_limit=plan.time_limit)
             if outcome.failure is not None:
                 found: dict[str, Any] = {"iterations": (Iteration(index=0, status=outcome.failure.status),)}
                 self._keep_log(outcome.log, f"{definition.name}-{job.label}-loop")

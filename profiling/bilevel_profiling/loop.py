@@ -31,22 +31,24 @@ class Loop:
     metrics: Mapping[str, float]
 
 
-def outer_loop(case: Case, definition: Definition, steps: int) -> Loop:
+def outer_loop(case: Case, definition: Definition, steps: int, before: Mapping[str, float] | None = None) -> Loop:
     """Take `steps` outer steps with `bl.iterate`, from a fresh `setup`.
 
     A hypergradient that must not be used ends the loop; its iteration says so, and the metrics are those of the last sound step.
+
+    The metrics before the loop depend on `setup` and the seed alone: with `before` those of another estimator's loop are taken over.
 
     Live tensor bytes slow a step down, so the first iterations are made twice: once metered, in a loop of their own, and once timed.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=STEPPED_THROUGH)  # the iteration's status says it
-        return _looped(case, definition, steps)
+        return _looped(case, definition, steps, before)
 
 
-def _looped(case: Case, definition: Definition, steps: int) -> Loop:
+def _looped(case: Case, definition: Definition, steps: int, before: Mapping[str, float] | None) -> Loop:
     metered = [] if torch.device(case.device).type == "cuda" else _peaks(case, definition, min(steps, _METERED))
     posed, outer = _started(case)
-    before = _evaluated(definition, outer, case)
+    before = _evaluated(definition, outer, case) if before is None else before
     iterations = []
     for index, take in enumerate(_steps(case, definition, posed, outer, steps)):
         iteration = _iteration(index, take, case.device)

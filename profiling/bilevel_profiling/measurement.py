@@ -29,7 +29,7 @@ from bilevel_profiling.meters.tensors import Tensors
 from bilevel_profiling.record import Phase, Record
 
 STEPPED_THROUGH = r"iterate\(\) stepped through"
-_LONG = 2.0
+_LONG = 1.5
 """Seconds after which the clock has seen enough: slow calls are repeated twice at least, not `repeats` times."""
 
 
@@ -49,7 +49,7 @@ def measure(
     Args:
         what: a `Case`, or any function without arguments, which need not have to do with bilevel problems.
         name: of a function in the record.
-        repeats: how often the clock runs; a slow call (2 s in all) fewer times, but at least twice.
+        repeats: how often the clock runs; a slow call (1.5 s in all) fewer times, but at least twice.
         errors: whether to compute the float64 references of a case and the errors against them; or references that are there already.
         command: kept in the record's environment.
 

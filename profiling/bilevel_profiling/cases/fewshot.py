@@ -22,7 +22,7 @@ TASKS, SHOT, QUERY, WIDTH, STRENGTH = 2, 5, 5, 16, 0.5
 LR = fewshot.INNER_LR / 2
 OPTIMIZER = bl.SGD(lr=LR)
 INNER_STEPS = [1, 3, 5]
-OUTER_STEPS = 20
+OUTER_STEPS = 15
 
 # So few steps leave the Hessian indefinite. With less damping conjugate gradients meet negative curvature; with this much the direction is fair
 # (a cosine of 0.6 to 0.9) and the length is not, which Adam makes up for.
