@@ -72,6 +72,18 @@ def test_batches_and_metrics_are_asked_for_in_order_and_with_the_seed():
     assert found.metrics["objective"] < found.metrics_before["objective"]
 
 
+def test_metrics_that_are_known_are_not_asked_for_again():
+    asked = []
+
+    def evaluate(outer, device):
+        asked.append(outer)
+        return {"objective": 1.0}
+
+    case = Case(quadratic.setup, solver=bl.Descent(bl.SGD(lr=1.0), 2), estimator=bl.Unrolled(), outer_optimizer=sgd)
+    found = outer_loop(case, definition(evaluate=evaluate), 1, {"objective": 3.0})
+    assert (found.metrics_before, found.metrics, len(asked)) == ({"objective": 3.0}, {"objective": 1.0}, 1)
+
+
 def test_a_failed_hypergradient_ends_the_loop_and_says_so():
     found = run(lr=1e200)
     (only,) = found.iterations
