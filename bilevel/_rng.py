@@ -4,6 +4,7 @@ A state is read before each step and kept only when it moved, so a loss without 
 """
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Replay:
@@ -33,7 +34,8 @@ class Replay:
 
     def _current(self, last: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:
         state = (torch.get_rng_state(),) if self._cuda is None else (torch.get_rng_state(), torch.cuda.get_rng_state(self._cuda))
-        return last if last is not None and all(torch.equal(a, b) for a, b in zip(state, last, strict=True)) else state
+        with _disable_current_modes():  # a state is real also where tensors are fake
+            return last if last is not None and all(torch.equal(a, b) for a, b in zip(state, last, strict=True)) else state
 
     def _set(self, state: tuple[torch.Tensor, ...]) -> None:
         torch.set_rng_state(state[0])

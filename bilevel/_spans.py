@@ -23,6 +23,9 @@ HVP = "bilevel.hvp"
 MIXED = "bilevel.mixed"
 ORACLES = (INNER_GRADIENT, OUTER_GRADIENT, HVP, MIXED)
 
+UNREAD = "bilevel.unread"
+"""A test for convergence on tensors without data, which cannot be read: the loop goes on to its step limit."""
+
 
 class Listener(Protocol):
     """What a meter implements to hear spans. `count` is the number of oracle calls the span stands for."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel import _spans
 from bilevel._tree import Leaves, Tree
 
 
@@ -71,6 +72,14 @@ _STATUSES = list(Status)
 def status_of(code: Tensor | int) -> Status:
     """The Status of a code; waits for the GPU if the code lives there."""
     return _STATUSES[int(code)]
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether a tensor's value can be looked at: not inside vmap, and not when it is a fake tensor, which has none."""
+    if type(tensor) is Tensor:
+        return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    with _spans.span(_spans.UNREAD):
+        return False
 
 
 def code_if(condition: Tensor, status: Status) -> Tensor:

@@ -71,6 +71,16 @@ class Estimate:
 class Estimator(Strategy):
     """How dF/dx is estimated from one instance."""
 
+    @property
+    def memory_growth(self) -> str:
+        """How peak memory grows with the inner steps K: "constant", "sqrt" or "linear"; "" promises nothing. Profilers hold it to the promise."""
+        return ""
+
+    @property
+    def bias(self) -> str:
+        """What separates the estimate from the gradient of the K-step program, as a clause; "" when nothing does."""
+        return "of unknown bias"
+
     @abc.abstractmethod
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         """The estimate; `state` is what the last call returned as its state, or None."""

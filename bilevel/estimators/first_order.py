@@ -39,6 +39,14 @@ class FirstOrder(Estimator):
         tensor(0.5000)
     """
 
+    @property
+    def memory_growth(self) -> str:
+        return "constant"
+
+    @property
+    def bias(self) -> str:
+        return "biased by O(K lr |H|), which no budget removes"
+
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         problem, batches = instance.problem, instance.batches
         before_start = Replay(_tree.tensors(instance.outer)[0].device)

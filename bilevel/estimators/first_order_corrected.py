@@ -68,6 +68,15 @@ class FirstOrderCorrected(Estimator):
         if self.scheme not in _SCHEMES:
             raise ValueError(f"FirstOrderCorrected was given scheme={self.scheme!r}; one of {', '.join(map(repr, _SCHEMES))} was needed")
 
+    @property
+    def memory_growth(self) -> str:
+        return "constant"
+
+    @property
+    def bias(self) -> str:
+        order = "nu^2" if self.scheme == "symmetric" else "nu"
+        return f"off by O({order}) from the finite difference and by |y_K - y*| / nu before the inner solution"
+
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         nu = default_nu(_tree.tensors(instance.outer)[0].dtype, self.scheme) if self.nu is None else self.nu
         sides = (nu, -nu) if self.scheme == "symmetric" else (0.0, nu)

@@ -54,6 +54,14 @@ class Implicit(Estimator):
                 f"Implicit was given {type(self.linear).__name__}; a linear solver was needed, such as Implicit(bilevel.CG(max_steps=10))"
             )
 
+    @property
+    def memory_growth(self) -> str:
+        return "constant"
+
+    @property
+    def bias(self) -> str:
+        return "exact at the inner solution; before it, off by |y_K - y*| and by the linear residual"
+
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         found = instance.solve()
         with _spans.span(_spans.HYPERGRADIENT):

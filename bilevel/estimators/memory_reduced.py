@@ -70,6 +70,14 @@ class MemoryReduced(Estimator):
         check_number("MemoryReduced", "tol", self.tol, 0.0)
         check_number("MemoryReduced", "damping", self.damping, 0.0)
 
+    @property
+    def memory_growth(self) -> str:
+        return "constant"
+
+    @property
+    def bias(self) -> str:
+        return "exact at the inner solution; before it, off by |y_K - y*| and by the linear residual"
+
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         if not self.cache_features and instance.problem.features is not None:
             instance = dataclasses.replace(instance, problem=_without_features(instance.problem))

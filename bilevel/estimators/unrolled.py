@@ -77,6 +77,16 @@ class Unrolled(Estimator):
         if self.segment is not None and self.keep != "segments":
             raise ValueError(f'Unrolled was given segment={self.segment} with keep={self.keep!r}; write Unrolled(keep="segments", segment=...)')
 
+    @property
+    def memory_growth(self) -> str:
+        if self.last is not None:
+            return "constant"
+        return "sqrt" if self.keep == "segments" and self.segment is None else "linear"
+
+    @property
+    def bias(self) -> str:
+        return "" if self.last is None else f"truncated to the last {self.last} steps: an error that decays like (1 - lr mu)^{self.last}"
+
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         code: Tensor | int = 0
         if not instance.solver.fixed:

@@ -14,7 +14,7 @@ from torch import Tensor
 from bilevel import _tree
 from bilevel._strategy import Strategy
 from bilevel._tree import Leaves
-from bilevel.outcome import LinearSolution, Status, code_if, worst
+from bilevel.outcome import LinearSolution, Status, code_if, readable, worst
 
 Product = Callable[[Leaves], Leaves]
 """v -> A v."""
@@ -71,9 +71,8 @@ def damped(product: Product, damping: float) -> Product:
 
 
 def settled(live: Tensor) -> bool:
-    """Whether no task goes on, where that can be read for free: on the CPU and outside vmap and fake tensors."""
-    readable = live.device.type == "cpu" and type(live) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(live)
-    return readable and not bool(live.any())
+    """Whether no task goes on, where that can be read for free: on the CPU, and not inside vmap or on fake tensors."""
+    return live.device.type == "cpu" and readable(live) and not bool(live.any())
 
 
 def check_number(owner: str, name: str, value: object, low: float) -> None:

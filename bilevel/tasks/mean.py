@@ -60,6 +60,14 @@ class TaskMean(Estimator):
         if self.chunk is not None and (not isinstance(self.chunk, int) or self.chunk < 1):
             raise ValueError(f"TaskMean was given chunk={self.chunk!r}; None or an integer of at least 1 was needed")
 
+    @property
+    def memory_growth(self) -> str:
+        return self.estimator.memory_growth
+
+    @property
+    def bias(self) -> str:
+        return self.estimator.bias
+
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         tasks = _count(instance, state)
         size = tasks if self.chunk is None else min(self.chunk, tasks)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bilevel_profiling.case import Case as Case
     from bilevel_profiling.comparison import compare as compare
+    from bilevel_profiling.forecasting import ForecastError as ForecastError
+    from bilevel_profiling.forecasting import forecast as forecast
     from bilevel_profiling.measurement import measure as measure
     from bilevel_profiling.record import Iteration as Iteration
     from bilevel_profiling.record import Phase as Phase
@@ -16,13 +18,15 @@ if TYPE_CHECKING:
 # No module bears the name of a function here: importing it would put the module in the function's place.
 _HOMES = {
     "Case": "case",
+    "ForecastError": "forecasting",
     "Iteration": "record",
     "Phase": "record",
     "Record": "record",
     "compare": "comparison",
+    "forecast": "forecasting",
     "measure": "measurement",
 }
-__all__ = ["Case", "Iteration", "Phase", "Record", "compare", "measure"]
+__all__ = ["Case", "ForecastError", "Iteration", "Phase", "Record", "compare", "forecast", "measure"]
 
 
 def __getattr__(name: str) -> Any:

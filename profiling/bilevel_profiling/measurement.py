@@ -23,9 +23,9 @@ from bilevel_profiling.failure import of_error, out_of_memory
 from bilevel_profiling.meters.base import Meter, observe
 from bilevel_profiling.meters.clock import Clock
 from bilevel_profiling.meters.cuda import Cuda
-from bilevel_profiling.meters.flops import Flops
 from bilevel_profiling.meters.oracles import Oracles
 from bilevel_profiling.meters.tensors import Tensors
+from bilevel_profiling.meters.work import Work
 from bilevel_profiling.record import Phase, Record
 
 STEPPED_THROUGH = r"iterate\(\) stepped through"
@@ -69,7 +69,7 @@ def measure(
         raise ValueError(f"measure() was given repeats={repeats!r}; a positive integer was needed")
     if not isinstance(what, Case) and not callable(what):
         raise TypeError(f"measure() was given a {type(what).__name__}; a Case or a function without arguments was needed")
-    with _own_random_state(), _frozen_heap(), warnings.catch_warnings():
+    with own_random_state(), frozen_heap(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=STEPPED_THROUGH)  # the record's status says it
         return _measured_case(what, repeats, errors, command) if isinstance(what, Case) else _measured_call(what, name, repeats, command)
 
@@ -121,6 +121,7 @@ def described(case: Case, command: str = "") -> Record:
     return Record(
         case=case.name,
         estimator=case.label,
+        memory_growth=case.estimator.memory_growth,
         settings=repr(case.estimator),
         inner_steps=case.solver.max_steps,
         device=case.device,
@@ -186,6 +187,13 @@ class Trial:
         )
         return next(loop).hypergradient
 
+    def prime(self) -> None:
+        """Make the outer optimizer's state, with a step of zeros."""
+        for leaf in _tree.tensors(self._outer):
+            leaf.grad = torch.zeros_like(leaf)
+        self._optimizer.step()
+        self.tidy()
+
     def tidy(self) -> None:
         """Put the outer variable and the random numbers back, and drop the gradient."""
         with torch.no_grad():
@@ -215,7 +223,7 @@ class Figures:
     def take(self, call: Callable[[], object], device: str, repeats: int) -> None:
         """Run `call` under the clock and under each meter."""
         tidy = call.tidy if isinstance(call, Trial) else lambda: None
-        clock, meters = Clock(device), [Tensors(), Flops()]
+        clock, meters = Clock(device), [Tensors(), Work()]
         started = time.perf_counter()
         gc.collect()
         with self.of(clock):
@@ -257,14 +265,15 @@ def phases_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Phase]:
 
 
 @contextlib.contextmanager
-def _own_random_state() -> Iterator[None]:
+def own_random_state() -> Iterator[None]:
+    """Put the global random state back after the block."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         yield
 
 
 @contextlib.contextmanager
-def _frozen_heap() -> Iterator[None]:
+def frozen_heap() -> Iterator[None]:
     """Collections between passes look only at what the passes made: walking all of torch takes 0.2 s each time."""
     if gc.get_freeze_count():  # somebody else's, and unfreezing would be too
         yield

@@ -3,7 +3,7 @@
 from bilevel_profiling.meters.base import Meter as Meter
 from bilevel_profiling.meters.clock import Clock as Clock
 from bilevel_profiling.meters.cuda import Cuda as Cuda
-from bilevel_profiling.meters.flops import Flops as Flops
 from bilevel_profiling.meters.oracles import Oracles as Oracles
 from bilevel_profiling.meters.resident import Resident as Resident
 from bilevel_profiling.meters.tensors import Tensors as Tensors
+from bilevel_profiling.meters.work import Work as Work

@@ -1,4 +1,4 @@
-"""Which phase of a hypergradient runs: the one place, besides the oracle counter, that listens to the library's spans."""
+"""Where a hypergradient is: the one place, besides the oracle counter, that listens to the library's spans."""
 
 from collections.abc import Callable
 from types import TracebackType
@@ -20,6 +20,10 @@ class Phases:
     Args:
         ended: called with the name of the phase that ran until now, at each boundary and at the end of the block.
 
+    Attributes:
+        current: the phase that runs now.
+        span: the oracle call that runs now (inner_gradient, hvp, ...), or "".
+
     Example:
         >>> import torch, bilevel as bl
         >>> stretches = []
@@ -33,15 +37,13 @@ class Phases:
 
     def __init__(self, ended: Callable[[str], None]) -> None:
         self._ended = ended
-        self._stack: list[str] = []
-
-    @property
-    def current(self) -> str:
-        """The phase that runs now."""
-        return self._stack[-1] if self._stack else OUTSIDE
+        self._phases = [OUTSIDE]
+        self._spans = [""]
+        self.current, self.span = OUTSIDE, ""
 
     def __enter__(self) -> Self:
-        self._stack.clear()
+        self._phases, self._spans = [OUTSIDE], [""]
+        self.current, self.span = OUTSIDE, ""
         self._listening = _spans.listen(self)
         self._listening.__enter__()
         return self
@@ -54,10 +56,19 @@ class Phases:
         """A span opened (the listener's side of the seam)."""
         if name in _spans.PHASES:
             self._ended(self.current)
-            self._stack.append(name.removeprefix("bilevel."))
+            self._phases.append(name.removeprefix("bilevel."))
+            self.current = self._phases[-1]
+        else:
+            self._spans.append(name.removeprefix("bilevel."))
+            self.span = self._spans[-1]
 
     def exit(self, name: str) -> None:
         """A span closed."""
-        if name in _spans.PHASES and self._stack:
-            self._ended(self.current)
-            self._stack.pop()
+        if name in _spans.PHASES:
+            if len(self._phases) > 1:  # else it was open before the block began
+                self._ended(self.current)
+                self._phases.pop()
+                self.current = self._phases[-1]
+        elif len(self._spans) > 1:
+            self._spans.pop()
+            self.span = self._spans[-1]
