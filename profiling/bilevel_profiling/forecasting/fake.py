@@ -1,0 +1,165 @@
+"""forecast(): the record of a run, without the run.
+
+The same code runs as in `measure`, under torch's FakeTensorMode: tensors have shapes, dtypes and sized storages, but no data. The live bytes of every
+operation are therefore those of the real run, to the byte; times and errors are not there, since nothing is computed.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import warnings
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import bilevel as bl
+from bilevel import _spans, _tree
+from bilevel_profiling.case import Case, name_of
+from bilevel_profiling.devices import DEVICES, Device
+from bilevel_profiling.environment import environment
+from bilevel_profiling.forecasting.unreadable import ForecastError as ForecastError
+from bilevel_profiling.forecasting.unreadable import explained
+from bilevel_profiling.measurement import STEPPED_THROUGH, Figures, Trial, described, frozen_heap, own_random_state
+from bilevel_profiling.meters.base import Meter
+from bilevel_profiling.meters.oracles import Oracles
+from bilevel_profiling.meters.tensors import Tensors, in_blocks
+from bilevel_profiling.meters.work import Work
+from bilevel_profiling.record import Record
+
+NOT_SEEN = (
+    "A forecast counts tensors. On top of them come what cuBLAS and cuDNN take as workspaces, and what the allocator's cache loses to fragmentation "
+    "(reserved memory)."
+)
+OTHER_KERNELS = "No CUDA device here: the forecast follows the CPU's operators, and a GPU may run others for a few of them."
+
+
+def forecast(what: Case | Callable[[], object], *, name: str = "", on: Device | str | None = None, command: str = "") -> Record:
+    """Say what something would cost, without running it.
+
+    The figures are those of `measure`: peak and kept tensor bytes, by phase, with a timeline and what is alive at the peak; FLOPs; oracle calls. For
+    a case on "cuda" also what the allocator would be asked for: requested (exact), and allocated (each tensor in blocks of 512 bytes).
+
+    Cost: about 0.1 ms an operation, whatever the sizes; a few KiB of memory for each tensor that the run would hold.
+
+    Args:
+        what: a `Case`, whose `setup` is called under fake tensors too; or any function without arguments. Tensors that exist already can be used.
+        name: of a function in the record.
+        on: a `Device`, or the name of one in `bilevel_profiling.devices.DEVICES`, for a lower bound on its time (`roofline_seconds`).
+        command: kept in the record's environment.
+
+    Returns:
+        A record with source="forecast". Its notes say what could not be seen: a solver that stops on a tolerance is forecast at its step limit.
+
+    Raises:
+        ForecastError: the code reads a tensor's value (`.item()`, `if tensor:`, a boolean mask); it names the line and the remedy.
+        ValueError: there is no such device.
+        Exception: whatever `setup`, a loss or the function raises.
+
+    Example:
+        >>> import bilevel as bl
+        >>> from bilevel.problems import quadratic
+        >>> case = Case(quadratic.setup, solver=bl.Descent(bl.SGD(lr=1.0), steps=5), estimator=bl.Unrolled())
+        >>> found = forecast(case)
+        >>> found.source, found.calls["hvp"], found.wall_seconds
+        ('forecast', 5, None)
+        >>> from bilevel_profiling import measure
+        >>> found.peak_tensor_bytes == measure(case, errors=False).peak_tensor_bytes
+        True
+    """
+    if not isinstance(what, Case) and not callable(what):
+        raise TypeError(f"forecast() was given a {type(what).__name__}; a Case or a function without arguments was needed")
+    device = on if isinstance(on, Device) or on is None else _device(on)
+    with own_random_state(), frozen_heap(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=STEPPED_THROUGH)
+        return _of_case(what, device, command) if isinstance(what, Case) else _of_call(what, name, device, command)
+
+
+def _device(name: str) -> Device:
+    if name not in DEVICES:
+        raise ValueError(f"there is no device {name!r}; write one of {', '.join(DEVICES)}, or give a bilevel_profiling.devices.Device")
+    return DEVICES[name]
+
+
+def _of_call(call: Callable[[], object], name: str, device: Device | None, command: str) -> Record:
+    record = Record(case="functions", estimator=name or name_of(call), source="forecast", environment=environment(command))
+    with without_data():
+        figures, notes, _ = _metered(call, device)
+    return dataclasses.replace(figures.record(record), notes=tuple(notes))
+
+
+def _of_case(case: Case, device: Device | None, command: str) -> Record:
+    cuda = torch.device(case.device).type == "cuda"
+    stand_in = cuda and not torch.cuda.is_available()
+    record = dataclasses.replace(described(case, command), source="forecast", reference_note="none: a forecast computes nothing.")
+    with without_data():
+        trial = Trial(dataclasses.replace(case, device="cpu") if stand_in else case)
+        base = trial.posed.tensor_bytes(case.solver.max_steps)
+        trial.prime()
+        figures, notes, blocks = _metered(trial, device)
+        facts = {"dtype": str(trial.posed.dtype).removeprefix("torch."), "base_tensor_bytes": base}
+        del trial
+    if cuda:
+        facts |= {"cuda_requested_bytes": base + figures.fields["peak_tensor_bytes"], "cuda_allocated_bytes": in_blocks(base) + blocks}
+        notes += [NOT_SEEN, *([OTHER_KERNELS] if stand_in else [])]
+    return dataclasses.replace(figures.record(record), **facts, notes=tuple(notes))
+
+
+def _metered(call: Callable[[], Any], device: Device | None) -> tuple[Figures, list[str], int]:
+    """One call under all meters: its figures, what must be said of them, and its peak in the CUDA allocator's blocks."""
+    figures, unread, tensors = Figures(), _Unread(), Tensors()
+    meters: list[Meter] = [Oracles(), Work(device), tensors]  # the last is asked first, and sees what the code calls
+    gc.collect()
+    with contextlib.ExitStack() as around:
+        around.enter_context(unread)
+        for meter in meters:
+            around.enter_context(meter)
+        result = call()
+    if isinstance(result, bl.Hypergradient):
+        figures.fields |= {"inner_size": _tree.size(result.inner), "outer_size": _tree.size(result.grad), "tasks": result.stats.get("tasks")}
+    del result
+    if isinstance(call, Trial):
+        call.tidy()
+    gc.collect()
+    for meter in meters:
+        with figures.of(meter):
+            pass
+    return figures, unread.notes(), tensors.peak_block_bytes
+
+
+@contextlib.contextmanager
+def without_data() -> Iterator[None]:
+    """Run the block on fake tensors, and explain an error that comes from there.
+
+    Raises:
+        ForecastError: see `forecast`.
+    """
+    with explained(), FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+class _Unread:
+    """Counts the tests for convergence that could not be made."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def __enter__(self) -> Self:
+        self._listening = _spans.listen(self)
+        self._listening.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._listening.__exit__(None, None, None)
+
+    def enter(self, name: str, count: int) -> None:
+        self._count += name == _spans.UNREAD
+
+    def exit(self, name: str) -> None: ...
+
+    def notes(self) -> list[str]:
+        if not self._count:
+            return []
+        return ["A solver that stops on a tolerance is forecast at its step limit: its compute is an upper bound, and its memory that of the limit."]

@@ -1,0 +1,36 @@
+"""Sizes in bytes, as people write them."""
+
+import re
+
+_UNITS = {"": 1, "b": 1, **{f"{letter}ib": 2 ** (10 * power) for power, letter in enumerate("kmgt", 1)}}
+_UNITS |= {f"{letter}b": 10 ** (3 * power) for power, letter in enumerate("kmgt", 1)}
+
+
+def parse(text: str | int) -> int:
+    """Bytes of a size: an int, or a number with a unit. 1GiB is 2^30 bytes, 1GB is 10^9.
+
+    Raises:
+        ValueError: it is no size, or not positive.
+
+    Example:
+        >>> parse("24GiB"), parse("1.5 kB"), parse(7)
+        (25769803776, 1500, 7)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", str(text), re.IGNORECASE)
+    unit = None if found is None else _UNITS.get(found[2].lower())
+    if found is None or unit is None or isinstance(text, bool) or not float(found[1]) > 0:
+        raise ValueError(f"{text!r} is no size; write bytes, or a number with KiB, MiB, GiB or TiB, such as 24GiB (kB, MB, GB are powers of ten)")
+    return round(float(found[1]) * unit)
+
+
+def text(size: int) -> str:
+    """A size as people read it.
+
+    Example:
+        >>> text(512), text(3 * 2**20), text(25_000_000_000)
+        ('512 B', '3.0 MiB', '23.3 GiB')
+    """
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if size >= 2 ** (10 * power):
+            return f"{size / 2 ** (10 * power):.1f} {unit}"
+    return f"{size} B"

@@ -1,0 +1,290 @@
+"""A forecast is the run without the run: equal to the tensors meter to the byte, and honest about what it cannot see."""
+
+import dataclasses
+import gc
+
+import catalogue
+import pytest
+import torch
+from bilevel_profiling import Case, ForecastError, Record, forecast, measure
+from bilevel_profiling.case_file import load
+from bilevel_profiling.devices import DEVICES, Device
+from bilevel_profiling.measurement import Figures, Trial
+from bilevel_profiling.meters.oracles import Oracles
+from bilevel_profiling.meters.tensors import Tensors
+from bilevel_profiling.meters.work import Work
+
+import bilevel as bl
+from bilevel.problems import quadratic
+
+K = (1, 4)
+DTYPES = (torch.float64, torch.float32)
+
+
+def metered(case: Case) -> Record:
+    """What `measure` finds in its metered passes, without its repeats."""
+    trial = Trial(case)
+    trial.prime()
+    figures = Figures()
+    for meter in (Tensors(), Work(), Oracles()):
+        gc.collect()
+        with figures.of(meter):
+            with meter:
+                result = trial()
+            del result
+            trial.tidy()
+            gc.collect()
+    return figures.record(Record(case="", estimator=""))
+
+
+def same(case: Case) -> None:
+    """Forecast and meter agree; where a solver stopped before its step limit, on the peaks, else on everything."""
+    found, real = forecast(case), metered(case)
+    assert found.peak_tensor_bytes == real.peak_tensor_bytes
+    assert {name: phase.peak_tensor_bytes for name, phase in found.phases.items()} == {n: p.peak_tensor_bytes for n, p in real.phases.items()}
+    assert found.kept_tensor_bytes == real.kept_tensor_bytes == 0
+    if found.calls == real.calls:
+        assert found.alive == real.alive
+        assert found.matmul_flops == real.matmul_flops
+        assert found.moved_bytes == pytest.approx(real.moved_bytes, rel=1e-3)  # a run also reads its status
+    else:
+        assert any("step limit" in note for note in found.notes)
+
+
+def usable(case: Case) -> bool:
+    """Some estimators refuse some problems, in a forecast as in a run."""
+    try:
+        trial = Trial(case)
+        trial.hypergradient()
+    except ValueError as error:
+        with pytest.raises(ValueError) as same_error:
+            forecast(case)
+        assert str(same_error.value) == str(error)
+        return False
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A problem of the catalogue as a case's setup."""
+
+    problem: str
+    dtype: torch.dtype
+    tasks: int | None = None
+
+    def __call__(self, device):
+        problem, outer, inner, batches = catalogue.PROBLEMS[self.problem](self.dtype, device)
+        if self.tasks is None:
+            return problem, outer, inner, batches
+        many = [torch.stack([leaf.roll(shift, 0) for shift in range(self.tasks)]) for leaf in (*batches.inner, *batches.outer)]
+        inner = None if inner is None else {name: leaf.expand(self.tasks, *leaf.shape) for name, leaf in inner.items()}
+        return problem, outer, inner, bl.Batches(many[:2], many[2:])
+
+
+MATRIX = [
+    (problem, estimator, optimizer, steps, dtype)
+    for problem in catalogue.PROBLEMS
+    for estimator in catalogue.ESTIMATORS
+    for optimizer in catalogue.OPTIMIZERS
+    for steps in K
+    for dtype in DTYPES
+    if not (problem == "meta start" and optimizer == "learned lr")
+]
+
+
+@pytest.mark.filterwarnings("ignore:outer variable:UserWarning")
+@pytest.mark.parametrize(("problem", "estimator", "optimizer", "steps", "dtype"), MATRIX)
+def test_equal_to_the_byte_over_the_conformance_matrix(problem, estimator, optimizer, steps, dtype):
+    case = Case(
+        Setup(problem, dtype), solver=bl.Descent(catalogue.OPTIMIZERS[optimizer], steps), estimator=catalogue.ESTIMATORS[estimator], name="matrix"
+    )
+    if usable(case):
+        same(case)
+
+
+@pytest.mark.filterwarnings("ignore:outer variable:UserWarning")
+@pytest.mark.parametrize("chunk", [None, 2, 1])
+@pytest.mark.parametrize("estimator", [name for name in catalogue.ESTIMATORS if name not in ("implicit dense", "first order")])
+@pytest.mark.parametrize("problem", catalogue.PROBLEMS)
+def test_equal_to_the_byte_over_tasks(problem, estimator, chunk):
+    mean = bl.TaskMean(catalogue.ESTIMATORS[estimator], chunk)
+    same(Case(Setup(problem, torch.float64, 3), solver=bl.Descent(bl.SGD(0.3), 3), estimator=mean, name="tasks"))
+
+
+BUILT_IN = [(name, label) for name in ("hypercleaning", "fewshot", "ridge", "quadratic") for label in load(name).estimators]
+
+
+@pytest.mark.parametrize(("name", "label"), BUILT_IN)
+def test_equal_to_the_byte_on_the_built_in_cases(name, label):
+    definition = load(name)
+    case = Case(
+        definition.setup,
+        solver=bl.Descent(definition.optimizer, 3),
+        estimator=definition.estimators[label],
+        name=name,
+        outer_optimizer=definition.outer_optimizer,
+    )
+    if usable(case):
+        same(case)
+
+
+def quadratic_case(**changes):
+    given = {"solver": bl.Descent(bl.SGD(lr=1.0), 5), "estimator": bl.Unrolled()} | changes
+    return Case(given.pop("setup", quadratic.setup), **given)
+
+
+def test_a_forecast_leaves_the_real_world_alone():
+    before = torch.get_rng_state()
+    real = measure(quadratic_case(), repeats=1)
+    forecast(quadratic_case())
+    after = measure(quadratic_case(), repeats=1)
+    assert torch.equal(before, torch.get_rng_state())
+    assert (real.program_relative_error, real.peak_tensor_bytes) == (after.program_relative_error, after.peak_tensor_bytes)
+
+
+def test_random_numbers_in_the_loss_are_no_obstacle():
+    def setup(device):
+        call, inner = bl.functional(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Dropout(), torch.nn.Linear(64, 4)))
+        x, y = torch.randn(128, 64), torch.randint(0, 4, (128,))
+        loss = torch.nn.functional.cross_entropy
+        weighted = lambda w, v, b: (v.sigmoid() * loss(call(w, x), y, reduction="none")).mean()  # noqa: E731
+        return bl.Problem(weighted, lambda w, v, b: loss(call(w, x), y)), torch.zeros(128), inner, bl.Batches(None, None)
+
+    for keep in ("graph", "iterates", "segments"):
+        same(quadratic_case(setup=setup, estimator=bl.Unrolled(keep=keep)))
+
+
+def test_nothing_is_allocated():
+    def setup(device):
+        inner = torch.zeros(2**36, device=device)  # 256 GiB
+        outer = torch.zeros((), device=device)
+        return bl.Problem(lambda y, x, b: ((y - x) ** 2).mean(), lambda y, x, b: (y**2).mean()), outer, inner, bl.Batches(None, None)
+
+    found = forecast(quadratic_case(setup=setup))
+    assert found.base_tensor_bytes == 2**38 + 4
+    assert found.peak_tensor_bytes > 5 * 2**38
+
+
+def test_a_function_that_has_nothing_to_do_with_bilevel():
+    found = forecast(lambda: torch.ones(2**34) * 2, name="doubled")
+    assert (found.case, found.estimator, found.source) == ("functions", "doubled", "forecast")
+    assert found.peak_tensor_bytes == 2**37
+    real = torch.ones(1000)
+    assert forecast(lambda: real + 1).peak_tensor_bytes == measure(lambda: real + 1, repeats=1).peak_tensor_bytes == 4000
+
+
+def test_a_leak_is_forecast_too():
+    kept = []
+    assert forecast(lambda: kept.append(torch.ones(1000))).kept_tensor_bytes == 4000
+
+
+def reading(y, x, batch):
+    loss = ((y - x) ** 2).sum()
+    scale = loss.item()
+    return loss / scale
+
+
+def branching(y, x, batch):
+    loss = ((y - x) ** 2).sum()
+    if loss > 1:
+        loss = loss / 2
+    return loss
+
+
+def masking(y, x, batch):
+    return ((y - x)[y > 0] ** 2).sum()
+
+
+def leaving(y, x, batch):
+    return ((y - x) ** 2).sum() * float((y.detach().numpy() > 0).mean())
+
+
+@pytest.mark.parametrize(
+    ("loss", "line", "remedy"),
+    [
+        (reading, "scale = loss.item()", "Keep it a tensor"),
+        (branching, "if loss > 1:", "torch.where(condition, a, b) instead of if"),
+        (masking, "return ((y - x)[y > 0] ** 2).sum()", "torch.where(mask, a, 0)"),
+        (leaving, "return ((y - x) ** 2).sum() * float((y.detach().numpy() > 0).mean())", "Keep it a tensor"),
+    ],
+)
+def test_a_loss_that_reads_values_is_told_where_and_what_to_write(loss, line, remedy):
+    def setup(device):
+        return bl.Problem(loss, lambda y, x, b: (y**2).sum()), torch.zeros(3), torch.ones(3), bl.Batches(None, None)
+
+    with pytest.raises(ForecastError) as error:
+        forecast(quadratic_case(setup=setup))
+    text = str(error.value)
+    assert f"test_forecast.py:{loss.__code__.co_firstlineno}"[:-1] in text or "test_forecast.py:" in text
+    assert line in text
+    assert remedy in text
+    assert "measure()" in text
+
+
+def test_an_error_of_the_users_own_stays_what_it_is():
+    def setup(device):
+        raise KeyError("no such file")
+
+    with pytest.raises(KeyError) as error:
+        forecast(quadratic_case(setup=setup))
+    assert "forecast" in error.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("solver", "estimator", "limit"),
+    [
+        (bl.Converge(bl.SGD(lr=1.0), tol=1e-3, max_steps=7), bl.Implicit(bl.Dense()), {"inner_gradient": 9}),
+        (bl.Converge(bl.SGD(lr=1.0), tol=1e-3, max_steps=7), bl.Unrolled(), {"hvp": 7}),
+        (bl.Descent(bl.SGD(lr=1.0), 3), bl.Implicit(bl.CG(max_steps=11, tol=0.1)), {"hvp": 11}),
+        (bl.Descent(bl.SGD(lr=1.0), 3), bl.MemoryReduced(steps=13), {"hvp": 13}),
+    ],
+)
+def test_a_tolerance_is_forecast_at_the_step_limit_and_the_record_says_so(solver, estimator, limit):
+    found = forecast(quadratic_case(solver=solver, estimator=estimator))
+    assert {name: found.calls[name] for name in limit} == limit
+    assert any("step limit" in note for note in found.notes)
+
+
+def test_what_stops_on_no_tolerance_has_no_such_note():
+    assert forecast(quadratic_case()).notes == ()
+    assert forecast(quadratic_case(estimator=bl.Implicit(bl.Neumann(3)))).notes == ()
+
+
+def test_a_cuda_forecast_needs_no_gpu_and_says_what_it_cannot_see():
+    found, cpu = forecast(quadratic_case(device="cuda")), forecast(quadratic_case())
+    assert found.peak_tensor_bytes == cpu.peak_tensor_bytes
+    assert found.cuda_requested_bytes == cpu.base_tensor_bytes + cpu.peak_tensor_bytes
+    assert found.cuda_allocated_bytes % 512 == 0
+    assert found.cuda_allocated_bytes >= found.cuda_requested_bytes
+    assert found.cuda_reserved_bytes is None
+    assert any("workspaces" in note and "fragmentation" in note for note in found.notes)
+
+
+def test_a_roofline_is_the_longer_of_computing_and_moving():
+    slow = Device("slow", {"float32": 1e9}, bandwidth=1e9, memory=2**30)
+    product = forecast(lambda: torch.ones(512, 512) @ torch.ones(512, 512), on=slow)
+    filled, computed = 2 * 512 * 512 * 4 / 1e9, 2 * 512**3 / 1e9
+    assert product.roofline_seconds == pytest.approx(filled + computed)
+    assert product.roofline_device == "slow"
+    assert forecast(lambda: torch.ones(10), on="a100").roofline_device == DEVICES["a100"].name
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda: forecast(quadratic_case(), on="a1000"), ValueError, "h100"),
+        (lambda: forecast(3), TypeError, "a Case or a function"),
+        (lambda: Device("none", {}, 1.0, 1), ValueError, "float32"),
+    ],
+)
+def test_bad_input(call, error, said):
+    with pytest.raises(error, match=said):
+        call()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_forecast_on_cuda_is_what_the_allocator_was_asked_for():
+    case = quadratic_case(device="cuda")
+    found, real = forecast(case), measure(case, repeats=1, errors=False)
+    assert found.peak_tensor_bytes == real.peak_tensor_bytes
