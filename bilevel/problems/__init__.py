@@ -7,10 +7,11 @@ Each problem module has `setup(device="cpu", seed=0, ...) -> (problem, outer, in
 | `quadratic` | a vector | a vector | none: everything in closed form |
 | `ridge` | linear weights | a log-penalty for each feature | diabetes (scikit-learn) |
 | `hypercleaning` | a perceptron | a weight for each training example | digits (scikit-learn), 40 % of the labels corrupted |
+| `language` | a transformer | a weight for each training sequence | Python's own library as text, half of the sequences noise |
 | `fewshot` | a convolutional network for each task | its initialization | characters drawn from fonts (matplotlib) |
 
 The parts of the last one stand alone: `glyphs` draws the characters, `folders` reads Omniglot and CIFAR-FS, `imageset` is what both return,
-`episodes` draws tasks from it, `conv4` is the network.
+`episodes` draws tasks from it, `conv4` is the network. `transformer` is that of `language`.
 """
 
 from bilevel.problems import conv4 as conv4
@@ -20,5 +21,7 @@ from bilevel.problems import folders as folders
 from bilevel.problems import glyphs as glyphs
 from bilevel.problems import hypercleaning as hypercleaning
 from bilevel.problems import imageset as imageset
+from bilevel.problems import language as language
 from bilevel.problems import quadratic as quadratic
 from bilevel.problems import ridge as ridge
+from bilevel.problems import transformer as transformer

@@ -6,11 +6,37 @@ Meters fill records, reports read them, and nothing else passes between the two.
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+import types
+from collections.abc import Mapping
+from typing import Any, get_args, get_origin
 
-SCHEMA = 1
+SCHEMA = 2
+_READABLE = (1, SCHEMA)
+"""Schema 2 added fields to schema 1 and changed none but the timeline, whose points had three parts."""
+
+Point = tuple[int, int, str, str, str]
+"""(operation index, live bytes, phase, innermost span, operator)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alive:
+    """Tensors of one origin that were alive at the peak."""
+
+    bytes: int
+    count: int
+    """Storages."""
+    phase: str = ""
+    """inner, hypergradient, outer; empty outside of them."""
+    span: str = ""
+    """The innermost span: inner_gradient, hvp, ...; empty outside."""
+    operator: str = ""
+    """What made them, such as aten.mm."""
+    module: str = ""
+    """The path of the innermost nn.Module, such as Net.layers.0, where there is one."""
+    line: str = ""
+    """The innermost line of the user's code, such as model.py:31. Made in a backward pass: the line whose gradient it is, where that is known."""
+    backward: bool = False
+    """Whether a backward pass made them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +65,8 @@ class Iteration:
     cuda_allocated_bytes: int | None = None
     calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
     phases: Mapping[str, Phase] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """What the user logged in this iteration."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,9 +77,13 @@ class Record:
     """Name of the case: a built-in one or the stem of a user's file."""
     estimator: str
     """Label of the estimator in the comparison."""
+    source: str = "measured"
+    """measured, or forecast: then no figure was measured, the run was made on tensors without data."""
     settings: str = ""
     """repr of the estimator, so that the row can be rebuilt."""
     inner_steps: int | None = None
+    memory_growth: str = ""
+    """The estimator's contract on how peak memory grows with K: constant, sqrt or linear; empty where there is none to hold it to."""
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
@@ -65,6 +97,8 @@ class Record:
     """A bilevel.Status name, or OUT_OF_MEMORY, TIMEOUT, CRASHED, ERROR."""
     reason: str = ""
     """A sentence on the status; empty when it is OK."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know to use the figures, a sentence each."""
 
     base_tensor_bytes: int | None = None
     """Tensor bytes that were there before the call: data, outer and inner variables."""
@@ -75,6 +109,11 @@ class Record:
     cuda_allocated_bytes: int | None = None
     cuda_reserved_bytes: int | None = None
     cuda_requested_bytes: int | None = None
+    cuda_workspace_bytes: int | None = None
+    """What cuBLAS keeps for itself in the allocator; no tensor."""
+    cuda_retries: int | None = None
+    """How often the allocator had to give its cache back before it could serve a request."""
+    cuda_out_of_memory_events: int | None = None
     resident_bytes: int | None = None
     """Peak resident memory of the process above what it held before the call (memory-profiler)."""
 
@@ -85,12 +124,19 @@ class Record:
     repeats: int | None = None
     matmul_flops: int | None = None
     """FLOPs of matmul-class operations (torch FlopCounterMode); elementwise work is not counted."""
+    moved_bytes: int | None = None
+    """Bytes that the operators read and wrote, as if none were fused."""
+    roofline_seconds: float | None = None
+    """A lower bound on the time on `roofline_device`: for each operator the longer of computing and moving."""
+    roofline_device: str = ""
     calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Oracle calls: inner_gradient, outer_gradient, hvp, mixed."""
     phases: Mapping[str, Phase] = dataclasses.field(default_factory=dict)
     """inner, hypergradient, outer."""
-    timeline: tuple[tuple[int, int, str], ...] = ()
-    """(operation index, live bytes made by the call, phase), thinned so that every local maximum that matters is kept."""
+    timeline: tuple[Point, ...] = ()
+    """Live bytes made by the call, thinned so that every local maximum that matters is kept."""
+    alive: tuple[Alive, ...] = ()
+    """What was alive at the peak, the largest first; the last entry may be the rest, with no operator."""
 
     program_relative_error: float | None = None
     """|estimate - exact| / |exact|, exact = float64 gradient of the K-step program."""
@@ -112,8 +158,8 @@ class Record:
     schema: int = SCHEMA
 
     def to_json(self) -> str:
-        """One line of JSON, without newlines; non-finite numbers are written as strings ("nan", "inf")."""
-        return json.dumps(_plain(dataclasses.asdict(self)), allow_nan=False, separators=(",", ":"))
+        """One line of JSON, without newlines; a number that is not finite is written as {"nonfinite": "nan"}."""
+        return _line(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, line: str) -> "Record":
@@ -122,58 +168,59 @@ class Record:
         Raises:
             ValueError: not JSON, not a record, or a record of another schema version; the message says which.
         """
-        try:
-            data = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not a record: invalid JSON ({error.msg} at column {error.colno})") from error
-        if not isinstance(data, dict) or "case" not in data or "estimator" not in data:
-            raise ValueError("not a record: a JSON object with 'case' and 'estimator' was needed")
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"record of schema {data.get('schema')!r}; this version of bilevel_profiling reads schema {SCHEMA}")
-        unknown = sorted(set(data) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"record with unknown fields {unknown}")
-        data = _revive(data)
-        data["phases"] = {name: Phase(**phase) for name, phase in data.get("phases", {}).items()}
-        data["timeline"] = tuple((int(a), int(b), str(c)) for a, b, c in data.get("timeline", ()))
-        data["iterations"] = tuple(
-            Iteration(**{**entry, "phases": {name: Phase(**phase) for name, phase in entry.get("phases", {}).items()}})
-            for entry in data.get("iterations", ())
-        )
-        return cls(**data)
+        found = from_line(line)
+        if not isinstance(found, cls):
+            raise ValueError("not a record: it is an iteration of one")
+        return found
 
 
-def write(records: Iterable[Record], path: Path) -> None:
-    """Write records as JSON lines, replacing the file."""
-    path.write_text("".join(record.to_json() + "\n" for record in records), encoding="utf-8")
+def iteration_json(iteration: Iteration) -> str:
+    """The line that adds an outer iteration to the record before it, in the file of a run.
+
+    Example:
+        >>> from_line(iteration_json(Iteration(index=3, outer_loss=0.5))).outer_loss
+        0.5
+    """
+    return _line({"iteration": dataclasses.asdict(iteration)})
 
 
-def append(record: Record, path: Path) -> None:
-    """Add one record to a JSON-lines file and flush it, so that an interrupted run keeps what is finished."""
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(record.to_json() + "\n")
-        stream.flush()
-
-
-def read(path: Path) -> list[Record]:
-    """Read a JSON-lines file of records.
+def from_line(line: str) -> Record | Iteration:
+    """Read a line: a record, or an iteration that belongs to the record before it.
 
     Raises:
-        ValueError: a line is not a record; the message names the file and the line.
-        OSError: the file cannot be read.
+        ValueError: neither; the message says what is wrong with it.
     """
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(Record.from_json(line))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-    return records
+    try:
+        data = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a record: invalid JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError("not a record: invalid JSON (nested too deeply)") from error
+    if isinstance(data, dict) and set(data) == {"iteration"}:
+        found = _built(Iteration, _revive(data["iteration"]), "iteration")
+        assert isinstance(found, Iteration)
+        return found
+    if not isinstance(data, dict) or "case" not in data or "estimator" not in data:
+        raise ValueError("not a record: a JSON object with 'case' and 'estimator' was needed")
+    if data.get("schema") not in _READABLE:
+        readable = " and ".join(map(str, _READABLE))
+        raise ValueError(
+            f"record of schema {data.get('schema')!r}; this version of bilevel_profiling reads schemas {readable}. Read it with the version of "
+            f"bilevel that wrote it, or measure again with this one"
+        )
+    data = _revive(data)
+    if data["schema"] == 1 and isinstance(data.get("timeline"), list):
+        data["timeline"] = [[*point, "", ""] if isinstance(point, list) else point for point in data["timeline"]]
+    record = _built(Record, {**data, "schema": SCHEMA}, "record")
+    assert isinstance(record, Record)
+    return record
 
 
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def _line(data: dict[str, Any]) -> str:
+    return json.dumps(_plain(data), allow_nan=False, separators=(",", ":"))
 
 
 def _plain(value: Any) -> Any:
@@ -188,9 +235,39 @@ def _plain(value: Any) -> Any:
 
 def _revive(value: Any) -> Any:
     if isinstance(value, dict):
-        if set(value) == {"nonfinite"}:
+        if set(value) == {"nonfinite"} and value["nonfinite"] in _NONFINITE:
             return _NONFINITE[value["nonfinite"]]
         return {key: _revive(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_revive(item) for item in value]
     return value
+
+
+def _built(wanted: Any, value: Any, where: str) -> Any:
+    """What JSON gave, as the type a field declares: a damaged file is refused here, with the place, and not where its figures are used."""
+    kind, parts = get_origin(wanted), get_args(wanted)
+    if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
+        return _object(wanted, value, where)
+    if kind is Mapping and isinstance(value, dict):
+        return {key: _built(parts[1], item, f"{where}[{key!r}]") for key, item in value.items()}
+    if kind is tuple and isinstance(value, list):
+        each = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
+        if len(each) != len(value):
+            raise ValueError(f"{where} has {len(value)} parts; {len(each)} were needed")
+        return tuple(_built(part, item, where) for part, item in zip(each, value, strict=True))
+    scalars = parts if kind is types.UnionType else (wanted,)
+    if type(value) in scalars or (type(value) in (int, float) and (int in scalars or float in scalars)):
+        return value
+    said = " or ".join("null" if scalar is type(None) else getattr(scalar, "__name__", str(scalar)) for scalar in scalars)
+    raise ValueError(f"{where} is {str(value)[:40]!r}; {said} was needed")
+
+
+def _object(wanted: Any, value: dict[str, Any], where: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(wanted)}
+    unknown = sorted(set(value) - set(fields))
+    if unknown:
+        raise ValueError(f"{where} with unknown fields {unknown}")
+    try:
+        return wanted(**{name: _built(fields[name].type, item, name if where == "record" else f"{where}.{name}") for name, item in value.items()})
+    except TypeError as error:  # a field without a default is missing
+        raise ValueError(f"{where}: {error}") from error

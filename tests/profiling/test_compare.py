@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bilevel_profiling import Case, compare, measure, record
+from bilevel_profiling import Case, compare, measure, record, records_file
 from bilevel_profiling.cli import main
 from bilevel_profiling.meters.tensors import storage_bytes
 
@@ -101,7 +101,7 @@ def cases(tmp_path):
 def test_a_users_own_file_from_the_command_line(cases, tmp_path, capsys):
     out = tmp_path / "report"
     assert main(["compare", str(cases), "--out", str(out), "--repeats", "2", "--device", "cpu"]) == 0
-    found = record.read(out / "records.jsonl")
+    found = records_file.read(out / "records.jsonl")
     assert [(r.estimator, r.inner_steps) for r in found] == [(e, k) for k in (2, 4) for e in ("unrolled", "corrected", "blind")]
     by = {(r.estimator, r.inner_steps): r for r in found}
     assert by["unrolled", 4].program_relative_error < 1e-6
@@ -127,7 +127,7 @@ def test_what_goes_wrong_in_a_cell_is_a_row(cases, tmp_path, monkeypatch, fate, 
     command += ["--inner-steps", "2", "--outer-steps", "0", "--time-limit", "3" if fate == "slow" else "60"]
     done = subprocess.run(command, env={**os.environ, "FATE": fate}, capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stdout
-    (row,) = record.read(out / "records.jsonl")
+    (row,) = records_file.read(out / "records.jsonl")
     assert row.status == status
     assert reason in row.reason
     assert "<luck>" not in (out / "index.html").read_text()
@@ -145,7 +145,7 @@ def test_ctrl_c_keeps_the_finished_rows(cases, tmp_path):
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=30)
     assert running.returncode == 130
-    kept = record.read(records)
+    kept = records_file.read(records)
     assert 2 <= len(kept) < 59 * 3
     assert "kept in" in errors
     assert (out / "index.html").exists()

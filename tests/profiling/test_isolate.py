@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from bilevel_profiling import cell, isolate, record
+from bilevel_profiling import cell, isolate, records_file
 from bilevel_profiling.failure import of_error, of_exit
 from bilevel_profiling.isolate import run
 from bilevel_profiling.meters.resident import Resident
@@ -117,7 +117,7 @@ def test_a_script_without_a_guard_is_told_to_have_one(tmp_path):
     script.write_text(UNGUARDED.format(out=str(out)))
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
     assert "if __name__ == '__main__'" in done.stderr
-    rows = record.read(out / "records.jsonl")
+    rows = records_file.read(out / "records.jsonl")
     assert {row.status for row in rows} == {"ERROR"}
     assert all("__main__" in row.reason for row in rows)
 

@@ -19,7 +19,7 @@ from types import ModuleType
 
 import pytest
 from bilevel_profiling import report
-from bilevel_profiling.record import Iteration, Phase, Record
+from bilevel_profiling.record import Alive, Iteration, Phase, Record
 from bilevel_profiling.report import columns, groups, markdown, summary, units
 from bilevel_profiling.report import html as page
 from bilevel_profiling.report.figures import case_figures, lines, palette, scales, svg, timeline
@@ -104,8 +104,14 @@ def _evil() -> list[Record]:
             environment={EVIL: EVIL},
             calls={EVIL: 3},
             phases={EVIL: Phase(peak_tensor_bytes=3)},
-            iterations=tuple(Iteration(index=n, outer_loss=1 / (n + 1)) for n in range(500)),
-            timeline=((0, 0, EVIL), (5, 3 * 2**20, "inner"), (9, 0, "outer")),
+            iterations=tuple(Iteration(index=n, outer_loss=1 / (n + 1), status=EVIL if n % 9 == 0 else "OK", wall_seconds=0.1, peak_tensor_bytes=10**12) for n in range(500)),
+            timeline=((0, 0, EVIL, EVIL, EVIL), (5, 3 * 2**20, "inner", EVIL, EVIL), (9, 0, "outer", "", "")),
+            alive=tuple(Alive(bytes=2**20, count=2, phase=EVIL, span=EVIL, operator=EVIL, module=EVIL, line=EVIL, backward=n % 2 == 0) for n in range(12)),
+            notes=(EVIL, f"{EVIL} {number}"),
+            source="measured" if k == 1 else EVIL,
+            memory_growth=EVIL,
+            roofline_seconds=0.1,
+            roofline_device=EVIL,
             **shared,
         )
         for number in range(3)
@@ -129,7 +135,9 @@ def _nonfinite() -> list[Record]:
             iterations=(Iteration(index=0, outer_loss=math.nan, status="NONFINITE"), Iteration(index=1, outer_loss=math.inf)),
             metrics={"accuracy": math.nan},
             metrics_before={"accuracy": math.inf},
-            timeline=((0, 0, "inner"),),
+            timeline=((0, 0, "inner", "", ""),),
+            roofline_seconds=math.inf,
+            memory_growth="constant",
         )
         for label in "ab"
         for k in (1, 2)
@@ -324,7 +332,7 @@ def test_colors_belong_to_estimators_over_all_cases_and_combinations_do_not_repe
     looks = palette.styles([str(n) for n in range(32)])
     assert len({(look.color, look.shape) for look in looks.values()}) == 32
     clean, shots = groups.group(RECORDS)
-    backwards = palette.styles(groups.estimators([*reversed(shots.records), *clean.records]))
+    backwards = palette.styles(groups.estimators([shots, clean]))
     drawn = [case_figures(each, backwards, key)[0].drawing or "" for each, key in ((clean, "a"), (shots, "b"))]
     place = backwards["truncated"].place
     assert all(f'data-s="{place}"' in drawing for drawing in drawn)
@@ -342,11 +350,11 @@ def test_labels_do_not_overlap() -> None:
 
 
 def test_thinning_keeps_peaks_and_changes_of_phase() -> None:
-    level = [(n, 10 + n % 7, "inner" if n < 5000 else "hypergradient") for n in range(9000)]
-    level[4321] = (4321, 10**9, "inner")
+    level = [(n, 10 + n % 7, "inner" if n < 5000 else "hypergradient", "hvp", "aten.mm") for n in range(9000)]
+    level[4321] = (4321, 10**9, "inner", "hvp", "aten.mm")
     kept = timeline.thinned(level)
     assert len(kept) <= 210
-    assert (4321, 10**9, "inner") in kept
+    assert level[4321] in kept
     assert {kept[0], kept[-1], level[5000]} <= set(kept)
     loop = tuple(Iteration(index=n, outer_loss=math.nan if n == 700 else 99.0 if n == 333 else 1.0) for n in range(1000))
     drawn = lines.thinned(loop, lambda entry: entry.outer_loss)

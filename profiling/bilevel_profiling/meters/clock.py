@@ -13,6 +13,10 @@ from bilevel_profiling.meters.phases import OUTSIDE, Phases
 
 LOW, HIGH = 0.1, 0.9
 """The quantiles reported beside the median (between the order statistics, as numpy does; with two repeats close to the extremes)."""
+WIDE = 0.25
+"""A spread above which two medians cannot be told apart by looking at them; on a quiet machine it is a few percent."""
+FEW = 3
+"""Repeats below which nothing is known about the spread."""
 
 
 class Clock(Meter):
@@ -21,8 +25,13 @@ class Clock(Meter):
     The device is waited for at both ends of the block and never between, so that phases are timed as they overlap with the host: on CUDA by
     events in its stream.
 
+    When a comparison of times would mean little, because the repeats are few or spread widely, a sentence in `figures()["notes"]` says so.
+
     Args:
         device: where the work runs.
+
+    Attributes:
+        seconds: of each repeat, in order.
 
     Example:
         >>> clock = Clock()
@@ -63,13 +72,38 @@ class Clock(Meter):
 
     def figures(self) -> dict[str, Any]:
         if not self.seconds:
-            return {"wall_seconds": None}
+            return {"wall_seconds": None, "notes": ()}
         return {
             "wall_seconds": statistics.median(self.seconds),
             "wall_seconds_low": _quantile(self.seconds, LOW),
             "wall_seconds_high": _quantile(self.seconds, HIGH),
             "repeats": len(self.seconds),
+            "notes": self._notes(),
         }
+
+    @property
+    def spread(self) -> float | None:
+        """(90 % quantile - 10 % quantile) / median of the repeats, without a unit; None for fewer than two repeats.
+
+        Example:
+            >>> clock = Clock()
+            >>> clock.seconds = [1.0, 2.0, 3.0]
+            >>> round(clock.spread, 3)
+            0.8
+        """
+        if len(self.seconds) < 2:
+            return None
+        return (_quantile(self.seconds, HIGH) - _quantile(self.seconds, LOW)) / statistics.median(self.seconds)
+
+    def _notes(self) -> tuple[str, ...]:
+        count, spread = len(self.seconds), self.spread
+        if count < FEW:
+            repeats = "1 repeat" if count == 1 else f"{count} repeats"
+            return (f"wall_seconds is of {repeats}, too few to know its spread: do not rank by it.",)
+        if spread is None or spread <= WIDE:
+            return ()
+        width = spread * statistics.median(self.seconds)
+        return (f"The spread of wall_seconds is {spread:.0%} of the median ({count} repeats): time differences below {width:.2g} s mean nothing.",)
 
     def phases(self) -> dict[str, dict[str, Any]]:
         names = dict.fromkeys(name for spent in self._by_phase for name in spent if name != OUTSIDE)

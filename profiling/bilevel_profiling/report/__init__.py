@@ -11,12 +11,13 @@ from pathlib import Path
 
 from ..record import Record
 from . import html, markdown
+from .alive import print_alive
 from .figures import case_figures, standalone, styles
 from .figures.png import write_png
 from .groups import estimators, group
 from .table import print_table
 
-__all__ = ["print_table", "write", "write_png"]
+__all__ = ["print_alive", "print_table", "write", "write_png"]
 
 _IN_MARKDOWN = ("memory", "time", "program", "solution", "loss")
 
@@ -46,7 +47,7 @@ def write(records: Iterable[Record], out: Path, command: str = "") -> Path:
     """
     records, out = list(records), Path(out)
     groups = group(records)
-    looks = styles(estimators(records))
+    looks = styles(estimators(groups))
     shown: dict[str, list[tuple[str, str]]] = {}
     for each, key in zip(groups, html.unique_keys(groups), strict=True):
         for figure in case_figures(each, looks, key):

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 
 from ..record import Record
 from . import units
-from .groups import Group, failed
+from .footnotes import SPREAD, WIDE, marker, wide
+from .groups import Group
 from .text import clean
 
 _CALLS = {"inner_gradient": "inner grad", "outer_gradient": "outer grad", "hvp": "HVP", "mixed": "mixed"}
@@ -16,6 +17,8 @@ _SAID = {
     "mixed": "products with the mixed second derivative of the inner loss",
 }
 _SHORT_CALLS = {"inner_gradient": "in", "outer_gradient": "out", "hvp": "HVP", "mixed": "mix"}
+
+STATUS = "OK, or a number that leads to the reason below the table; letters lead to notes"
 
 Cell = Callable[[Record], str]
 
@@ -45,44 +48,6 @@ def columns(group: Group) -> list[Column]:
     return [*_identity(group), *(column for column in numbers if any(column.cell(record) != units.MISSING for record in group.rows))]
 
 
-def marker(record: Record, group: Group) -> str:
-    """OK, or the status with the number under which its reason is given."""
-    if record.status == "OK":
-        return "OK"
-    noted = [r for r in group.rows if r.status != "OK"]
-    word = "failed" if failed(record) else "note"
-    return f"{word} [{next(place for place, r in enumerate(noted, start=1) if r is record)}]"
-
-
-def reasons(group: Group) -> list[tuple[str, Record]]:
-    """(marker, record) of every row that is not OK, in the order of the rows."""
-    return [(marker(record, group), record) for record in group.rows if record.status != "OK"]
-
-
-def reason(record: Record) -> str:
-    """Status and sentence of a row that is not OK."""
-    return f"{clean(record.status)}. {clean(record.reason) or 'No reason was recorded.'}"
-
-
-def outer_loop(group: Group) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of what the outer loop reached; no rows where no record has an outer loop."""
-    runs = [r for r in group.rows if r.iterations or r.metrics or r.metrics_before]
-    names = list(dict.fromkeys(name for r in runs for name in (*r.metrics, *r.metrics_before)))
-    header = ["estimator", "K", "outer steps", "outer loss", *(clean(name) for name in names)]
-    return header, [[clean(r.estimator), steps(r), _length(r), _losses(r), *(_change(r, n) for n in names)] for r in runs]
-
-
-def growth(group: Group) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the lines fitted through memory against K; no rows where there is one K only."""
-    header = ["estimator", "at K = 0 (MiB)", "per inner step (MiB)", "R²"]
-    fits = [(label, group.growth(label)) for label in group.estimators]
-    return header, [
-        [clean(label), units.mebibytes(fit.start), units.mebibytes(fit.slope), units.MISSING if fit.fit is None else f"{fit.fit:.3f}"]
-        for label, fit in fits
-        if fit is not None
-    ]
-
-
 def phases(group: Group) -> tuple[list[str], list[list[str]]]:
     """Header and rows of memory and time by phase at the group's focus K; no rows where phases were not measured."""
     rows = [r for r in group.rows if r.inner_steps == group.focus and r.phases]
@@ -106,7 +71,7 @@ def _identity(group: Group) -> list[Column]:
     found = [
         Column("estimator", "", lambda r: clean(r.estimator), "label in the comparison", text=True),
         Column("K", "", steps, "number of inner steps"),
-        Column("status", "", lambda r: marker(r, group), "OK, or a number that leads to the reason below the table", text=True),
+        Column("status", "", lambda r: marker(r, group), STATUS, text=True),
     ]
     if len({record.seed for record in group.records}) > 1:
         found.insert(2, Column("seed", "", lambda r: str(r.seed), "seed of the run"))
@@ -147,10 +112,39 @@ def _memory(group: Group) -> list[Column]:
             rank=9,
         ),
         Column(
+            "CUDA workspace MiB",
+            "memory",
+            lambda r: units.mebibytes(r.cuda_workspace_bytes),
+            "what cuBLAS keeps for itself in the CUDA allocator: no tensor, and no part of what the estimator needs",
+            rank=9,
+        ),
+        Column(
+            "CUDA retries",
+            "memory",
+            lambda r: units.count(r.cuda_retries),
+            "how often the CUDA allocator had to give its cache back before it could serve a request: above 0, times are not to be trusted",
+            rank=7,
+        ),
+        Column(
+            "CUDA OOM",
+            "memory",
+            lambda r: units.count(r.cuda_out_of_memory_events),
+            "how often the CUDA allocator ran out of memory during the call",
+            rank=7,
+        ),
+        Column(
             "RSS MiB",
             "memory",
             lambda r: units.mebibytes(r.resident_bytes),
             "peak growth of the process's resident memory: includes heap fragmentation, so never the cost of the algorithm alone",
+            rank=9,
+        ),
+        Column(
+            "RSS x tensors",
+            "memory",
+            lambda r: units.ratio(_ratio(r.resident_bytes, r.peak_tensor_bytes)),
+            _resident(group),
+            short="x tensors",
             rank=9,
         ),
     ]
@@ -159,10 +153,24 @@ def _memory(group: Group) -> list[Column]:
 def _time(group: Group) -> list[Column]:
     base = "the baseline" if group.baseline is None else clean(group.baseline)
     return [
-        Column("ms", "time", lambda r: units.milliseconds(r.wall_seconds), "median wall time of one hypergradient, device synchronized"),
+        Column(
+            "ms", "time", _time_cell, f"median wall time of one hypergradient, device synchronized; {WIDE}: the calls spread by over {SPREAD:.0%}"
+        ),
         Column("spread ms", "time", _spread, "lowest to highest of the repeated calls", short="spread", rank=5),
         Column("x base", "time", lambda r: units.ratio(group.ratio(r, "wall_seconds")), f"time over that of {base} at the same K", rank=1),
+        *_roofline(group),
     ]
+
+
+def _roofline(group: Group) -> list[Column]:
+    """A column for each device that a bound was computed for."""
+    devices = dict.fromkeys(r.roofline_device for r in group.rows if r.roofline_seconds is not None)
+    said = "a lower bound on the time, not a measurement: for each operator the longer of computing and moving its bytes, on"
+    made = []
+    for device in devices:
+        name = clean(device) or "a device without a name"
+        made.append(Column(f"bound ms, {name}", "time", _bound(device), f"{said} {name}", short=f"bound {clean(device)}".strip(), rank=4))
+    return made
 
 
 def _work(group: Group) -> list[Column]:
@@ -180,7 +188,12 @@ def _work(group: Group) -> list[Column]:
         for name in seen
     ]
     explanation = "work of matmul-class operations (FlopCounterMode); elementwise work is not counted"
-    return [*made, Column("matmul GFLOP", "calls", lambda r: units.gigaflop(r.matmul_flops), explanation, short="GFLOP", rank=3)]
+    moved = "bytes that the operators read and wrote, as if none were fused (2**30 bytes)"
+    return [
+        *made,
+        Column("matmul GFLOP", "calls", lambda r: units.gigaflop(r.matmul_flops), explanation, short="GFLOP", rank=3),
+        Column("moved GiB", "calls", lambda r: units.significant(_ratio(r.moved_bytes, 2**30)), moved, short="GiB moved", rank=8),
+    ]
 
 
 def _errors() -> list[Column]:
@@ -208,27 +221,28 @@ def _counter(name: str) -> Cell:
     return lambda r: units.count(r.calls.get(name))
 
 
+def _bound(device: str) -> Cell:
+    return lambda r: units.milliseconds(r.roofline_seconds) if r.roofline_device == device else units.MISSING
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    return value / base if units.finite(value) and units.finite(base) and base else None
+
+
+def _resident(group: Group) -> str:
+    """How far resident memory is from the bytes of tensors."""
+    found = [ratio for r in group.rows if (ratio := _ratio(r.resident_bytes, r.peak_tensor_bytes)) is not None]
+    most = f", here up to {units.significant(max(found))}x tensor bytes" if found else ""
+    return f"resident over tensor bytes{most}: heap fragmentation and libraries, which say nothing about the algorithm"
+
+
+def _time_cell(record: Record) -> str:
+    return (WIDE if wide(record) else "") + units.milliseconds(record.wall_seconds)
+
+
 def _spread(record: Record) -> str:
     low, high = record.wall_seconds_low, record.wall_seconds_high
     return units.MISSING if not (units.finite(low) and units.finite(high)) else f"{units.milliseconds(low)}-{units.milliseconds(high)}"
-
-
-def _length(record: Record) -> str:
-    """Number of outer steps, and how many of them did not end as they should."""
-    bad = sum(entry.status != "OK" for entry in record.iterations)
-    return units.count(len(record.iterations)) + (f" ({bad:,} not OK)" if bad else "")
-
-
-def _losses(record: Record) -> str:
-    values = [entry.outer_loss for entry in record.iterations if entry.outer_loss is not None]
-    return f"{units.significant(values[0])} → {units.significant(values[-1])}" if values else units.MISSING
-
-
-def _change(record: Record, name: str) -> str:
-    before, after = record.metrics_before.get(name), record.metrics.get(name)
-    if before is None:
-        return units.significant(after)
-    return f"{units.significant(before)} → {units.significant(after)}"
 
 
 def sections(chosen: Sequence[Column]) -> list[tuple[str, int]]:

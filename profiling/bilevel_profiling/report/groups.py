@@ -1,9 +1,9 @@
-"""What all views share: records grouped by case, the baseline row, ratios, growth with K, and the Pareto front."""
+"""What all views share: records grouped by case, measured ones apart from forecasts, the baseline row, ratios, and the Pareto front."""
 
 import dataclasses
 import functools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..record import Record
 from .units import finite
@@ -12,6 +12,7 @@ EXACT = 1e-3
 """Largest relative error at which an estimate counts as the gradient of the K-step program (it leaves room for float32 rounding)."""
 
 _ROUNDING = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
+MEASURED = "measured"
 _NOTES = {"INNER_ROSE", "MAX_STEPS", "INNER_MAX_STEPS"}
 
 
@@ -29,17 +30,6 @@ MEASURES = (
     Measure("cuda_allocated_bytes", "peak CUDA memory", "the peak of the CUDA allocator during the call"),
     Measure("resident_bytes", "peak RSS", "the peak growth of the process, heap fragmentation included: not the cost of the algorithm alone"),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Growth:
-    """Least-squares line through memory against K: `start + slope * K` bytes; `fit` is R squared, None with two points."""
-
-    start: float
-    slope: float
-    fit: float | None
-    flat: bool
-    """Whether memory changed by less than 2 percent from the smallest to the largest K."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +71,23 @@ class Group:
 
     @functools.cached_property
     def focus(self) -> int | None:
-        """The K that one-K views show: where most estimators finished, the largest such."""
-        done = {k: len({r.estimator for r in self.records if r.inner_steps == k and not failed(r)}) for k in self.steps}
-        return max(self.steps, key=lambda k: (done[k], -1 if k is None else k))
+        """The K that one-K views show: where most estimators finished, measured ones first, the largest such."""
+        done = {(r.inner_steps, r.estimator, r.source) for r in self.records if not failed(r)}
+
+        def weight(k: int | None) -> tuple[int, int, int]:
+            sources = [source for steps, _, source in done if steps == k]
+            return sources.count(MEASURED), len(sources), -1 if k is None else k
+
+        return max(self.steps, key=weight)
+
+    def chosen(self, has: Callable[[Record], object]) -> dict[str, Record]:
+        """For each estimator the first record that `has` accepts at the focus K, or else at the largest K that has one."""
+        found: dict[str, Record] = {}
+        for record in self.rows:
+            held = found.get(record.estimator)
+            if has(record) and (held is None or (held.inner_steps != self.focus and held.inner_steps != record.inner_steps)):
+                found[record.estimator] = record
+        return {label: found[label] for label in self.estimators if label in found}
 
     def value(self, estimator: str, k: int | None, field: str) -> float | None:
         """Median of a field over the runs (seeds) of an estimator at K that did not fail; None if there is no finite one."""
@@ -117,19 +121,6 @@ class Group:
         base = None if self.baseline is None else self.value(self.baseline, record.inner_steps, field)
         return value / base if finite(value) and base else None
 
-    def growth(self, estimator: str) -> Growth | None:
-        """The line through memory against K, or None with fewer than two K."""
-        points = self.points(estimator, self.measure.field)
-        if len(points) < 2:
-            return None
-        xs, ys = [float(k) for k, _ in points], [value for _, value in points]
-        slope, start = statistics.linear_regression(xs, ys)
-        mean = statistics.fmean(ys)
-        total = sum((y - mean) ** 2 for y in ys)
-        rest = sum((y - start - slope * x) ** 2 for x, y in zip(xs, ys, strict=True))
-        fit = None if len(points) == 2 or total == 0 else 1 - rest / total
-        return Growth(start, slope, fit, flat=max(ys) - min(ys) <= 0.02 * max(ys))
-
     @property
     def rounding(self) -> float:
         """Errors below this are rounding in the group's dtype, and count as equal."""
@@ -149,19 +140,30 @@ def failed(record: Record) -> bool:
 
 
 def group(records: Iterable[Record]) -> list[Group]:
-    """Records by case, device and dtype, in order of first appearance; the title says more than the case only where it must."""
+    """Records by case, device and dtype, in order of first appearance; the title says more than the case only where it must.
+
+    Figures that were not measured never share a label with those that were: beside measured records of the case, the estimator's label says
+    what they are; where all of a case are of one kind, its title does.
+    """
     found: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
         found.setdefault((record.case, record.device, record.dtype), []).append(record)
     cases = [case for case, _, _ in found]
-    return [
-        Group(case if cases.count(case) == 1 else f"{case} ({device}, {dtype})", tuple(members)) for (case, device, dtype), members in found.items()
-    ]
+    groups = []
+    for (case, device, dtype), members in found.items():
+        title = case if cases.count(case) == 1 else f"{case} ({device}, {dtype})"
+        sources = {record.source for record in members}
+        if len(sources) == 1:
+            title += "" if sources == {MEASURED} else f": {members[0].source}"
+        else:
+            members = [r if r.source == MEASURED else dataclasses.replace(r, estimator=f"{r.estimator} ({r.source})") for r in members]
+        groups.append(Group(title, tuple(members)))
+    return groups
 
 
-def estimators(records: Iterable[Record]) -> tuple[str, ...]:
+def estimators(groups: Iterable[Group]) -> tuple[str, ...]:
     """Labels over all cases, in order of first appearance: the order of colors."""
-    return tuple(dict.fromkeys(record.estimator for record in records))
+    return tuple(dict.fromkeys(record.estimator for each in groups for record in each.records))
 
 
 def environment(records: Iterable[Record]) -> dict[str, str]:

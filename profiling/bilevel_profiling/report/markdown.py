@@ -1,14 +1,16 @@
-"""Records as report.md: the tables, how to read them, growth of memory, failures, environment and the exact command."""
+"""Records as report.md: the tables, how to read them, growth of memory, what was alive at the peak, failures, environment and the exact command."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..record import Record
-from . import columns
+from . import alive, columns, footnotes, laws, loops
 from .groups import EXACT, Group, environment, group
+from .laws import GROWTH
 from .summary import Name, Sentence, at, sentences
 from .text import clean, plural
 
+_MOST_ALIVE = 8
 TITLE = "Hypergradient estimators: memory, time and error"
 
 
@@ -54,14 +56,14 @@ def _case(each: Group, figures: Sequence[tuple[str, str]]) -> list[str]:
     ]
     notes = dict.fromkeys(clean(record.reference_note) for record in each.records)
     parts += [f"References: {escape(note)}" for note in notes if note]
-    for title, (header, rows) in (
-        ("After the outer loop", columns.outer_loop(each)),
-        ("Growth of memory per inner step", columns.growth(each)),
-        (f"By phase, {at(each)}" if at(each) else "By phase", columns.phases(each)),
+    for title, (header, rows), below in (
+        ("After the outer loop", loops.outcome(each), ""),
+        ("Growth with K", laws.table(each), _broken(each)),
+        (f"By phase, {at(each)}" if at(each) else "By phase", columns.phases(each), ""),
     ):
         if rows:
-            parts += [f"### {title}", _table(header, rows)]
-    return parts
+            parts += [f"### {title}", _table(header, rows), below]
+    return [*parts, *_alive(each)]
 
 
 def _rows(each: Group) -> str:
@@ -77,10 +79,26 @@ def _rows(each: Group) -> str:
 
 def _reasons(each: Group) -> str:
     lines = []
-    for word, record in columns.reasons(each):
+    for word, record in footnotes.reasons(each):
         steps = "" if record.inner_steps is None else f", K = {record.inner_steps}"
-        lines.append(f"- {escape(word)} {escape(record.estimator)}{steps}: {escape(columns.reason(record))}")
+        lines.append(f"- {escape(word)} {escape(record.estimator)}{steps}: {escape(footnotes.reason(record))}")
+    for mark, text in footnotes.lines(each):
+        lines.append(f"- {escape(f'({mark})' if mark.isalpha() else mark or 'All rows:')} {escape(text)}")
     return "\n".join(lines)
+
+
+def _broken(each: Group) -> str:
+    return "\n\n".join(f"**CONTRACT BROKEN: {escape(label)}** {escape(rest)}" for label, rest in laws.broken(each))
+
+
+def _alive(each: Group) -> list[str]:
+    parts = []
+    for label, record in alive.shown(each).items():
+        header, rows = alive.table(record)
+        steps = "" if record.inner_steps is None else f", K = {record.inner_steps:,}"
+        more = f"{plural(len(rows) - _MOST_ALIVE, 'more row')} in index.html." if len(rows) > _MOST_ALIVE else ""
+        parts += [f"#### {escape(label)}{steps}", f"{escape(alive.headline(record))}.", _table(header, rows[:_MOST_ALIVE], left=0), more]
+    return ["### What was alive at the peak", *parts] if parts else []
 
 
 def _reading(groups: Sequence[Group]) -> str:
@@ -88,11 +106,11 @@ def _reading(groups: Sequence[Group]) -> str:
     lines = {
         "estimator": "label in the comparison",
         "K": "number of inner steps",
-        "status": "OK, or a number that leads to the reason below the table",
+        "status": columns.STATUS,
     }
     for each in groups:
-        for column in columns.columns(each)[3:]:
-            if column.header != "x base":
+        for column in columns.columns(each):
+            if column.section and column.header != "x base":
                 lines.setdefault(f"{column.section}: {column.header}", column.explanation)
     bases = [f"{escape(each.baseline)} in {escape(each.title)}" for each in groups if each.baseline is not None]
     if bases:
@@ -102,7 +120,7 @@ def _reading(groups: Sequence[Group]) -> str:
         f"An estimator is called exact here if its relative error against the K-step program is at most {EXACT:g}.",
         "The two references are different quantities: the gradient of the program that takes K inner steps, and the hypergradient at a converged "
         "inner solution. An exact unroll has no error against the first and, at small K, a large one against the second.",
-        "Growth is a least-squares line through peak memory against K: a low R² says that growth is not linear (segments grow as the root of K).",
+        GROWTH,
     ]
     return "\n".join([*reading, "", *notes])
 

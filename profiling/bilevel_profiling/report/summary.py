@@ -3,7 +3,8 @@
 import dataclasses
 
 from . import units
-from .groups import EXACT, Group
+from .groups import EXACT, MEASURED, Group
+from .laws import broken, law
 from .text import listing, plural
 
 
@@ -27,7 +28,7 @@ class Fact:
 
 def sentences(group: Group) -> list[Sentence]:
     """The paragraph on a case."""
-    found = [_lightest(group), _exact(group), _growing(group), _failing(group), _leaking(group)]
+    found = [_source(group), _lightest(group), _exact(group), _growing(group), *_breaking(group), _failing(group), _leaking(group)]
     return [sentence for sentence in found if sentence]
 
 
@@ -47,8 +48,9 @@ def facts(group: Group) -> list[Fact]:
             found.append(Fact(title, units.size(candidates[label]), label, _error_text(group, label)))
     fast = {e: v for e, v in times.items() if e in exact}
     if fast:
-        label = min(fast, key=lambda e: fast[e])
-        found.insert(2, Fact("Fastest exact", units.duration(fast[label]), label, _error_text(group, label)))
+        label, rivals = _fastest(group, fast)
+        doubt = f"not told apart from {listing(rivals)}: their times overlap" if rivals else _error_text(group, label)
+        found.insert(2, Fact("Fastest exact", units.duration(fast[label]), label, doubt))
     return found
 
 
@@ -113,26 +115,53 @@ def _exact(group: Group) -> Sentence:
     if light in times:
         sentence.append(f", {units.duration(times[light])}")
     sentence.append(")")
-    if times:
-        fast = min(times, key=lambda e: times[e])
-        rest = f"{units.duration(times[fast])}" + (f", {units.size(memory[fast])}" if fast in memory else "")
-        sentence += [" and the fastest."] if fast == light else [" and ", Name(fast), f" the fastest ({rest})."]
-    else:
-        sentence.append(".")
-    return sentence
+    if not times:
+        return [*sentence, "."]
+    fast, rivals = _fastest(group, times)
+    if rivals:
+        return [*sentence, "; which is the fastest cannot be told, the times of ", *_names([fast, *rivals]), " overlap."]
+    rest = f"{units.duration(times[fast])}" + (f", {units.size(memory[fast])}" if fast in memory else "")
+    return [*sentence, *([" and the fastest."] if fast == light else [" and ", Name(fast), f" the fastest ({rest})."])]
+
+
+def _fastest(group: Group, times: dict[str, float]) -> tuple[str, list[str]]:
+    """The estimator with the shortest median time, and those whose [low, high] reaches into its own."""
+    label = min(times, key=lambda e: times[e])
+    edge = _bound(group, label, "wall_seconds_high", times[label])
+    return label, [e for e in times if e != label and _bound(group, e, "wall_seconds_low", times[e]) <= edge]
+
+
+def _bound(group: Group, label: str, field: str, time: float) -> float:
+    found = group.value(label, group.focus, field)
+    return time if found is None else found
+
+
+def _source(group: Group) -> Sentence:
+    kinds = dict.fromkeys(record.source for record in group.records if record.source != MEASURED)
+    if not kinds:
+        return []
+    mixed = any(record.source == MEASURED for record in group.records)
+    sentence: Sentence = ["Rows that say " if mixed else "All of these figures are "]
+    for place, kind in enumerate(kinds):
+        sentence += ["" if place == 0 else " or ", Name(kind)]
+    return [*sentence, " were computed without running the case." if mixed else ": the case was not run."]
 
 
 def _growing(group: Group) -> Sentence:
-    fits = {label: fit for label in group.estimators if (fit := group.growth(label)) is not None}
-    flat = [label for label, fit in fits.items() if fit.flat]
-    rising = {label: fit for label, fit in fits.items() if not fit.flat and fit.slope > 0}
+    found = {label: fitted for label in group.estimators if (fitted := law(group, label)) is not None}
+    flat = [label for label, fitted in found.items() if fitted.kind == "constant"]
+    rising = {label: fitted for label, fitted in found.items() if fitted.kind == "linear"}
     sentence: Sentence = []
     if rising:
-        label = max(rising, key=lambda e: rising[e].slope)
-        sentence += ["Each inner step adds ", units.size(rising[label].slope), " to ", Name(label)]
+        label = max(rising, key=lambda e: rising[e].per_step)
+        sentence += ["Each inner step adds ", units.size(rising[label].per_step), " to ", Name(label)]
     if flat:
         sentence += ["; " if rising else "", "the memory of " if rising else "The memory of ", *_names(flat), " does not grow with K"]
     return [*sentence, "."] if sentence else []
+
+
+def _breaking(group: Group) -> list[Sentence]:
+    return [["Broken contract: ", Name(label), " ", Name(rest)] for label, rest in broken(group)]
 
 
 def _failing(group: Group) -> Sentence:

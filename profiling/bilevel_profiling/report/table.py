@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ..growth import Verdict
 from ..record import Record
-from .columns import Column, columns, folded_calls, outer_loop, reason, reasons
+from . import footnotes, laws, loops
+from .columns import Column, columns, folded_calls
 from .groups import Group, failed, group
 from .summary import Name, sentences
 from .text import clean, shorten
@@ -18,6 +20,7 @@ _LABEL = 24
 """Longer labels of estimators fold."""
 _ROOMY = 120
 """From this width on, columns stand two spaces apart."""
+BROKEN = Verdict.BROKEN.value.upper()
 _SECTIONS = {"vs K-step program": "program", "vs converged solution": "solution", "": ""}
 _HEADERS = {"peak MiB": "MiB", "x base": "x", "rel. error": "error"}
 
@@ -50,12 +53,17 @@ def _case(each: Group, width: int) -> "list[RenderableType]":
     made = _frame([column.text for column in shown], _headings(shown), width)
     _fill(made, each, shown)
     parts.append(made)
-    for word, record in reasons(each):
+    for word, record in footnotes.reasons(each):
         steps = "" if record.inner_steps is None else f", K = {record.inner_steps}"
         label = f"{word[word.index('[') :]} {clean(record.estimator)}{steps}: "
-        parts.append(Text.assemble((label, "red" if failed(record) else "yellow"), reason(record)))
-    loop = _loop(each, width)
-    parts += [Text(), loop] if loop is not None else []
+        parts.append(Text.assemble((label, "red" if failed(record) else "yellow"), footnotes.reason(record)))
+    parts += [
+        Text(f"{f'({mark}) ' if mark.isalpha() else f'{mark} ' if mark else 'All rows: '}{text}", "dim") for mark, text in footnotes.lines(each)
+    ]
+    for header, rows in (loops.outcome(each), laws.table(each)):
+        if rows:
+            parts += [Text(), _plain(header, rows, width)]
+    parts += [Text.assemble(("CONTRACT BROKEN ", "bold red"), (clean(label), "bold"), f" {rest}") for label, rest in laws.broken(each)]
     parts.append(Text())
     parts += [_sentence(sentence) for sentence in sentences(each)]
     if each.baseline is not None:
@@ -134,20 +142,17 @@ def _width(shown: Sequence[Column], each: Group, width: int) -> int:
     return total + (len(shown) - 1) * (2 if width >= _ROOMY else 1)
 
 
-def _loop(each: Group, width: int) -> "Table | None":
-    """The outer loop, with as many metrics as fit."""
+def _plain(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> "Table":
+    """A table of as many columns as fit."""
     from rich.text import Text
 
-    header, rows = outer_loop(each)
-    if not rows:
-        return None
     header = [shorten(name, _LABEL) for name in header]
     widths = [max(len(row[place]) for row in (header, *rows)) + 2 for place in range(len(header))]
     widths[0] = min(widths[0], _LABEL)
     fit = max((place for place in range(1, len(header) + 1) if sum(widths[:place]) <= width), default=1)
     made = _frame([True] + [False] * (fit - 1), header[:fit], _ROOMY)
     for row in rows:
-        made.add_row(*(Text(cell) for cell in row[:fit]))
+        made.add_row(*(Text(cell, "bold red" if cell == BROKEN else "") for cell in row[:fit]))
     return made
 
 

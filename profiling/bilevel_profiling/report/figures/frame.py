@@ -6,11 +6,26 @@ from ..markup import Markup
 
 
 @dataclasses.dataclass(frozen=True)
+class Panel:
+    """A small drawing that a script can read out point by point; without one, the readout tells its peak."""
+
+    name: str
+    drawing: Markup
+    value: str
+    place: str
+    where: str
+    data: str
+    """JSON, see page.js."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Figure:
-    """One figure: its drawing (SVG), the heading above and the note below; `panels` are small drawings under one heading, each named."""
+    """One figure: its drawing (SVG), the heading above and the note below; `panels` are small drawings under one heading."""
 
     key: str
     title: str
     note: str
     drawing: Markup | None = None
-    panels: tuple[tuple[str, Markup], ...] = ()
+    panels: tuple[Panel, ...] = ()
+    legend: tuple[str, ...] = ()
+    """The phases that the colors of the panels stand for."""

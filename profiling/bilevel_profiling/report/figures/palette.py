@@ -12,6 +12,7 @@ from ..markup import decimal
 LIGHT = ("#0a66b0", "#c2410c", "#00795c", "#a03a86", "#8f6a00", "#2f8fc4", "#4b5159", "#7a4a2b")
 DARK = ("#6cb2f5", "#ff9466", "#45cfa4", "#e88fcf", "#e0b83e", "#7fd4f2", "#b4bbc4", "#cfa17f")
 
+_FORECAST, _DOTS = " (forecast)", "1 4"
 _DASHES = ("", "7 3", "2 2.5", "9 3 2 3")
 _SHAPES = ("circle", "square", "triangle", "diamond", "wedge", "plus", "hexagon", "bar")
 
@@ -27,11 +28,14 @@ class Style:
 
 
 def styles(labels: Sequence[str]) -> dict[str, Style]:
-    """A style for each label, by its place."""
+    """A style for each label, by its place; a forecast looks like what was measured under the same name, dotted."""
+    twins = {label: name for label in labels if (name := label.removesuffix(_FORECAST)) != label and name in labels}
     size, found = len(LIGHT), {}
-    for place, label in enumerate(labels):
+    for place, label in enumerate(label for label in labels if label not in twins):
         shifted = place + place // size
         found[label] = Style(place, place % size, _SHAPES[shifted % len(_SHAPES)], _DASHES[shifted % len(_DASHES)])
+    for place, (label, name) in enumerate(twins.items(), start=len(found)):
+        found[label] = dataclasses.replace(found[name], place=place, dash=_DOTS)
     return found
 
 

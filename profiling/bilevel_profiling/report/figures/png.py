@@ -34,9 +34,9 @@ def write_png(records: Iterable[Record], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("write_png needs matplotlib: pip install matplotlib") from error
-    records = list(records)
-    styles = palette.styles(estimators(records))
-    groups = [each for each in group(records) if any(each.value(e, k, each.measure.field) is not None for e in each.estimators for k in each.steps)]
+    groups = group(records)
+    styles = palette.styles(estimators(groups))
+    groups = [each for each in groups if any(each.value(e, k, each.measure.field) is not None for e in each.estimators for k in each.steps)]
     if not groups:
         raise ValueError("write_png needs at least one record that finished with its memory measured")
     figure = Figure(figsize=(11, 4.2 * len(groups)), dpi=160, layout="constrained", facecolor="white")

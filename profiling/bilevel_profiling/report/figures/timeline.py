@@ -1,43 +1,48 @@
-"""Bytes alive over the operations of one step, colored by phase: a small panel an estimator, all on one scale of memory."""
+"""Bytes alive over the operations of one call, colored by phase: a panel an estimator, all on one scale of memory.
 
+A panel is a static picture that tells its peak. What a script needs to tell any other point lies beside it as JSON: see `_data` and page.js.
+"""
+
+import json
 from collections.abc import Sequence
 
-from ...record import Record
+from ...record import Point, Record
 from .. import units
 from ..groups import Group
 from ..markup import Markup, decimal, tag
 from ..text import clean
 from . import scales, svg
-from .frame import Figure
+from .frame import Figure, Panel
 
 PHASES = ("inner", "hypergradient", "outer")
 
-_WIDTH, _HEIGHT = 230.0, 150.0
-_FRAME = svg.Frame(34, 226, 20, 124)
+_SMALL = 230.0, 150.0
+_LARGE = svg.WIDTH, 250.0
+"""Of up to two panels."""
 _MOST_POINTS = 200
-
-Point = tuple[int, int, str]
 
 
 def timelines(group: Group, key: str) -> Figure | None:
     """One panel an estimator at the group's focus K, or at the largest at which it has a timeline; None where no record has one."""
-    chosen: dict[str, Record] = {}
-    for record in group.rows:
-        if record.timeline and not (record.estimator in chosen and chosen[record.estimator].inner_steps == group.focus):
-            chosen[record.estimator] = record
-    if not chosen:
+    runs = group.chosen(lambda record: record.timeline)
+    if not runs:
         return None
-    runs = {label: chosen[label] for label in group.estimators if label in chosen}
     steps = {record.inner_steps for record in runs.values()}
-    top = max(level for record in runs.values() for _, level, _ in record.timeline) / 2**20
-    y = scales.linear([0.0, top], _FRAME.bottom, _FRAME.top, ticks=3)
+    width, height = _LARGE if len(runs) <= 2 else _SMALL
+    frame = svg.Frame(34, width - 4, 20, height - 26)
+    top = max(point[1] for record in runs.values() for point in record.timeline) / 2**20
+    y = scales.linear([0.0, top], frame.bottom, frame.top, ticks=3 if len(runs) > 2 else 5)
     panels = []
     for number, (label, record) in enumerate(runs.items()):
         name = clean(label) if len(steps) == 1 or record.inner_steps is None else f"{clean(label)}, K = {record.inner_steps:,}"
-        panels.append((name, _panel(record, y, f"{key}-{number}", name)))
+        panels.append(_panel(record, frame, y, f"{key}-{number}", name, (width, height)))
     first = next(iter(steps))
     note = (f"K = {first:,}. " if len(steps) == 1 and first is not None else "") + "MiB of tensors made by the call and alive, against operations."
-    return Figure(key, "Memory over one step", f"{note} All panels share one scale of memory; each has its own of operations.", panels=tuple(panels))
+    note += " All panels share one scale of memory; each has its own of operations." if len(runs) > 1 else ""
+    seen = {point[2] for record in runs.values() for point in record.timeline}
+    legend = tuple(phase for phase in PHASES if phase in seen)
+    title = "Memory over one step" if legend else "Memory over one call"
+    return Figure(key, title, note, panels=tuple(panels), legend=legend + (("outside of the phases",) if legend and seen - set(PHASES) else ()))
 
 
 def thinned(timeline: Sequence[Point], most: int = _MOST_POINTS) -> list[Point]:
@@ -55,23 +60,49 @@ def thinned(timeline: Sequence[Point], most: int = _MOST_POINTS) -> list[Point]:
     return [timeline[n] for n in sorted(kept)]
 
 
-def _panel(record: Record, y: scales.Scale, key: str, name: str) -> Markup:
-    peak = max(record.timeline, key=lambda point: point[1])
-    first, last = record.timeline[0][0], record.timeline[-1][0]
-    x = scales.Scale(float(first), float(max(last, first + 1)), _FRAME.left, _FRAME.right)
+def where(point: Point) -> str:
+    """Phase, span and operator of a point, those that are known."""
+    return " · ".join(filter(None, map(clean, point[2:])))
+
+
+def _panel(record: Record, frame: svg.Frame, y: scales.Scale, key: str, name: str, size: tuple[float, float]) -> Panel:
+    points = thinned(record.timeline)
+    peak = max(points, key=lambda point: point[1])
+    first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
+    x = scales.Scale(float(first), float(last), frame.left, frame.right)
     parts = []
     for value, label in y.ticks:
-        parts.append(tag("path", d=f"M{decimal(_FRAME.left)} {decimal(y(value))}H{decimal(_FRAME.right)}", class_="grid"))
-        parts.append(svg.text(_FRAME.left - 6, y(value) + 4, label, "tick", "end"))
-    parts += _areas(thinned(record.timeline), x, y)
-    parts.append(tag("path", d=f"M{decimal(_FRAME.left)} {decimal(_FRAME.bottom)}H{decimal(_FRAME.right)}", class_="axis"))
+        parts.append(tag("path", d=f"M{decimal(frame.left)} {decimal(y(value))}H{decimal(frame.right)}", class_="grid"))
+        parts.append(svg.text(frame.left - 6, y(value) + 4, label, "tick", "end"))
+    parts += _areas(points, x, y)
+    parts.append(tag("path", d=f"M{decimal(frame.left)} {decimal(frame.bottom)}H{decimal(frame.right)}", class_="axis"))
     px, py = x(float(peak[0])), y(peak[1] / 2**20)
-    said = units.size(peak[1])
-    parts.append(tag("circle", tag("title", f"peak {said} at operation {peak[0]:,}, {clean(peak[2])}"), cx=px, cy=py, r=3.0, class_="peak"))
-    middle = (_FRAME.left + _FRAME.right) / 2
-    parts.append(svg.text(px + (-7 if px > middle else 7), max(12.0, py - 6), said, "label strong", "end" if px > middle else "start"))
-    parts.append(svg.text(_FRAME.right, _FRAME.bottom + 17, f"{last - first:,} operations", "tick", "end"))
-    return svg.figure(key, name, f"Peak {said} in the {clean(peak[2])} phase.", _HEIGHT, *parts, width=_WIDTH)
+    said, at = units.size(peak[1]), where(peak)
+    tip = f"peak {said} at operation {peak[0]:,}" + (f": {at}" if at else "")
+    parts.append(tag("circle", tag("title", tip), cx=px, cy=py, r=3.0, class_="peak"))
+    right = px > (frame.left + frame.right) / 2
+    parts.append(svg.text(px + (-7 if right else 7), max(12.0, py - 6), said, "label strong", "end" if right else "start"))
+    parts.append(svg.text(frame.right, frame.bottom + 17, f"{last - first:,} operations", "tick", "end"))
+    line = tag("path", d=f"M0 {decimal(frame.top)}V{decimal(frame.bottom)}")
+    parts.append(tag("g", line, tag("circle", cx=0.0, cy=0.0, r=3.6), class_="cursor"))
+    drawing = svg.figure(key, name, f"{tip[0].upper()}{tip[1:]}.", size[1], *parts, width=size[0])
+    data = _data(points, [x.start, x.end, x.low, x.high], [y.start, y.end, y.low * 2**20, y.high * 2**20])
+    return Panel(name, drawing, f"{units.mebibytes(peak[1])} MiB", f"peak, operation {peak[0]:,}", at, data)
+
+
+def _data(points: Sequence[Point], x: Sequence[float], y: Sequence[float]) -> str:
+    """The drawn points as JSON: the axes (start, end, low, high), operations, bytes, and for each point its place in the list of names."""
+    names = list(dict.fromkeys(where(point) for point in points))
+    place = {name: number for number, name in enumerate(names)}
+    content = {
+        "x": x,
+        "y": y,
+        "at": [point[0] for point in points],
+        "bytes": [point[1] for point in points],
+        "name": [place[where(point)] for point in points],
+        "names": names,
+    }
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False)
 
 
 def _areas(points: Sequence[Point], x: scales.Scale, y: scales.Scale) -> list[Markup]:
@@ -81,12 +112,13 @@ def _areas(points: Sequence[Point], x: scales.Scale, y: scales.Scale) -> list[Ma
         if end < len(points) and points[end][2] == points[start][2]:
             continue
         stretch = points[start : min(end + 1, len(points))]
-        path = "L".join(f"{decimal(x(float(n)))} {decimal(y(level / 2**20))}" for n, level, _ in stretch)
+        path = "L".join(f"{decimal(x(float(point[0])))} {decimal(y(point[1] / 2**20))}" for point in stretch)
         floor = decimal(y(0.0))
         shape = f"M{decimal(x(float(stretch[0][0])))} {floor}L{path}L{decimal(x(float(stretch[-1][0])))} {floor}z"
         phase = points[start][2]
         class_ = f"phase {phase}" if phase in PHASES else "phase"
-        areas.append(tag("path", tag("title", clean(phase)), d=Markup(shape), class_=class_))
+        tip = tag("title", clean(phase)) if clean(phase) else ""
+        areas.append(tag("path", tip, d=Markup(shape), class_=class_))
         areas.append(tag("path", d=Markup(f"M{path}"), class_=class_.replace("phase", "crest", 1)))
         start = end
     return areas

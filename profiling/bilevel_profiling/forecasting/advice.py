@@ -1,0 +1,136 @@
+"""recommend(): which estimators fit a budget, and which of these to take, with the reason in a sentence each."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import bilevel as bl
+from bilevel_profiling import sizes
+from bilevel_profiling.case import Case
+from bilevel_profiling.case_file import default_estimators
+from bilevel_profiling.devices import Device
+from bilevel_profiling.forecasting.fake import forecast
+from bilevel_profiling.forecasting.search import needed
+from bilevel_profiling.record import Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """One estimator, judged.
+
+    Attributes:
+        label: of the estimator.
+        estimator: the estimator.
+        fits: whether its forecast stays within the budget.
+        needed_bytes: what it asks for, data and variables included; None if it refuses the problem.
+        error: the relative error that was measured, if a record of it was given.
+        sentence: why it stands where it stands.
+        forecast: its record; None if it refuses the problem.
+    """
+
+    label: str
+    estimator: bl.Estimator
+    fits: bool
+    needed_bytes: int | None
+    error: float | None
+    sentence: str
+    forecast: Record | None
+
+
+def recommend(
+    case: Case,
+    budget: str | int,
+    *,
+    estimators: Mapping[str, bl.Estimator] | None = None,
+    records: Sequence[Record] = (),
+    on: Device | str | None = None,
+) -> list[Advice]:
+    """Rank estimators on a case within a memory budget, without running any.
+
+    Those that fit come first. Among them the more exact one: by the error that was measured, in powers of ten, where `records` have it for all of
+    them; else those without bias before those with. Ties go to the one with less compute (roofline time with `on`, else FLOPs).
+
+    Args:
+        case: the problem and the inner solver; its estimator is among the candidates only if `estimators` names it.
+        budget: of device memory for everything, such as "24GiB".
+        estimators: the candidates by label; by default those that a case without a list is compared with, under the TaskMean of the case if it has one.
+        records: of an earlier comparison of the same case with the same K, for measured errors.
+        on: a device for roofline times.
+
+    Returns:
+        One `Advice` an estimator, the best first; those that do not fit, or refuse the problem, last.
+
+    Raises:
+        ValueError: the budget is no size.
+        ForecastError: see `forecast`.
+
+    Example:
+        >>> import bilevel as bl
+        >>> from bilevel.problems import hypercleaning
+        >>> case = Case(hypercleaning.setup, solver=bl.Descent(bl.SGD(lr=0.1), steps=50), estimator=bl.Unrolled())
+        >>> for advice in recommend(case, "12MiB"):
+        ...     print(advice.label, advice.fits)
+        unrolled segments True
+        implicit CG True
+        memory-reduced True
+        first-order corrected True
+        unrolled iterates False
+        unrolled False
+    """
+    limit = sizes.parse(budget)
+    candidates = _candidates(case) if estimators is None else estimators
+    found = [_judged(case, label, estimator, limit, _error(case, label, estimator, records), on) for label, estimator in candidates.items()]
+    fitting = [advice for advice in found if advice.fits]
+    measured = all(advice.error is not None for advice in fitting)
+    fitting.sort(key=lambda advice: (_magnitude(advice.error) if measured else advice.estimator.bias != "", _compute(advice)))
+    others = sorted((advice for advice in found if not advice.fits), key=lambda advice: advice.needed_bytes or math.inf)
+    return [dataclasses.replace(advice, sentence=_sentence(advice, fitting, limit)) for advice in (*fitting, *others)]
+
+
+def _candidates(case: Case) -> dict[str, bl.Estimator]:
+    plain = default_estimators()
+    if isinstance(case.estimator, bl.TaskMean):
+        chunk = case.estimator.chunk
+        return {label: bl.TaskMean(estimator, chunk) for label, estimator in plain.items()}
+    return plain
+
+
+def _judged(case: Case, label: str, estimator: bl.Estimator, limit: int, error: float | None, on: Device | str | None) -> Advice:
+    try:
+        record = forecast(dataclasses.replace(case, estimator=estimator, label=label), on=on)
+    except ValueError as refusal:  # an estimator that is blind to how x acts here says so
+        return Advice(label, estimator, False, None, error, " ".join(str(refusal).split()), None)
+    return Advice(label, estimator, needed(record) <= limit, needed(record), error, "", record)
+
+
+def _error(case: Case, label: str, estimator: bl.Estimator, records: Sequence[Record]) -> float | None:
+    """The error against the hypergradient at the solution if it was measured, else that against the K-step program."""
+    for record in records:
+        if (record.case, record.estimator, record.inner_steps, record.settings) == (case.name, label, case.solver.max_steps, repr(estimator)):
+            return record.program_relative_error if record.solution_relative_error is None else record.solution_relative_error
+    return None
+
+
+def _magnitude(error: float | None) -> float:
+    if error is None or math.isnan(error):
+        return math.inf
+    return math.floor(math.log10(max(error, 1e-16)))
+
+
+def _compute(advice: Advice) -> float:
+    record = advice.forecast
+    assert record is not None
+    return record.roofline_seconds or record.matmul_flops or record.moved_bytes or 0
+
+
+def _sentence(advice: Advice, fitting: Sequence[Advice], limit: int) -> str:
+    if advice.needed_bytes is None:
+        return f"Refuses the problem: {advice.sentence}"
+    used = f"{sizes.text(advice.needed_bytes)} of {sizes.text(limit)}"
+    if not advice.fits:
+        return f"Does not fit: needs {used}."
+    known = f"measured error {advice.error:.1e}" if advice.error is not None else advice.estimator.bias or "the exact gradient of the K-step program"
+    least = min(_compute(other) for other in fitting)
+    ratio = _compute(advice) / least if least else 1.0
+    what = "time at best" if advice.forecast is not None and advice.forecast.roofline_seconds else "compute"
+    return f"Fits ({used}); {known}; " + (f"the least {what} of those that fit." if ratio == 1 else f"{ratio:.1f}x the least {what}.")
