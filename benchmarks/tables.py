@@ -1,6 +1,8 @@
 """Write benchmarks/README.md from the committed results: python benchmarks/tables.py"""
 
+import collections
 import json
+import statistics
 from pathlib import Path
 
 from plain_reference import table
@@ -39,8 +41,115 @@ def characters(records):
     return "\n".join(lines)
 
 
+def overhead(records):
+    head = "| case | estimator | K | ms a step | cheap meters (quartiles of the rounds) | least over least | spans | counted | tensors meter |"
+    lines = [head, "| --- " * 9 + "|"]
+    for r in records:
+        low, high = r["cheap_quartiles"]
+        lines.append(
+            f"| {r['case']} | {r['estimator']} | {r['inner_steps']} | {1000 * r['bare_seconds']:.1f} "
+            f"| {r['cheap_ratio'] - 1:+.1%} ({low - 1:+.1%} to {high - 1:+.1%}) | {r['cheap_ratio_of_least'] - 1:+.1%} | {r['spans']} "
+            f"| {r['cheap_counted']:+.2%} | x {r['tensors_ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+# --- GPU ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def gpu(found):
+    """The Markdown of one run of gpu.py."""
+    cells = [row for row in found if row["kind"] == "cell"]
+    laws = {(row["model"], row["estimator"]): row for row in found if row["kind"] == "growth"}
+    units = _inner_gradients(cells)
+    cuda = any(row.get("cuda_requested_bytes") is not None for row in cells)
+    kind, difference = ("cuda_requested_bytes", "requested_difference") if cuda else ("peak_tensor_bytes", "tensors_difference")
+    extra = "| allocated MiB | forecast | largest difference | reserved / forecast " if cuda else ""
+    head = (
+        f"| model | estimator | K | {'requested' if cuda else 'peak tensor'} MiB | forecast MiB | largest difference over K, bytes {extra}"
+        "| growth, measured | ms | in inner gradients |"
+    )
+    lines = [head, "| --- " * (head.count("|") - 1) + "|"]
+    groups = collections.defaultdict(list)
+    for row in cells:
+        groups[row["model"], row["estimator"]].append(row)
+    for (model, estimator), group in groups.items():
+        known = [row for row in group if row.get(kind) is not None]
+        for row in group:
+            if row not in known or row["status"] in ("OUT_OF_MEMORY", "ERROR"):
+                failed = f"| {model} | {estimator} | {row['inner_steps']} | {row['status']}: {row['reason'][:80].replace('|', '/')} |"
+                lines.append(failed + " |" * (head.count("|") - 5))
+        if not known:
+            continue
+        row, wall = known[-1], known[-1]["wall_seconds"]
+        off = max((entry[difference] for entry in known if entry.get(difference) is not None), key=abs, default=None)
+        fields = [model, estimator, row["inner_steps"], mib(row[kind]), mib(row.get(f"forecast_{kind}")), "" if off is None else f"{off:+,}"]
+        if cuda:
+            most = max((entry["allocated_difference"] for entry in known if "allocated_difference" in entry), key=abs, default=None)
+            ratio = f"{row['reserved_ratio']:.2f}" if "reserved_ratio" in row else ""
+            fields += [mib(row["cuda_allocated_bytes"]), mib(row.get("forecast_cuda_allocated_bytes")), "" if most is None else f"{most:+,}", ratio]
+        law = (laws.get((model, estimator)) or {}).get("measured")
+        fields += [law["text"] if law else "", f"{1000 * wall:.1f}" if wall else "", f"{wall / units[model]:.1f}" if wall and model in units else ""]
+        lines.append("| " + " | ".join(map(str, fields)) + " |")
+    return "\n".join([*lines, "", *_oracles(cells, units), "", *_margin(found)]).strip()
+
+
+def _inner_gradients(cells):
+    """Seconds of a plain inner gradient, by model: the least of the cells' medians, because in some of them it also keeps a graph for a product."""
+    found = {}
+    for row in cells:
+        seconds = row.get("oracle_seconds", {}).get("inner_gradient")
+        if seconds:
+            found[row["model"]] = min(seconds, found.get(row["model"], seconds))
+    return found
+
+
+def _oracles(cells, units):
+    """Time of one oracle call by model and kind of estimator: the median over cells."""
+    lines = ["| model | oracle | estimators | ms a call | in inner gradients |", "| --- " * 5 + "|"]
+    found = collections.defaultdict(list)
+    for row in cells:
+        for name, seconds in row.get("oracle_seconds", {}).items():
+            kept = name == "hvp" and row["estimator"] == "unrolled"
+            which = "unrolled, kept graph" if kept else "unrolled" if row["estimator"].startswith("unrolled") else "others"
+            found[row["model"], name, which].append(seconds)
+    for (model, name, which), seconds in sorted(found.items()):
+        median = statistics.median(seconds)
+        lines.append(f"| {model} | {name} | {which} | {1000 * median:.3f} | {f'{median / units[model]:.2f}' if model in units else ''} |")
+    return lines
+
+
+def _margin(found):
+    margin = next((row for row in found if row["kind"] == "margin"), None)
+    left_out = next((row["cells"] for row in found if row["kind"] == "left out"), [])
+    lines = []
+    if margin:
+        lines.append(
+            f"Margin of a forecast, over {margin['cells']} cells: requested between {margin['requested_difference_least']:+,} and "
+            f"{margin['requested_difference']:+,} bytes of it, beside cuBLAS workspaces of {mib(margin['cuda_workspace_bytes'])} MiB; "
+            f"allocated at most {mib(margin['allocated_difference_with_workspaces'])} MiB above it, workspaces included; reserved at most "
+            f"{margin['reserved_ratio']:.2f} times the allocated forecast and workspaces."
+        )
+    if left_out:
+        lines.append(f"Left out for want of time: {', '.join(f'{model}, {label}, K = {k}' for model, label, k in left_out)}.")
+    return lines
+
+
+def mib(count):
+    return "" if count is None else f"{count / 2**20:,.1f}"
+
+
+def gpu_runs():
+    """All committed runs, the newest first."""
+    runs = []
+    for path in sorted((HERE / "results").glob("gpu-*.jsonl"), key=lambda path: path.stem[-10:], reverse=True):
+        found = rows(path.name)
+        runs.append(f"`results/{path.name}`. {environment([row for row in found if row['kind'] == 'environment'])}.\n\n{gpu(found)}")
+    return "\n\n".join(runs) or "**Not yet measured on a GPU.** The command is ready and its code runs on a CPU in every test run."
+
+
 def main():
-    plain, problems = rows("plain_reference.jsonl"), rows("problems.jsonl")
+    plain, problems, meters = rows("plain_reference.jsonl"), rows("problems.jsonl"), rows("overhead.jsonl")
     text = f"""# Benchmarks
 
 Every table here is written by `python benchmarks/tables.py` from `results/`, and every result by the script named above it.
@@ -62,6 +171,33 @@ hand-written one has no residual, and on P1 its mixed product is a multiplicatio
 {table(plain)}
 
 Environment: {environment(plain)}
+
+## Forecasts on a GPU
+
+    python benchmarks/gpu.py                          # on a CUDA machine, under nine minutes; needs torch and this repository only
+    python benchmarks/gpu.py --budget-seconds 120     # what fits two minutes, the small K first
+    python benchmarks/gpu.py --device cpu             # a rehearsal at small sizes, against the tensors meter
+
+Three models (a perceptron with a weight for each example, iMAML of a conv net, a transformer with a weight for each sequence), six estimators,
+three K: the forecast against the peaks of the CUDA allocator (requested, allocated, reserved), the growth of each estimator's memory with K, and the
+time of each oracle by CUDA events, in milliseconds and in plain inner gradients of the same model. "unrolled, kept graph": one K-th of the backward
+sweep. The margin, what a forecast on such a device has to add, is a row of the file.
+
+{gpu_runs()}
+
+## What the meters cost
+
+    python benchmarks/overhead.py
+
+One hypergradient, bare, under the meters that measure without a pass of their own (oracles, clock, CUDA, phases; `cheap meters`), and under the
+tensors meter, in turn in one single-threaded process, in process CPU seconds. The ratio is that of the medians, with the quartiles of the rounds' own
+ratios; beside it that of the least seconds of each. Other work on the machine moves both by several percent. "counted" does not need the difference
+of two long times: what the meters cost around an empty block, and the spans of a step times what hearing one costs in a loop of nothing else, over
+the bare step.
+
+{overhead(meters)}
+
+Environment: {environment(meters)}
 
 ## The ready problems
 

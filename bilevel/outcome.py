@@ -76,10 +76,15 @@ def status_of(code: Tensor | int) -> Status:
 
 def readable(tensor: Tensor) -> bool:
     """Whether a tensor's value can be looked at: not inside vmap, and not when it is a fake tensor, which has none."""
-    if type(tensor) is Tensor:
-        return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    with _spans.span(_spans.UNREAD):
-        return False
+    return type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def settled(live: Tensor) -> bool:
+    """Whether no task goes on. Where that cannot be read, no; on fake tensors this is announced, since a run on real ones might end here."""
+    if type(live) is not Tensor:
+        with _spans.span(_spans.UNREAD):
+            return False
+    return readable(live) and not bool(live.any())
 
 
 def code_if(condition: Tensor, status: Status) -> Tensor:

@@ -17,7 +17,7 @@ from bilevel import _tree
 from bilevel._tree import Tree
 from bilevel.inner.base import Gradient, InnerSolver, Visit, check_optimizer, move
 from bilevel.optim.base import Optimizer
-from bilevel.outcome import Solution, Status, code_if, readable
+from bilevel.outcome import Solution, Status, code_if, settled
 
 # On a GPU the test waits for the device; between tests converged tasks are already frozen, so only work is lost, never accuracy.
 _CHECK_EVERY_ON_GPU = 10
@@ -67,7 +67,7 @@ class Converge(InnerSolver):
             first = loss if first is None else first
             residual = _tree.norm(direction, tasks)
             live = ~(residual <= self.tol)
-            if step == self.max_steps or (step % every == 0 and readable(live) and not bool(live.any())):
+            if step == self.max_steps or (step % every == 0 and settled(live)):
                 return Solution(inner, step, code_if(live, Status.INNER_MAX_STEPS), first, loss, residual)
             if visit is not None:
                 visit(step, inner, state)

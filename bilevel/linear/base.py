@@ -9,12 +9,11 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from bilevel import _tree
 from bilevel._strategy import Strategy
 from bilevel._tree import Leaves
-from bilevel.outcome import LinearSolution, Status, code_if, readable, worst
+from bilevel.outcome import LinearSolution, Status, code_if, worst
 
 Product = Callable[[Leaves], Leaves]
 """v -> A v."""
@@ -68,11 +67,6 @@ class LinearSolver(Strategy):
 def damped(product: Product, damping: float) -> Product:
     """V -> A v + damping v."""
     return product if damping == 0 else lambda v: _tree.axpy(damping, v, product(v))
-
-
-def settled(live: Tensor) -> bool:
-    """Whether no task goes on, where that can be read for free: on the CPU, and not inside vmap or on fake tensors."""
-    return live.device.type == "cpu" and readable(live) and not bool(live.any())
 
 
 def check_number(owner: str, name: str, value: object, low: float) -> None:

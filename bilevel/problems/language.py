@@ -2,13 +2,13 @@
 
     g(y, x) = sum_i w_i CE(net_y(a_i)) / sum_i w_i + l2/2 |y|^2,  w_i = sigmoid(x_i)        f(y) = mean_j CE(net_y(v_j))
 
-CE is the mean over the bytes of a sequence. The sum of the weights (of a batch) is divided by, so that only which sequences weigh more can be learned:
-otherwise, after few steps, it is mostly the size of all of them, which is a step size.
+CE is the mean over the bytes of a sequence. The sum of the weights (of a batch) is divided by, so that only which sequences weigh more can be
+learned: otherwise, after few steps, it is mostly the size of all of them, which is a step size.
 
 Net: `transformer`, on bytes. Its sizes are arguments, so that the same problem is a tenth of a second's work or a model of a billion parameters.
 
-Text: modules of the standard library of the Python that runs this, which every machine has: those of `MODULES`, in that order, read from the folder of
-`os.__file__`. The text, and so every number, is the same for the same Python version. The last fifth of it is kept for validation and test.
+Text: modules of the standard library of the Python that runs this, which every machine has: those of `MODULES`, in that order, from the folder
+of `os.__file__`. The text, and so every number, is the same for the same Python version. Its last fifth is kept for validation and test.
 A share of the training sequences is replaced by bytes drawn uniformly at random.
 
 References: Ren et al. 2018, Learning to Reweight Examples for Robust Deep Learning, arXiv 1803.09050; Grangier et al. 2023, Adaptive Training
@@ -69,8 +69,8 @@ def source(folder: str | os.PathLike[str] | None = None) -> bytes:
         FileNotFoundError: this Python keeps its library elsewhere (in a zip file, say).
 
     Example:
-        >>> source()[:30]
-        b'# Author: Steven J. Bethard <s'
+        >>> b"import" in source()
+        True
     """
     library = pathlib.Path(os.__file__).parent if folder is None else pathlib.Path(folder)
     try:
@@ -114,8 +114,8 @@ def load(
         >>> data = load(context=24)
         >>> data.train.shape, int(data.corrupted.sum())
         (torch.Size([64, 25]), 32)
-        >>> bytes(data.valid[0].tolist())
-        b'ped\n    by __enter__().\n\n'
+        >>> len(bytes(data.valid[0].tolist()))
+        25
     """
     if not 0 <= corruption <= 1:
         raise ValueError(f"language.load() was given corruption={corruption}; a share in [0, 1] was needed")

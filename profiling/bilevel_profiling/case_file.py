@@ -75,6 +75,8 @@ class Definition:
                 raise CaseError(f"case {self.name}: {name} is a {type(value).__name__}; write {write}")
         if not (isinstance(self.estimators, Mapping) and self.estimators):
             raise CaseError(f'case {self.name}: ESTIMATORS is not a dict with at least one entry; write {{"unrolled": bl.Unrolled()}}')
+        if not self.name or "" in self.estimators:
+            raise CaseError(f"case {self.name!r}: a case and an estimator need a name, and one of them is ''")
         for label, estimator in self.estimators.items():
             if not isinstance(label, str) or not isinstance(estimator, bl.Estimator):
                 raise CaseError(f'case {self.name}: ESTIMATORS maps {label!r} to a {type(estimator).__name__}; write "label": bl.Unrolled()')

@@ -1,30 +1,33 @@
 """compare(): estimators against each other, every cell in a fresh process.
 
 For each case: the references (one process a K), then one cell for each estimator at each K (a process for time, live bytes, FLOPs and error,
-another for resident memory), then one outer loop for each estimator at one K. A row is written as soon as it is known, and an outer loop joins its
-row.
+another for resident memory), then one outer loop for each estimator at one K. A row is on the disk as soon as it is known, and an outer loop joins
+its row. What is finished can be continued: see `resume`.
 """
 
 import dataclasses
 import importlib.util
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import bilevel as bl
-from bilevel_profiling import cell, isolate
-from bilevel_profiling import record as records_file
+from bilevel_profiling import cell, isolate, sizes
+from bilevel_profiling import resume as resuming
 from bilevel_profiling.case import OuterOptimizer, Setup
 from bilevel_profiling.case_file import Definition
 from bilevel_profiling.environment import environment
-from bilevel_profiling.failure import Failure
+from bilevel_profiling.failure import OUT_OF_MEMORY, Failure, limited
+from bilevel_profiling.folder import Folder
 from bilevel_profiling.meters.resident import Resident
 from bilevel_profiling.plan import Plan, Settled, settle
 from bilevel_profiling.progress import Progress, Silent, Task, row_text
 from bilevel_profiling.record import Iteration, Record
+from bilevel_profiling.records_file import RecordsFile
 
-RECORDS = "records.jsonl"
+_LOOP_NOTE = "The outer loop ended with "
+Key = tuple[str, str, int | None]
+"""Case, label, K."""
 
 
 def compare(
@@ -45,6 +48,9 @@ def compare(
     outer_optimizer: OuterOptimizer | None = None,
     solution: bl.InnerSolver | None = None,
     name: str | None = None,
+    memory_limit: int | str | None = None,
+    resume: bool = False,
+    retry_failed: bool = False,
     progress: Progress | None = None,
     command: str = "",
 ) -> list[Record]:
@@ -56,7 +62,7 @@ def compare(
         estimators: by label; by default those of the case.
         optimizer: how the inner variable moves.
         inner_steps: the K to compare at.
-        out: folder of the report; made if missing. Its records.jsonl is replaced.
+        out: folder of the report; made if missing. Rows of an earlier comparison are kept aside in it, as records-<date>.jsonl.
         device: "cpu" or "cuda".
         seed: set before `setup`, and before each call, in every process.
         repeats: of the clock.
@@ -68,14 +74,19 @@ def compare(
         outer_optimizer: the torch optimizer of the outer variable.
         solution: an inner solver that converges.
         name: of the case in the records.
+        memory_limit: what each run may take beyond what torch itself has taken, in bytes or as "4GiB"; more is a row OUT_OF_MEMORY. CPU and Linux
+            only; the float64 references are not limited.
+        resume: keep the finished rows of an earlier comparison in `out`, and measure only what is missing.
+        retry_failed: like `resume`, but rows and outer loops that ended with ERROR, CRASHED, TIMEOUT or OUT_OF_MEMORY are measured anew.
         progress: told about each step of the work; silent by default.
         command: kept in the records' environments.
 
     Returns:
-        The records, one for each estimator and K; failures are among them.
+        The records, one for each estimator and K; failures are among them, and with `resume` the rows that were there.
 
     Raises:
         CaseError: the case is not usable.
+        ResumeError: what is in `out` cannot be continued: it was measured otherwise, or is damaged.
         TypeError: the function or an object cannot be sent to another process.
         OSError: the folder cannot be written.
         RuntimeError: a script calls this outside of `if __name__ == "__main__":`.
@@ -101,8 +112,17 @@ def compare(
         "name": name,
     }
     known = {key: value for key, value in overrides.items() if value is not None}
-    plan = Plan(setup if callable(setup) else str(setup), known, device=device, seed=seed, repeats=repeats, time_limit=time_limit, threads=threads)
-    comparison = Comparison([plan], out, progress=progress, command=command)
+    plan = Plan(
+        setup if callable(setup) else str(setup),
+        known,
+        device=device,
+        seed=seed,
+        repeats=repeats,
+        time_limit=time_limit,
+        threads=threads,
+        memory_limit=None if memory_limit is None else sizes.parse(memory_limit),
+    )
+    comparison = Comparison([plan], out, resume=resume, retry_failed=retry_failed, progress=progress, command=command)
     comparison.run()
     return comparison.records
 
@@ -113,23 +133,47 @@ class Comparison:
     Args:
         plans: the cases.
         out: folder of the report.
+        resume: see `compare`.
+        retry_failed: see `compare`.
         progress: see `compare`.
         command: see `compare`.
 
     Raises:
-        CaseError, TypeError, RuntimeError, OSError: see `compare`; before any work is begun.
+        CaseError, ResumeError, TypeError, RuntimeError, OSError: see `compare`; before any work is begun.
     """
 
-    def __init__(self, plans: Sequence[Plan], out: str | Path, *, progress: Progress | None = None, command: str = "") -> None:
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        out: str | Path,
+        *,
+        resume: bool = False,
+        retry_failed: bool = False,
+        progress: Progress | None = None,
+        command: str = "",
+    ) -> None:
         isolate.refuse_recursion()
-        self.out = Path(out)
-        self.records: list[Record] = []
         self._progress = progress or Silent()
         self._command = command
         self._settled = settle(plans)
-        self.out.mkdir(parents=True, exist_ok=True)
-        records_file.write([], self.out / RECORDS)
+        self._folder = Folder(out)
+        self.out = self._folder.path
+        if resume or retry_failed:
+            rows, said = resuming.resume(self._folder, self._settled)
+        else:
+            rows, said = [], [resuming.begin(self._folder, self._settled)]
+        for sentence in filter(None, said):
+            self._progress.say(sentence)
+        self._file = RecordsFile(self._folder.records, rows)
+        records = self.records if retry_failed else []
+        self._again = {_key(record) for record in records if resuming.failed(record)}
+        self._loop_again = {_key(record) for record in records if resuming.loop_failed(record)}
         self._date = environment()["date"]
+
+    @property
+    def records(self) -> list[Record]:
+        """What is finished."""
+        return self._file.records
 
     def run(self) -> Path:
         """Do the work and write the report; also of what is finished when interrupted.
@@ -139,50 +183,64 @@ class Comparison:
         """
         from bilevel_profiling import report
 
-        isolate.warm_up(_preload(self._settled))
+        work = [each for settled in self._settled for each in self._tasks(settled)]
+        if work:
+            isolate.warm_up(_preload(self._settled))
         try:
-            self._progress.start([task for each in self._settled for task, _ in self._tasks(each)])
-            for each in self._settled:
-                for task, work in self._tasks(each):
-                    self._progress.begin(task)
-                    self._progress.finish(task, work())
+            self._progress.start([task for task, _ in work])
+            for task, do in work:
+                self._progress.begin(task)
+                self._progress.finish(task, do())
         finally:
             self._progress.stop()
             page = report.write(self.records, self.out, self._command)
+            self._folder.release()
         return page
 
     def _tasks(self, settled: Settled) -> Iterator[tuple[Task, Callable[[], str]]]:
-        """What there is to do, in order, as functions that do it and say how it went."""
+        """What there is left to do, in order, as functions that do it and say how it went."""
         plan, definition, labels = settled.plan, settled.case, settled.labels
         steps = sorted(set(definition.inner_steps))
+        by_task = {label: isinstance(definition.estimators[label], bl.TaskMean) for label in labels}
+        missing = [(k, label) for k in steps for label in labels if self._wanted((definition.name, label, k))]
         # Where the references are, by kind, K, and whether they are means over tasks; or why there is none.
         notes: dict[Any, Path | str] = {("solution", None, kind): "the case declares no solver for it." for kind in (False, True)}
-        by_task = {label: isinstance(definition.estimators[label], bl.TaskMean) for label in labels}
-        for kind in sorted(set(by_task.values())):
-            label = next(label for label in labels if by_task[label] == kind)
-            wanted: list[tuple[str, int | None]] = [("program", k) for k in steps]
+        for kind in sorted({by_task[label] for _, label in missing}):
+            label = next(label for _, label in missing if by_task[label] == kind)
+            wanted: list[tuple[str, int | None]] = [("program", k) for k in sorted({k for k, label in missing if by_task[label] == kind})]
             if definition.solution is not None:
                 wanted.append(("solution", None))
             for name, k in wanted:
                 job = self._job(plan, label, steps[-1] if k is None else k)
                 text = f"float64 reference, {'converged solution' if k is None else f'K = {k}'}"
                 yield Task(definition.name, text, 5 + job.inner_steps / 4), self._referencing(plan, definition, job, name, notes, (name, k, kind))
-        for k in steps:
-            for label in labels:
-                sources = [notes.get(key, "none.") for key in (("program", k, by_task[label]), ("solution", None, by_task[label]))]
-                work = self._measuring(plan, definition, self._job(plan, label, k), sources)
-                yield Task(definition.name, f"{label}, K = {k}", 15 + k), work
+        for k, label in missing:
+            keys = ("program", k, by_task[label]), ("solution", None, by_task[label])
+            yield Task(definition.name, f"{label}, K = {k}", 15 + k), self._measuring(plan, definition, self._job(plan, label, k), keys, notes)
         k = steps[-1]
         for label in labels if definition.outer_steps else ():
-            work = self._looping(plan, definition, self._job(plan, label, k), definition.outer_steps)
-            yield Task(definition.name, f"{label}, outer loop of {definition.outer_steps}", (15 + k) * (0.5 + definition.outer_steps / 12)), work
+            if self._loop_wanted((definition.name, label, k)):
+                work = self._looping(plan, definition, self._job(plan, label, k), definition.outer_steps)
+                yield Task(definition.name, f"{label}, outer loop of {definition.outer_steps}", (15 + k) * (0.5 + definition.outer_steps / 12)), work
+
+    def _wanted(self, key: Key) -> bool:
+        return key in self._again or self._place(key) is None
+
+    def _loop_wanted(self, key: Key) -> bool:
+        place = self._place(key)
+        if place is None or key in self._again or key in self._loop_again:
+            return True
+        return not self.records[place].iterations and not resuming.failed(self.records[place])
+
+    def _place(self, key: Key) -> int | None:
+        return next((place for place, record in enumerate(self.records) if _key(record) == key and record.source == "measured"), None)
 
     def _job(self, plan: Plan, label: str, steps: int) -> cell.Job:
         return cell.Job(plan.source, plan.overrides, label, steps, plan.device, plan.seed, plan.repeats, self._command, plan.threads)
 
     def _referencing(self, plan: Plan, definition: Definition, job: cell.Job, kind: str, notes: dict[Any, Path | str], key: Any) -> Callable[[], str]:
         stem = f"{definition.name}-{kind}{f'-{job.inner_steps}' if kind == 'program' else ''}{'-tasks' if key[2] else ''}-{job.device}-{job.seed}"
-        path = self.out / "references" / f"{_filename(stem)}.pt"
+        path = self._folder.reference(stem)
 
         def work() -> str:
             outcome = isolate.run(cell.reference, job, kind, path, time_limit=plan.time_limit)
@@ -190,24 +248,32 @@ class Comparison:
                 notes[key] = path
                 return str(outcome.value)
             notes[key] = f"none, because making it ended with {outcome.failure.status}: {outcome.failure.reason}"
-            self._keep_log(outcome.log, stem)
+            self._folder.keep_log(outcome.log, stem)
             return outcome.failure.status
 
         return work
 
-    def _measuring(self, plan: Plan, definition: Definition, job: cell.Job, sources: list[Path | str]) -> Callable[[], str]:
+    def _measuring(
+        self, plan: Plan, definition: Definition, job: cell.Job, keys: Sequence[Any], notes: Mapping[Any, Path | str]
+    ) -> Callable[[], str]:
         def work() -> str:
-            outcome = isolate.run(cell.cost, job, *sources, time_limit=plan.time_limit)
+            sources = [notes.get(key, "none.") for key in keys]
+            outcome = isolate.run(cell.cost, job, *sources, time_limit=plan.time_limit, memory_limit=plan.memory_limit)
             if outcome.failure is not None:
                 record = self._blank(definition, job, outcome.failure)
-                self._keep_log(outcome.log, f"{definition.name}-{job.label}-{job.inner_steps}")
+                self._folder.keep_log(outcome.log, f"{definition.name}-{job.label}-{job.inner_steps}")
             else:
                 record = outcome.value
+                if record.status == OUT_OF_MEMORY and plan.memory_limit is not None:
+                    record = dataclasses.replace(record, reason=limited(record.reason, plan.memory_limit))
                 if record.wall_seconds is not None:
                     record = dataclasses.replace(record, resident_bytes=self._resident(plan, definition, job))
             record = dataclasses.replace(record, environment={**record.environment, "date": self._date})
-            self.records.append(record)
-            records_file.append(record, self.out / RECORDS)
+            place = self._place(_key(record))
+            if place is None:
+                self._file.append(record)
+            else:
+                self._file.replace(place, record)
             return row_text(record)
 
         return work
@@ -220,41 +286,44 @@ class Comparison:
             return meters[-1]
 
         try:
-            outcome = isolate.run(cell.resident, job, time_limit=plan.time_limit, around=around)
+            outcome = isolate.run(cell.resident, job, time_limit=plan.time_limit, around=around, memory_limit=plan.memory_limit)
         except ImportError:  # memory-profiler is optional
             return None
         if outcome.failure is not None:
             said = f"{outcome.failure.status}: {outcome.failure.reason}"
-            self._keep_log(f"{said}\n{outcome.log}", f"{definition.name}-{job.label}-{job.inner_steps}-resident")
+            self._folder.keep_log(f"{said}\n{outcome.log}", f"{definition.name}-{job.label}-{job.inner_steps}-resident")
             return None
         return meters[-1].figures()["resident_bytes"]
 
     def _looping(self, plan: Plan, definition: Definition, job: cell.Job, steps: int) -> Callable[[], str]:
         def work() -> str:
-            place = next((n for n, r in enumerate(self.records) if _is_row(r, definition, job)), None)
-            if place is None or self.records[place].status in ("ERROR", "CRASHED", "TIMEOUT", "OUT_OF_MEMORY"):
+            place = self._place((definition.name, job.label, job.inner_steps))
+            if place is None or resuming.failed(self.records[place]):
                 return "left out: its single hypergradient failed"
+            row = self.records[place]
             before = next((r.metrics_before for r in self.records if r.case == definition.name and r.metrics_before), None)
-            outcome = isolate.run(cell.loop, job, steps, before, time_limit=plan.time_limit)
+            outcome = isolate.run(cell.loop, job, steps, before, time_limit=plan.time_limit, memory_limit=plan.memory_limit)
+            notes = tuple(note for note in row.notes if not note.startswith(_LOOP_NOTE))
             if outcome.failure is not None:
-                found: dict[str, Any] = {"iterations": (Iteration(index=0, status=outcome.failure.status),)}
-                self._keep_log(outcome.log, f"{definition.name}-{job.label}-loop")
                 said = f"{outcome.failure.status}: {outcome.failure.reason}"
+                found: dict[str, Any] = {"iterations": (Iteration(index=0, status=outcome.failure.status),), "notes": (*notes, _LOOP_NOTE + said)}
+                self._folder.keep_log(outcome.log, f"{definition.name}-{job.label}-loop")
             else:
                 loop = outcome.value
-                found = {"iterations": loop.iterations, "metrics_before": loop.metrics_before, "metrics": loop.metrics}
+                found = {"iterations": loop.iterations, "metrics_before": loop.metrics_before, "metrics": loop.metrics, "notes": notes}
                 said = _loop_text(loop.iterations, loop.metrics)
-            self.records[place] = dataclasses.replace(self.records[place], **found)
-            self._rewrite()
+            self._file.replace(place, dataclasses.replace(row, **found))
             return said
 
         return work
 
     def _blank(self, definition: Definition, job: cell.Job, failure: Failure) -> Record:
+        estimator = definition.estimators[job.label]
         return Record(
             case=definition.name,
             estimator=job.label,
-            settings=repr(definition.estimators[job.label]),
+            settings=repr(estimator),
+            memory_growth=estimator.memory_growth,
             inner_steps=job.inner_steps,
             device=job.device,
             dtype=next((r.dtype for r in self.records if r.case == definition.name), "float32"),
@@ -264,17 +333,6 @@ class Comparison:
             environment=next((r.environment for r in self.records if r.device == job.device), environment(self._command)),
         )
 
-    def _rewrite(self) -> None:
-        draft = self.out / f"{RECORDS}.tmp"
-        records_file.write(self.records, draft)
-        draft.replace(self.out / RECORDS)
-
-    def _keep_log(self, log: str, stem: str) -> None:
-        if log.strip():
-            folder = self.out / "logs"
-            folder.mkdir(exist_ok=True)
-            (folder / f"{_filename(stem)}.txt").write_text(log, encoding="utf-8")
-
 
 def _preload(settled: Sequence[Settled]) -> list[str]:
     """What the cases want loaded, as far as it is there: a module that cannot be found is for `setup` to complain about."""
@@ -282,8 +340,8 @@ def _preload(settled: Sequence[Settled]) -> list[str]:
     return [name for name in wanted if importlib.util.find_spec(name.partition(".")[0]) is not None]
 
 
-def _is_row(record: Record, definition: Definition, job: cell.Job) -> bool:
-    return (record.case, record.estimator, record.inner_steps) == (definition.name, job.label, job.inner_steps)
+def _key(record: Record) -> Key:
+    return record.case, record.estimator, record.inner_steps
 
 
 def _loop_text(iterations: Sequence[Iteration], metrics: Mapping[str, float]) -> str:
@@ -292,7 +350,3 @@ def _loop_text(iterations: Sequence[Iteration], metrics: Mapping[str, float]) ->
     parts += [f"{name} {value:.4g}" for name, value in list(metrics.items())[:2]]
     last = iterations[-1].status if iterations else "OK"
     return ", ".join([*parts, *([last] if last != "OK" else [])])
-
-
-def _filename(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", text)

@@ -45,13 +45,15 @@ class Growth:
         """
         numeric = [(value, peak) for value, peak in peaks if not isinstance(value, str)]
         ordered: list[Any] = sorted(numeric) if len(numeric) == len(peaks) else list(peaks)
-        listed = ", ".join(f"{value}: {size}" for value, size in zip((value for value, _ in ordered), _distinct([p for _, p in ordered]), strict=True))
+        listed = ", ".join(
+            f"{value}: {size}" for value, size in zip((value for value, _ in ordered), _distinct([p for _, p in ordered]), strict=True)
+        )
         if self.tolerance is None:
             return self._too_steep(ordered, listed)
         found = [peak for _, peak in ordered]
         if max(found) - min(found) <= self.tolerance:
             return ""
-        rising = len(numeric) == len(peaks) and found == sorted(found)
+        rising = len(numeric) == len(peaks) and found == sorted(found) and ordered[0][0] < ordered[-1][0]
         slope = f" ({_signed((found[-1] - found[0]) / (ordered[-1][0] - ordered[0][0]))} per {self.parameter})" if rising else ""
         allowed = f"a difference of {sizes.text(self.tolerance)}" if self.tolerance else "no difference"
         return f"peak memory {'grows' if rising else 'changes'} with {self.parameter}: {listed}{slope}; flat_in allows {allowed}"
@@ -59,7 +61,7 @@ class Growth:
     def _too_steep(self, ordered: Sequence[Any], listed: str) -> str:
         assert self.slope is not None
         pairs = [((b[1] - a[1]) / (b[0] - a[0]), a[0], b[0]) for a, b in itertools.pairwise(ordered) if b[0] > a[0]]
-        steepest, start, end = max(pairs, default=(0.0, 0, 0))
+        steepest, start, end = max(pairs, default=(0.0, 0, 0), key=lambda pair: pair[0])
         if steepest <= self.slope:
             return ""
         return (

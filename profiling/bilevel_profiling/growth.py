@@ -72,11 +72,10 @@ class Law:
             >>> fit([(5, 12.0), (10, 22.0), (20, 42.0)]).said("{:.0f} ms".format)
             '2 ms per inner step + 2 ms'
         """
-        span = f"from K = {self.first:,} to {self.last:,}"
         if self.kind == "constant":
             return f"constant, {write(self.at_zero)}"
         if self.kind == "trend":
-            return f"{write(self.per_step)} per inner step on average {span}, no simple law"
+            return f"{write(self.per_step)} per inner step on average from K = {self.first:,} to {self.last:,}"
         unit = "per inner step" if self.kind == "linear" else "per root of K"
         sign = "+" if self.at_zero >= 0 else "-"
         return f"{write(self.per_step)} {unit} {sign} {write(abs(self.at_zero))}"

@@ -24,7 +24,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-from bilevel_profiling.failure import CRASHED, ERROR, Failure, of_error, of_exit, of_timeout
+from bilevel_profiling.failure import CRASHED, ERROR, OUT_OF_MEMORY, Failure, last_words, limited, of_error, of_exit, of_timeout
 
 # torch._dynamo: every torch.optim optimizer imports it when it is made, which takes seconds.
 _PRELOAD = ["torch", "torch._dynamo", "bilevel_profiling.cell"]
@@ -72,6 +72,7 @@ def run(
     *arguments: Any,
     time_limit: float,
     around: Callable[[int], AbstractContextManager[Any]] | None = None,
+    memory_limit: int | None = None,
 ) -> Outcome:
     """Call `function(*arguments)` in a fresh process and wait for it.
 
@@ -81,6 +82,7 @@ def run(
         time_limit: seconds after which the process is killed.
         around: what watches the process, made from its process id. The function is then given a `Gate` as its last argument, and what it does
             after passing the gate happens inside this context.
+        memory_limit: bytes of address space that the function may take beyond what its process has before; Linux only.
 
     Raises:
         TypeError, AttributeError, pickle.PicklingError: the function or an argument cannot be sent to another process.
@@ -93,12 +95,12 @@ def run(
         'ERROR'
     """
     payload = pickle.dumps((function, arguments, around is not None))
+    killed_before = _kernel_kills()
     context = _context()
     warm_up()
     descriptor, log = tempfile.mkstemp(prefix="bilevel-", suffix=".log")
-    os.close(descriptor)
     ours, theirs = context.Pipe()
-    process = context.Process(target=_enter, args=(theirs, log, payload))  # type: ignore[attr-defined]
+    process = context.Process(target=_enter, args=(theirs, log, payload, memory_limit))  # type: ignore[attr-defined]
     try:
         process.start()
         theirs.close()
@@ -109,11 +111,15 @@ def run(
                 process.kill()
             process.join()
         ours.close()
-        text = Path(log).read_text(encoding="utf-8", errors="replace")
-        Path(log).unlink()
+        with open(descriptor, "rb") as stream:
+            text = stream.read().decode("utf-8", errors="replace")
+        Path(log).unlink(missing_ok=True)
     if failure is not None and failure.status == CRASHED:
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        failure = of_exit(process.exitcode, lines[-1][:300] if lines and process.exitcode != -signal.SIGKILL else "")
+        failure = of_exit(process.exitcode, last_words(text) if process.exitcode != -signal.SIGKILL else "")
+        if process.exitcode == -signal.SIGKILL and _kernel_kills() != killed_before:
+            failure = Failure(OUT_OF_MEMORY, "The kernel killed the process, because the machine, or the container, had no memory left.")
+    if failure is not None and failure.status == OUT_OF_MEMORY and memory_limit is not None:
+        failure = Failure(OUT_OF_MEMORY, limited(failure.reason, memory_limit))
     return Outcome(value, failure, text)
 
 
@@ -183,10 +189,40 @@ def _waiting_passively() -> Iterator[None]:
         del os.environ[_WAIT]
 
 
-def _enter(connection: multiprocessing.connection.Connection, log: str, payload: bytes) -> None:
+def _kernel_kills() -> int:
+    """How many processes the kernel has killed for want of memory, where it says so."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+@contextlib.contextmanager
+def _limited(extra: int | None) -> Iterator[None]:
+    """At most so many bytes of address space beyond what is there: torch's own share is another on every machine."""
+    if extra is None:
+        yield
+        return
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = pages * resource.getpagesize() + extra
+    # The hard limit stays, so that there is memory again to say what happened.
+    resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _enter(connection: multiprocessing.connection.Connection, log: str, payload: bytes, memory_limit: int | None) -> None:
     """The other process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C our parent ends us
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    with contextlib.suppress(OSError):  # both sides have it open; whoever is killed now leaves no file behind
+        os.unlink(log)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     faulthandler.enable()
@@ -201,7 +237,8 @@ def _enter(connection: multiprocessing.connection.Connection, log: str, payload:
     connection.send(("begun", None))
     try:
         function, arguments, gated = pickle.loads(payload)
-        message = ("value", function(*arguments, *((gate,) if gated else ())))
+        with _limited(memory_limit):
+            message = ("value", function(*arguments, *((gate,) if gated else ())))
     except BaseException as error:
         traceback.print_exc()
         message = ("failure", of_error(error))

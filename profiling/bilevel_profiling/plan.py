@@ -22,6 +22,8 @@ class Plan:
         seed: set before `setup` and before each call, in every process.
         repeats: of the clock.
         time_limit: seconds for each process.
+        memory_limit: bytes that each run of an estimator may take beyond what torch itself has taken; None for no limit. For a CPU, on Linux.
+            The runs that make float64 references are not limited.
         threads: of torch in each process. One is repeatable: two on two cores wait for each other whenever a neighbor takes a core.
     """
 
@@ -33,6 +35,7 @@ class Plan:
     repeats: int = 5
     time_limit: float = 300.0
     threads: int = 1
+    memory_limit: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,17 @@ def _check_numbers(plan: Plan) -> None:
         raise CaseError(f"the time limit is {plan.time_limit!r}; a positive number of seconds was needed")
     if not isinstance(plan.repeats, int) or plan.repeats < 1:
         raise CaseError(f"repeats is {plan.repeats!r}; a positive integer was needed")
+    if plan.memory_limit is None:
+        return
+    if not isinstance(plan.memory_limit, int) or plan.memory_limit < 1:
+        raise CaseError(f"the memory limit is {plan.memory_limit!r}; a positive number of bytes was needed")
+    if sys.platform != "linux":
+        raise CaseError(f"a memory limit was given; it needs Linux, and this is {sys.platform}")
+    if plan.device != "cpu":
+        raise CaseError(
+            f"a memory limit was given for device {plan.device}; it limits the address space, of which CUDA takes more than it uses. Leave it out, "
+            f"or write torch.cuda.set_per_process_memory_fraction(...) into setup"
+        )
 
 
 def _check_sendable(plan: Plan) -> None:

@@ -33,6 +33,10 @@ class Progress(abc.ABC):
         """All the work, in order."""
 
     @abc.abstractmethod
+    def say(self, text: str) -> None:
+        """What the user should know before the work begins."""
+
+    @abc.abstractmethod
     def begin(self, task: Task) -> None:
         """A piece of it begins."""
 
@@ -49,6 +53,8 @@ class Silent(Progress):
     """Says nothing."""
 
     def start(self, tasks: Sequence[Task]) -> None: ...
+
+    def say(self, text: str) -> None: ...
 
     def begin(self, task: Task) -> None: ...
 
@@ -71,11 +77,14 @@ class Lines(Progress):
     def start(self, tasks: Sequence[Task]) -> None:
         self._pace = _Pace(tasks)
 
+    def say(self, text: str) -> None:
+        print(f"bilevel: {one_line(text)}", file=self._stream, flush=True)
+
     def begin(self, task: Task) -> None: ...
 
     def finish(self, task: Task, said: str) -> None:
         self._pace.finished(task)
-        print(f"{self._pace.text()}  {task.case}: {task.text}: {said}", file=self._stream, flush=True)
+        print(f"{self._pace.text()}  {one_line(f'{task.case}: {task.text}: {said}')}", file=self._stream, flush=True)
 
     def stop(self) -> None: ...
 
@@ -101,6 +110,9 @@ class Bar(Progress):
         self._pace = _Pace(tasks)
         self._all = self._bar.add_task("", total=sum(task.weight for task in tasks), pace="")
         self._bar.start()
+
+    def say(self, text: str) -> None:
+        self._console.print(f"bilevel: {_escaped(text)}", highlight=False)
 
     def begin(self, task: Task) -> None:
         self._bar.update(self._all, description=_escaped(f"{task.case}: {task.text}"), pace=self._pace.text())
@@ -138,7 +150,7 @@ def terminal(*, stderr: bool = True) -> "Console":
 
 def row_text(record: Record) -> str:
     """A record in a few words."""
-    if record.status in ("ERROR", "CRASHED", "TIMEOUT", "OUT_OF_MEMORY"):
+    if record.status in ("ERROR", "CRASHED", "TIMEOUT", "OUT_OF_MEMORY"):  # failure.FAILURES, which lies beside torch
         return f"{record.status}: {record.reason}"
     memory = record.peak_tensor_bytes if record.device == "cpu" else record.cuda_allocated_bytes
     parts = [] if memory is None else [f"{memory / 2**20:.1f} MiB"]
@@ -173,4 +185,9 @@ def _clock(seconds: float) -> str:
 def _escaped(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)
+    return escape(one_line(text))
+
+
+def one_line(text: str) -> str:
+    """A label may hold anything; what it would do to a terminal is shown instead."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

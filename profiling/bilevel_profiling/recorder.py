@@ -34,7 +34,7 @@ class Recorder:
     spans of the library open. Live tensor bytes slow an iteration down and are counted now and then.
 
     Of a `bilevel.Step` the losses, the norm of the hypergradient and its status are taken over. An iteration that ends with an exception has the
-    status OUT_OF_MEMORY or ERROR, and INTERRUPTED when Ctrl-C ended it.
+    status OUT_OF_MEMORY or ERROR, and INTERRUPTED when Ctrl-C ended it, provided that the exception leaves the `with` block, too.
 
     Args:
         path: of the file to write; its folder is made.
@@ -103,7 +103,7 @@ class Recorder:
         try:
             # Lines are flushed one by one. That hands them to the system, so they outlive this process however it ends; fsync, which would take
             # longer than a short iteration, guards against the death of the machine only.
-            self._stream = self.path.open("a" if self._append else "x", encoding="utf-8")
+            self._stream = self.path.open("a" if self._append else "x", encoding="utf-8", newline="\n")
         except FileExistsError:
             raise FileExistsError(
                 f"{self.path} exists; write Recorder({str(self.path)!r}, append=True) to add a run to it, or choose another path (each process of "
@@ -217,7 +217,8 @@ class Recorder:
         if self._device is None:
             self._device = torch.device("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu")
         notes = (_SLOWED,) if self._every else ()
-        record = Record(case=self._name, estimator=self._label, device=str(self._device), notes=notes, environment=environment(device=self._device))
+        found = environment(device=self._device)
+        record = Record(case=self._name, estimator=self._label, device=str(self._device), dtype="", notes=notes, environment=found)
         self._stream.write(record.to_json() + "\n")
         self._stream.flush()
 

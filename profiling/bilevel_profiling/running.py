@@ -43,9 +43,13 @@ class Running:
         self._facts: dict[str, Any] = {}
         meters: list[Meter | None] = [Clock(device), Oracles(), Cuda(device) if device.type == "cuda" else None, self.tensors]
         self._meters = [meter for meter in meters if meter is not None]
-        self._inside = contextlib.ExitStack()
-        for meter in self._meters:
-            self._inside.enter_context(meter)
+        with contextlib.ExitStack() as inside:
+            if tensors:
+                # Else a function whose first call is under a dispatch mode would be given up by torch.compile for good, without a word.
+                inside.enter_context(torch.compiler.set_stance("force_eager"))
+            for meter in self._meters:
+                inside.enter_context(meter)
+            self._inside = inside.pop_all()
 
     def look_at(self, item: object) -> None:
         """Take over what a step of `bilevel.iterate` says; nothing of it is kept."""

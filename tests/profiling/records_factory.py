@@ -112,10 +112,9 @@ def _alive(name: str, k: int, peak: float) -> tuple[Alive, ...]:
         operator, module, line, backward = ORIGINS[place % len(ORIGINS)]
         span = ("inner_gradient", "hvp")[place % 2]
         phase = ("inner", "hypergradient")[place % 2]
-        size, count = int(share * peak * MIB), max(1, k // (1 + place))
-        found.append(
-            Alive(bytes=size, count=count, phase=phase, span=span, operator=operator, module=module, line=line if place < 8 else "", backward=backward)
-        )
+        line = line if place < 8 else ""
+        size, names = int(share * peak * MIB), {"phase": phase, "span": span, "operator": operator, "module": module, "line": line}
+        found.append(Alive(bytes=size, count=max(1, k // (1 + place)), backward=backward, **names))
     rest = int(peak * MIB) - sum(entry.bytes for entry in found)
     return (*found, Alive(bytes=rest, count=3 * k))
 

@@ -67,20 +67,12 @@ def test_measuring_any_callable():
 
 CASES = '''
 """A case of one's own."""
-import os, signal, time
 import torch
 import bilevel as bl
 
 def setup(device):
     x, y = torch.ones(3, device=device), torch.zeros(3, device=device)
-    return bl.Problem(lambda y, x, b: ((y - x) ** 2).sum(), lambda y, x, b: outer(y)), x, y, bl.Batches(None, None)
-
-def outer(y):
-    if os.environ.get("FATE") == "killed": os.kill(os.getpid(), signal.SIGKILL)
-    if os.environ.get("FATE") == "slow": time.sleep(60)
-    if os.environ.get("FATE") == "memory": torch.empty(10**15)
-    if os.environ.get("FATE") == "raises": raise ValueError("no such <luck>")
-    return (y ** 2).sum()
+    return bl.Problem(lambda y, x, b: ((y - x) ** 2).sum(), lambda y, x, b: (y ** 2).sum()), x, y, bl.Batches(None, None)
 
 OPTIMIZER = bl.SGD(lr=0.25)
 INNER_STEPS = [2, 4]
@@ -116,21 +108,103 @@ def test_a_users_own_file_from_the_command_line(cases, tmp_path, capsys):
     assert str(out / "index.html") in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("fate", "status", "reason"),
-    [("killed", "CRASHED", "SIGKILL"), ("slow", "TIMEOUT", "3"), ("memory", "OUT_OF_MEMORY", ""), ("raises", "ERROR", "no such <luck>")],
-)
-def test_what_goes_wrong_in_a_cell_is_a_row(cases, tmp_path, monkeypatch, fate, status, reason):
-    """In a process of its own: the server that forks the cells keeps the environment it was started with."""
+FATES = {
+    "healthy": ("", "OK", ""),
+    "memory": (
+        "outer: torch.ones(2**28)",
+        "OUT_OF_MEMORY",
+        "The run was given 512 MiB beyond what torch itself had taken, and asked for more: RuntimeError",
+    ),
+    "python_memory": ("outer: bytearray(2**30)", "OUT_OF_MEMORY", "MemoryError"),
+    "killed": ("outer: os.kill(os.getpid(), signal.SIGKILL)", "CRASHED", "signal 9 (SIGKILL)"),
+    "segfault": (
+        "inner: os.kill(os.getpid(), signal.SIGSEGV)",
+        "CRASHED",
+        "signal 11 (SIGSEGV). It last wrote: Fatal Python error: Segmentation fault; File",
+    ),
+    "abort": ("inner: os.abort()", "CRASHED", "signal 6 (SIGABRT)"),
+    "leaves": ("inner: os._exit(0)", "CRASHED", "exited with status 0"),
+    "raises": ('outer: oh = ValueError("no such <luck>\\n\\udce4"); raise oh', "ERROR", "ValueError: no such <luck> \\udce4"),
+    "raises_inner": ("inner: 1 / 0", "ERROR", "ZeroDivisionError"),
+    "raises_setup": ("setup: import nothing_of_that_name", "ERROR", "ModuleNotFoundError"),
+    "raises_optimizer": ("optimizer: raise KeyError('lr')", "ERROR", "KeyError: 'lr'"),
+    "exits": ("setup: raise SystemExit(0)", "ERROR", "SystemExit: 0"),
+    "diverges": ("rate: 1e30", "DIVERGED", "Lower the step size"),
+    "raises_evaluate": ("evaluate: raise ValueError('blind')", "OK", ""),
+    "raises_batches": ("batches: raise ValueError('hungry')", "OK", ""),
+}
+FATED = """
+import os, signal, time
+import torch
+import bilevel as bl
+
+def fate(place):
+    if FATE.partition(": ")[0] == place: exec(FATE.partition(": ")[2], globals())
+
+def setup(device):
+    fate("setup")
+    def inner(y, x, b):
+        fate("inner")
+        return ((y - x) ** 2).sum()
+    def outer(y, x, b):
+        fate("outer")
+        return (y ** 2).sum()
+    return bl.Problem(inner, outer), torch.ones(3, device=device), torch.zeros(3, device=device), bl.Batches(None, None)
+
+OPTIMIZER = bl.SGD(lr=float(FATE.removeprefix("rate: ")) if FATE.startswith("rate") else 0.25)
+INNER_STEPS = [8]
+ESTIMATORS = {"unrolled": bl.Unrolled()}
+OUTER_STEPS = 2
+
+def outer_optimizer(tensors):
+    fate("optimizer")
+    return torch.optim.SGD(tensors, lr=0.1)
+
+def evaluate(outer, device):
+    fate("evaluate")
+    return {"size": float(outer.norm())}
+
+def batches(step, device):
+    fate("batches")
+    return bl.Batches(None, None)
+"""
+
+
+def test_what_goes_wrong_in_a_cell_is_a_row(tmp_path):
+    """In a process of its own: pytest's would be forked from a server that has loaded more."""
+    for name, (fate, _, _) in FATES.items():
+        (tmp_path / f"{name}.py").write_text(f"FATE = {fate!r}\n{FATED}")
     out = tmp_path / "report"
-    command = [sys.executable, "-m", "bilevel_profiling.cli", "compare", str(cases), "--out", str(out), "--estimators", "unrolled"]
-    command += ["--inner-steps", "2", "--outer-steps", "0", "--time-limit", "3" if fate == "slow" else "60"]
-    done = subprocess.run(command, env={**os.environ, "FATE": fate}, capture_output=True, text=True, check=False)
-    assert "Traceback" not in done.stdout
+    command = [sys.executable, "-m", "bilevel_profiling.cli", "compare", *(str(tmp_path / f"{name}.py") for name in FATES), "--out", str(out)]
+    command += ["--repeats", "1", "--device", "cpu", "--memory-limit", "512MiB", "--time-limit", "60"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    found = {row.case: row for row in records_file.read(out / "records.jsonl")}
+    assert list(found) == list(FATES)
+    for name, (_, status, reason) in FATES.items():
+        assert (found[name].status, reason in found[name].reason) == (status, True), found[name].reason
+        assert found[name].settings == repr(bl.Unrolled())
+    # the outer loop's failures are in its row, which keeps its figures
+    for name, said in (("raises_evaluate", "blind"), ("raises_batches", "hungry")):
+        assert found[name].peak_tensor_bytes > 0
+        assert [iteration.status for iteration in found[name].iterations] == ["ERROR"]
+        assert found[name].notes[-1] == f"The outer loop ended with ERROR: ValueError: {said}"
+    assert found["diverges"].peak_tensor_bytes > 0
+    assert len(found["healthy"].iterations) == 2
+    page = (out / "index.html").read_text()
+    assert "no such" in page
+    assert "<luck>" not in page
+    assert "no such <luck>" in (out / "logs" / "raises-unrolled-8.txt").read_text()
+
+
+def test_a_hang_is_a_row_and_nothing_finished_is_exit_status_1(tmp_path):
+    case, out = tmp_path / "hangs.py", tmp_path / "report"
+    case.write_text(f"FATE = 'outer: time.sleep(100)'\n{FATED}")
+    assert main(["compare", str(case), "--out", str(out), "--device", "cpu", "--time-limit", "2"]) == 1
     (row,) = records_file.read(out / "records.jsonl")
-    assert row.status == status
-    assert reason in row.reason
-    assert "<luck>" not in (out / "index.html").read_text()
+    assert (row.status, row.reason) == ("TIMEOUT", "The run was stopped after its time limit of 2 s.")
+    assert "TIMEOUT" in (out / "index.html").read_text()
 
 
 def test_ctrl_c_keeps_the_finished_rows(cases, tmp_path):

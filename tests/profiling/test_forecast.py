@@ -17,8 +17,19 @@ from bilevel_profiling.meters.work import Work
 import bilevel as bl
 from bilevel.problems import quadratic
 
-K = (1, 4)
-DTYPES = (torch.float64, torch.float32)
+pytestmark = [pytest.mark.filterwarnings("ignore:outer variable"), pytest.mark.filterwarnings("ignore:iterate.. stepped through")]
+RUNS = ((4, torch.float64), (1, torch.float64), (4, torch.float32))
+"""K and dtype; all optimizers with the first, SGD with all."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """Collections look at what the tests make, and not at all of torch each time, with what a first forecast loads."""
+    forecast(quadratic_case())
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def metered(case: Case) -> Record:
@@ -54,8 +65,9 @@ def same(case: Case) -> None:
 def usable(case: Case) -> bool:
     """Some estimators refuse some problems, in a forecast as in a run."""
     try:
-        trial = Trial(case)
-        trial.hypergradient()
+        Trial(case)()
+    except bl.BilevelError:  # the step is refused for its numbers, which a forecast does not have
+        return False
     except ValueError as error:
         with pytest.raises(ValueError) as same_error:
             forecast(case)
@@ -86,13 +98,11 @@ MATRIX = [
     for problem in catalogue.PROBLEMS
     for estimator in catalogue.ESTIMATORS
     for optimizer in catalogue.OPTIMIZERS
-    for steps in K
-    for dtype in DTYPES
+    for steps, dtype in (RUNS if optimizer == "sgd" else RUNS[:1])
     if not (problem == "meta start" and optimizer == "learned lr")
 ]
 
 
-@pytest.mark.filterwarnings("ignore:outer variable:UserWarning")
 @pytest.mark.parametrize(("problem", "estimator", "optimizer", "steps", "dtype"), MATRIX)
 def test_equal_to_the_byte_over_the_conformance_matrix(problem, estimator, optimizer, steps, dtype):
     case = Case(
@@ -102,9 +112,8 @@ def test_equal_to_the_byte_over_the_conformance_matrix(problem, estimator, optim
         same(case)
 
 
-@pytest.mark.filterwarnings("ignore:outer variable:UserWarning")
-@pytest.mark.parametrize("chunk", [None, 2, 1])
-@pytest.mark.parametrize("estimator", [name for name in catalogue.ESTIMATORS if name not in ("implicit dense", "first order")])
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("estimator", ["graph", "iterates", "segments", "corrected"])
 @pytest.mark.parametrize("problem", catalogue.PROBLEMS)
 def test_equal_to_the_byte_over_tasks(problem, estimator, chunk):
     mean = bl.TaskMean(catalogue.ESTIMATORS[estimator], chunk)

@@ -8,11 +8,15 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import pytest
 import torch
+from bilevel_profiling.meters.tensors import Tensors
+from bilevel_profiling.record import Iteration, Phase, Record
 from bilevel_profiling.recorder import Recorder
 from bilevel_profiling.records_file import scan
+from bilevel_profiling.tensorboard import to_tensorboard
 
 import bilevel as bl
 
@@ -97,6 +101,14 @@ def test_the_recorder_does_not_keep_an_item_alive(path):
     assert [step.peak_tensor_bytes for step in recorder.record.iterations] == [1024, 1024]
 
 
+def test_a_data_loader_can_be_watched(path):
+    dataset = torch.utils.data.TensorDataset(torch.arange(10.0), torch.arange(10))
+    seen = []
+    recorded(path, torch.utils.data.DataLoader(dataset, batch_size=4), lambda batch: seen.extend(batch[1].tolist()))
+    assert seen == list(range(10))
+    assert len(scan(path).records[0].iterations) == 3
+
+
 @pytest.mark.parametrize(("every", "counted"), [(0, []), (1, [0, 1, 2, 3, 4, 5]), (3, [0, 1, 3]), (100, [0, 1])])
 def test_live_bytes_are_counted_now_and_then(path, every, counted):
     found = recorded(path, range(6), lambda item: torch.ones(4), tensors_every=every).record
@@ -113,6 +125,25 @@ def test_the_highest_peak_is_told_by_origin(path):
     assert peaks == [2048, 10240, 2048, None, 2048]
     assert sum(entry.bytes for entry in recorder.alive) == 10240
     assert {entry.operator for entry in recorder.alive} == {"aten.ones", "aten.exp"}
+
+
+def test_a_compiled_function_is_compiled_once_its_bytes_are_not_counted(path):
+    """torch gives up on a function for good whose first call is under a dispatch mode, unless it is told to run it as it is."""
+    compiled, at = [], []
+
+    def backend(graph, inputs):
+        compiled.append(at[-1])
+        return graph.forward
+
+    step = torch.compile(lambda x: (x.sin() + 1).cos(), backend=backend)
+
+    def body(item):
+        at.append(item)
+        assert torch.equal(step(torch.zeros(4)), torch.ones(4).cos())
+
+    peaks = [it.peak_tensor_bytes is not None for it in recorded(path, range(5), body, tensors_every=4).record.iterations]
+    assert peaks == [True, True, False, False, True]
+    assert compiled == [2]
 
 
 # bilevel.iterate
@@ -140,6 +171,20 @@ def test_a_step_of_iterate_says_more(path):
         assert sum(phase.wall_seconds for phase in mine.phases.values()) <= mine.wall_seconds
     assert recorder.record.iterations[0].phases["inner"].peak_tensor_bytes > 0
     assert recorder.record.iterations[2].phases["inner"].peak_tensor_bytes is None
+
+
+def test_the_bytes_of_a_step_are_those_that_the_meter_counts_around_it(path):
+    plain = loop(2)
+    with Tensors() as meter:
+        next(plain)
+    with Recorder(path) as recorder:
+        for _ in recorder.watch(loop(2)):
+            pass
+    first = recorder.record.iterations[0]
+    assert first.peak_tensor_bytes == meter.peak_bytes
+    assert {name: phase.peak_tensor_bytes for name, phase in first.phases.items()} == {
+        name: found["peak_tensor_bytes"] for name, found in meter.phases().items()
+    }
 
 
 def test_watching_does_not_change_the_loop(path):
@@ -252,6 +297,19 @@ def test_an_exception_is_passed_on_and_ends_its_iteration_with_a_status(path, er
         whole()
     assert [(step.index, step.status) for step in scan(path).records[0].iterations] == [(0, "OK"), (1, status)]
     assert torch.utils._python_dispatch._len_torch_dispatch_stack() == 0
+
+
+def test_an_exception_that_is_being_handled_is_seen(path):
+    with Recorder(path) as recorder:
+        try:
+            for item in recorder.watch(range(3)):
+                if item == 1:
+                    raise MemoryError
+        except MemoryError:
+            assert [step.status for step in recorder.record.iterations] == ["OK", "OUT_OF_MEMORY"]
+            for _ in recorder.watch(range(1)):
+                pass
+    assert [step.status for step in recorder.record.iterations] == ["OK", "OUT_OF_MEMORY", "OK"]
 
 
 def test_an_exception_after_the_loop_is_not_blamed_on_its_last_iteration(path):
@@ -439,3 +497,90 @@ def test_a_loop_on_a_gpu(path):
     found = recorded(path, range(3), lambda item: weight * 2).record
     assert found.device == "cuda"
     assert all(step.cuda_allocated_bytes >= 8000 for step in found.iterations)
+
+
+# TensorBoard
+
+
+def run_of(name="run", **fields):
+    figures = {"wall_seconds": 0.5, "calls": {"hvp": 3}, "phases": {"inner": Phase(wall_seconds=0.25)}, "metrics": {"loss": 2.0}}
+    steps = (Iteration(index=0, **figures), Iteration(index=1, outer_loss=float("nan"), status="NONFINITE", metrics={"loss": 1.0}))
+    return Record(case=name, estimator=fields.pop("estimator", ""), iterations=fields.pop("iterations", steps), **fields)
+
+
+class Writer:
+    """What torch.utils.tensorboard's SummaryWriter is told."""
+
+    def __init__(self, log_dir):
+        self.scalars, self.texts, self.closed = [], [], False
+        made[log_dir] = self
+
+    def add_scalar(self, name, value, step):
+        self.scalars.append((name, value, step))
+
+    def add_text(self, name, text, step=None):
+        self.texts.append((name, text, step))
+
+    def close(self):
+        self.closed = True
+
+
+made = {}
+
+
+@pytest.fixture
+def board(monkeypatch):
+    """A stand-in for torch.utils.tensorboard."""
+    made.clear()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    return made
+
+
+def test_iterations_become_scalars(board, tmp_path):
+    assert to_tensorboard(run_of(), tmp_path) == [tmp_path / "run"]
+    (writer,) = board.values()
+    first = [("wall_seconds", 0.5, 0), ("inner/wall_seconds", 0.25, 0), ("calls/hvp", 3, 0), ("metrics/loss", 2.0, 0)]
+    assert writer.scalars == [*first, ("metrics/loss", 1.0, 1)]
+    assert writer.texts[-1] == ("status", "NONFINITE", 1)
+    assert writer.closed
+
+
+def test_every_record_is_a_run_with_a_folder_of_its_own(board, tmp_path):
+    records = [
+        run_of("a case", estimator="implicit CG", inner_steps=5),
+        run_of("../x"),
+        run_of("../x"),
+        run_of("empty", iterations=()),
+    ]
+    assert [path.name for path in to_tensorboard(records, tmp_path)] == ["a_case-implicit_CG-K=5", "x", "x-2"]
+    (tmp_path / "x").mkdir()
+    with pytest.raises(FileExistsError, match="would draw the old run and the new one as one"):
+        to_tensorboard(records, tmp_path)
+
+
+def test_a_file_is_read_as_far_as_it_is_written(board, path, tmp_path):
+    recorded(path, range(3))
+    path.write_bytes(path.read_bytes() + b'{"iteration":{"ind')
+    to_tensorboard(str(path), tmp_path / "board")
+    (writer,) = board.values()
+    assert [step for name, _, step in writer.scalars if name == "wall_seconds"] == [0, 1, 2]
+    path.write_bytes(b"notes\n" + path.read_bytes())
+    with pytest.raises(ValueError, match="line 1: "):
+        to_tensorboard(path, tmp_path / "other")
+
+
+def test_without_tensorboard_it_is_said_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        to_tensorboard(run_of(), tmp_path)
+
+
+@pytest.mark.filterwarnings("default")
+def test_tensorboard_itself_reads_what_is_written(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = to_tensorboard(run_of(), tmp_path)
+    events = EventAccumulator(str(folder)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("metrics/loss")] == [(0, 2.0), (1, 1.0)]
+    assert "outer_loss" not in events.Tags()["scalars"]

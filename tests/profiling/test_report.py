@@ -8,6 +8,7 @@ import html.parser
 import importlib.util
 import io
 import itertools
+import json
 import math
 import os
 import re
@@ -20,9 +21,9 @@ from types import ModuleType
 import pytest
 from bilevel_profiling import report
 from bilevel_profiling.record import Alive, Iteration, Phase, Record
-from bilevel_profiling.report import columns, groups, markdown, summary, units
+from bilevel_profiling.report import columns, footnotes, groups, laws, loops, markdown, summary, tables, units
 from bilevel_profiling.report import html as page
-from bilevel_profiling.report.figures import case_figures, lines, palette, scales, svg, timeline
+from bilevel_profiling.report.figures import case_figures, loop, palette, scales, svg, timeline
 
 HERE = Path(__file__).parent
 COMMAND = "bilevel compare hypercleaning fewshot --inner-steps 10,50,200 --out report"
@@ -104,9 +105,14 @@ def _evil() -> list[Record]:
             environment={EVIL: EVIL},
             calls={EVIL: 3},
             phases={EVIL: Phase(peak_tensor_bytes=3)},
-            iterations=tuple(Iteration(index=n, outer_loss=1 / (n + 1), status=EVIL if n % 9 == 0 else "OK", wall_seconds=0.1, peak_tensor_bytes=10**12) for n in range(500)),
+            iterations=tuple(
+                Iteration(index=n, outer_loss=1 / (n + 1), status=EVIL if n % 9 == 0 else "OK", wall_seconds=0.1, peak_tensor_bytes=10**12)
+                for n in range(500)
+            ),
             timeline=((0, 0, EVIL, EVIL, EVIL), (5, 3 * 2**20, "inner", EVIL, EVIL), (9, 0, "outer", "", "")),
-            alive=tuple(Alive(bytes=2**20, count=2, phase=EVIL, span=EVIL, operator=EVIL, module=EVIL, line=EVIL, backward=n % 2 == 0) for n in range(12)),
+            alive=tuple(
+                Alive(bytes=2**20, count=2, phase=EVIL, span=EVIL, operator=EVIL, module=EVIL, line=EVIL, backward=n % 2 == 0) for n in range(12)
+            ),
             notes=(EVIL, f"{EVIL} {number}"),
             source="measured" if k == 1 else EVIL,
             memory_growth=EVIL,
@@ -160,6 +166,40 @@ PARTIAL = {
     "two devices": [dataclasses.replace(r, device="cuda", cuda_allocated_bytes=r.peak_tensor_bytes, peak_tensor_bytes=None) for r in RECORDS[:9]]
     + RECORDS[:9],
     "hostile": _evil(),
+    "much memory": [
+        Record(
+            case="c",
+            estimator="a",
+            inner_steps=k,
+            peak_tensor_bytes=10**12 * k,
+            resident_bytes=10**13,
+            memory_growth="linear",
+            timeline=((0, 0, "inner", "", ""), (10**9, 10**12 * k, "inner", "hvp", "aten.mm")),
+            alive=(Alive(bytes=10**12 * k, count=10**6),),
+        )
+        for k in (1, 10, 100)
+    ],
+    "nothing alive": [
+        Record(case="c", estimator="a", inner_steps=1, peak_tensor_bytes=0, alive=(Alive(bytes=0, count=0),), timeline=((3, 0, "", "", ""),))
+    ],
+    "a training run": [
+        Record(case="run", estimator="", iterations=tuple(Iteration(index=n, metrics={"loss": 1 / (n + 1), EVIL: math.inf}) for n in range(500)))
+    ],
+    "CUDA": [
+        Record(
+            case="c",
+            estimator=e,
+            device="cuda",
+            inner_steps=k,
+            cuda_allocated_bytes=2**20 * k,
+            cuda_workspace_bytes=8 * 2**20,
+            cuda_retries=k,
+            cuda_out_of_memory_events=0,
+            memory_growth="sqrt",
+        )
+        for e in "ab"
+        for k in (1, 5, 20)
+    ],
 }
 
 
@@ -185,13 +225,13 @@ def test_page_shows_every_case_estimator_and_failure_and_needs_nothing_from_outs
     assert COMMAND in words
     assert "2.13.0+cpu" in words
     figures = [value for tag, name, value in found.attributes if tag == "svg" and name == "class" and value == "fig"]
-    assert len(figures) == (4 + 1 + 2 + 8) + (3 + 1 + 1 + 8)
+    assert len(figures) == (2 + 4 + 3 + 2 + 8) + (2 + 2 + 3 + 1 + 8)
     assert sum(tag == "svg" and name == "aria-labelledby" for tag, name, _ in found.attributes) == len(figures)
     assert found.counts["desc"] == len(figures)
     assert len(found.ids) == len(set(found.ids))
     assert {value for _, name, value in found.attributes if name in ("src", "href")} <= {f"#{anchor}" for anchor in found.ids}
     assert not re.search(r"url\(|@import|https?:|srcset|<link|<iframe|<img", text)
-    assert len(text) < 400_000
+    assert len(text) < 600_000
 
 
 def test_page_follows_the_dark_scheme_and_scales_to_a_phone() -> None:
@@ -230,6 +270,11 @@ def test_text_from_outside_is_never_markup(tmp_path: Path) -> None:
         borders = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(borders) == 1, "a cell broke out of its column"
     assert "\x1b" not in _printed(_evil(), 100)
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 100
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(file=io.StringIO(), width=100, color_system=None, legacy_windows=False)
+    report.print_alive(_evil()[0], console)
+    assert "\x1b" not in console.file.getvalue()
 
 
 def test_writing_replaces_whole_files_and_leaves_no_others(tmp_path: Path) -> None:
@@ -294,19 +339,169 @@ def test_an_inexact_or_truncated_unroll_is_no_baseline() -> None:
     assert baseline(of("implicit", "Implicit()", 1e-7)) == "implicit"
 
 
-def test_growth_recovers_the_slope_and_says_what_is_flat() -> None:
+def test_growth_is_told_as_a_law_and_a_broken_contract_in_every_view() -> None:
+    clean, shots = groups.group(RECORDS)
+    header, rows = laws.table(clean)
+    found = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    assert found["unrolled"]["peak memory"] == "696 KiB per inner step + 5.00 MiB"
+    assert found["unrolled segments"]["peak memory"] == "1.63 MiB per root of K + 6.00 MiB"
+    assert found["first-order"]["peak memory"] == "constant, 5.00 MiB"
+    assert {row["verdict"] for label, row in found.items() if label != "implicit"} == {"held"}
+    assert laws.broken(clean) == []
+    sentence = "promises no growth with K; its peak memory is 205 KiB per inner step + 44.2 MiB."
+    assert laws.broken(shots) == [("first-order corrected", sentence)]
+    assert f"**CONTRACT BROKEN: first-order corrected** {sentence}" in markdown.render(RECORDS)
+    assert f'class="alert" role="alert"><strong>Contract broken: first-order corrected</strong> {sentence}' in page.render(RECORDS)
+    for width in (40, 100):
+        assert "CONTRACT BROKEN first-order corrected" in " ".join(_printed(RECORDS, width).split())
+
+
+def _small() -> list[Record]:
+    """One estimator at three K: few points, few tensors, few steps; every string needs escaping."""
+    shared = {"case": "toy", "estimator": "a<b", "memory_growth": "constant"}
+    many = [Record(inner_steps=k, peak_tensor_bytes=(k + 3) * 2**20, wall_seconds=1e-3 * k, **shared) for k in (1, 3)]
+    last = Record(
+        inner_steps=9,
+        peak_tensor_bytes=12 * 2**20,
+        wall_seconds=9e-3,
+        timeline=((0, 0, "", "", ""), (4, 12 * 2**20, "inner", "hvp", "aten.mm<float>"), (7, 3 * 2**20, "outer", "", "aten.add_")),
+        alive=(
+            Alive(bytes=9 * 2**20, count=3, phase="inner", span="hvp", operator="aten.mm<float>", module="Net.0", line="a&b.py:3", backward=True),
+            Alive(bytes=3 * 2**20, count=40),
+        ),
+        iterations=(
+            Iteration(index=0, outer_loss=1.5, gradient_norm=0.2, wall_seconds=0.02, peak_tensor_bytes=2**20, metrics={"l<r": 0.1}),
+            Iteration(index=1, outer_loss=math.nan, status="NON<FINITE"),
+        ),
+        **shared,
+    )
+    return [*many, last]
+
+
+def _fragments() -> dict[str, str]:
+    records = _small()
+    group = groups.group(records)[0]
+    looks = palette.styles(group.estimators)
+    found = timeline.timelines(group, "toy-timeline")
+    assert found is not None
+    return {
+        "timeline": page._panels(found),
+        "alive": tables.alive_table(records[-1]),
+        "growth": tables.growth(group),
+        "iterations": tables.iterations_table(records[-1]),
+        "runs": "".join(tables.sections(group, looks, "toy")[:4]),
+    }
+
+
+@pytest.mark.parametrize("name", ["timeline", "alive", "growth", "iterations", "runs"])
+def test_each_view_is_the_golden_fragment(name: str) -> None:
+    fragment = _fragments()[name]
+    Page(fragment)
+    _golden(f"{name}.html", re.sub(r"(?=<(?:tr|svg|g|p|h4|text|div|details|ul|table|thead|tbody|figcaption)\b)", "\n", fragment).strip() + "\n")
+
+
+def test_what_was_alive_is_the_golden_text_and_as_wide_as_the_terminal() -> None:
+    rich = pytest.importorskip("rich.console")
+    found = ""
+    for record, width in ((_small()[-1], 100), (_small()[-1], 50), (_small()[0], 100), (RECORDS[1], 100)):
+        console = rich.Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+        report.print_alive(record, console)
+        written = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+        assert max(len(line) for line in written.splitlines()) <= width
+        found += written + "\n"
+    _golden("alive.txt", found)
+
+
+def test_a_timeline_carries_what_its_script_reads() -> None:
+    each = groups.group(_small())[0]
+    figure = timeline.timelines(each, "t")
+    assert figure is not None
+    data = json.loads(figure.panels[0].data)
+    assert data["at"] == [0, 4, 7]
+    assert data["bytes"] == [0, 12 * 2**20, 3 * 2**20]
+    assert [data["names"][place] for place in data["name"]] == ["", "inner · hvp · aten.mm<float>", "outer · aten.add_"]
+    assert figure.legend == ("inner", "outer", "outside of the phases")
+    script = (Path(page.__file__).parent / "page.js").read_text(encoding="utf-8")
+    assert "innerHTML" not in script, "text from records is set as text"
+    for key in data:
+        assert key in script
+
+
+def test_a_plain_call_without_k_is_shown_and_is_not_called_an_estimator() -> None:
+    points = tuple((n, n % 5 * 2**20, "", "", f"aten.op{n}") for n in range(600))
+    record = Record(case="functions", estimator="train", peak_tensor_bytes=4 * 2**20, wall_seconds=0.01, timeline=points, alive=RECORDS[0].alive)
+    text = page.render([record])
+    words = " ".join(Page(text).text)
+    assert "Hypergradient" not in words
+    assert "K-step" not in words
+    assert "Memory over one call" in words
+    assert "What was alive at the peak" in words
+    assert len(text) < 120_000
+
+
+def test_forecasts_are_never_taken_for_measurements() -> None:
+    shots = groups.group(RECORDS)[1]
+    assert "unrolled (forecast)" in shots.estimators
+    assert all(record.source == "measured" for record in shots.records if not record.estimator.endswith("(forecast)"))
+    assert [k for k, _ in shots.points("unrolled", "peak_tensor_bytes")] == [10, 50]
+    assert shots.focus == 50
+    looks = palette.styles(shots.estimators)
+    assert looks["unrolled (forecast)"].color == looks["unrolled"].color
+    assert looks["unrolled (forecast)"].dash == palette.DOTS
+    assert "bound ms, H200" in [column.header for column in columns.columns(shots)]
+    alone = groups.group([record for record in RECORDS if record.source == "forecast"])
+    assert [each.title for each in alone] == ["fewshot: forecast"]
+    assert alone[0].estimators == ("unrolled",)
+    assert "from a forecast: the case was not run" in "".join("".join(sentence) for sentence in summary.sentences(alone[0]))
+
+
+def test_no_estimator_is_called_the_fastest_where_times_overlap() -> None:
+    def of(label: str, low: float, middle: float, high: float) -> Record:
+        times = {"wall_seconds_low": low, "wall_seconds": middle, "wall_seconds_high": high}
+        return Record(case="c", estimator=label, inner_steps=5, peak_tensor_bytes=9, program_relative_error=0.0, **times)
+
+    overlapping = groups.group([of("a", 1.0, 1.1, 1.2), of("b", 1.15, 1.3, 2.0), of("c", 3.0, 3.1, 3.2)])[0]
+    text = "".join("".join(sentence) for sentence in summary.sentences(overlapping))
+    assert "which is the fastest cannot be told, the times of a and b overlap" in text
+    assert "the fastest (" not in text
+    assert [fact.detail for fact in summary.facts(overlapping) if fact.title == "Fastest exact"] == ["not told apart from b: their times overlap"]
+    apart = groups.group([of("a", 1.0, 1.1, 1.2), of("c", 3.0, 3.1, 3.2)])[0]
+    assert "the fastest" in "".join("".join(sentence) for sentence in summary.sentences(apart))
+    assert [footnotes.wide(record) for record in overlapping.rows] == [False, True, False]
+    cells = next(column for column in columns.columns(overlapping) if column.header == "ms")
+    assert [cells.cell(record) for record in overlapping.rows] == ["1,100", "~1,300", "3,100"]
+    assert "up to 65% of the median apart" in footnotes.spread(overlapping)
+
+
+def test_notes_are_said_once_and_lettered_where_they_are_not_on_every_row() -> None:
+    def of(label: str, *notes: str) -> Record:
+        return Record(case="c", estimator=label, inner_steps=5, peak_tensor_bytes=9, notes=notes)
+
+    each = groups.group([of("a", "all", "some"), of("b", "all"), of("c", "all", "other", "some")])[0]
+    assert footnotes.lines(each) == [("", "all"), ("a", "some"), ("b", "other")]
+    assert [footnotes.marker(record, each) for record in each.rows] == ["OK (a)", "OK", "OK (a,b)"]
+    assert footnotes._letter(27) == "ab"
+
+
+def test_crossed_out_steps_are_those_that_did_not_end_ok_and_long_loops_are_cut_in_the_table() -> None:
     clean = groups.group(RECORDS)[0]
-    fit = clean.growth("unrolled")
-    assert fit is not None
-    assert fit.slope == pytest.approx(0.68 * 2**20, rel=1e-4)
-    assert fit.fit == pytest.approx(1.0)
-    segments, flat = clean.growth("unrolled segments"), clean.growth("first-order")
-    assert segments is not None
-    assert segments.fit is not None
-    assert segments.fit < 0.99
-    assert flat is not None
-    assert flat.flat
-    assert clean.growth("nobody") is None
+    drawn = {figure.key: figure for figure in case_figures(clean, palette.styles(clean.estimators), "k")}
+    for key in ("k-loss", "k-steptime", "k-steppeak"):
+        assert (drawn[key].drawing or "").count("MAX_STEPS") == 7
+        assert "implicit (7 MAX_STEPS)" in drawn[key].note
+    long = Record(case="c", estimator="a", iterations=tuple(Iteration(index=n, outer_loss=1.0) for n in range(500)))
+    header, rows, hidden = loops.iterations(long)
+    assert (header, len(rows), hidden) == (["step", "outer loss", "status"], 200, 300)
+    assert "300 steps left out" in tables.iterations_table(long)
+
+
+def test_errors_stand_against_memory_and_against_time_each_with_its_front() -> None:
+    clean = groups.group(RECORDS)[0]
+    drawn = {figure.key: figure.drawing or "" for figure in case_figures(clean, palette.styles(clean.estimators), "k")}
+    for key in ("k-program", "k-program-time", "k-solution", "k-solution-time"):
+        assert drawn[key].count('class="front"') == 1
+    assert 'class="whisker"' in drawn["k-program-time"]
+    assert 'class="whisker"' not in drawn["k-program"]
 
 
 def test_pareto_front_keeps_what_nothing_beats_and_ties() -> None:
@@ -319,7 +514,7 @@ def test_summary_speaks_of_the_k_at_which_most_finished() -> None:
     assert shots.focus == 50
     text = " ".join("".join(sentence) for sentence in summary.sentences(shots))
     assert text.startswith("At K = 50, first-order needs the least memory: 38.4 MiB, against 233 MiB for unrolled (0.16x)")
-    assert "2 of 24 runs failed: OUT_OF_MEMORY (1), TIMEOUT (1)." in text
+    assert "2 of 27 runs failed: OUT_OF_MEMORY (1), TIMEOUT (1)." in text
 
 
 def test_a_leak_is_told() -> None:
@@ -356,8 +551,8 @@ def test_thinning_keeps_peaks_and_changes_of_phase() -> None:
     assert len(kept) <= 210
     assert level[4321] in kept
     assert {kept[0], kept[-1], level[5000]} <= set(kept)
-    loop = tuple(Iteration(index=n, outer_loss=math.nan if n == 700 else 99.0 if n == 333 else 1.0) for n in range(1000))
-    drawn = lines.thinned(loop, lambda entry: entry.outer_loss)
+    run = tuple(Iteration(index=n, outer_loss=math.nan if n == 700 else 99.0 if n == 333 else 1.0) for n in range(1000))
+    drawn = loop.thinned(run, lambda entry: entry.outer_loss)
     assert len(drawn) <= 160
     assert (333, 99.0) in drawn
 

@@ -19,7 +19,7 @@ from .table import print_table
 
 __all__ = ["print_alive", "print_table", "write", "write_png"]
 
-_IN_MARKDOWN = ("memory", "time", "program", "solution", "loss")
+_IN_MARKDOWN = ("memory", "time", "program", "program-time", "solution", "solution-time", "loss")
 
 
 def write(records: Iterable[Record], out: Path, command: str = "") -> Path:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 REST = "all others"
+_GIVEN_UP = ("phase", "storages", "span", "module")
+"""Columns that a narrow terminal goes without."""
 _TEXTS = ("phase", "span", "operator", "module", "line")
 
 
@@ -23,7 +25,7 @@ def shown(group: Group) -> dict[str, Record]:
 def total(record: Record) -> int:
     """The bytes that shares refer to: the peak, or the sum where the peak was not recorded."""
     listed = sum(entry.bytes for entry in record.alive)
-    return max(record.peak_tensor_bytes, listed) if units.finite(record.peak_tensor_bytes) else listed
+    return max(record.peak_tensor_bytes or 0, listed)
 
 
 def share(entry: Alive, record: Record) -> float:
@@ -65,13 +67,22 @@ def print_alive(record: Record, console: "Console | None" = None) -> None:
         console.print(Text("What was alive at the peak was not recorded."))
         return
     console.print(Text(f"{headline(record)}."))
-    header, rows = table(record)
+    header, rows = _fitting(*table(record), console.width)
     made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True, header_style="bold")
-    for place, name in enumerate(header):
-        made.add_column(Text(name), justify="right" if place < 3 else "left", no_wrap=place < 3, overflow="fold")
+    for name in header:
+        made.add_column(Text(name), justify="left" if name in _TEXTS else "right", no_wrap=name not in _TEXTS, overflow="fold")
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     console.print(made)
+
+
+def _fitting(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> tuple[list[str], list[list[str]]]:
+    """The columns that fit, those of `_GIVEN_UP` leaving first."""
+    kept = list(range(len(header)))
+    for name in _GIVEN_UP:
+        if sum(max(len(row[place]) for row in (header, *rows)) + 1 for place in kept) > width:
+            kept = [place for place in kept if header[place] != name]
+    return [header[place] for place in kept], [[row[place] for place in kept] for row in rows]
 
 
 def _texts(entry: Alive, last: bool) -> Sequence[str]:

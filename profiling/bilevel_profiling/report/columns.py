@@ -73,8 +73,10 @@ def _identity(group: Group) -> list[Column]:
         Column("K", "", steps, "number of inner steps"),
         Column("status", "", lambda r: marker(r, group), STATUS, text=True),
     ]
+    if all(record.inner_steps is None for record in group.records):
+        del found[1]
     if len({record.seed for record in group.records}) > 1:
-        found.insert(2, Column("seed", "", lambda r: str(r.seed), "seed of the run"))
+        found.insert(len(found) - 1, Column("seed", "", lambda r: str(r.seed), "seed of the run"))
     return found
 
 
@@ -232,7 +234,7 @@ def _ratio(value: float | None, base: float | None) -> float | None:
 def _resident(group: Group) -> str:
     """How far resident memory is from the bytes of tensors."""
     found = [ratio for r in group.rows if (ratio := _ratio(r.resident_bytes, r.peak_tensor_bytes)) is not None]
-    most = f", here up to {units.significant(max(found))}x tensor bytes" if found else ""
+    most = f" (up to {units.significant(max(found))}x tensor bytes in {clean(group.case)})" if found else ""
     return f"resident over tensor bytes{most}: heap fragmentation and libraries, which say nothing about the algorithm"
 
 

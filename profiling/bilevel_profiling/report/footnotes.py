@@ -55,8 +55,8 @@ def spread(group: Group) -> str:
     if not found:
         return ""
     worst = max(((r.wall_seconds_high or 0) - (r.wall_seconds_low or 0)) / (r.wall_seconds or 1) for r in found)
-    many = "this time" if len(found) == 1 else "these times"
-    return f"{many}: the repeated calls lie up to {worst:.0%} of the median apart; differences below that mean nothing."
+    many = "marks a time" if len(found) == 1 else "marks times"
+    return f"{many} whose repeated calls lie up to {worst:.0%} of the median apart: smaller differences mean nothing."
 
 
 def lines(group: Group) -> Sequence[tuple[str, str]]:

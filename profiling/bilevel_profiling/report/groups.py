@@ -59,6 +59,11 @@ class Group:
         """Every K, ascending; None first where a record has none."""
         return tuple(dict.fromkeys(record.inner_steps for record in self.rows))
 
+    @property
+    def bilevel(self) -> bool:
+        """Whether inner steps are known: a plain call or training run has none."""
+        return self.steps != (None,)
+
     @functools.cached_property
     def failures(self) -> tuple[Record, ...]:
         return tuple(record for record in self.rows if failed(record))

@@ -11,6 +11,7 @@ from .figures.palette import Style
 from .figures.timeline import PHASES
 from .groups import EXACT, Group, environment, estimators, failed, group
 from .laws import GROWTH, broken
+from .markdown import PLAIN_TITLE
 from .markup import Markup, join, tag
 from .summary import Fact, Name, facts, sentences
 from .text import clean, listing, plural, slug
@@ -39,10 +40,14 @@ def render(records: Iterable[Record], command: str = "") -> str:
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
-        tag("title", TITLE),
+        tag("title", _title(groups)),
         tag("style", Markup(stylesheet()), _asset("page.css")),
     ]
     return "<!doctype html>\n" + tag("html", tag("head", *head), tag("body", *body), lang="en") + "\n"
+
+
+def _title(groups: Sequence[Group]) -> str:
+    return TITLE if not groups or any(each.bilevel for each in groups) else PLAIN_TITLE
 
 
 def unique_keys(groups: Sequence[Group]) -> list[str]:
@@ -61,12 +66,13 @@ def unique_keys(groups: Sequence[Group]) -> list[str]:
 def _head(records: Sequence[Record], groups: Sequence[Group], keys: Sequence[str]) -> Markup:
     steps = sorted({record.inner_steps for record in records if record.inner_steps is not None})
     lost = sum(failed(record) for record in records)
-    lede = f"{plural(len(records), 'run')}: {plural(len({record.estimator for record in records}), 'estimator')} on {plural(len(groups), 'case')}"
+    labels = plural(len({record.estimator for record in records}), "estimator" if _title(groups) == TITLE else "label")
+    lede = f"{plural(len(records), 'run')}: {labels} on {plural(len(groups), 'case')}"
     lede += f", K = {listing([f'{k:,}' for k in steps])}" if 0 < len(steps) <= 8 else ""
     lede += f"; {lost:,} of them failed." if lost else "."
     links = [tag("a", each.title, href=f"#{key}") for each, key in zip(groups, keys, strict=True)]
     nav = tag("nav", *links, aria_label="Cases") if len(links) > 1 else ""
-    return join(tag("p", "bilevel", class_="kicker"), tag("h1", TITLE), tag("p", lede if records else "No records.", class_="lede"), nav)
+    return join(tag("p", "bilevel", class_="kicker"), tag("h1", _title(groups)), tag("p", lede if records else "No records.", class_="lede"), nav)
 
 
 def _case(each: Group, looks: Mapping[str, Style], key: str) -> Markup:
@@ -81,7 +87,7 @@ def _case(each: Group, looks: Mapping[str, Style], key: str) -> Markup:
         tag("p", *paragraph, class_="summary"),
         *(tag("p", tag("strong", "Contract broken: ", label), " ", rest, class_="alert", role="alert") for label, rest in broken(each)),
         tag("dl", *(_fact(fact, looks) for fact in facts(each)), class_="facts"),
-        _legend(each, looks) if figures else "",
+        _legend(each, looks) if figures and len(each.estimators) > 1 else "",
         tag("div", *(_figure(figure) for figure in figures if not figure.panels), class_="figures"),
         *(_panels(figure) for figure in figures if figure.panels),
         *tables.sections(each, looks, key),
@@ -132,7 +138,13 @@ def _reading(groups: Sequence[Group]) -> Markup:
         "quantities: the gradient of the program that takes K inner steps, and the hypergradient at a converged inner solution. An exact unroll "
         f"has no error against the first and, at small K, a large one against the second. {GROWTH}"
     )
-    return tag("section", tag("h2", "How to read this"), tag("p", notes, class_="summary"), tag("dl", *pairs, class_="reading"), id="reading")
+    return tag(
+        "section",
+        tag("h2", "How to read this"),
+        tag("p", notes, class_="summary") if any(each.bilevel for each in groups) else "",
+        tag("dl", *pairs, class_="reading"),
+        id="reading",
+    )
 
 
 def _environment(records: Sequence[Record], command: str) -> Markup:

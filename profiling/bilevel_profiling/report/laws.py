@@ -52,8 +52,8 @@ def table(group: Group) -> tuple[list[str], list[list[str]]]:
             continue
         pace = slope(group.points(label, "wall_seconds"))
         told = units.MISSING if said is None else said.value.upper() if said is Verdict.BROKEN else said.value
-        holds = units.MISSING if found.kind == "trend" else f"K = {found.first:,} to {found.last:,}"
+        holds = "no law" if found.kind == "trend" else f"K = {found.first:,} to {found.last:,}"
         off = units.MISSING if found.kind == "trend" else units.size(found.worst_residual)
         promised = clean(contract(group, label)) or units.MISSING
-        rows.append([clean(label), found.said(units.size), holds, off, units.milliseconds(pace), promised, told])
-    return ["estimator", group.measure.name, "fitted to", "off by at most", "ms per inner step", "contract", "verdict"], rows
+        rows.append([clean(label), promised, told, found.said(units.size), holds, off, units.milliseconds(pace)])
+    return ["estimator", "contract", "verdict", group.measure.name, "holds for", "off by at most", "ms per inner step"], rows

@@ -1,5 +1,7 @@
 """The outer loop: what it reached, and its iterations one by one."""
 
+from collections.abc import Sequence
+
 from ..record import Iteration, Record
 from . import units
 from .groups import Group
@@ -12,8 +14,15 @@ def outcome(group: Group) -> tuple[list[str], list[list[str]]]:
     """Header and rows of what the outer loop reached; no rows where no record has an outer loop."""
     runs = [r for r in group.rows if r.iterations or r.metrics or r.metrics_before]
     names = list(dict.fromkeys(name for r in runs for name in (*r.metrics, *r.metrics_before)))
-    header = ["estimator", "K", "outer steps", "outer loss", *(clean(name) for name in names)]
-    return header, [[clean(r.estimator), units.count(r.inner_steps), _length(r), _losses(r), *(_change(r, n) for n in names)] for r in runs]
+    header = ["estimator", "K", "outer steps" if group.bilevel else "steps", "outer loss", *(clean(name) for name in names)]
+    rows = [[clean(r.estimator), units.count(r.inner_steps), _length(r), _losses(r), *(_change(r, n) for n in names)] for r in runs]
+    kept = [place for place in range(len(header)) if place in (0, 2) or any(row[place] != units.MISSING for row in rows)]
+    return [header[place] for place in kept], [[row[place] for place in kept] for row in rows]
+
+
+def title(group: Group) -> str:
+    """The heading above `outcome`."""
+    return "After the outer loop" if group.bilevel else "After the loop"
 
 
 def shown(group: Group) -> dict[str, Record]:
@@ -28,10 +37,16 @@ def iterations(record: Record) -> tuple[list[str], list[list[str]], int]:
     hidden = max(0, len(entries) - _MOST_ROWS)
     if hidden:
         entries = (*entries[: _MOST_ROWS // 2], *entries[-(_MOST_ROWS // 2) :])
-    header = ["step", "outer loss", "inner loss", "gradient norm", "ms", "peak MiB", "CUDA MiB", "status"]
-    rows = [_iteration(entry) for entry in entries]
+    names = logged(record)
+    header = ["step", "outer loss", "inner loss", "gradient norm", *map(clean, names), "ms", "peak MiB", "CUDA MiB", "status"]
+    rows = [_iteration(entry, names) for entry in entries]
     kept = [place for place in range(len(header)) if header[place] in ("step", "status") or any(row[place] != units.MISSING for row in rows)]
     return [header[place] for place in kept], [[row[place] for place in kept] for row in rows], hidden
+
+
+def logged(record: Record) -> list[str]:
+    """What the user logged in the iterations, by name."""
+    return list(dict.fromkeys(name for entry in record.iterations for name in entry.metrics))
 
 
 def troubles(record: Record) -> dict[str, int]:
@@ -40,8 +55,8 @@ def troubles(record: Record) -> dict[str, int]:
     return {status: statuses.count(status) for status in dict.fromkeys(statuses)}
 
 
-def _iteration(entry: Iteration) -> list[str]:
-    losses = (entry.outer_loss, entry.inner_loss, entry.gradient_norm)
+def _iteration(entry: Iteration, names: Sequence[str]) -> list[str]:
+    losses = (entry.outer_loss, entry.inner_loss, entry.gradient_norm, *map(entry.metrics.get, names))
     sizes = units.mebibytes(entry.peak_tensor_bytes), units.mebibytes(entry.cuda_allocated_bytes)
     return [units.count(entry.index), *map(units.significant, losses), units.milliseconds(entry.wall_seconds), *sizes, clean(entry.status)]
 

@@ -11,6 +11,7 @@ from .summary import Name, Sentence, at, sentences
 from .text import clean, plural
 
 _MOST_ALIVE = 8
+PLAIN_TITLE = "Memory and time, measured"
 TITLE = "Hypergradient estimators: memory, time and error"
 
 
@@ -25,7 +26,8 @@ def render(records: Iterable[Record], command: str = "", figures: Mapping[str, S
     records = list(records)
     groups = group(records)
     count = f"{plural(len(records), 'record')} of {plural(len(groups), 'case')}." if records else "No records."
-    parts = [f"# {TITLE}", count, *(_fence(command) if command else [])]
+    bilevel = not groups or any(each.bilevel for each in groups)
+    parts = [f"# {TITLE if bilevel else PLAIN_TITLE}", count, *(_fence(command) if command else [])]
     for each in groups:
         parts += _case(each, (figures or {}).get(each.title, ()))
     if groups:
@@ -57,7 +59,7 @@ def _case(each: Group, figures: Sequence[tuple[str, str]]) -> list[str]:
     notes = dict.fromkeys(clean(record.reference_note) for record in each.records)
     parts += [f"References: {escape(note)}" for note in notes if note]
     for title, (header, rows), below in (
-        ("After the outer loop", loops.outcome(each), ""),
+        (loops.title(each), loops.outcome(each), ""),
         ("Growth with K", laws.table(each), _broken(each)),
         (f"By phase, {at(each)}" if at(each) else "By phase", columns.phases(each), ""),
     ):
@@ -122,7 +124,7 @@ def _reading(groups: Sequence[Group]) -> str:
         "inner solution. An exact unroll has no error against the first and, at small K, a large one against the second.",
         GROWTH,
     ]
-    return "\n".join([*reading, "", *notes])
+    return "\n".join([*reading, "", *notes] if any(each.bilevel for each in groups) else reading)
 
 
 def _settings(records: Sequence[Record]) -> str:

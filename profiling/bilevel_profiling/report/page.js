@@ -13,14 +13,14 @@ for (const panel of document.querySelectorAll(".timeline")) {
   const { x, y, at, bytes, name, names } = JSON.parse(panel.dataset.points);
   const picture = panel.querySelector("svg"), line = picture.querySelector(".cursor path"), dot = picture.querySelector(".cursor circle");
   const [value, place, where] = panel.querySelector(".readout").children;
-  const peak = bytes.indexOf(Math.max(...bytes)), number = (n, digits) => n.toLocaleString("en", { maximumSignificantDigits: digits });
+  const peak = bytes.indexOf(Math.max(...bytes)), number = (n, least, most) => n.toLocaleString("en", { minimumSignificantDigits: least, maximumSignificantDigits: most });
   const position = ([start, end, low, high], n) => start + ((n - low) / (high - low)) * (end - start);
   let shown = peak;
 
   const show = (n) => {
     shown = n;
-    value.textContent = `${number(bytes[n] / 2 ** 20, 4)} MiB`;
-    place.textContent = `${n === peak ? "peak, " : ""}operation ${number(at[n], 16)}`;
+    value.textContent = `${number(bytes[n] / 2 ** 20, 3, 4)} MiB`;
+    place.textContent = `operation ${number(at[n], 1, 16)}${n === peak ? ", peak" : ""}`;
     where.textContent = names[name[n]];
     line.setAttribute("transform", `translate(${position(x, at[n])})`);
     dot.setAttribute("transform", `translate(${position(x, at[n])} ${position(y, bytes[n])})`);

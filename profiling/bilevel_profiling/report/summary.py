@@ -4,7 +4,7 @@ import dataclasses
 
 from . import units
 from .groups import EXACT, MEASURED, Group
-from .laws import broken, law
+from .laws import law
 from .text import listing, plural
 
 
@@ -28,13 +28,23 @@ class Fact:
 
 def sentences(group: Group) -> list[Sentence]:
     """The paragraph on a case."""
-    found = [_source(group), _lightest(group), _exact(group), _growing(group), *_breaking(group), _failing(group), _leaking(group)]
+    found = [
+        _all_computed(group),
+        _lightest(group),
+        _exact(group),
+        _growing(group),
+        _failing(group),
+        _leaking(group),
+        _some_computed(group),
+    ]
     return [sentence for sentence in found if sentence]
 
 
 def facts(group: Group) -> list[Fact]:
     """Least memory, the lightest and the fastest exact estimator, and the most memory, where they are known."""
     k, field = group.focus, group.measure.field
+    if len(group.estimators) == 1:
+        return _alone(group, group.estimators[0])
     memory, times = _values(group, field), _values(group, "wall_seconds")
     exact = {e for e in group.estimators if group.exact(e, k)}
     found = []
@@ -51,6 +61,14 @@ def facts(group: Group) -> list[Fact]:
         label, rivals = _fastest(group, fast)
         doubt = f"not told apart from {listing(rivals)}: their times overlap" if rivals else _error_text(group, label)
         found.insert(2, Fact("Fastest exact", units.duration(fast[label]), label, doubt))
+    return found
+
+
+def _alone(group: Group, label: str) -> list[Fact]:
+    found = []
+    for title, field, write in ((group.measure.name, group.measure.field, units.size), ("time", "wall_seconds", units.duration)):
+        if (value := group.value(label, group.focus, field)) is not None:
+            found.append(Fact(f"{title[0].upper()}{title[1:]}", write(value), label, at(group)))
     return found
 
 
@@ -72,11 +90,13 @@ def _error_text(group: Group, label: str) -> str:
 def _lightest(group: Group) -> Sentence:
     memory = _values(group, group.measure.field)
     start = f"At {at(group)}, " if at(group) else ""
+    if not memory and not group.bilevel and not group.failures:
+        return [f"{plural(sum(len(record.iterations) for record in group.records), 'step')} recorded."]
     if not memory:
         return ["No run finished with its memory measured."]
     label = min(memory, key=lambda e: memory[e])
     if len(group.estimators) == 1:
-        return [start, Name(label), f" needs {units.size(memory[label])} ({group.measure.name})."]
+        return [start, Name(label or group.case), f" needs {units.size(memory[label])} ({group.measure.name})."]
     sentence: Sentence = [start, Name(label), f" needs the least memory: {units.size(memory[label])}"]
     base = group.baseline
     if base in memory and base != label and memory[label] > 0:
@@ -94,6 +114,8 @@ def _lightest(group: Group) -> Sentence:
 def _exact(group: Group) -> Sentence:
     k = group.focus
     errors = _values(group, "program_relative_error")
+    if not errors and group.focus is None:
+        return []
     if not errors:
         return ["Errors against the K-step program were not measured."]
     exact = [label for label in errors if errors[label] <= EXACT]
@@ -136,15 +158,17 @@ def _bound(group: Group, label: str, field: str, time: float) -> float:
     return time if found is None else found
 
 
-def _source(group: Group) -> Sentence:
-    kinds = dict.fromkeys(record.source for record in group.records if record.source != MEASURED)
-    if not kinds:
+def _all_computed(group: Group) -> Sentence:
+    if any(record.source == MEASURED for record in group.records):
         return []
-    mixed = any(record.source == MEASURED for record in group.records)
-    sentence: Sentence = ["Rows that say " if mixed else "All of these figures are "]
-    for place, kind in enumerate(kinds):
-        sentence += ["" if place == 0 else " or ", Name(kind)]
-    return [*sentence, " were computed without running the case." if mixed else ": the case was not run."]
+    return ["All of these figures are from a ", Name(group.records[0].source), ": the case was not run."]
+
+
+def _some_computed(group: Group) -> Sentence:
+    kinds = dict.fromkeys(record.source for record in group.records if record.source != MEASURED)
+    if not kinds or all(record.source != MEASURED for record in group.records):
+        return []
+    return ["Rows that say ", *_names(list(kinds)), " were computed without running the case."]
 
 
 def _growing(group: Group) -> Sentence:
@@ -158,10 +182,6 @@ def _growing(group: Group) -> Sentence:
     if flat:
         sentence += ["; " if rising else "", "the memory of " if rising else "The memory of ", *_names(flat), " does not grow with K"]
     return [*sentence, "."] if sentence else []
-
-
-def _breaking(group: Group) -> list[Sentence]:
-    return [["Broken contract: ", Name(label), " ", Name(rest)] for label, rest in broken(group)]
 
 
 def _failing(group: Group) -> Sentence:

@@ -13,6 +13,8 @@ from .text import clean, plural
 
 _MOST_ALIVE = 8
 """Rows of what was alive that are shown at once."""
+_WIDTHS = {"MiB": 5, "of peak": 7.5, "storages": 6, "phase": 10.5, "span": 9.5, "operator": 10}
+"""Columns of what was alive, in em, so that folded rows stand below the others."""
 
 
 def sections(each: Group, looks: Mapping[str, Style], key: str) -> list[Markup]:
@@ -20,7 +22,8 @@ def sections(each: Group, looks: Mapping[str, Style], key: str) -> list[Markup]:
     parts = [tag("h3", "All runs"), _runs(each, looks, key), _reasons(each, key), _notes(each)]
     header, rows = loops.outcome(each)
     if rows:
-        parts.append(_fold("After the outer loop", plain("After the outer loop", header, rows), opened=True))
+        title = loops.title(each)
+        parts.append(_fold(title, plain(title, header, rows), opened=True))
     parts += [growth(each), _alive_of_all(each, looks), _loops_of_all(each, looks)]
     phases = f"By phase, {at(each)}" if at(each) else "By phase"
     header, rows = columns.phases(each)
@@ -52,7 +55,10 @@ def alive_table(record: Record) -> Markup:
         cells = [tag("td", row[0]), tag("td", row[1], class_="gauge", style=share)]
         cells += [tag("td", cell, class_=_class(cell, text=place >= numbers)) for place, cell in enumerate(row[2:], start=2)]
         lines.append(tag("tr", *cells))
-    names = [tag("th", name, scope="col", class_="text" if place >= numbers else None) for place, name in enumerate(header)]
+    names = [
+        tag("th", name, scope="col", class_="text" if place >= numbers else None, style=f"width:{_WIDTHS[name]}em" if name in _WIDTHS else None)
+        for place, name in enumerate(header)
+    ]
     head = tag("thead", tag("tr", *names))
     label = f"What was alive at the peak of {clean(record.estimator)}"
     shown = _scroll(label, tag("table", head, tag("tbody", *lines[:_MOST_ALIVE]), class_="alive"))

@@ -4,26 +4,33 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from .. import laws
 from ..groups import Group
 from ..markup import Markup, decimal, tag
-from . import bars, lines, scatter, timeline
+from . import bars, lines, loop, scatter, timeline
 from .frame import Figure
 from .palette import DARK, LIGHT, Style, styles
 
 __all__ = ["Figure", "case_figures", "standalone", "styles", "stylesheet"]
 
 _MARGIN = 14.0
+_ERRORS = (("program", "program_relative_error", "K-step program"), ("solution", "solution_relative_error", "converged solution"))
 
 
 def case_figures(group: Group, styles: Mapping[str, Style], key: str) -> list[Figure]:
     """The figures of one case, those that its records can fill; `key` starts every id inside them."""
     memory = group.measure
+    fitted = {label: law for label in group.estimators if (law := laws.law(group, label)) is not None}
     found = [
-        lines.against_k(group, styles, f"{key}-memory", memory.field, memory.name, "MiB", 2.0**20),
+        lines.against_k(group, styles, f"{key}-memory", memory.field, memory.name, "MiB", 2.0**20, fitted),
         lines.against_k(group, styles, f"{key}-time", "wall_seconds", "time", "ms", 1e-3),
-        scatter.error_against_memory(group, styles, f"{key}-program", "program_relative_error", "K-step program"),
-        scatter.error_against_memory(group, styles, f"{key}-solution", "solution_relative_error", "converged solution"),
-        lines.outer_loss(group, styles, f"{key}-loss"),
+        *(
+            scatter.error_against(group, styles, f"{key}-{name}{axis.key}", field, reference, axis)
+            for name, field, reference in _ERRORS
+            for axis in (scatter.memory(group), scatter.TIME)
+        ),
+        *loop.losses(group, styles, key),
+        *loop.costs(group, styles, key),
         *bars.metrics(group, styles, f"{key}-metric"),
         timeline.timelines(group, f"{key}-timeline"),
     ]

@@ -21,7 +21,7 @@ def bars(group: Group, styles: Mapping[str, Style], key: str, field: str, name: 
     values = {label: value / factor for label in group.estimators if (value := group.value(label, k, field)) is not None}
     lost = {r.estimator: clean(r.status) for r in group.failures if r.inner_steps == k}
     labels = [label for label in group.estimators if label in values or label in lost]
-    if not values:
+    if not values or len(labels) < 2:
         return None
     left, right = svg.label_room(labels), svg.WIDTH - 62
     x = scales.linear(values.values(), left, right)
@@ -39,7 +39,7 @@ def bars(group: Group, styles: Mapping[str, Style], key: str, field: str, name: 
         parts.append(svg.series(styles[label], *content))
     height = _TOP + len(labels) * _ROW + 4
     parts.append(tag("path", d=f"M{decimal(left)} {decimal(_TOP - 6)}V{decimal(height - 6)}", class_="axis"))
-    title = name.capitalize() if name.islower() else name
+    title = f"{name[:1].upper()}{name[1:]}"
     told = svg.described((clean(label), f"{units.significant(values[label])} {unit}" if label in values else lost[label]) for label in labels)
     drawing = svg.figure(key, title, told, height, *parts)
     return Figure(key, title, f"K = {k:,}." if k is not None else "", drawing)

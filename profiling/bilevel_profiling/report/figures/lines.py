@@ -1,23 +1,26 @@
-"""Figures against K and against the outer iteration: one line an estimator, named at its end; bars where there is one K only."""
+"""Figures against K: one line an estimator, named at its end, with the law that was fitted to it; bars where there is one K only."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from ...record import Iteration, Record
+from ...growth import Law
+from ...record import Record
 from .. import units
 from ..groups import Group
-from ..markup import Markup, tag
+from ..markup import Markup, decimal, tag
 from ..text import clean, listing
 from . import scales, svg
 from .bars import bars
 from .frame import Figure
 from .palette import Style
 
-_MOST_POINTS = 150
-"""An outer loop of more steps is drawn through the lowest and highest value of each of half as many stretches."""
+_CURVE = 48
+"""Straight pieces that a fitted law is drawn with."""
 
 
-def against_k(group: Group, styles: Mapping[str, Style], key: str, field: str, name: str, unit: str, factor: float) -> Figure | None:
-    """`field` / `factor`, in `unit`, against K; None where it was never measured."""
+def against_k(
+    group: Group, styles: Mapping[str, Style], key: str, field: str, name: str, unit: str, factor: float, laws: Mapping[str, Law] | None = None
+) -> Figure | None:
+    """`field` / `factor`, in `unit`, against K, with thin curves for `laws`; None where it was never measured."""
     lines = {label: points for label in group.estimators if (points := [(k, v / factor) for k, v in group.points(label, field)])}
     steps = sorted({k for points in lines.values() for k, _ in points})
     if len(steps) < 2:
@@ -37,7 +40,12 @@ def against_k(group: Group, styles: Mapping[str, Style], key: str, field: str, n
         ]
         parts.append(svg.series(style, svg.line(placed, style), *marks))
         ends.append((label, style, *placed[-1]))
-    title = f"{name.capitalize() if name.islower() else name} against inner steps"
+    curves = [
+        svg.series(styles[label], _curve(law, factor, x, y, f"{clean(label)}: {law.said(units.size)}"))
+        for label, law in (laws or {}).items()
+        if label in lines and (law.kind == "sqrt" or (law.kind == "linear" and (x.log or y.log)))
+    ]
+    title = f"{name[:1].upper()}{name[1:]} against inner steps"
     told = svg.described((clean(label), ", ".join(f"{units.significant(v)} at K = {k:,}" for k, v in points)) for label, points in lines.items())
     drawing = svg.figure(
         key,
@@ -45,65 +53,24 @@ def against_k(group: Group, styles: Mapping[str, Style], key: str, field: str, n
         f"{name}, {unit}. {told}",
         306,
         svg.axes(frame, x, y, "inner steps K", f"{name}, {unit}"),
+        *curves,
         *parts,
         _lost(lost, styles, x, frame.top - 2),
         svg.end_labels(frame, ends),
     )
     logs = [axis for axis, scale in (("K", x), (name, y)) if scale.log]
     note = f"Logarithmic in {' and '.join(logs)}." if logs else ""
-    return Figure(key, title, f"{note} {_told(lost)}".strip(), drawing)
+    thin = "Thin curves: the fitted laws." if curves else ""
+    return Figure(key, title, " ".join(filter(None, (note, thin, _told(lost)))), drawing)
 
 
-def outer_loss(group: Group, styles: Mapping[str, Style], key: str) -> Figure | None:
-    """The outer loss over the outer loop, each estimator at the largest K at which it ran one."""
-    runs: dict[str, Record] = {}
-    for record in group.rows:
-        if any(units.finite(entry.outer_loss) for entry in record.iterations):
-            runs[record.estimator] = record
-    if not runs:
-        return None
-    steps = {record.inner_steps for record in runs.values()}
-    names = {label: label if len(steps) == 1 else f"{label}, K={record.inner_steps}" for label, record in runs.items()}
-    frame = svg.Frame(46, svg.WIDTH - svg.label_room(names.values()), 34, 258)
-    values = [float(e.outer_loss) for r in runs.values() for e in r.iterations if units.finite(e.outer_loss)]
-    last = max(max(entry.index for entry in record.iterations) for record in runs.values())
-    x = scales.linear([0.0, float(last)], frame.left + 4, frame.right - 4, ticks=5, tight=True)
-    y = scales.choose(values, frame.bottom, frame.top, spread=100, from_zero=False)
-    parts, ends = [], []
-    for label, record in runs.items():
-        style = styles[label]
-        placed = [(x(float(n)), y(v)) if v is not None else None for n, v in thinned(record.iterations, lambda e: e.outer_loss)]
-        known = [point for point in placed if point is not None]
-        tip = f"{clean(label)}: {_range(record)}"
-        middle = known[:: max(1, len(known) // 4)][1:4]
-        marks = [svg.marker(style, px, py, tip, 3.4) for px, py in ([known[-1]] if len(known) < 8 else [*middle, known[-1]])]
-        parts.append(svg.series(style, svg.line(placed, style), *marks))
-        ends.append((names[label], style, *known[-1]))
-    title = "Outer loss over the outer loop"
-    told = svg.described((clean(label), _range(record)) for label, record in runs.items())
-    drawing = svg.figure(key, title, told, 306, svg.axes(frame, x, y, "outer iteration", "outer loss"), *parts, svg.end_labels(frame, ends))
-    shared = steps.pop() if len(steps) == 1 else None
-    note = (f"K = {shared:,}." if shared is not None else "") + (" Logarithmic scale." if y.log else "")
-    return Figure(key, title, note.strip(), drawing)
-
-
-def thinned(iterations: tuple[Iteration, ...], value: Callable[[Iteration], float | None]) -> list[tuple[int, float | None]]:
-    """(index, value) in order, not more than about 150, the lowest and highest of every stretch kept; None where it is not finite."""
-    pairs = [(entry.index, float(v) if units.finite(v := value(entry)) else None) for entry in iterations]
-    if len(pairs) <= _MOST_POINTS:
-        return pairs
-    stretch = -(-len(pairs) // (_MOST_POINTS // 2))
-    kept = {0, len(pairs) - 1}
-    for start in range(0, len(pairs), stretch):
-        places = range(start, min(start + stretch, len(pairs)))
-        known = [(v, place) for place in places if (v := pairs[place][1]) is not None]
-        kept |= {min(known)[1], max(known)[1]} if known else {start}
-    return [pairs[place] for place in sorted(kept)]
-
-
-def _range(record: Record) -> str:
-    values = [entry.outer_loss for entry in record.iterations if units.finite(entry.outer_loss)]
-    return f"{units.significant(values[0])} to {units.significant(values[-1])} in {len(record.iterations):,} steps"
+def _curve(law: Law, factor: float, x: scales.Scale, y: scales.Scale, tip: str) -> Markup:
+    """The law between the K that it was fitted to."""
+    ratio = law.last / law.first if x.log else 0.0
+    shares = [place / _CURVE for place in range(_CURVE + 1)]
+    steps = [law.first * ratio**share if x.log else law.first + (law.last - law.first) * share for share in shares]
+    path = "L".join(f"{decimal(x(k))} {decimal(y(law(k) / factor))}" for k in steps)
+    return tag("path", tag("title", tip), d=Markup(f"M{path}"), class_="law")
 
 
 def _told(lost: list[Record]) -> str:

@@ -12,7 +12,10 @@ from ..markup import decimal
 LIGHT = ("#0a66b0", "#c2410c", "#00795c", "#a03a86", "#8f6a00", "#2f8fc4", "#4b5159", "#7a4a2b")
 DARK = ("#6cb2f5", "#ff9466", "#45cfa4", "#e88fcf", "#e0b83e", "#7fd4f2", "#b4bbc4", "#cfa17f")
 
-_FORECAST, _DOTS = " (forecast)", "1 4"
+DOTS = "1 4"
+"""The dash of forecasts."""
+
+_FORECAST = " (forecast)"
 _DASHES = ("", "7 3", "2 2.5", "9 3 2 3")
 _SHAPES = ("circle", "square", "triangle", "diamond", "wedge", "plus", "hexagon", "bar")
 
@@ -35,7 +38,7 @@ def styles(labels: Sequence[str]) -> dict[str, Style]:
         shifted = place + place // size
         found[label] = Style(place, place % size, _SHAPES[shifted % len(_SHAPES)], _DASHES[shifted % len(_DASHES)])
     for place, (label, name) in enumerate(twins.items(), start=len(found)):
-        found[label] = dataclasses.replace(found[name], place=place, dash=_DOTS)
+        found[label] = dataclasses.replace(found[name], place=place, dash=DOTS)
     return found
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SHAPES = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D", "wedge": "v", "plus": "P", "hexagon": "h", "bar": "_"}
-_DASHES = {"": "-", "7 3": "--", "2 2.5": ":", "9 3 2 3": "-."}
+_DASHES: dict[str, Any] = {"": "-", "7 3": "--", "2 2.5": ":", "9 3 2 3": "-.", palette.DOTS: (0, (1, 3))}
 _GREY = "#5d636b"
 _LEAST = 1e-16
 """Errors of 0 are drawn here."""
@@ -73,10 +73,10 @@ def _memory(axes: "Axes", each: Group, styles: dict[str, palette.Style]) -> None
 def _errors(axes: "Axes", each: Group, styles: dict[str, palette.Style]) -> tuple[dict[str, tuple[float, float]], set[str]]:
     """Draw the points; what `_name` needs to name them once the layout is settled."""
     field, said = "program_relative_error", "K-step program"
-    points = scatter.front_points(each, field)
+    points = scatter.front_points(each, field, scatter.memory(each))
     if not points:
         field, said = "solution_relative_error", "converged solution"
-        points = scatter.front_points(each, field)
+        points = scatter.front_points(each, field, scatter.memory(each))
     at = f" at K = {each.focus:,}" if each.focus is not None else ""
     _dress(axes, f"{each.measure.name}, MiB{at}", f"relative error, {said}")
     if not points:

@@ -1,5 +1,6 @@
-"""Error against memory at one K, with the Pareto front: the estimators that no other one beats in both."""
+"""Error against memory or time at one K, with the Pareto front: the estimators that no other one beats in both."""
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 
@@ -14,12 +15,35 @@ from .palette import Style
 _FRAME = svg.Frame(46, svg.WIDTH - 14, 34, 258)
 
 
-def error_against_memory(group: Group, styles: Mapping[str, Style], key: str, field: str, reference: str) -> Figure | None:
-    """`field` (an error) against memory at the group's focus K; None where no estimator has both."""
-    points = front_points(group, field)
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """What the error is set against. `spread` are the fields of the lowest and highest value, where there are such."""
+
+    key: str
+    name: str
+    field: str
+    unit: str
+    factor: float
+    spread: tuple[str, str] | None = None
+
+
+TIME = Axis("-time", "time", "wall_seconds", "ms", 1e-3, ("wall_seconds_low", "wall_seconds_high"))
+
+
+def memory(group: Group) -> Axis:
+    """The kind of memory that the group is compared by."""
+    return Axis("", group.measure.name, group.measure.field, "MiB", 2.0**20)
+
+
+def error_against(group: Group, styles: Mapping[str, Style], key: str, field: str, reference: str, axis: Axis) -> Figure | None:
+    """`field` (an error) against memory or time at the group's focus K; None where no estimator has both."""
+    points = front_points(group, field, axis)
     if not points:
         return None
-    x = scales.choose([m for m, _ in points.values()], _FRAME.left + 14, _FRAME.right - 40, spread=8)
+    ranges = _ranges(group, axis, points)
+    x = scales.choose(
+        [*(m for m, _ in points.values()), *(edge for pair in ranges.values() for edge in pair)], _FRAME.left + 14, _FRAME.right - 40, spread=8
+    )
     y = scales.choose([e for _, e in points.values()], _FRAME.bottom - 6, _FRAME.top + 6, spread=12)
     front = front_of(points, group.rounding)
     corners = _steps([(x(points[label][0]), y(points[label][1])) for label in front])
@@ -29,38 +53,54 @@ def error_against_memory(group: Group, styles: Mapping[str, Style], key: str, fi
         blocked.append((_FRAME.left, _FRAME.bottom - 16, _FRAME.left + 66, _FRAME.bottom))
     labels = svg.point_labels(_FRAME, [(label, x(m), y(e)) for label, (m, e) in points.items()], blocked)
     parts = [band, _front(corners)]
-    for (label, (memory, error)), (tx, ty, anchor) in zip(points.items(), labels, strict=True):
-        tip = f"{clean(label)}: {units.significant(memory)} MiB, relative error {units.significant(error)}"
+    for (label, (cost, error)), (tx, ty, anchor) in zip(points.items(), labels, strict=True):
+        tip = f"{clean(label)}: {units.significant(cost)} {axis.unit}, relative error {units.significant(error)}"
         on_front = label in front
-        mark = svg.marker(styles[label], x(memory), y(error), tip, 5.2 if on_front else 4.4, "mark" if on_front else "mark hollow")
+        mark = svg.marker(styles[label], x(cost), y(error), tip, 5.2 if on_front else 4.4, "mark" if on_front else "mark hollow")
         far = abs(ty - 4 - y(error)) > 11 and anchor != "middle"
-        tie = tag("path", d=f"M{decimal(x(memory))} {decimal(y(error))}L{decimal(tx)} {decimal(ty - 4)}", class_="leader") if far else ""
-        parts.append(svg.series(styles[label], tie, mark, svg.text(tx, ty, svg.clip(label), "label strong" if on_front else "label", anchor)))
-    title = f"Error against memory, {reference}"
-    told = svg.described((clean(label), f"{units.significant(m)} MiB, {units.significant(e)}") for label, (m, e) in points.items())
+        tie = tag("path", d=f"M{decimal(x(cost))} {decimal(y(error))}L{decimal(tx)} {decimal(ty - 4)}", class_="leader") if far else ""
+        low, high = ranges.get(label, (cost, cost))
+        whisker = tag("path", d=f"M{decimal(x(low))} {decimal(y(error))}H{decimal(x(high))}", class_="whisker") if low < high else ""
+        parts.append(
+            svg.series(styles[label], whisker, tie, mark, svg.text(tx, ty, svg.clip(label), "label strong" if on_front else "label", anchor))
+        )
+    title = f"Error against {'time' if axis is TIME else 'memory'}, {reference}"
+    told = svg.described((clean(label), f"{units.significant(m)} {axis.unit}, {units.significant(e)}") for label, (m, e) in points.items())
     drawing = svg.figure(
-        key, title, told, 306, svg.axes(_FRAME, x, y, f"{group.measure.name}, MiB", f"relative error against the {reference}"), *parts
+        key, title, told, 306, svg.axes(_FRAME, x, y, f"{axis.name}, {axis.unit}", f"relative error against the {reference}"), *parts
     )
     k = f"K = {group.focus:,}. " if group.focus is not None else ""
     equal = f" Errors below {units.tick(group.rounding)} are {clean(group.records[0].dtype).removeprefix('torch.')} rounding and count as equal."
     note = f"{k}Lower left is better. Filled, on the line: the Pareto front, which nothing beats in both."
+    note += " Thin bars: the fastest to the slowest call; where they overlap, the order means nothing." if ranges else ""
     return Figure(key, title, note + (equal if min(e for _, e in points.values()) < group.rounding else ""), drawing)
 
 
-def front_points(group: Group, field: str) -> dict[str, tuple[float, float]]:
-    """(MiB, error) of each estimator that has both at the group's focus K."""
+def front_points(group: Group, field: str, axis: Axis) -> dict[str, tuple[float, float]]:
+    """(cost, error) of each estimator that has both at the group's focus K."""
     found = {}
     for label in group.estimators:
-        memory, error = group.value(label, group.focus, group.measure.field), group.value(label, group.focus, field)
-        if memory is not None and error is not None:
-            found[label] = (memory / 2**20, error)
+        cost, error = group.value(label, group.focus, axis.field), group.value(label, group.focus, field)
+        if cost is not None and error is not None:
+            found[label] = (cost / axis.factor, error)
+    return found
+
+
+def _ranges(group: Group, axis: Axis, points: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """The lowest and highest cost of each point, where both are known and differ."""
+    found = {}
+    for label in points:
+        edges = [group.value(label, group.focus, field) for field in axis.spread or ()]
+        low, high = edges if edges else (None, None)
+        if low is not None and high is not None and low < high:
+            found[label] = (low / axis.factor, high / axis.factor)
     return found
 
 
 def front_of(points: Mapping[str, tuple[float, float]], rounding: float) -> list[str]:
-    """The labels on the Pareto front, by memory; errors within rounding are equal."""
+    """The labels on the Pareto front, by cost; errors within rounding are equal."""
     labels = list(points)
-    return [labels[n] for n in pareto([(memory, max(error, rounding)) for memory, error in points.values()])]
+    return [labels[n] for n in pareto([(cost, max(error, rounding)) for cost, error in points.values()])]
 
 
 def _steps(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -87,7 +87,7 @@ def _panel(record: Record, frame: svg.Frame, y: scales.Scale, key: str, name: st
     parts.append(tag("g", line, tag("circle", cx=0.0, cy=0.0, r=3.6), class_="cursor"))
     drawing = svg.figure(key, name, f"{tip[0].upper()}{tip[1:]}.", size[1], *parts, width=size[0])
     data = _data(points, [x.start, x.end, x.low, x.high], [y.start, y.end, y.low * 2**20, y.high * 2**20])
-    return Panel(name, drawing, f"{units.mebibytes(peak[1])} MiB", f"peak, operation {peak[0]:,}", at, data)
+    return Panel(name, drawing, f"{units.mebibytes(peak[1])} MiB", f"operation {peak[0]:,}, peak", at, data)
 
 
 def _data(points: Sequence[Point], x: Sequence[float], y: Sequence[float]) -> str:

@@ -1,0 +1,102 @@
+"""`bilevel compare`: measure the estimators of one or more cases, and write a report."""
+
+import argparse
+import sys
+
+from bilevel_profiling import progress
+from bilevel_profiling.cli import options as types
+from bilevel_profiling.cli.output import DONE, INTERRUPTED, NOTHING, print_records, say, unwritable, wrong
+
+
+def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
+    """Say what it takes."""
+    parser = verbs.add_parser(
+        "compare",
+        help="measure the estimators of one or more cases and write a report",
+        description="Measure every estimator of each case at each number of inner steps, and write a report with tables and figures.",
+        epilog="Example: bilevel compare hypercleaning fewshot --out report. Interrupted, or killed? The same with --resume.",
+    )
+    add = parser.add_argument
+    add("cases", nargs="+", metavar="CASE", help="a built-in case (see: bilevel list), or the path of a Python file that defines setup(device)")
+    add("--estimators", type=types.labels, metavar="A,B", help="only these, by their labels in the case, separated by commas; default: all")
+    add("--inner-steps", type=types.numbers, metavar="1,5,20", help="the numbers of inner steps K to compare at; default: the case's own")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run; auto takes CUDA when there is one (default)")
+    add("--outer-steps", type=types.count, metavar="N", help="outer steps of each loop, at the largest K; 0 for none; default: the case's own")
+    add("--seed", type=int, default=0, metavar="N", help="of data, initialization and random losses (default 0)")
+    add("--repeats", type=types.positive, default=5, metavar="N", help="how often each call is timed, at most (default 5; slow calls fewer times)")
+    add("--time-limit", type=types.seconds, default=300.0, metavar="S", help="seconds after which a run is stopped: a row TIMEOUT (default 300)")
+    add("--memory-limit", type=types.size, metavar="4GiB", help="what a run may take beyond torch itself; more is a row OUT_OF_MEMORY (CPU, Linux)")
+    add("--threads", type=types.positive, default=1, metavar="N", help="of torch in each run (default 1, the most repeatable)")
+    add("--out", default="report", metavar="DIR", help="folder of the report, made if missing; earlier rows in it are kept aside (default: report)")
+    add("--resume", action="store_true", help="keep the finished rows in that folder, failures too, and measure only what is missing")
+    add("--retry-failed", action="store_true", help="--resume, and measure anew what ended with ERROR, CRASHED, TIMEOUT or OUT_OF_MEMORY")
+    add("--json", action="store_true", help="print the records as JSON lines on standard output; everything else goes to standard error")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it."""
+    # Here and not above: torch takes seconds to load, and --help and show do without it.
+    from bilevel_profiling.case_file import CaseError
+    from bilevel_profiling.comparison import Comparison
+    from bilevel_profiling.plan import Plan
+    from bilevel_profiling.resume import ResumeError
+
+    overrides = {"inner_steps": options.inner_steps, "outer_steps": options.outer_steps}
+    known = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        device = chosen_device(options.device)
+        plans = [
+            Plan(
+                case,
+                known,
+                options.estimators,
+                device=device,
+                seed=options.seed,
+                repeats=options.repeats,
+                time_limit=options.time_limit,
+                threads=options.threads,
+                memory_limit=options.memory_limit,
+            )
+            for case in options.cases
+        ]
+        comparison = Comparison(
+            plans,
+            options.out,
+            resume=options.resume,
+            retry_failed=options.retry_failed,
+            progress=progress.chosen(),
+            command=options.command,
+        )
+    except (CaseError, ResumeError, TypeError) as error:
+        return wrong(str(error))
+    except OSError as error:
+        return unwritable(options.out, error)
+    status, page = DONE, comparison.out / "index.html"
+    try:
+        page = comparison.run()
+        status = DONE if any(record.peak_tensor_bytes is not None for record in comparison.records) else NOTHING
+    except KeyboardInterrupt:
+        count = len(comparison.records)
+        say(f"interrupted; {count} finished row{'' if count == 1 else 's'} kept in {comparison.out / 'records.jsonl'}; --resume goes on")
+        status = INTERRUPTED
+    except OSError as error:
+        return unwritable(options.out, error)
+    print_records(comparison.records, as_json=options.json)
+    print(page, file=sys.stderr if options.json else sys.stdout)
+    return status
+
+
+def chosen_device(asked: str) -> str:
+    """auto, cpu or cuda, as torch can have it here.
+
+    Raises:
+        CaseError: cuda was asked for and is not there.
+    """
+    import torch
+
+    from bilevel_profiling.case_file import CaseError
+
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise CaseError("--device cuda was given, but torch finds no CUDA device here; leave it out, or write --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked

@@ -1,0 +1,31 @@
+"""`bilevel list`: what there is to compare."""
+
+import argparse
+
+from bilevel_profiling.cli import options as types
+from bilevel_profiling.cli.output import DONE
+
+
+def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
+    """Say what it takes: nothing."""
+    return verbs.add_parser(
+        "list", help="list what there is to compare", description="List the built-in cases, and the estimators and solvers of the library."
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it."""
+    import bilevel as bl
+    from bilevel_profiling.case_file import builtin_titles
+
+    kinds = {"estimators": bl.Estimator, "inner solvers": bl.InnerSolver, "inner optimizers": bl.Optimizer, "linear solvers": bl.LinearSolver}
+    parts: dict[str, dict[str, str]] = {"cases": builtin_titles()}
+    for title, kind in kinds.items():
+        found = {name: value for name, value in vars(bl).items() if isinstance(value, type) and issubclass(value, kind) and value is not kind}
+        parts[title] = {name: (value.__doc__ or "").strip().partition("\n")[0] for name, value in sorted(found.items())}
+    width = max(len(name) for members in parts.values() for name in members)
+    for title, members in parts.items():
+        print(f"{title}:")
+        for name, line in members.items():
+            print(f"  {name:<{width}}  {line}")
+    return DONE

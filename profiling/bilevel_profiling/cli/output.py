@@ -1,0 +1,41 @@
+"""What the verbs say, and the exit statuses they end with."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bilevel_profiling import progress
+from bilevel_profiling.record import Record
+
+DONE, NOTHING, WRONG, INTERRUPTED = 0, 1, 2, 130
+WORSE = 1
+"""Of `diff`."""
+
+
+def wrong(message: str) -> int:
+    """Say what the user can put right."""
+    say(message)
+    return WRONG
+
+
+def say(message: str) -> None:
+    """A line on standard error."""
+    print(f"bilevel: {message}", file=sys.stderr)
+
+
+def unwritable(folder: Path | str, error: OSError) -> int:
+    """Say that a folder cannot be written to."""
+    return wrong(f"cannot write to {folder}: {error.strerror or error}")
+
+
+def print_records(records: Sequence[Record], *, as_json: bool) -> None:
+    """The tables on standard output; or the records there, a JSON line each, and the tables on standard error."""
+    from bilevel_profiling import report
+
+    if as_json:
+        for record in records:
+            print(record.to_json())
+    try:
+        report.print_table(records, progress.terminal(stderr=as_json))
+    except ImportError:
+        say('the tables need rich: pip install "bilevel[profiling]"')
