@@ -211,7 +211,7 @@ def compared(found, real, workspaces):
     row |= {f"forecast_{name}": getattr(found, name) for name in names[:-1]}
     if real.peak_tensor_bytes is not None:
         row["tensors_difference"] = real.peak_tensor_bytes - found.peak_tensor_bytes
-    if real.cuda_requested_bytes is None:
+    if real.cuda_requested_bytes is None or real.status == "OUT_OF_MEMORY":  # then the peaks are those of a torn call
         return row
     copy = (real.outer_size or 0) * getattr(torch, real.dtype).itemsize
     held = workspaces or 0

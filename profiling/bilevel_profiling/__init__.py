@@ -8,25 +8,67 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bilevel_profiling.case import Case as Case
     from bilevel_profiling.comparison import compare as compare
+    from bilevel_profiling.devices import Device as Device
+    from bilevel_profiling.forecasting import Advice as Advice
+    from bilevel_profiling.forecasting import Fit as Fit
     from bilevel_profiling.forecasting import ForecastError as ForecastError
+    from bilevel_profiling.forecasting import NotMonotone as NotMonotone
+    from bilevel_profiling.forecasting import fit as fit
     from bilevel_profiling.forecasting import forecast as forecast
+    from bilevel_profiling.forecasting import largest_fit as largest_fit
+    from bilevel_profiling.forecasting import recommend as recommend
     from bilevel_profiling.measurement import measure as measure
+    from bilevel_profiling.meters.trace import trace as trace
+    from bilevel_profiling.record import Alive as Alive
     from bilevel_profiling.record import Iteration as Iteration
     from bilevel_profiling.record import Phase as Phase
     from bilevel_profiling.record import Record as Record
+    from bilevel_profiling.recorder import Recorder as Recorder
+    from bilevel_profiling.tensorboard import to_tensorboard as to_tensorboard
 
 # No module bears the name of a function here: importing it would put the module in the function's place.
 _HOMES = {
+    "Advice": "forecasting",
+    "Alive": "record",
     "Case": "case",
+    "Device": "devices",
+    "Fit": "forecasting",
     "ForecastError": "forecasting",
     "Iteration": "record",
+    "NotMonotone": "forecasting",
     "Phase": "record",
     "Record": "record",
+    "Recorder": "recorder",
     "compare": "comparison",
+    "fit": "forecasting",
     "forecast": "forecasting",
+    "largest_fit": "forecasting",
     "measure": "measurement",
+    "recommend": "forecasting",
+    "to_tensorboard": "tensorboard",
+    "trace": "meters.trace",
 }
-__all__ = ["Case", "ForecastError", "Iteration", "Phase", "Record", "compare", "forecast", "measure"]
+__all__ = [
+    "Advice",
+    "Alive",
+    "Case",
+    "Device",
+    "Fit",
+    "ForecastError",
+    "Iteration",
+    "NotMonotone",
+    "Phase",
+    "Record",
+    "Recorder",
+    "compare",
+    "fit",
+    "forecast",
+    "largest_fit",
+    "measure",
+    "recommend",
+    "to_tensorboard",
+    "trace",
+]
 
 
 def __getattr__(name: str) -> Any:

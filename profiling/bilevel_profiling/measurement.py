@@ -216,7 +216,9 @@ class Figures:
         try:
             yield
         finally:
-            self.fields |= meter.figures()
+            found = meter.figures()
+            notes = self.fields.get("notes", ()) + found.pop("notes", ())
+            self.fields |= {**found, "notes": notes}
             for name, fields in meter.phases().items():
                 self.phases.setdefault(name, {}).update(fields)
 
@@ -232,7 +234,7 @@ class Figures:
                     result = call()
                 del result
                 tidy()
-        for meter in [Cuda(device), *meters] if torch.device(device).type == "cuda" else meters:
+        for meter in [Cuda(device, workspaces=True), *meters] if torch.device(device).type == "cuda" else meters:
             with self.of(meter):
                 with meter:
                     result = call()

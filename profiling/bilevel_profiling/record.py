@@ -4,6 +4,7 @@ Meters fill records, reports read them, and nothing else passes between the two.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -197,7 +198,7 @@ def from_line(line: str) -> Record | Iteration:
     except RecursionError as error:
         raise ValueError("not a record: invalid JSON (nested too deeply)") from error
     if isinstance(data, dict) and set(data) == {"iteration"}:
-        found = _built(Iteration, _revive(data["iteration"]), "iteration")
+        found = _within("iteration", Iteration, _revive(data["iteration"]))
         assert isinstance(found, Iteration)
         return found
     if not isinstance(data, dict) or "case" not in data or "estimator" not in data:
@@ -211,7 +212,7 @@ def from_line(line: str) -> Record | Iteration:
     data = _revive(data)
     if data["schema"] == 1 and isinstance(data.get("timeline"), list):
         data["timeline"] = [[*point, "", ""] if isinstance(point, list) else point for point in data["timeline"]]
-    record = _built(Record, {**data, "schema": SCHEMA}, "record")
+    record = _within("record ", Record, {**data, "schema": SCHEMA})
     assert isinstance(record, Record)
     return record
 
@@ -243,31 +244,60 @@ def _revive(value: Any) -> Any:
     return value
 
 
-def _built(wanted: Any, value: Any, where: str) -> Any:
-    """What JSON gave, as the type a field declares: a damaged file is refused here, with the place, and not where its figures are used."""
-    kind, parts = get_origin(wanted), get_args(wanted)
-    if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
-        return _object(wanted, value, where)
-    if kind is Mapping and isinstance(value, dict):
-        return {key: _built(parts[1], item, f"{where}[{key!r}]") for key, item in value.items()}
-    if kind is tuple and isinstance(value, list):
-        each = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
-        if len(each) != len(value):
-            raise ValueError(f"{where} has {len(value)} parts; {len(each)} were needed")
-        return tuple(_built(part, item, where) for part, item in zip(each, value, strict=True))
-    scalars = parts if kind is types.UnionType else (wanted,)
-    if type(value) in scalars or (type(value) in (int, float) and (int in scalars or float in scalars)):
+def _built(wanted: Any, value: Any) -> Any:
+    """What JSON gave, as the type a field declares: a damaged file is refused here, with the place, and not where its figures are used.
+
+    The message of an error begins with the place, which grows on its way up.
+    """
+    scalars, kind, parts = _parsed(wanted)
+    if type(value) in scalars:
         return value
-    said = " or ".join("null" if scalar is type(None) else getattr(scalar, "__name__", str(scalar)) for scalar in scalars)
-    raise ValueError(f"{where} is {str(value)[:40]!r}; {said} was needed")
+    if kind is Mapping and isinstance(value, dict):
+        return {key: _within(f"[{key!r}]", parts[1], item) for key, item in value.items()}
+    if kind is tuple and isinstance(value, list):
+        each = [parts[0]] * len(value) if parts[-1] is Ellipsis else parts
+        if len(each) != len(value):
+            raise ValueError(f" has {len(value)} parts; {len(each)} were needed")
+        return tuple([_built(part, item) for part, item in zip(each, value, strict=True)])
+    if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
+        return _object(wanted, value)
+    names = ["null" if part is types.NoneType else getattr(part, "__name__", str(part)) for part in (parts if kind is types.UnionType else (wanted,))]
+    raise ValueError(f" is {str(value)[:40]!r}; {' or '.join(names)} was needed")
 
 
-def _object(wanted: Any, value: dict[str, Any], where: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(wanted)}
-    unknown = sorted(set(value) - set(fields))
-    if unknown:
-        raise ValueError(f"{where} with unknown fields {unknown}")
+def _within(place: str, wanted: Any, value: Any) -> Any:
     try:
-        return wanted(**{name: _built(fields[name].type, item, name if where == "record" else f"{where}.{name}") for name, item in value.items()})
+        return _built(wanted, value)
+    except ValueError as error:
+        raise ValueError(f"{place}{error}") from None
+
+
+@functools.cache
+def _parsed(wanted: Any) -> tuple[frozenset[type], Any, tuple[Any, ...]]:
+    """The scalar types that a declared type takes, its origin and its parts. JSON does not tell 1.0 from 1, so a number is a number."""
+    kind, parts = get_origin(wanted), get_args(wanted)
+    scalars = frozenset(parts if kind is types.UnionType else (wanted,) if kind is None and not dataclasses.is_dataclass(wanted) else ())
+    return scalars | {int, float} if scalars & {int, float} else scalars, kind, parts
+
+
+@functools.cache
+def _types(wanted: Any) -> dict[str, Any]:
+    return {field.name: field.type for field in dataclasses.fields(wanted)}
+
+
+def _object(wanted: Any, value: dict[str, Any]) -> Any:
+    declared = _types(wanted)
+    unknown = sorted(set(value) - set(declared))
+    if unknown:
+        raise ValueError(f" with unknown fields {unknown}")
+    dot = "" if wanted is Record else "."
+    found = {}
+    for name, item in value.items():
+        try:
+            found[name] = _built(declared[name], item)
+        except ValueError as error:
+            raise ValueError(f"{dot}{name}{error}") from None
+    try:
+        return wanted(**found)
     except TypeError as error:  # a field without a default is missing
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f": {error}") from error

@@ -94,8 +94,8 @@ def test_a_failed_hypergradient_ends_the_loop_and_says_so():
 def test_a_short_timeline_is_kept_whole():
     line = Timeline()
     for live in (0, 8, 4):
-        line.add(live, "inner")
-    assert line.points() == ((0, 0, "inner"), (1, 8, "inner"), (2, 4, "inner"))
+        line.add(live, ("inner", "hvp", "aten.mul"))
+    assert line.points() == tuple((place, live, "inner", "hvp", "aten.mul") for place, live in enumerate((0, 8, 4)))
     assert Timeline().points() == ()
 
 
@@ -105,14 +105,14 @@ def test_a_thinned_timeline_keeps_the_ends_and_the_peak_of_every_phase(stretches
     names = ["", "inner", "hypergradient"]
     for place in range(count):
         spike = {17_123: 10**6, 4_321: 9 * 10**5, 25_000: 8 * 10**5}.get(place, 0)
-        line.add(place % 977 + spike, names[place * stretches // count % 3])
+        line.add(place % 977 + spike, (names[place * stretches // count % 3], "", "aten.add"))
     points = line.points()
     assert len(points) <= 400
-    assert [place for place, _, _ in points] == sorted({place for place, _, _ in points})
+    assert [point[0] for point in points] == sorted({point[0] for point in points})
     assert points[0][0] == 0
     assert points[-1][0] == count - 1
-    assert {4_321, 17_123, 25_000} <= {place for place, _, _ in points}
-    assert {phase for _, _, phase in points} == set(names)
+    assert {4_321, 17_123, 25_000} <= {point[0] for point in points}
+    assert {point[2] for point in points} == set(names)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import pytest
 import torch
 from bilevel_profiling.meters.clock import Clock
 from bilevel_profiling.meters.cuda import Cuda
-from bilevel_profiling.meters.flops import Flops
 from bilevel_profiling.meters.oracles import Oracles
 from bilevel_profiling.meters.tensors import Tensors, storage_bytes
+from bilevel_profiling.meters.work import Work
 
 import bilevel as bl
 
@@ -139,7 +139,7 @@ def test_oracle_calls_are_exact(estimator, expected):
 
 def test_matmul_flops_are_those_of_the_products():
     a, b = torch.ones(8, 16), torch.ones(16, 4)
-    with Flops() as meter:
+    with Work() as meter:
         (a @ b).tanh()
     assert meter.figures()["matmul_flops"] == 2 * 8 * 16 * 4
 

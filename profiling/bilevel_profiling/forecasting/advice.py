@@ -51,9 +51,9 @@ def recommend(
     them; else those without bias before those with. Ties go to the one with less compute (roofline time with `on`, else FLOPs).
 
     Args:
-        case: the problem and the inner solver; its estimator is among the candidates only if `estimators` names it.
+        case: the problem and the inner solver; its own estimator does not matter.
         budget: of device memory for everything, such as "24GiB".
-        estimators: the candidates by label; by default those that a case without a list is compared with, under the TaskMean of the case if it has one.
+        estimators: the candidates by label; by default those that a case without a list is compared with, under a TaskMean if the case has one.
         records: of an earlier comparison of the same case with the same K, for measured errors.
         on: a device for roofline times.
 

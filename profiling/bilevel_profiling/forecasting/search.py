@@ -9,6 +9,7 @@ forecasts made on the way are checked for it.
 import dataclasses
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -131,11 +132,10 @@ def fit(case: Case, budget: str | int, over: str = INNER_STEPS, *, at_most: int 
     low, high = 0, 1
     while high <= at_most and fits(high):
         low = high
-        if _flat(forecasts):
-            # The same to the byte at three values in a row: one look at the end decides, instead of many on the way.
-            if fits(at_most):
-                low = at_most
-                break
+        # The same to the byte at three values in a row: one look at the end decides, instead of many on the way.
+        if _flat(forecasts) and fits(at_most):
+            low = at_most
+            break
         high = min(2 * high, at_most) if high < at_most else at_most + 1
     while low + 1 < high:
         middle = (low + high) // 2
@@ -192,7 +192,7 @@ def _flat(forecasts: dict[int, Record]) -> bool:
 
 def _check_monotone(over: str, forecasts: dict[int, Record]) -> None:
     pairs = sorted((value, needed(record)) for value, record in forecasts.items())
-    for (small, less), (large, more) in zip(pairs, pairs[1:], strict=False):
+    for (small, less), (large, more) in itertools.pairwise(pairs):
         if more < less:
             raise NotMonotone(
                 f"memory falls as {over} grows: {small:,} needs {sizes.text(less)}, {large:,} needs {sizes.text(more)}. There is no single largest "

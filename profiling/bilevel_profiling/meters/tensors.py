@@ -77,6 +77,8 @@ class Tensors(Meter):
         self._inside = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
+        # A function that torch.compile meets first under a dispatch mode would never be compiled afterwards.
+        self._inside.enter_context(torch.compiler.set_stance("force_eager"))
         self._inside.enter_context(self._phases)
         self._inside.enter_context(self._places)
         self._inside.enter_context(torch.autograd.set_multithreading_enabled(False))
