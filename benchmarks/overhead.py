@@ -1,11 +1,12 @@
 """What measuring costs: a hypergradient bare, under the cheap meters, and under the tensors meter, in turn in one process.
 
-    python benchmarks/overhead.py                    # about five minutes on one core; writes results/overhead.jsonl
-    python benchmarks/overhead.py language --rounds 5
+    python benchmarks/overhead.py                    # about ten minutes on one core; writes results/overhead.jsonl
+    python benchmarks/overhead.py language --seconds 10
 
 Cheap meters: oracles, clock, CUDA (off on a CPU) and phases, all at once. Seconds are the process's own CPU seconds, single-threaded, the garbage
-collector off; one sample is as many hypergradients as take 60 ms. Each round takes the three in turn, in an order that changes, and the ratios
-within a round share whatever else the machine does at that moment.
+collector off; one sample is as many hypergradients as take 60 ms. Each round takes bare and metered in turn, in an order that changes, and both
+share whatever else the machine does at that moment: on a busy machine the median of the rounds' ratios is the figure to read. Rounds are added until
+its standard error is one percent, or the time of the cell is used.
 """
 
 import argparse
@@ -31,8 +32,9 @@ import bilevel as bl
 from bilevel import _spans
 
 OUT = Path(__file__).parent / "results" / "overhead.jsonl"
-CASES = {"hypercleaning": 20, "language": 4, "fewshot": 3}
+CASES = {"hypercleaning": 20, "language": 2, "fewshot": 3}
 """And K. The cases are those of `bilevel compare`."""
+LEAST_ROUNDS, ENOUGH = 20, 0.01
 ESTIMATORS = ("unrolled", "implicit CG", "first-order corrected")
 SAMPLE_SECONDS = 0.06
 
@@ -100,33 +102,43 @@ def counted(spans):
     return block_seconds(cheap, spans, 50) - block_seconds(bare, spans, 50)
 
 
-def cell(name, label, steps, rounds):
+def standard_error(ratios):
+    """Of their median, from the distances to it (a normal distribution's, which outliers do not move)."""
+    middle = statistics.median(ratios)
+    spread = 1.4826 * statistics.median(abs(ratio - middle) for ratio in ratios)
+    return 1.2533 * spread / len(ratios) ** 0.5
+
+
+def cell(name, label, steps, limit):
     case = case_file.load(name)
     trial = Trial(Case(case.setup, bl.Descent(case.optimizer, steps=steps), case.estimators[label], name=name, label=label))
     spans = Spans()
     with _spans.listen(spans):
         trial.hypergradient()
-    once = sample(trial, bare, 1)
-    repeats = max(1, round(SAMPLE_SECONDS / once))
-    seconds = {side: [] for side in SIDES}
-    for number in range(rounds):
-        # The tensors meter takes one sample in four rounds: its factor is large and known soon.
-        sides = [side for side in SIDES if side != "tensors" or number % 4 == 0]
-        for side in sides if number % 2 else reversed(sides):
+    repeats = max(1, round(SAMPLE_SECONDS / sample(trial, bare, 1)))
+    seconds, started = {side: [] for side in SIDES}, time.perf_counter()
+    ratios = []
+    while len(ratios) < 5 or (time.perf_counter() - started < limit and (len(ratios) < LEAST_ROUNDS or standard_error(ratios) > ENOUGH)):
+        order = ("bare", "cheap") if len(ratios) % 2 else ("cheap", "bare")
+        for side in order:
             seconds[side].append(sample(trial, SIDES[side], repeats))
-    ratios = [metered / plain for plain, metered in zip(seconds["bare"], seconds["cheap"], strict=True)]
-    quartiles = statistics.quantiles(ratios, n=4)
+        ratios.append(seconds["cheap"][-1] / seconds["bare"][-1])
+        if len(ratios) % 5 == 0 and len(ratios) <= 50:  # its factor is large, and known soon
+            seconds["tensors"].append(sample(trial, Tensors, repeats))
+    low, _, high = statistics.quantiles(ratios, n=4)
     plain = statistics.median(seconds["bare"])
     return {
         "case": name,
         "estimator": label,
         "inner_steps": steps,
-        "rounds": rounds,
+        "rounds": len(ratios),
         "repeats": repeats,
         "bare_seconds": plain,
         "bare_seconds_least": min(seconds["bare"]),
-        "cheap_ratio": statistics.median(seconds["cheap"]) / plain,
-        "cheap_quartiles": [quartiles[0], quartiles[2]],
+        "cheap_ratio": statistics.median(ratios),
+        "cheap_ratio_error": standard_error(ratios),
+        "cheap_quartiles": [low, high],
+        "cheap_ratio_of_medians": statistics.median(seconds["cheap"]) / plain,
         "cheap_ratio_of_least": min(seconds["cheap"]) / min(seconds["bare"]),
         "tensors_ratio": statistics.median(seconds["tensors"]) / plain,
         "spans": spans.count,
@@ -137,7 +149,7 @@ def cell(name, label, steps, rounds):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}; all by default")
-    parser.add_argument("--rounds", type=int, default=60, help="of each cell")
+    parser.add_argument("--seconds", type=float, default=75, help="at most, for the rounds of a cell")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -147,7 +159,7 @@ def main(arguments=None):
         warnings.filterwarnings("ignore", message=STEPPED_THROUGH)
         for name in given.cases:
             for label in ESTIMATORS:
-                records.append({**cell(name, label, CASES[name], given.rounds), "environment": environment})
+                records.append({**cell(name, label, CASES[name], given.seconds), "environment": environment})
                 print(json.dumps({key: value for key, value in records[-1].items() if key != "environment"}), flush=True)
     given.out.parent.mkdir(exist_ok=True)
     given.out.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -42,15 +42,21 @@ def characters(records):
 
 
 def overhead(records):
-    head = "| case | estimator | K | ms a step | cheap meters (quartiles of the rounds) | least over least | spans | counted | tensors meter |"
-    lines = [head, "| --- " * 9 + "|"]
+    head = "| case | estimator | K | ms a step | cheap meters add | quartiles | of the medians | of the least | spans | counted | tensors meter |"
+    lines = [head, "| --- " * 11 + "|"]
     for r in records:
         low, high = r["cheap_quartiles"]
         lines.append(
             f"| {r['case']} | {r['estimator']} | {r['inner_steps']} | {1000 * r['bare_seconds']:.1f} "
-            f"| {r['cheap_ratio'] - 1:+.1%} ({low - 1:+.1%} to {high - 1:+.1%}) | {r['cheap_ratio_of_least'] - 1:+.1%} | {r['spans']} "
-            f"| {r['cheap_counted']:+.2%} | x {r['tensors_ratio']:.2f} |"
+            f"| {r['cheap_ratio'] - 1:+.1%} +- {r['cheap_ratio_error']:.1%} | {low - 1:+.1%} to {high - 1:+.1%} "
+            f"| {r['cheap_ratio_of_medians'] - 1:+.1%} | {r['cheap_ratio_of_least'] - 1:+.1%} | {r['spans']} | {r['cheap_counted']:+.2%} "
+            f"| x {r['tensors_ratio']:.2f} |"
         )
+    if records:
+        weights = [r["cheap_ratio_error"] ** -2 for r in records]
+        mean = sum(weight * r["cheap_ratio"] for weight, r in zip(weights, records, strict=True)) / sum(weights)
+        most, error = max(r["cheap_counted"] for r in records), sum(weights) ** -0.5
+        lines.append(f"\nAll cells together, weighted by their errors: {mean - 1:+.1%} +- {error:.1%}. Counted: at most {most:.2%} of a step.")
     return "\n".join(lines)
 
 
@@ -189,11 +195,10 @@ sweep. The margin, what a forecast on such a device has to add, is a row of the 
 
     python benchmarks/overhead.py
 
-One hypergradient, bare, under the meters that measure without a pass of their own (oracles, clock, CUDA, phases; `cheap meters`), and under the
-tensors meter, in turn in one single-threaded process, in process CPU seconds. The ratio is that of the medians, with the quartiles of the rounds' own
-ratios; beside it that of the least seconds of each. Other work on the machine moves both by several percent. "counted" does not need the difference
-of two long times: what the meters cost around an empty block, and the spans of a step times what hearing one costs in a loop of nothing else, over
-the bare step.
+One hypergradient, bare, under the meters that need no pass of their own (oracles, clock, CUDA, phases; "cheap"), and under the tensors meter, in
+turn in one single-threaded process, in process CPU seconds. "cheap meters add": the median of the rounds' ratios, less one, with its standard error;
+then their quartiles, the ratio of the two medians, and of the two least. Other work on the machine moves all of these by several percent. "counted"
+is no difference of two long times: what the meters cost around an empty block with as many spans as the step has, over the bare step.
 
 {overhead(meters)}
 

@@ -158,16 +158,17 @@ class Comparison:
         self._settled = settle(plans)
         self._folder = Folder(out)
         self.out = self._folder.path
-        if resume or retry_failed:
-            rows, said = resuming.resume(self._folder, self._settled)
-        else:
-            rows, said = [], [resuming.begin(self._folder, self._settled)]
-        for sentence in filter(None, said):
+        try:
+            rows, said = resuming.resume(self._folder, self._settled) if resume or retry_failed else resuming.begin(self._folder, self._settled)
+            self._file = RecordsFile(self._folder.records, rows)
+        except BaseException:
+            self._folder.release()
+            raise
+        for sentence in said:
             self._progress.say(sentence)
-        self._file = RecordsFile(self._folder.records, rows)
-        records = self.records if retry_failed else []
-        self._again = {_key(record) for record in records if resuming.failed(record)}
-        self._loop_again = {_key(record) for record in records if resuming.loop_failed(record)}
+        again = self.records if retry_failed else []
+        self._again = {_key(record) for record in again if resuming.failed(record)}
+        self._loop_again = {_key(record) for record in again if resuming.loop_failed(record)}
         self._date = environment()["date"]
 
     @property

@@ -111,11 +111,11 @@ def _numbered(stem: str) -> Iterator[str]:
 
 def _locked(folder: Path) -> int:
     """A descriptor that holds the folder's lock; the system lets go of it when the process ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
         import fcntl
-    except ImportError:  # not on Windows
-        return descriptor
+    except ImportError:  # Windows has none, and opens no folders
+        return os.open(os.devnull, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

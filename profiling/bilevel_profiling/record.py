@@ -212,7 +212,7 @@ def from_line(line: str) -> Record | Iteration:
     data = _revive(data)
     if data["schema"] == 1 and isinstance(data.get("timeline"), list):
         data["timeline"] = [[*point, "", ""] if isinstance(point, list) else point for point in data["timeline"]]
-    record = _within("record ", Record, {**data, "schema": SCHEMA})
+    record = _built(Record, {**data, "schema": SCHEMA})
     assert isinstance(record, Record)
     return record
 
@@ -289,7 +289,7 @@ def _object(wanted: Any, value: dict[str, Any]) -> Any:
     declared = _types(wanted)
     unknown = sorted(set(value) - set(declared))
     if unknown:
-        raise ValueError(f" with unknown fields {unknown}")
+        raise ValueError(f"{'record' if wanted is Record else ''} with unknown fields {unknown}")
     dot = "" if wanted is Record else "."
     found = {}
     for name, item in value.items():

@@ -58,15 +58,15 @@ def facts(settled: Settled) -> Facts:
     }
 
 
-def begin(folder: Folder, settled: Sequence[Settled]) -> str:
-    """Write down what a new comparison measures with; earlier rows are set aside.
+def begin(folder: Folder, settled: Sequence[Settled]) -> tuple[list[Row], list[str]]:
+    """Write down what a new comparison measures with. Earlier rows are set aside, which is said.
 
-    Returns:
-        A sentence for the user, or nothing.
+    Raises:
+        OSError: a file cannot be written.
     """
     said = folder.set_aside()
     _write(folder, {each.case.name: facts(each) for each in settled})
-    return said
+    return [], [said] if said else []
 
 
 def resume(folder: Folder, settled: Sequence[Settled]) -> tuple[list[Row], list[str]]:

@@ -1,8 +1,11 @@
 """Processes of their own: fresh, silent, watched, and ended with whatever they did as data."""
 
+import glob
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -49,6 +52,41 @@ def test_every_end_is_a_failure_with_a_reason(function, arguments, status, reaso
     assert failure.status == status
     assert reason in failure.reason
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux")
+def test_a_process_can_be_given_so_much_memory_and_no_more():
+    assert run(bytearray, 2**20, time_limit=60, memory_limit=256 * MIB).failure is None
+    failure = run(bytearray, 2**30, time_limit=60, memory_limit=256 * MIB).failure
+    assert failure.status == "OUT_OF_MEMORY"
+    assert failure.reason == "The run was given 256 MiB beyond what torch itself had taken, and asked for more: MemoryError"
+    failure = run(torch.ones, 2**28, time_limit=60, memory_limit=256 * MIB).failure
+    assert failure.status == "OUT_OF_MEMORY"
+    assert "you tried to allocate 1073741824 bytes" in failure.reason
+    assert run(eval, "len(bytearray(2**30))", time_limit=60).value == 2**30  # the limit went with its process
+
+
+def test_a_kill_by_the_kernel_is_out_of_memory(monkeypatch):
+    """The kernel counts the processes that it kills for want of memory; such a kill looks like any other to us."""
+    kills = iter([7, 8])
+    monkeypatch.setattr(isolate, "_kernel_kills", lambda: next(kills))
+    failure = run(signal.raise_signal, signal.SIGKILL, time_limit=60).failure
+    assert (failure.status, "kernel killed" in failure.reason) == ("OUT_OF_MEMORY", True)
+    monkeypatch.setattr(isolate, "_kernel_kills", lambda: 8)
+    assert run(signal.raise_signal, signal.SIGKILL, time_limit=60).failure.status == "CRASHED"
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+def test_no_temporary_file_outlives_a_run():
+    logs = f"{tempfile.gettempdir()}/bilevel-*.log"
+    before = set(glob.glob(logs))
+    during = set(run(glob.glob, logs, time_limit=60).value)
+    assert during - before == set()  # gone while it runs, so that whoever is killed leaves none
+    assert run(os.abort, time_limit=60).failure.status == "CRASHED"
 
 
 def test_what_it_prints_is_kept_and_does_not_reach_our_output(capfd):
@@ -125,6 +163,12 @@ def test_a_script_without_a_guard_is_told_to_have_one(tmp_path):
 def test_words_for_exceptions_and_exits():
     assert of_error(KeyError("a\nb")).reason == "KeyError: 'a\\nb'"
     assert len(of_error(ValueError("x" * 10_000)).reason) <= 600
+    assert of_error(Mute()).reason == "Mute: its text raised RuntimeError"
+    assert of_error(ValueError("\udce4")).reason == "ValueError: \\udce4"
+    assert of_error(OSError(12, "Cannot allocate memory")).status == "OUT_OF_MEMORY"
+    assert of_error(RuntimeError("std::bad_alloc")).status == "OUT_OF_MEMORY"
+    assert of_error(ValueError("out of memory")).status == "ERROR"
+    assert of_exit(-6, "terminate called after throwing an instance of 'std::bad_alloc'").status == "OUT_OF_MEMORY"
     assert of_error(torch.OutOfMemoryError("CUDA out of memory. Tried ...")).status == "OUT_OF_MEMORY"
     assert "out of memory" in of_exit(-9).reason
     assert "last wrote: oh" in of_exit(1, "oh").reason

@@ -201,5 +201,5 @@ def test_whoever_is_killed_while_writing_has_lost_nothing_that_was_finished(tmp_
         assert grown + said.count(b"-") <= iterations <= grown + said.count(b"-") + 1
         assert [record.estimator for record in found.records] == [str(number) for number in range(len(found.rows))]
         finished, grown = len(found.rows), iterations
-    assert finished > 20
+    assert finished >= 8
     assert {path.name for path in Path(tmp_path).iterdir()} <= {"r.jsonl", "r.jsonl.tmp"}

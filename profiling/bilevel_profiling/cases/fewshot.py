@@ -45,9 +45,9 @@ ESTIMATORS = {
 }
 
 
-def setup(device: str, seed: int = 0) -> Any:
+def setup(device: str, seed: int = 0, *, tasks: int = TASKS, shot: int = SHOT, query: int = QUERY, width: int = WIDTH) -> Any:
     """The problem, with the tasks of the first outer step."""
-    problem, outer, inner, batches = fewshot.setup(device, seed, tasks=TASKS, shot=SHOT, query=QUERY, width=WIDTH)
+    problem, outer, inner, batches = fewshot.setup(device, seed, tasks=tasks, shot=shot, query=query, width=width)
     return bl.proximal(problem, STRENGTH), outer, inner, batches
 
 

@@ -37,9 +37,9 @@ ESTIMATORS = {
 }
 
 
-def setup(device: str, seed: int = 0) -> Any:
+def setup(device: str, seed: int = 0, *, hidden: int = HIDDEN) -> Any:
     """The problem, with the whole training set as the inner batch."""
-    return hypercleaning.setup(device, seed, hidden=HIDDEN)
+    return hypercleaning.setup(device, seed, hidden=hidden)
 
 
 def outer_optimizer(tensors: Sequence[Tensor]) -> torch.optim.Optimizer:

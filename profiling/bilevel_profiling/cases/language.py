@@ -36,8 +36,7 @@ ESTIMATORS = {
 
 def setup(device: str, seed: int = 0) -> Any:
     """The problem, with all sequences as the inner batch."""
-    sizes = {"context": CONTEXT, "examples": EXAMPLES, "validation": VALIDATION}
-    return language.setup(device, seed, layers=LAYERS, width=WIDTH, heads=HEADS, **sizes)
+    return language.setup(device, seed, layers=LAYERS, width=WIDTH, heads=HEADS, context=CONTEXT, examples=EXAMPLES, validation=VALIDATION)
 
 
 def outer_optimizer(tensors: Sequence[Tensor]) -> torch.optim.Optimizer:

@@ -9,10 +9,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from bilevel_profiling.cli import compare, diff, listing, show
+from bilevel_profiling.cli import compare, diff, fit, forecast, listing, show
 from bilevel_profiling.cli.output import DONE, INTERRUPTED
 
-VERBS = (compare, show, diff, listing)
+VERBS = (compare, forecast, fit, show, diff, listing)
 """In the order of `--help`. None of them loads torch before it runs."""
 
 
@@ -43,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bilevel", description="Compare estimators of the hypergradient: memory, time, compute and error, each run in a fresh process."
-    )
+    parser = argparse.ArgumentParser(prog="bilevel", description="What hypergradients cost, measured or forecast: memory, time, compute and error.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     for verb in VERBS:
         verb.add(verbs).set_defaults(run=verb.run)

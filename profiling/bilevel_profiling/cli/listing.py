@@ -16,13 +16,19 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Do it."""
     import bilevel as bl
+    from bilevel_profiling import sizes
     from bilevel_profiling.case_file import builtin_titles
+    from bilevel_profiling.devices import DEVICES
 
     kinds = {"estimators": bl.Estimator, "inner solvers": bl.InnerSolver, "inner optimizers": bl.Optimizer, "linear solvers": bl.LinearSolver}
     parts: dict[str, dict[str, str]] = {"cases": builtin_titles()}
     for title, kind in kinds.items():
         found = {name: value for name, value in vars(bl).items() if isinstance(value, type) and issubclass(value, kind) and value is not kind}
         parts[title] = {name: (value.__doc__ or "").strip().partition("\n")[0] for name, value in sorted(found.items())}
+    parts["devices for --on"] = {
+        name: f"{device.name}: {device.flops['float32'] / 1e12:g} TFLOP/s float32, {device.bandwidth / 1e9:,.0f} GB/s, {sizes.text(device.memory)}"
+        for name, device in DEVICES.items()
+    }
     width = max(len(name) for members in parts.values() for name in members)
     for title, members in parts.items():
         print(f"{title}:")

@@ -1,8 +1,9 @@
 """Types of options: each turns a word of the command line into a value, or says what was needed."""
 
 import argparse
+import ast
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bilevel_profiling import sizes
 
@@ -67,6 +68,22 @@ def share(text: str) -> float:
     if not 0 <= found < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no percentage of at least 0, such as 10 or 10%")
     return found / 100
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """A name and its value: a Python literal, or else the text.
+
+    Example:
+        >>> setting("width=2048"), setting("name=glyphs")
+        (('width', 2048), ('name', 'glyphs'))
+    """
+    name, sign, value = text.partition("=")
+    if not sign or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is no setting such as width=2048")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def _at_least(text: str, least: int) -> int:

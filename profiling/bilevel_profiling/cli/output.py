@@ -28,6 +28,25 @@ def unwritable(folder: Path | str, error: OSError) -> int:
     return wrong(f"cannot write to {folder}: {error.strerror or error}")
 
 
+def print_rows(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, stderr: bool = False) -> None:
+    """A table of words; plain lines where rich is missing."""
+    try:
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        stream = sys.stderr if stderr else sys.stdout
+        print(title, *("  ".join(row) for row in (header, *rows)), sep="\n", file=stream)
+        return
+    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
+    for name in header:
+        table.add_column(Text(name), overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = progress.terminal(stderr=stderr)
+    console.print(table)
+    console.print()
+
+
 def print_records(records: Sequence[Record], *, as_json: bool) -> None:
     """The tables on standard output; or the records there, a JSON line each, and the tables on standard error."""
     from bilevel_profiling import report

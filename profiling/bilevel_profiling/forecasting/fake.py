@@ -99,7 +99,7 @@ def _of_case(case: Case, device: Device | None, command: str) -> Record:
         base = trial.posed.tensor_bytes(case.solver.max_steps)
         trial.prime()
         figures, notes, blocks = _metered(trial, device)
-        facts = {"dtype": str(trial.posed.dtype).removeprefix("torch."), "base_tensor_bytes": base}
+        facts: dict[str, Any] = {"dtype": str(trial.posed.dtype).removeprefix("torch."), "base_tensor_bytes": base}
         del trial
     if cuda:
         facts |= {"cuda_requested_bytes": base + figures.fields["peak_tensor_bytes"], "cuda_allocated_bytes": in_blocks(base) + blocks}

@@ -2,8 +2,8 @@
 
     largest v with base(v) + peak(v) <= budget
 
-Found by doubling and bisection on exact forecasts, so v fits and v + 1 does not, both forecast. That is the answer if memory grows with v; all
-forecasts made on the way are checked for it.
+Found by bisection on exact forecasts, guided by the line through them, so v fits and v + 1 does not, both forecast. That is the answer if memory
+grows with v; all forecasts made on the way are checked for it.
 """
 
 import dataclasses
@@ -74,7 +74,7 @@ class Fit:
         return f"{self.over} = {self.value:,} fits ({used}); {self.value + 1:,} would need {over}"
 
 
-def largest_fit(case: Case, budget: str | int, over: str = INNER_STEPS, *, at_most: int = 1024) -> int:
+def largest_fit(case: Case, budget: str | int, over: str = INNER_STEPS, *, at_most: int = 256) -> int:
     """The largest value that fits, found without running anything.
 
     Args:
@@ -103,7 +103,7 @@ def largest_fit(case: Case, budget: str | int, over: str = INNER_STEPS, *, at_mo
     return fit(case, budget, over, at_most=at_most).value
 
 
-def fit(case: Case, budget: str | int, over: str = INNER_STEPS, *, at_most: int = 1024, told: Callable[[int, Record], None] | None = None) -> Fit:
+def fit(case: Case, budget: str | int, over: str = INNER_STEPS, *, at_most: int = 256, told: Callable[[int, Record], None] | None = None) -> Fit:
     """As `largest_fit`, with the forecasts that were made.
 
     Args:
@@ -129,17 +129,10 @@ def fit(case: Case, budget: str | int, over: str = INNER_STEPS, *, at_most: int 
             _check_monotone(over, forecasts)
         return needed(forecasts[value]) <= limit
 
-    low, high = 0, 1
-    while high <= at_most and fits(high):
-        low = high
-        # The same to the byte at three values in a row: one look at the end decides, instead of many on the way.
-        if _flat(forecasts) and fits(at_most):
-            low = at_most
-            break
-        high = min(2 * high, at_most) if high < at_most else at_most + 1
+    low, high = 0, at_most + 1
     while low + 1 < high:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        value = _next(low, high, limit, {value: needed(record) for value, record in forecasts.items()})
+        low, high = (value, high) if fits(value) else (low, value)
     return Fit(over, low, at_most, limit, dict(sorted(forecasts.items())))
 
 
@@ -185,9 +178,23 @@ def parameters(setup: Callable[..., Any]) -> list[str]:
     ]
 
 
-def _flat(forecasts: dict[int, Record]) -> bool:
-    last = [needed(record) for _, record in sorted(forecasts.items())][-3:]
-    return len(last) == 3 and len(set(last)) == 1
+def _next(low: int, high: int, limit: int, known: dict[int, int]) -> int:
+    """Where to look next, strictly between `low`, which fits, and `high`, which does not or is past the end.
+
+    The line through two values tells where the budget ends: exactly, for memory that grows by the same bytes each time. Every third look halves the
+    bracket, so that no other growth takes many.
+    """
+    begun = next((value for value in (1, 2, 4) if value not in known and low < value < high), None)
+    if begun is not None:
+        return begun
+    if len(known) % 3 == 2 and high in known:
+        return (low + high) // 2
+    a, b = (low, high) if low and high in known else sorted(known)[-2:] if len(known) > 1 else (0, 0)
+    slope = (known[b] - known[a]) / (b - a) if b > a and a in known else 0.0
+    guess = high - 1 if slope <= 0 else a + int((limit - known[a]) / slope)
+    if low in known and known.get(high, 0) > limit and guess <= low:
+        guess = low + 1
+    return min(max(guess, low + 1), high - 1)
 
 
 def _check_monotone(over: str, forecasts: dict[int, Record]) -> None:

@@ -1,0 +1,215 @@
+"""`bilevel forecast`: what the estimators of a case would cost, and which of them fit a memory budget, without running them."""
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from bilevel_profiling import progress
+from bilevel_profiling.cli import options as types
+from bilevel_profiling.cli.output import DONE, NOTHING, print_records, print_rows, say, unwritable, wrong
+from bilevel_profiling.record import Record
+
+if TYPE_CHECKING:
+    from bilevel_profiling.case import Case
+    from bilevel_profiling.case_file import Definition
+    from bilevel_profiling.forecasting import Fit
+
+
+def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
+    """Say what it takes."""
+    parser = verbs.add_parser(
+        "forecast",
+        help="say what the estimators of a case would cost, without running them",
+        description="Forecast memory, FLOPs and oracle calls of every estimator of a case on tensors without data: nothing is allocated, and no GPU is "
+        "needed. With --budget also which of them fit, the largest number of inner steps at which each does, and which to take.",
+        epilog="Example: bilevel forecast language --set width=2048 --set layers=20 --set heads=16 --set context=512 --budget 80GiB --on a100",
+    )
+    add_case(parser)
+    add = parser.add_argument
+    add("--inner-steps", type=types.numbers, metavar="1,5,20", help="the numbers of inner steps K to forecast; default: the case's own")
+    add("--budget", type=types.size, metavar="24GiB", help="memory of the device, for data, variables and all that a step adds")
+    add("--at-most", type=types.positive, default=256, metavar="N", help="the largest K that the search for the budget looks at (default 256)")
+    add("--on", metavar="DEVICE", help="a GPU for lower bounds on the time, such as a100 or h100 (see: bilevel list)")
+    add("--alive", action="store_true", help="also print what would be alive at each peak")
+    add("--out", metavar="DIR", help="also write the records and a report there")
+    add("--json", action="store_true", help="print the records as JSON lines on standard output; everything else goes to standard error")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it."""
+    from bilevel_profiling.case_file import CaseError
+    from bilevel_profiling.devices import DEVICES
+
+    try:
+        definition = defined(options)
+    except CaseError as error:
+        return wrong(str(error))
+    if options.on is not None and options.on not in DEVICES:
+        return wrong(f"--on {options.on}: there is no such device; write one of {', '.join(DEVICES)}")
+    cases = list(cases_of(definition, options, options.inner_steps or definition.inner_steps))
+    records = _forecasts(cases, options)
+    if options.out is not None:
+        try:
+            say(f"wrote {_written(records, options)}")
+        except OSError as error:
+            return unwritable(options.out, error)
+    print_records(records, as_json=options.json)
+    if options.alive:
+        from bilevel_profiling import report
+
+        for record in records:
+            if record.alive:
+                report.print_alive(record, progress.terminal(stderr=options.json))
+    done = any(record.peak_tensor_bytes is not None for record in records)
+    if done and options.budget is not None:
+        _print_budget(definition, cases, records, options)
+    return DONE if done else NOTHING
+
+
+def add_case(parser: argparse.ArgumentParser) -> None:
+    """The options that say which case, and with what sizes."""
+    add = parser.add_argument
+    add("case", metavar="CASE", help="a built-in case (see: bilevel list), or the path of a Python file that defines setup(device)")
+    add("--set", type=types.setting, action="append", default=[], metavar="NAME=VALUE", help="a parameter of the case's setup(), such as width=2048")
+    add("--estimators", type=types.labels, metavar="A,B", help="only these, by their labels in the case, separated by commas; default: all")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="to forecast for; none has to be there (auto: cuda if there is one)")
+    add("--seed", type=int, default=0, metavar="N", help="given to the case's setup() (default 0)")
+
+
+def defined(options: argparse.Namespace) -> "Definition":
+    """The case as the options want it.
+
+    Raises:
+        CaseError: there is no such case, label, or parameter.
+    """
+    import inspect
+
+    from bilevel_profiling.case_file import CaseError, load
+
+    found = load(options.case)
+    settings = dict(options.set)
+    parameters = inspect.signature(found.setup).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name in settings:
+        if not open_ended and (name not in parameters or name in ("device", "seed")):
+            known = [each for each in parameters if each not in ("device", "seed")]
+            has = f"its setup() takes {', '.join(known)}" if known else "its setup() takes none"
+            raise CaseError(f"case {found.name} has no parameter {name!r}: {has}")
+    unknown = [label for label in options.estimators or () if label not in found.estimators]
+    if unknown:
+        raise CaseError(f"there is no estimator {' or '.join(map(repr, unknown))}: {found.name} has {', '.join(found.estimators)}")
+    labels = options.estimators or list(found.estimators)
+    setup = functools.partial(found.setup, **settings) if settings else found.setup
+    return dataclasses.replace(found, setup=setup, estimators={label: found.estimators[label] for label in labels})
+
+
+def cases_of(definition: "Definition", options: argparse.Namespace, inner_steps: tuple[int, ...]) -> "Iterator[Case]":
+    """One case for each K and estimator."""
+    import bilevel as bl
+    from bilevel_profiling.case import Case
+
+    for steps in inner_steps:
+        for label, estimator in definition.estimators.items():
+            yield Case(
+                definition.setup,
+                solver=bl.Descent(definition.optimizer, steps),
+                estimator=estimator,
+                device=_device(options.device),
+                seed=options.seed,
+                name=definition.name,
+                label=label,
+                outer_optimizer=definition.outer_optimizer,
+            )
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+
+
+def _forecasts(cases: "list[Case]", options: argparse.Namespace) -> list[Record]:
+    from bilevel_profiling.forecasting import forecast
+
+    watcher = progress.chosen()
+    tasks = [progress.Task(case.name, f"{case.label}, K = {case.solver.max_steps}", 5 + case.solver.max_steps) for case in cases]
+    records = []
+    watcher.start(tasks)
+    try:
+        for case, task in zip(cases, tasks, strict=True):
+            watcher.begin(task)
+            records.append(_tried(case, functools.partial(forecast, case, on=options.on, command=options.command)))
+            watcher.finish(task, progress.row_text(records[-1]))
+    finally:
+        watcher.stop()
+    return records
+
+
+def _tried(case: "Case", work: Any) -> Record:
+    """The forecast, or a row that says why there is none: an estimator may refuse a problem, or a loss read a value."""
+    from bilevel_profiling.failure import of_error
+    from bilevel_profiling.measurement import described
+
+    try:
+        return work()  # type: ignore[no-any-return]
+    except Exception as error:
+        failure = of_error(error)
+        return dataclasses.replace(described(case), source="forecast", status=failure.status, reason=failure.reason)
+
+
+def _written(records: list[Record], options: argparse.Namespace) -> Any:
+    from pathlib import Path
+
+    from bilevel_profiling import records_file, report
+
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    records_file.write(records, folder / "records.jsonl")
+    return report.write(records, folder, options.command)
+
+
+def _print_budget(definition: "Definition", cases: "list[Case]", records: list[Record], options: argparse.Namespace) -> None:
+    from bilevel_profiling import sizes
+    from bilevel_profiling.forecasting import fit, recommend
+    from bilevel_profiling.forecasting.search import needed
+
+    rows = []
+    for case, record in zip(cases, records, strict=True):
+        if record.peak_tensor_bytes is None:
+            continue
+        share = needed(record) / options.budget
+        rows.append(
+            [case.label, f"{record.inner_steps:,}", sizes.text(needed(record)), f"{share:.0%}", "yes" if share <= 1 else "no", dominant(record)]
+        )
+    title = f"{definition.name} in {sizes.text(options.budget)}"
+    print_rows(title, ["estimator", "K", "needs", "of budget", "fits", "what holds most at the peak"], rows, stderr=options.json)
+    largest = []
+    for case in {case.label: case for case in cases}.values():
+        if any(record.estimator == case.label and record.peak_tensor_bytes is not None for record in records):
+            say(f"looking for the largest K of {case.label} that fits")
+            found = fit(case, options.budget, at_most=options.at_most)
+            largest.append([case.label, largest_text(found), found.text])
+    print_rows(f"largest K in {sizes.text(options.budget)}", ["estimator", "largest K", ""], largest, stderr=options.json)
+    chosen = recommend(cases[-1], options.budget, estimators=definition.estimators, on=options.on)
+    advice = [[str(place), each.label, each.sentence] for place, each in enumerate(chosen, start=1)]
+    steps = cases[-1].solver.max_steps
+    print_rows(f"in this order, for K = {steps:,}", ["", "estimator", "why"], advice, stderr=options.json)
+
+
+def largest_text(found: "Fit") -> str:
+    """The largest value in a table."""
+    return "none" if not found.value else f"{found.value:,}" + (" or more" if found.capped else "")
+
+
+def dominant(record: Record) -> str:
+    """What holds most at the peak, in a few words."""
+    base, peak = record.base_tensor_bytes or 0, record.peak_tensor_bytes or 0
+    if not record.alive or base > max(entry.bytes for entry in record.alive):
+        return f"{base / max(base + peak, 1):.0%} data and variables"
+    first = record.alive[0]
+    where = " in ".join(part for part in (first.line, first.module) if part)
+    made = "gradient of " if first.backward else ""
+    return f"{first.bytes / max(base + peak, 1):.0%} {first.operator.removeprefix('aten.')}, {made}{where}"
