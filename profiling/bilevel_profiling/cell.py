@@ -37,6 +37,10 @@ class Job:
     repeats: int = 5
     command: str = ""
     threads: int = 1
+    trace: Path | None = None
+    """Where a trace of a call goes."""
+    snapshot: Path | None = None
+    """Where, on CUDA, a snapshot of the allocator goes."""
 
     def definition(self) -> Definition:
         """The case's definition, loaded in this process, which takes its number of threads."""
@@ -61,7 +65,7 @@ class Job:
 def cost(job: Job, program: Path | str, solution: Path | str) -> Record:
     """Everything but resident memory. A reference is the path of its file, or a sentence on why there is none."""
     known = References(_reference(program), _reference(solution))
-    return measure(job.case(job.definition()), repeats=job.repeats, errors=known, command=job.command)
+    return measure(job.case(job.definition()), repeats=job.repeats, errors=known, trace=job.trace, snapshot=job.snapshot, command=job.command)
 
 
 def resident(job: Job, gate: Gate) -> None:

@@ -51,6 +51,8 @@ def compare(
     memory_limit: int | str | None = None,
     resume: bool = False,
     retry_failed: bool = False,
+    trace: bool = False,
+    snapshot: bool = False,
     progress: Progress | None = None,
     command: str = "",
 ) -> list[Record]:
@@ -78,6 +80,8 @@ def compare(
             only; the float64 references are not limited.
         resume: keep the finished rows of an earlier comparison in `out`, and measure only what is missing.
         retry_failed: like `resume`, but rows and outer loops that ended with ERROR, CRASHED, TIMEOUT or OUT_OF_MEMORY are measured anew.
+        trace: also write a torch.profiler trace of each run, into traces/.
+        snapshot: also write a snapshot of the CUDA allocator for each run, into snapshots/; of no effect on the CPU.
         progress: told about each step of the work; silent by default.
         command: kept in the records' environments.
 
@@ -122,7 +126,7 @@ def compare(
         threads=threads,
         memory_limit=None if memory_limit is None else sizes.parse(memory_limit),
     )
-    comparison = Comparison([plan], out, resume=resume, retry_failed=retry_failed, progress=progress, command=command)
+    comparison = Comparison([plan], out, resume=resume, retry_failed=retry_failed, trace=trace, snapshot=snapshot, progress=progress, command=command)
     comparison.run()
     return comparison.records
 
@@ -135,6 +139,8 @@ class Comparison:
         out: folder of the report.
         resume: see `compare`.
         retry_failed: see `compare`.
+        trace: see `compare`.
+        snapshot: see `compare`.
         progress: see `compare`.
         command: see `compare`.
 
@@ -149,12 +155,15 @@ class Comparison:
         *,
         resume: bool = False,
         retry_failed: bool = False,
+        trace: bool = False,
+        snapshot: bool = False,
         progress: Progress | None = None,
         command: str = "",
     ) -> None:
         isolate.refuse_recursion()
         self._progress = progress or Silent()
         self._command = command
+        self._trace, self._snapshot = trace, snapshot
         self._settled = settle(plans)
         self._folder = Folder(out)
         self.out = self._folder.path
@@ -259,10 +268,16 @@ class Comparison:
     ) -> Callable[[], str]:
         def work() -> str:
             sources = [notes.get(key, "none.") for key in keys]
-            outcome = isolate.run(cell.cost, job, *sources, time_limit=plan.time_limit, memory_limit=plan.memory_limit)
+            stem = f"{definition.name}-{job.label}-{job.inner_steps}"
+            asked = dataclasses.replace(
+                job,
+                trace=self._folder.trace(stem) if self._trace else None,
+                snapshot=self._folder.snapshot(stem) if self._snapshot and job.device == "cuda" else None,
+            )
+            outcome = isolate.run(cell.cost, asked, *sources, time_limit=plan.time_limit, memory_limit=plan.memory_limit)
             if outcome.failure is not None:
                 record = self._blank(definition, job, outcome.failure)
-                self._folder.keep_log(outcome.log, f"{definition.name}-{job.label}-{job.inner_steps}")
+                self._folder.keep_log(outcome.log, stem)
             else:
                 record = outcome.value
                 if record.status == OUT_OF_MEMORY and plan.memory_limit is not None:

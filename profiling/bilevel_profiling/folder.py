@@ -7,6 +7,7 @@
 | `records-<date>.jsonl`, `records-<date>.plan.json` | the same of an earlier comparison that was not continued |
 | `records.jsonl.damaged` | half a line that a killed comparison left behind |
 | `references/`, `logs/` | float64 hypergradients; what failed runs printed |
+| `traces/`, `snapshots/` | of each run, if they were asked for: for https://ui.perfetto.dev and https://pytorch.org/memory_viz |
 | `index.html`, `report.md`, `figures/` | the report |
 """
 
@@ -55,6 +56,15 @@ class Folder:
     def reference(self, stem: str) -> Path:
         """Where a float64 hypergradient is kept."""
         return self.path / "references" / f"{filename(stem)}.pt"
+
+    def trace(self, stem: str) -> Path:
+        """Where a trace of a run is kept."""
+        return self.path / "traces" / f"{filename(stem)}.json.gz"
+
+    def snapshot(self, stem: str) -> Path:
+        """Where a snapshot of the CUDA allocator is kept."""
+        (self.path / "snapshots").mkdir(exist_ok=True)
+        return self.path / "snapshots" / f"{filename(stem)}.pickle"
 
     def keep_log(self, log: str, stem: str) -> None:
         """Keep what a run printed."""

@@ -10,6 +10,7 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from bilevel_profiling.meters.clock import Clock
 from bilevel_profiling.meters.cuda import Cuda
 from bilevel_profiling.meters.oracles import Oracles
 from bilevel_profiling.meters.tensors import Tensors
+from bilevel_profiling.meters.trace import trace as traced
 from bilevel_profiling.meters.work import Work
 from bilevel_profiling.record import Phase, Record
 
@@ -39,6 +41,8 @@ def measure(
     name: str = "",
     repeats: int = 5,
     errors: bool | references.References = True,
+    trace: str | Path | None = None,
+    snapshot: str | Path | None = None,
     command: str = "",
 ) -> Record:
     """Run something and say what it cost.
@@ -51,12 +55,15 @@ def measure(
         name: of a function in the record.
         repeats: how often the clock runs; a slow call (1.5 s in all) fewer times, but at least twice.
         errors: whether to compute the float64 references of a case and the errors against them; or references that are there already.
+        trace: a file for a torch.profiler trace of one more call, which https://ui.perfetto.dev opens, with the library's spans in it.
+        snapshot: on CUDA, a file for what https://pytorch.org/memory_viz opens.
         command: kept in the record's environment.
 
     Returns:
         The record. A hypergradient that failed, and memory that ran out, are records with that status.
 
     Raises:
+        ValueError: `snapshot` without a CUDA device.
         Exception: whatever `setup`, a loss or the function raises, running out of memory apart.
 
     Example:
@@ -71,10 +78,20 @@ def measure(
         raise TypeError(f"measure() was given a {type(what).__name__}; a Case or a function without arguments was needed")
     with own_random_state(), frozen_heap(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=STEPPED_THROUGH)  # the record's status says it
-        return _measured_case(what, repeats, errors, command) if isinstance(what, Case) else _measured_call(what, name, repeats, command)
+        passes = _Passes(repeats, trace, snapshot)
+        return _measured_case(what, passes, errors, command) if isinstance(what, Case) else _measured_call(what, name, passes, command)
 
 
-def _measured_call(call: Callable[[], object], name: str, repeats: int, command: str) -> Record:
+@dataclasses.dataclass(frozen=True)
+class _Passes:
+    """What is asked of the passes."""
+
+    repeats: int
+    trace: str | Path | None
+    snapshot: str | Path | None
+
+
+def _measured_call(call: Callable[[], object], name: str, passes: _Passes, command: str) -> Record:
     record = Record(case="functions", estimator=name or name_of(call), environment=environment(command))
     figures = Figures()
     try:
@@ -83,13 +100,13 @@ def _measured_call(call: Callable[[], object], name: str, repeats: int, command:
             observe(oracles, call)
         device = "cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"
         record = dataclasses.replace(record, device=device, environment=environment(command, device))
-        figures.take(call, device, repeats)
+        figures.take(call, device, passes)
     except Exception as error:
         return figures.failed(record, error)
     return figures.record(record)
 
 
-def _measured_case(case: Case, repeats: int, errors: bool | references.References, command: str) -> Record:
+def _measured_case(case: Case, passes: _Passes, errors: bool | references.References, command: str) -> Record:
     record = described(case, command)
     figures = Figures()
     try:
@@ -98,7 +115,7 @@ def _measured_case(case: Case, repeats: int, errors: bool | references.Reference
         record = dataclasses.replace(record, dtype=str(trial.posed.dtype).removeprefix("torch."), base_tensor_bytes=base)
         grad, facts = _first(trial, figures)
         record = dataclasses.replace(record, **facts)
-        figures.take(trial, case.device, repeats)
+        figures.take(trial, case.device, passes)
         del trial
         if errors is not False and grad is not None:
             known = references.of_case(case) if errors is True else errors
@@ -222,25 +239,29 @@ class Figures:
             for name, fields in meter.phases().items():
                 self.phases.setdefault(name, {}).update(fields)
 
-    def take(self, call: Callable[[], object], device: str, repeats: int) -> None:
+    def take(self, call: Callable[[], object], device: str, passes: _Passes) -> None:
         """Run `call` under the clock and under each meter."""
         tidy = call.tidy if isinstance(call, Trial) else lambda: None
         clock, meters = Clock(device), [Tensors(), Work()]
+        cuda = Cuda(device, workspaces=True, snapshot=passes.snapshot)
         started = time.perf_counter()
         gc.collect()
         with self.of(clock):
-            while len(clock.seconds) < repeats and (len(clock.seconds) < 2 or time.perf_counter() - started < _LONG):
+            while len(clock.seconds) < passes.repeats and (len(clock.seconds) < 2 or time.perf_counter() - started < _LONG):
                 with clock:
                     result = call()
                 del result
                 tidy()
-        for meter in [Cuda(device, workspaces=True), *meters] if torch.device(device).type == "cuda" else meters:
+        for meter in [cuda, *meters] if torch.device(device).type == "cuda" else meters:
             with self.of(meter):
                 with meter:
                     result = call()
                 del result
                 tidy()
                 gc.collect()
+        if passes.trace is not None:
+            traced(call, passes.trace)
+            tidy()
 
     def record(self, record: Record) -> Record:
         """`record` with the figures filled in."""

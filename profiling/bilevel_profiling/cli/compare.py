@@ -30,6 +30,8 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
     add("--out", default="report", metavar="DIR", help="folder of the report, made if missing; earlier rows in it are kept aside (default: report)")
     add("--resume", action="store_true", help="keep the finished rows in that folder, failures too, and measure only what is missing")
     add("--retry-failed", action="store_true", help="--resume, and measure anew what ended with ERROR, CRASHED, TIMEOUT or OUT_OF_MEMORY")
+    add("--trace", action="store_true", help="also write a trace of each run for https://ui.perfetto.dev, into DIR/traces")
+    add("--snapshot", action="store_true", help="on CUDA: also write a snapshot of each run for https://pytorch.org/memory_viz, into DIR/snapshots")
     add("--json", action="store_true", help="print the records as JSON lines on standard output; everything else goes to standard error")
     return parser
 
@@ -65,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
             options.out,
             resume=options.resume,
             retry_failed=options.retry_failed,
+            trace=options.trace,
+            snapshot=options.snapshot,
             progress=progress.chosen(),
             command=options.command,
         )

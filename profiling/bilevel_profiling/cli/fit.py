@@ -3,8 +3,8 @@
 import argparse
 
 from bilevel_profiling.cli import options as types
-from bilevel_profiling.cli.forecast import add_case, cases_of, defined, dominant, largest_text
-from bilevel_profiling.cli.output import DONE, NOTHING, print_rows, say, wrong
+from bilevel_profiling.cli.forecast import add_case, cases_of, defined, dominant, largest_text, looked
+from bilevel_profiling.cli.output import DONE, NOTHING, WRONG, print_rows, say, wrong
 
 
 def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
@@ -35,27 +35,20 @@ def run(options: argparse.Namespace) -> int:
         definition = defined(options)
     except CaseError as error:
         return wrong(str(error))
-    rows, refused = [], []
+    rows: list[list[str]] = []
+    refused: dict[str, list[str]] = {}
     for case in cases_of(definition, options, (options.inner_steps or max(definition.inner_steps),)):
         try:
-            found = fit(
-                case,
-                options.budget,
-                options.over,
-                at_most=options.at_most,
-                told=lambda value, record, case=case: say(  # type: ignore[misc]
-                    f"{case.label}, {options.over} = {value:,}: {sizes.text((record.base_tensor_bytes or 0) + (record.peak_tensor_bytes or 0))}"
-                ),
-            )
+            found = fit(case, options.budget, options.over, at_most=options.at_most, told=looked(case.label, options.over))
         except (ValueError, ForecastError) as error:
-            refused.append(f"{case.label}: {error}")
+            refused.setdefault(str(error), []).append(case.label)
             continue
         rows.append([case.label, largest_text(found), found.text, "" if found.record is None else dominant(found.record)])
+    for message, labels in refused.items():
+        say(message if len(labels) == len(definition.estimators) else f"{', '.join(labels)}: {message}")
     if not rows:
-        return wrong(refused[0]) if len(set(refused)) == 1 or len(refused) == 1 else wrong("; ".join(refused))
+        return WRONG
     print_rows(
         f"{definition.name} in {sizes.text(options.budget)}", ["estimator", f"largest {options.over}", "", "what holds most at the peak"], rows
     )
-    for line in refused:
-        say(line)
     return DONE if any(row[1] != "none" for row in rows) else NOTHING

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from bilevel_profiling import progress
@@ -22,8 +22,8 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
     parser = verbs.add_parser(
         "forecast",
         help="say what the estimators of a case would cost, without running them",
-        description="Forecast memory, FLOPs and oracle calls of every estimator of a case on tensors without data: nothing is allocated, and no GPU is "
-        "needed. With --budget also which of them fit, the largest number of inner steps at which each does, and which to take.",
+        description="Forecast memory, FLOPs and oracle calls of every estimator of a case on tensors without data: nothing is allocated, and no "
+        "GPU is needed. With --budget also which of them fit, the largest number of inner steps at which each does, and which to take.",
         epilog="Example: bilevel forecast language --set width=2048 --set layers=20 --set heads=16 --set context=512 --budget 80GiB --on a100",
     )
     add_case(parser)
@@ -154,7 +154,7 @@ def _tried(case: "Case", work: Any) -> Record:
     from bilevel_profiling.measurement import described
 
     try:
-        return work()  # type: ignore[no-any-return]
+        return work()
     except Exception as error:
         failure = of_error(error)
         return dataclasses.replace(described(case), source="forecast", status=failure.status, reason=failure.reason)
@@ -180,23 +180,28 @@ def _print_budget(definition: "Definition", cases: "list[Case]", records: list[R
     for case, record in zip(cases, records, strict=True):
         if record.peak_tensor_bytes is None:
             continue
-        share = needed(record) / options.budget
-        rows.append(
-            [case.label, f"{record.inner_steps:,}", sizes.text(needed(record)), f"{share:.0%}", "yes" if share <= 1 else "no", dominant(record)]
-        )
+        needs, fits = needed(record), "yes" if needed(record) <= options.budget else "no"
+        rows.append([case.label, f"{record.inner_steps:,}", sizes.text(needs), f"{needs / options.budget:.0%}", fits, dominant(record)])
     title = f"{definition.name} in {sizes.text(options.budget)}"
     print_rows(title, ["estimator", "K", "needs", "of budget", "fits", "what holds most at the peak"], rows, stderr=options.json)
     largest = []
     for case in {case.label: case for case in cases}.values():
         if any(record.estimator == case.label and record.peak_tensor_bytes is not None for record in records):
-            say(f"looking for the largest K of {case.label} that fits")
-            found = fit(case, options.budget, at_most=options.at_most)
+            found = fit(case, options.budget, at_most=options.at_most, told=looked(case.label, "inner_steps"))
             largest.append([case.label, largest_text(found), found.text])
     print_rows(f"largest K in {sizes.text(options.budget)}", ["estimator", "largest K", ""], largest, stderr=options.json)
     chosen = recommend(cases[-1], options.budget, estimators=definition.estimators, on=options.on)
     advice = [[str(place), each.label, each.sentence] for place, each in enumerate(chosen, start=1)]
     steps = cases[-1].solver.max_steps
     print_rows(f"in this order, for K = {steps:,}", ["", "estimator", "why"], advice, stderr=options.json)
+
+
+def looked(label: str, over: str) -> "Callable[[int, Record], None]":
+    """Says each forecast of a search, on standard error."""
+    from bilevel_profiling import sizes
+    from bilevel_profiling.forecasting.search import needed
+
+    return lambda value, record: say(f"{label}, {over} = {value:,}: {sizes.text(needed(record))}")
 
 
 def largest_text(found: "Fit") -> str:

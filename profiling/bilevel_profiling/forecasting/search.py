@@ -181,13 +181,13 @@ def parameters(setup: Callable[..., Any]) -> list[str]:
 def _next(low: int, high: int, limit: int, known: dict[int, int]) -> int:
     """Where to look next, strictly between `low`, which fits, and `high`, which does not or is past the end.
 
-    The line through two values tells where the budget ends: exactly, for memory that grows by the same bytes each time. Every third look halves the
+    The line through two values tells where the budget ends: exactly, for memory that grows by the same bytes each time. Every second look halves the
     bracket, so that no other growth takes many.
     """
     begun = next((value for value in (1, 2, 4) if value not in known and low < value < high), None)
     if begun is not None:
         return begun
-    if len(known) % 3 == 2 and high in known:
+    if len(known) % 2 and high in known:
         return (low + high) // 2
     a, b = (low, high) if low and high in known else sorted(known)[-2:] if len(known) > 1 else (0, 0)
     slope = (known[b] - known[a]) / (b - a) if b > a and a in known else 0.0
