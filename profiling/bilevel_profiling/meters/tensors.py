@@ -212,6 +212,10 @@ class _Mode(TorchDispatchMode):
         super().__init__()
         self._meter = meter
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the meter has switched compilation off; the wrapper that torch would put around each operation costs more than the meter
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked by autograd more often than anything is computed

@@ -9,6 +9,7 @@ torch.compile) move less.
 """
 
 import collections
+import contextlib
 from types import TracebackType
 from typing import Any, Self
 
@@ -44,16 +45,17 @@ class Work(Meter):
         self._moved = 0
         self._seconds = 0.0
         self._phases = Phases(lambda phase: None)
+        self._inside = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self._phases.__enter__()
-        self._mode = _Mode(self)
-        self._mode.__enter__()
+        # A function that torch.compile meets first under a dispatch mode would never be compiled afterwards.
+        self._inside.enter_context(torch.compiler.set_stance("force_eager"))
+        self._inside.enter_context(self._phases)
+        self._inside.enter_context(_Mode(self))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._mode.__exit__(None, None, None)
-        self._phases.__exit__(None, None, None)
+        self._inside.close()
 
     def figures(self) -> dict[str, Any]:
         found = {"matmul_flops": sum(self._flops.values()), "moved_bytes": self._moved}
@@ -79,6 +81,10 @@ class _Mode(TorchDispatchMode):
     def __init__(self, meter: Work) -> None:
         super().__init__()
         self._meter = meter
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the meter has switched compilation off; the wrapper that torch would put around each operation costs more than the meter
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

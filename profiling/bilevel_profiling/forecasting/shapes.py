@@ -1,0 +1,129 @@
+"""Shapes: torch's FakeTensorMode with a short way for what an inner loop does over and over.
+
+torch derives the result of each operation anew, or looks it up in a cache whose key takes longer than all the rest. Here an operation whose inputs
+have been seen before, in shape, strides and dtype, gets its result from a smaller key, and a view is taken of the storage at once. Whatever is not
+plain (operators that write, alias or read; complex or sparse tensors; tensors whose values are known) goes torch's own way.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+
+_VIEW, _FRESH, _OTHER = range(3)
+_READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_NONE = object()
+
+
+# torch's mode is made to be entered, not wrapped: its `dispatch` is the one place where the mode itself is off.
+class Shapes(FakeTensorMode):
+    """Tensors made inside the block have no data. Tensors that exist already can be used in it."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self._known: dict[Any, Any] = {}
+
+    def dispatch(self, func: OpOverload, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """One operation."""
+        kwargs = kwargs or {}
+        kind = _kinds.get(func)
+        if kind is None:
+            kind = _kinds[func] = _kind(func)
+        key = None if kind == _OTHER else _key(func, args, kwargs)
+        if key is None:
+            return super().dispatch(func, types, args, kwargs)
+        if kind == _VIEW:
+            device = args[0].fake_device
+            with in_kernel_invocation_manager(self):
+                seen = func(*args, **kwargs)
+            return FakeTensor(self, seen, device) if isinstance(seen, Tensor) else [FakeTensor(self, part, device) for part in seen]
+        made = self._known.get(key)
+        if made is None:
+            output = super().dispatch(func, types, args, kwargs)
+            self._known[key] = _described(output, args)
+            return output
+        if made is _NONE:
+            return super().dispatch(func, types, args, kwargs)
+        several, outputs = made
+        with in_kernel_invocation_manager(self):
+            bare = [None if out is None else torch.empty_strided(out[0], out[1], dtype=out[2], device="meta") for out in outputs]
+        tensors = [None if empty is None else FakeTensor(self, empty, out[3]) for empty, out in zip(bare, outputs, strict=True)]
+        return several(tensors) if several else tensors[0]
+
+
+_kinds: dict[OpOverload, int] = {}
+
+
+def _kind(func: OpOverload) -> int:
+    schema = func._schema
+    if func.namespace != "aten" or schema.is_mutable or _READS & set(func.tags) or func._can_decompose():
+        return _OTHER
+    if func.is_view:
+        return _VIEW if schema.arguments and str(schema.arguments[0].type) == "Tensor" else _OTHER
+    aliased = any(argument.alias_info is not None for argument in (*schema.arguments, *schema.returns))
+    return _OTHER if aliased else _FRESH
+
+
+def _key(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """All that shapes, strides and dtypes of the outputs can depend on; None for what is not plain."""
+    found: list[Any] = [func]
+    if not (_describe(args, found) and (not kwargs or _describe([part for item in kwargs.items() for part in item], found))):
+        return None
+    return tuple(found)
+
+
+def _describe(items: Sequence[Any], found: list[Any]) -> bool:
+    for item in items:
+        kind = type(item)
+        if kind is FakeTensor:
+            if item.constant is not None or item.layout is not torch.strided or item.dtype.is_complex or item.is_neg():
+                return False
+            found += (item.shape, item.stride(), item.dtype, item.fake_device)
+        elif kind is list or kind is tuple:
+            found.append(len(item))
+            if not _describe(item, found):
+                return False
+        elif kind in _PLAIN:
+            found += (kind, item)
+        else:
+            return False
+    return True
+
+
+_PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size}
+
+
+def _described(output: Any, args: Sequence[Any]) -> Any:
+    """How to make the same output again; `_NONE` if it lies on an input's storage, or is not made of plain tensors."""
+    parts = [output] if isinstance(output, FakeTensor) else output
+    if not isinstance(parts, (list, tuple)):
+        return _NONE
+    storages = {item.untyped_storage()._cdata for item in _tensors(args)}
+    described: list[Any] = []
+    for part in parts:
+        if part is None:
+            described.append(None)
+            continue
+        if type(part) is not FakeTensor or part.constant is not None or part.layout is not torch.strided or part.storage_offset():
+            return _NONE
+        storage = part.untyped_storage()
+        size = (sum((n - 1) * step for n, step in zip(part.shape, part.stride(), strict=True)) + 1 if part.numel() else 0) * part.itemsize
+        if storage._cdata in storages or storage.nbytes() != size:
+            return _NONE
+        storages.add(storage._cdata)
+        described.append((part.shape, part.stride(), part.dtype, part.fake_device))
+    # What the operator returns in torch's own way may be a named tuple; autograd takes a plain one as well.
+    return (None if parts is not output else list if isinstance(output, list) else tuple), described
+
+
+def _tensors(items: Sequence[Any]) -> list[Any]:
+    found = []
+    for item in items:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (list, tuple)):
+            found += _tensors(item)
+    return found
