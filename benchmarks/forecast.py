@@ -1,4 +1,4 @@
-"""A data-reweighting step of a transformer of a billion parameters, forecast on this machine: what each estimator would need, and what saying so costs.
+"""A data-reweighting step of a transformer of a billion parameters, forecast: what each estimator would need, and what it takes to say so.
 
     python benchmarks/forecast.py                    # about ten minutes on one core; writes results/forecast.jsonl
     python benchmarks/forecast.py --layers 2 --width 64 --steps 1,4 --out /tmp/forecast.jsonl
@@ -81,8 +81,8 @@ def main():
                 found.append({**pool.apply(cell, (label, steps, sizes)), "environment": environment})
             row = found[-1]
             print(
-                f"{label}, K = {steps}: {row['needed_bytes'] / 2**30:,.1f} GiB; said in {row['seconds']:.0f} s ({row['cpu_seconds']:.0f} s of CPU) and "
-                f"{row['resident_bytes'] / 2**30:.2f} GiB",
+                f"{label}, K = {steps}: {row['needed_bytes'] / 2**30:,.1f} GiB; said in {row['seconds']:.0f} s "
+                f"({row['cpu_seconds']:.0f} s of CPU) and {row['resident_bytes'] / 2**30:.2f} GiB",
                 flush=True,
             )
     options.out.write_text("".join(json.dumps(row) + "\n" for row in found))

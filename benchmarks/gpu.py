@@ -9,12 +9,11 @@ out is a row too. Running out of memory, or any other error of a cell, is that c
 
 What is compared, in bytes, on CUDA:
 
-    requested   measured peak    with    forecast + harness + cuBLAS workspaces        a difference is workspaces inside kernels (cuDNN)
+    requested   measured peak    with    forecast + cuBLAS workspaces                  a difference is workspaces inside kernels (cuDNN)
     allocated   measured peak    with    forecast, each tensor in blocks of 512 bytes  a difference is those and what large blocks lose
     reserved    measured peak    with    forecast allocated                            a ratio: the allocator's cache and its fragmentation
 
-harness: what the measurement itself holds besides the case, two copies of the outer variable. The largest differences are the row "margin": what a
-forecast on such a device has to add.
+The largest differences are the row "margin": what a forecast on such a device has to add.
 """
 
 import argparse
@@ -38,7 +37,6 @@ from bilevel_profiling.failure import of_error
 from bilevel_profiling.growth import fit
 from bilevel_profiling.measurement import Trial
 from bilevel_profiling.meters.cuda import Cuda
-from bilevel_profiling.meters.tensors import in_blocks
 
 import bilevel as bl
 from bilevel import _spans
@@ -110,11 +108,7 @@ def case_of(model, label, steps, device, sizes):
     def setup(device, seed):
         return MODELS[model](sizes, device, seed)
 
-    # SGD without momentum: no state, so that what the measurement holds besides the case is two copies of x and nothing else.
-    outer_optimizer = lambda tensors: torch.optim.SGD(tensors, lr=1e-3)  # noqa: E731
-    return Case(
-        setup, bl.Descent(bl.SGD(lr=LR[model]), steps=steps), estimator, device=device, name=model, label=label, outer_optimizer=outer_optimizer
-    )
+    return Case(setup, bl.Descent(bl.SGD(lr=LR[model]), steps=steps), estimator, device=device, name=model, label=label)
 
 
 class OracleTimes:
@@ -213,12 +207,10 @@ def compared(found, real, workspaces):
         row["tensors_difference"] = real.peak_tensor_bytes - found.peak_tensor_bytes
     if real.cuda_requested_bytes is None or real.status == "OUT_OF_MEMORY":  # then the peaks are those of a torn call
         return row
-    copy = (real.outer_size or 0) * getattr(torch, real.dtype).itemsize
     held = workspaces or 0
-    row["harness_bytes"] = 2 * copy
-    row["requested_difference"] = real.cuda_requested_bytes - found.cuda_requested_bytes - 2 * copy - held
-    row["allocated_difference"] = real.cuda_allocated_bytes - found.cuda_allocated_bytes - 2 * in_blocks(copy) - held
-    row["reserved_ratio"] = real.cuda_reserved_bytes / (found.cuda_allocated_bytes + 2 * in_blocks(copy) + held)
+    row["requested_difference"] = real.cuda_requested_bytes - found.cuda_requested_bytes - held
+    row["allocated_difference"] = real.cuda_allocated_bytes - found.cuda_allocated_bytes - held
+    row["reserved_ratio"] = real.cuda_reserved_bytes / (found.cuda_allocated_bytes + held)
     return row
 
 

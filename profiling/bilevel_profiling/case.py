@@ -10,7 +10,6 @@ from torch import Tensor
 
 import bilevel as bl
 from bilevel import _tree
-from bilevel_profiling.meters.tensors import storage_bytes
 
 Setup = Callable[..., Any]
 """`setup(device)` or `setup(device, seed=...)` -> (problem, outer, inner, batches)."""
@@ -85,11 +84,11 @@ class Posed:
         """Of the outer variable."""
         return _tree.tensors(self.outer)[0].dtype
 
-    def tensor_bytes(self, steps: int) -> int:
-        """Bytes of the distinct storages of outer, inner, and the batches that `steps` inner steps see."""
+    def tensors(self, steps: int) -> Any:
+        """A tree of outer, inner, and the batches that `steps` inner steps see."""
         inner = self.batches.inner
         seen = [inner[step] for step in range(min(len(inner), max(steps, 1)))] if isinstance(inner, bl.PerStep) else inner
-        return storage_bytes((self.outer, self.inner, seen, self.batches.outer, self.batches.curvature))
+        return self.outer, self.inner, seen, self.batches.outer, self.batches.curvature
 
     def double(self) -> "Posed":
         """The same in float64: the floating tensors of outer, inner and batches; what a loss captured stays what it is."""

@@ -25,7 +25,7 @@ from bilevel_profiling.meters.base import Meter, observe
 from bilevel_profiling.meters.clock import Clock
 from bilevel_profiling.meters.cuda import Cuda
 from bilevel_profiling.meters.oracles import Oracles
-from bilevel_profiling.meters.tensors import Tensors
+from bilevel_profiling.meters.tensors import Tensors, storage_sizes
 from bilevel_profiling.meters.trace import trace as traced
 from bilevel_profiling.meters.work import Work
 from bilevel_profiling.record import Phase, Record
@@ -111,10 +111,9 @@ def _measured_case(case: Case, passes: _Passes, errors: bool | references.Refere
     figures = Figures()
     try:
         trial = Trial(case)
-        base = trial.posed.tensor_bytes(case.solver.max_steps)
-        record = dataclasses.replace(record, dtype=str(trial.posed.dtype).removeprefix("torch."), base_tensor_bytes=base)
+        record = dataclasses.replace(record, dtype=str(trial.posed.dtype).removeprefix("torch."))
         grad, facts = _first(trial, figures)
-        record = dataclasses.replace(record, **facts)
+        record = dataclasses.replace(record, **facts, base_tensor_bytes=sum(trial.base_sizes()))
         figures.take(trial, case.device, passes)
         del trial
         if errors is not False and grad is not None:
@@ -172,16 +171,24 @@ def _first(trial: "Trial", figures: "Figures") -> tuple[list[torch.Tensor] | Non
 
 
 class Trial:
-    """One outer step of a case that can be taken again and again."""
+    """One outer step of a case that can be taken again and again.
+
+    On a GPU it holds what a user's own loop would hold: the outer variable once, and its optimizer's state. What to put back waits on the host.
+    """
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.posed = case.pose()
+        posed = case.pose()
         self.outer_step = True
-        self._outer = leaves_of(self.posed.outer)
-        self._saved = [leaf.detach().clone() for leaf in _tree.tensors(self._outer)]
+        self._outer = leaves_of(posed.outer)
+        self._saved = [leaf.detach().to("cpu", copy=True) for leaf in _tree.tensors(self._outer)]
+        self.posed = dataclasses.replace(posed, outer=self._outer)
         self._optimizer = case.outer_optimizer(_tree.tensors(self._outer))
         self.tidy()
+
+    def base_sizes(self) -> list[int]:
+        """Bytes of the storages that are there between the calls: data, variables, and the outer optimizer's state once it has taken a step."""
+        return storage_sizes((self.posed.tensors(self.case.solver.max_steps), list(self._optimizer.state.values())))
 
     def hypergradient(self) -> bl.Hypergradient:
         """The hypergradient alone."""

@@ -102,7 +102,7 @@ class Record:
     """What a reader must know to use the figures, a sentence each."""
 
     base_tensor_bytes: int | None = None
-    """Tensor bytes that were there before the call: data, outer and inner variables."""
+    """Tensor bytes that were there before the call: data, outer and inner variables, the outer optimizer's state."""
     peak_tensor_bytes: int | None = None
     """Most bytes of tensor storages made by the call and alive at once."""
     kept_tensor_bytes: int | None = None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from bilevel_profiling import Case, measure, references
 from bilevel_profiling.case import Posed
+from bilevel_profiling.meters.tensors import storage_bytes
 
 import bilevel as bl
 from bilevel.estimators import Estimate, Estimator, Instance
@@ -195,7 +196,7 @@ class Endless:
 def test_batches_without_end_are_looked_at_as_far_as_they_are_used():
     problem = bl.Problem(lambda y, x, b: ((y - x - b) ** 2).sum(), lambda y, x, b: (y**2).sum())
     posed = Posed(problem, torch.ones(3), torch.zeros(3), bl.Batches(bl.PerStep(Endless()), None))
-    assert posed.tensor_bytes(4) == (2 + 4) * 12
+    assert storage_bytes(posed.tensors(4)) == (2 + 4) * 12
     assert posed.double().batches.inner[5].dtype == torch.float64
     parts = (posed.problem, posed.outer, posed.inner, posed.batches)
     case = Case(lambda device: parts, solver=bl.Descent(bl.SGD(lr=0.1), 4), estimator=bl.Unrolled())

@@ -96,13 +96,16 @@ def _of_case(case: Case, device: Device | None, command: str) -> Record:
     record = dataclasses.replace(described(case, command), source="forecast", reference_note="none: a forecast computes nothing.")
     with without_data():
         trial = Trial(dataclasses.replace(case, device="cpu") if stand_in else case)
-        base = trial.posed.tensor_bytes(case.solver.max_steps)
         trial.prime()
+        sizes = trial.base_sizes()
         figures, notes, blocks = _metered(trial, device)
-        facts: dict[str, Any] = {"dtype": str(trial.posed.dtype).removeprefix("torch."), "base_tensor_bytes": base}
+        facts: dict[str, Any] = {"dtype": str(trial.posed.dtype).removeprefix("torch."), "base_tensor_bytes": sum(sizes)}
         del trial
     if cuda:
-        facts |= {"cuda_requested_bytes": base + figures.fields["peak_tensor_bytes"], "cuda_allocated_bytes": in_blocks(base) + blocks}
+        facts |= {
+            "cuda_requested_bytes": sum(sizes) + figures.fields["peak_tensor_bytes"],
+            "cuda_allocated_bytes": sum(map(in_blocks, sizes)) + blocks,
+        }
         notes += [NOT_SEEN, *([OTHER_KERNELS] if stand_in else [])]
     return dataclasses.replace(figures.record(record), **facts, notes=tuple(notes))
 

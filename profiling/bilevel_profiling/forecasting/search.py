@@ -70,7 +70,8 @@ class Fit:
         if self.capped:
             why = f"memory does not grow with {self.over}" if self.constant else f"no more than {self.at_most:,} was looked at"
             return f"{self.over} = {self.value:,} fits ({used}); {why}"
-        over = sizes.text(needed(self.forecasts[self.value + 1]))
+        more = needed(self.forecasts[self.value + 1])
+        over = sizes.text(more) if sizes.text(more) != sizes.text(self.budget_bytes) else f"{more - self.budget_bytes:,} bytes too many"
         return f"{self.over} = {self.value:,} fits ({used}); {self.value + 1:,} would need {over}"
 
 

@@ -283,4 +283,9 @@ def storage_bytes(tree: Any) -> int:
         >>> storage_bytes({"whole": x, "part": x[:2]})
         16
     """
-    return sum({storage._cdata: storage.nbytes() for storage in _storages(tree_leaves(tree))}.values())
+    return sum(storage_sizes(tree))
+
+
+def storage_sizes(tree: Any) -> list[int]:
+    """Bytes of each of them."""
+    return list({storage._cdata: storage.nbytes() for storage in _storages(tree_leaves(tree))}.values())
