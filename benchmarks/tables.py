@@ -63,6 +63,22 @@ def overhead(records):
 # --- GPU ---------------------------------------------------------------------------------------------------------------------------------
 
 
+def forecasts(records):
+    head = "| estimator | K | GiB needed | of it before the step | TFLOP | s at best on an H100 | forecast: s | s of CPU | GiB resident |"
+    lines = [head, "| --- " * 9 + "|"]
+    for r in records:
+        lines.append(
+            f"| {r['estimator']} | {r['inner_steps']} | {r['needed_bytes'] / 2**30:,.1f} | {r['base_tensor_bytes'] / 2**30:,.1f} "
+            f"| {r['matmul_flops'] / 1e12:,.0f} | {r['roofline_seconds']:,.1f} | {r['seconds']:.0f} | {r['cpu_seconds']:.0f} "
+            f"| {r['resident_bytes'] / 2**30:.2f} |"
+        )
+    if records:
+        first = records[0]
+        sizes = ", ".join(f"{name} {size}" for name, size in first["sizes"].items())
+        lines.append(f"\n{first['inner_size']:,} parameters ({sizes}).")
+    return "\n".join(lines)
+
+
 def gpu(found):
     """The Markdown of one run of gpu.py."""
     cells = [row for row in found if row["kind"] == "cell"]
@@ -156,6 +172,7 @@ def gpu_runs():
 
 def main():
     plain, problems, meters = rows("plain_reference.jsonl"), rows("problems.jsonl"), rows("overhead.jsonl")
+    billion = rows("forecast.jsonl")
     text = f"""# Benchmarks
 
 Every table here is written by `python benchmarks/tables.py` from `results/`, and every result by the script named above it.
@@ -177,6 +194,20 @@ hand-written one has no residual, and on P1 its mixed product is a multiplicatio
 {table(plain)}
 
 Environment: {environment(plain)}
+
+## A billion parameters, forecast
+
+    python benchmarks/forecast.py
+
+One outer step of data reweighting for a transformer, in float32: a weight for each of 64 sequences, 8 sequences of 512 bytes a step. Nothing of
+it is allocated: each row is a forecast in a fresh process on one thread. "GiB needed" counts each tensor in the CUDA allocator's blocks of 512 bytes,
+data and variables included; cuBLAS and cuDNN workspaces and fragmentation come on top. CG is forecast at its limit of ten products. Attention is
+written out (fused kernels have no second derivative), which is most of the memory of a kept tape. "s at best": a roofline from the data sheet's
+peaks (as remembered), one operator at a time; no GPU was measured.
+
+{forecasts(billion)}
+
+Environment: {environment(billion)}
 
 ## Forecasts on a GPU
 

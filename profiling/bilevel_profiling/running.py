@@ -44,9 +44,6 @@ class Running:
         meters: list[Meter | None] = [Clock(device), Oracles(), Cuda(device) if device.type == "cuda" else None, self.tensors]
         self._meters = [meter for meter in meters if meter is not None]
         with contextlib.ExitStack() as inside:
-            if tensors:
-                # Else a function whose first call is under a dispatch mode would be given up by torch.compile for good, without a word.
-                inside.enter_context(torch.compiler.set_stance("force_eager"))
             for meter in self._meters:
                 inside.enter_context(meter)
             self._inside = inside.pop_all()

@@ -16,9 +16,11 @@ import torch
 
 import bilevel as bl
 from bilevel import _spans, _tree
+from bilevel_profiling import sizes
 from bilevel_profiling.case import Case, name_of
 from bilevel_profiling.devices import DEVICES, Device
 from bilevel_profiling.environment import environment
+from bilevel_profiling.forecasting.margin import workspace_bytes
 from bilevel_profiling.forecasting.shapes import Shapes
 from bilevel_profiling.forecasting.unreadable import ForecastError as ForecastError
 from bilevel_profiling.forecasting.unreadable import explained
@@ -97,16 +99,21 @@ def _of_case(case: Case, device: Device | None, command: str) -> Record:
     with without_data():
         trial = Trial(dataclasses.replace(case, device="cpu") if stand_in else case)
         trial.prime()
-        sizes = trial.base_sizes()
+        base = trial.base_sizes()
         figures, notes, blocks = _metered(trial, device)
-        facts: dict[str, Any] = {"dtype": str(trial.posed.dtype).removeprefix("torch."), "base_tensor_bytes": sum(sizes)}
+        facts: dict[str, Any] = {"dtype": str(trial.posed.dtype).removeprefix("torch."), "base_tensor_bytes": sum(base)}
         del trial
     if cuda:
         facts |= {
-            "cuda_requested_bytes": sum(sizes) + figures.fields["peak_tensor_bytes"],
-            "cuda_allocated_bytes": sum(map(in_blocks, sizes)) + blocks,
+            "cuda_requested_bytes": sum(base) + figures.fields["peak_tensor_bytes"],
+            "cuda_allocated_bytes": sum(map(in_blocks, base)) + blocks,
         }
-        notes += [NOT_SEEN, *([OTHER_KERNELS] if stand_in else [])]
+        notes += [NOT_SEEN]
+        if stand_in:
+            notes += [OTHER_KERNELS]
+        else:
+            facts["cuda_workspace_bytes"] = workspace_bytes(case.device)
+            notes += [f"Of these, cuBLAS keeps {sizes.text(facts['cuda_workspace_bytes'])} on this GPU, as measured now."]
     return dataclasses.replace(figures.record(record), **facts, notes=tuple(notes))
 
 

@@ -138,9 +138,9 @@ def fit(case: Case, budget: str | int, over: str = INNER_STEPS, *, at_most: int 
 
 
 def needed(record: Record) -> int:
-    """Bytes of a device's memory that a forecast asks for: all of it, what was there before included."""
+    """Bytes of a device's memory that a forecast asks for, what was there before included, and cuBLAS's workspaces where they are known."""
     if record.cuda_allocated_bytes is not None:
-        return record.cuda_allocated_bytes
+        return record.cuda_allocated_bytes + (record.cuda_workspace_bytes or 0)
     return (record.base_tensor_bytes or 0) + (record.peak_tensor_bytes or 0)
 
 
