@@ -18,6 +18,9 @@ _READABLE = (1, SCHEMA)
 Point = tuple[int, int, str, str, str]
 """(operation index, live bytes, phase, innermost span, operator)."""
 
+SPREADS = "wall_seconds spreads"
+"""How the clock's note on a wide spread begins: reports mark such times in their own way."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Alive:

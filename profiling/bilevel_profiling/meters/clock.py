@@ -10,6 +10,7 @@ import torch
 
 from bilevel_profiling.meters.base import Meter
 from bilevel_profiling.meters.phases import OUTSIDE, Phases
+from bilevel_profiling.record import SPREADS
 
 LOW, HIGH = 0.1, 0.9
 """The quantiles reported beside the median (between the order statistics, as numpy does; with two repeats close to the extremes)."""
@@ -103,7 +104,7 @@ class Clock(Meter):
         if spread is None or spread <= WIDE:
             return ()
         width = spread * statistics.median(self.seconds)
-        return (f"The spread of wall_seconds is {spread:.0%} of the median ({count} repeats): time differences below {width:.2g} s mean nothing.",)
+        return (f"{SPREADS} by {spread:.0%} of the median ({count} repeats): time differences below {width:.2g} s mean nothing.",)
 
     def phases(self) -> dict[str, dict[str, Any]]:
         names = dict.fromkeys(name for spent in self._by_phase for name in spent if name != OUTSIDE)
