@@ -172,7 +172,7 @@ def test_memory_that_falls_is_no_question_of_a_largest_value(searched):
         searched(lambda steps: (1, 2, 3, 1, 1, 1, 1, 1)[steps - 1], 3000, 8)
 
 
-def tasks(device, count=4):
+def tasks(device, count=3):
     problem = bl.Problem(lambda y, x, b: ((b @ y - x.sum()) ** 2).sum(), lambda y, x, b: ((b @ y) ** 2).sum())
     data = torch.randn(count, 64, 32)
     return problem, torch.zeros(3), torch.ones(count, 32), bl.Batches(data, data)
@@ -180,12 +180,12 @@ def tasks(device, count=4):
 
 @pytest.mark.parametrize("estimator", [bl.Unrolled(), bl.FirstOrderCorrected()], ids=lambda estimator: type(estimator).__name__)
 def test_the_chunk_of_a_task_mean(estimator):
-    mean = case(setup=tasks, estimator=bl.TaskMean(estimator))
-    needs = [needed(forecast(with_value(mean, "chunk", chunk))) for chunk in range(1, 5)]
+    mean = case(setup=tasks, solver=bl.Descent(bl.SGD(0.1), 1), estimator=bl.TaskMean(estimator))
+    needs = [needed(forecast(with_value(mean, "chunk", chunk))) for chunk in range(1, 4)]
     assert needs == sorted(needs)
-    found = fit(mean, needs[2], "chunk", at_most=4)
-    assert found.value == max(chunk for chunk, size in enumerate(needs, 1) if size <= needs[2])
-    assert fit(mean, needs[-1], "chunk", at_most=8).value == 8
+    found = fit(mean, needs[1], "chunk", at_most=3)
+    assert found.value == max(chunk for chunk, size in enumerate(needs, 1) if size <= needs[1])
+    assert fit(mean, needs[-1], "chunk", at_most=4).value == 4
     assert_true(found)
 
 
@@ -323,7 +323,7 @@ def test_what_does_not_fit_comes_after_by_what_it_needs():
 
 
 def test_an_estimator_that_refuses_the_problem_is_a_row():
-    made = Case(hypercleaning.setup, solver=bl.Descent(bl.SGD(lr=0.1), 2), estimator=bl.Unrolled())
+    made = Case(hypercleaning.setup, solver=bl.Descent(bl.SGD(lr=0.1), 1), estimator=bl.Unrolled())
     found = recommend(made, "1GiB", estimators={"first-order": bl.FirstOrder(), "unrolled": bl.Unrolled()})
     assert [advice.label for advice in found] == ["unrolled", "first-order"]
     refusing = found[-1]
@@ -372,8 +372,8 @@ def test_rooflines_rank_by_time():
 
 
 def test_a_task_mean_is_recommended_task_means():
-    found = recommend(case(setup=tasks, estimator=bl.TaskMean(bl.Unrolled(), 2)), "1MiB")
-    assert all(isinstance(advice.estimator, bl.TaskMean) and advice.estimator.chunk == 2 for advice in found)
+    found = recommend(case(setup=tasks, solver=bl.Descent(bl.SGD(0.1), 1), estimator=bl.TaskMean(bl.Unrolled(), 3)), "1MiB")
+    assert all(isinstance(advice.estimator, bl.TaskMean) and advice.estimator.chunk == 3 for advice in found)
 
 
 # --- forecasts as users meet them -----------------------------------------------------------------------------------------------------------------

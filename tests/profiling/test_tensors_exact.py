@@ -261,6 +261,15 @@ CASES = [*PROGRAMS, *(pytest.param(name, marks=pytest.mark.xfail(strict=True, re
 CALLS = {**PROGRAMS, **{name: call for name, (call, _) in WRONG.items()}}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """Collections look at what the tests make, and not at all of torch each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @contextlib.contextmanager
 def no_collections():
     gc.collect()
