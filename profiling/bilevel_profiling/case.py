@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 import bilevel as bl
 from bilevel import _tree
@@ -86,9 +87,7 @@ class Posed:
 
     def tensors(self, steps: int) -> Any:
         """A tree of outer, inner, and the batches that `steps` inner steps see."""
-        inner = self.batches.inner
-        seen = [inner[step] for step in range(min(len(inner), max(steps, 1)))] if isinstance(inner, bl.PerStep) else inner
-        return self.outer, self.inner, seen, self.batches.outer, self.batches.curvature
+        return self.outer, self.inner, *_seen(self.batches, steps)
 
     def double(self) -> "Posed":
         """The same in float64: the floating tensors of outer, inner and batches; what a loss captured stays what it is."""
@@ -109,6 +108,12 @@ def pose(setup: Setup, device: str, seed: int) -> Posed:
     if not (isinstance(made, tuple) and len(made) == 4 and isinstance(made[0], bl.Problem) and isinstance(made[3], bl.Batches)):
         got = f"({', '.join(type(part).__name__ for part in made)})" if isinstance(made, tuple) else f"a {type(made).__name__}"
         raise TypeError(f"setup() returned {got}; (problem, outer, inner, batches) was needed: a bl.Problem, two trees of tensors, and a bl.Batches")
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    if any(isinstance(leaf, FakeTensor) and leaf.fake_mode is not mode for leaf in _tree.tensors((made[1], made[2], _seen(made[3])))):
+        raise TypeError(
+            "setup() returned tensors that it kept from a forecast, which have no data: is there a functools.cache in it, or a module's global? Make "
+            "them anew in each call, or forecast in a process of its own"
+        )
     if not _tree.tensors(made[1]):
         raise TypeError("setup() returned an outer variable without tensors")
     return Posed(*made)
@@ -137,6 +142,13 @@ def _takes_seed(function: Callable[..., Any]) -> bool:
     except (TypeError, ValueError):  # some callables have no signature to look at
         return False
     return "seed" in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def _seen(batches: bl.Batches, steps: int = 1) -> tuple[Any, Any, Any]:
+    """The batches that `steps` inner steps and the rest see."""
+    inner = batches.inner
+    first = [inner[step] for step in range(min(len(inner), max(steps, 1)))] if isinstance(inner, bl.PerStep) else inner
+    return first, batches.outer, batches.curvature
 
 
 class _DoubleSteps(Sequence[Any]):

@@ -7,6 +7,7 @@ bytes; FLOPs. The last two slow the call down and are therefore not timed. Resid
 import contextlib
 import dataclasses
 import gc
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ from bilevel_profiling.meters.work import Work
 from bilevel_profiling.record import Phase, Record
 
 STEPPED_THROUGH = r"iterate\(\) stepped through"
+COMPILED = "torch.compile was at work in this process: functions that it compiled ran uncompiled while bytes and FLOPs were counted."
 _LONG = 1.5
 """Seconds after which the clock has seen enough: slow calls are repeated twice at least, not `repeats` times."""
 
@@ -178,7 +180,9 @@ class Trial:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        posed = case.pose()
+        gc.collect()
+        with Tensors() as self._made:
+            posed = case.pose()
         self.outer_step = True
         self._outer = leaves_of(posed.outer)
         self._saved = [leaf.detach().to("cpu", copy=True) for leaf in _tree.tensors(self._outer)]
@@ -187,8 +191,12 @@ class Trial:
         self.tidy()
 
     def base_sizes(self) -> list[int]:
-        """Bytes of the storages that are there between the calls: data, variables, and the outer optimizer's state once it has taken a step."""
-        return storage_sizes((self.posed.tensors(self.case.solver.max_steps), list(self._optimizer.state.values())))
+        """Bytes of the storages that are there between the calls: data, variables, what the losses captured of what `setup` made, and the outer
+        optimizer's state once it has taken a step.
+        """
+        gc.collect()
+        held = storage_sizes((self.posed.tensors(self.case.solver.max_steps), list(self._optimizer.state.values())))
+        return list({**self._made.live_sizes(), **held}.values())
 
     def hypergradient(self) -> bl.Hypergradient:
         """The hypergradient alone."""
@@ -259,6 +267,7 @@ class Figures:
                     result = call()
                 del result
                 tidy()
+        self.fields["notes"] = self.fields.get("notes", ()) + _compiled()
         for meter in [cuda, *meters] if torch.device(device).type == "cuda" else meters:
             with self.of(meter):
                 with meter:
@@ -286,6 +295,12 @@ class Figures:
         # What is left of a torn call is no leak.
         self.fields.pop("kept_tensor_bytes", None)
         return dataclasses.replace(self.record(record), status=failure.status, reason=failure.reason)
+
+
+def _compiled() -> tuple[str, ...]:
+    """What must be said when torch.compile has compiled something in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return (COMPILED,) if dynamo is not None and dynamo.counters["frames"].get("total") else ()
 
 
 def phases_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Phase]:

@@ -77,7 +77,6 @@ def test_flops_by_hand():
     assert worked(CALLS["empty"]).figures()["matmul_flops"] == 0
 
 
-@pytest.mark.xfail(strict=True, reason="in inference_mode linear and matmul arrive whole, and have no formula; FlopCounterMode decomposes them")
 def test_flops_in_inference_mode():
     def call():
         with torch.inference_mode():
@@ -112,7 +111,7 @@ A, B, C = torch.ones(100), torch.ones(100), torch.ones(10, 10)
         (lambda: A + 1, 200),
         (lambda: A.sum(), 101),
         (lambda: A.clone().add_(B), 200 + 300),  # in place: both are read, one is written
-        (lambda: torch.add(A, B, out=torch.empty(100)), 100 + 400),
+        (lambda: torch.add(A, B, out=torch.empty(100)), 400),  # what is written to is counted as if it were read, too
         (lambda: torch.cat([A, B]), 400),
         (lambda: torch.stack([A, B]), 400),
         (lambda: C @ C.clone(), 200 + 300),
@@ -158,13 +157,11 @@ def test_views_move_nothing(view):
         pytest.param(lambda: torch.empty(100), 0, id="nothing is written"),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="moved bytes are more than those of the operator's inputs and outputs, each once, views not at all")
 def test_moved_bytes_that_are_counted_too_high(call, numbers):
     assert worked(call).figures()["moved_bytes"] == 4 * numbers
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
-@pytest.mark.xfail(strict=True, reason="a sparse tensor counts as if it were dense")
 def test_moved_bytes_of_a_sparse_tensor():
     sparse = torch.sparse_coo_tensor(torch.tensor([[0], [0]]), torch.ones(1), (10**6, 10**6))
     assert worked(lambda: sparse * 2).figures()["moved_bytes"] < 1000
@@ -228,7 +225,7 @@ def test_work_before_an_error_is_counted():
     assert torch.utils._python_dispatch._len_torch_dispatch_stack() == 0
 
 
-@pytest.mark.xfail(strict=True, reason="the mode does not say that it takes higher-order operators")
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_higher_order_operators_can_be_counted():
     from torch.nn.attention.flex_attention import flex_attention
 

@@ -190,7 +190,7 @@ def _print_budget(definition: "Definition", cases: "list[Case]", records: list[R
             found = fit(case, options.budget, at_most=options.at_most, told=looked(case.label, "inner_steps"))
             largest.append([case.label, largest_text(found), found.text])
     print_rows(f"largest K in {sizes.text(options.budget)}", ["estimator", "largest K", ""], largest, stderr=options.json)
-    chosen = recommend(cases[-1], options.budget, estimators=definition.estimators, on=options.on)
+    chosen = recommend(cases[-1], options.budget, estimators=definition.estimators, on=options.on or "a100")
     advice = [[str(place), each.label, each.sentence] for place, each in enumerate(chosen, start=1)]
     steps = cases[-1].solver.max_steps
     print_rows(f"in this order, for K = {steps:,}", ["", "estimator", "why"], advice, stderr=options.json)

@@ -9,7 +9,7 @@ from bilevel_profiling import sizes
 from bilevel_profiling.case import Case
 from bilevel_profiling.case_file import default_estimators
 from bilevel_profiling.devices import Device
-from bilevel_profiling.forecasting.fake import forecast
+from bilevel_profiling.forecasting.fake import forecast, without_data
 from bilevel_profiling.forecasting.search import needed
 from bilevel_profiling.record import Record
 
@@ -43,19 +43,19 @@ def recommend(
     *,
     estimators: Mapping[str, bl.Estimator] | None = None,
     records: Sequence[Record] = (),
-    on: Device | str | None = None,
+    on: Device | str = "a100",
 ) -> list[Advice]:
     """Rank estimators on a case within a memory budget, without running any.
 
     Those that fit come first. Among them the more exact one: by the error that was measured, in powers of ten, where `records` have it for all of
-    them; else those without bias before those with. Ties go to the one with less compute (roofline time with `on`, else FLOPs).
+    them; else those without bias before those with. Ties go to the one with less compute: the lower bound on its time on the device `on`.
 
     Args:
         case: the problem and the inner solver; its own estimator does not matter.
         budget: of device memory for everything, such as "24GiB".
         estimators: the candidates by label; by default those that a case without a list is compared with, under a TaskMean if the case has one.
         records: of an earlier comparison of the same case with the same K, for measured errors.
-        on: a device for roofline times.
+        on: the device that compute is judged by, in roofline time.
 
     Returns:
         One `Advice` an estimator, the best first; those that do not fit, or refuse the problem, last.
@@ -78,6 +78,8 @@ def recommend(
         unrolled False
     """
     limit = sizes.parse(budget)
+    with without_data():
+        case.pose()  # an error of setup is the user's, and no estimator's refusal
     candidates = _candidates(case) if estimators is None else estimators
     found = [_judged(case, label, estimator, limit, _error(case, label, estimator, records), on) for label, estimator in candidates.items()]
     fitting = [advice for advice in found if advice.fits]
@@ -95,10 +97,10 @@ def _candidates(case: Case) -> dict[str, bl.Estimator]:
     return plain
 
 
-def _judged(case: Case, label: str, estimator: bl.Estimator, limit: int, error: float | None, on: Device | str | None) -> Advice:
+def _judged(case: Case, label: str, estimator: bl.Estimator, limit: int, error: float | None, on: Device | str) -> Advice:
     try:
         record = forecast(dataclasses.replace(case, estimator=estimator, label=label), on=on)
-    except ValueError as refusal:  # an estimator that is blind to how x acts here says so
+    except (ValueError, bl.NotTwiceDifferentiableError) as refusal:  # an estimator that is blind to how x acts here says so
         return Advice(label, estimator, False, None, error, " ".join(str(refusal).split()), None)
     return Advice(label, estimator, needed(record) <= limit, needed(record), error, "", record)
 
@@ -112,7 +114,7 @@ def _error(case: Case, label: str, estimator: bl.Estimator, records: Sequence[Re
 
 
 def _magnitude(error: float | None) -> float:
-    if error is None or math.isnan(error):
+    if error is None or not math.isfinite(error):
         return math.inf
     return math.floor(math.log10(max(error, 1e-16)))
 
@@ -120,7 +122,7 @@ def _magnitude(error: float | None) -> float:
 def _compute(advice: Advice) -> float:
     record = advice.forecast
     assert record is not None
-    return record.roofline_seconds or record.matmul_flops or record.moved_bytes or 0
+    return record.roofline_seconds or 0.0
 
 
 def _sentence(advice: Advice, fitting: Sequence[Advice], limit: int) -> str:
@@ -132,5 +134,4 @@ def _sentence(advice: Advice, fitting: Sequence[Advice], limit: int) -> str:
     known = f"measured error {advice.error:.1e}" if advice.error is not None else advice.estimator.bias or "the exact gradient of the K-step program"
     least = min(_compute(other) for other in fitting)
     ratio = _compute(advice) / least if least else 1.0
-    what = "time at best" if advice.forecast is not None and advice.forecast.roofline_seconds else "compute"
-    return f"Fits ({used}); {known}; " + (f"the least {what} of those that fit." if ratio == 1 else f"{ratio:.1f}x the least {what}.")
+    return f"Fits ({used}); {known}; " + ("the least time at best of those that fit." if ratio == 1 else f"{ratio:.1f}x the least time at best.")

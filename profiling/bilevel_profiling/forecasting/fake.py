@@ -35,6 +35,10 @@ NOT_SEEN = (
     "A forecast counts tensors. On top of them come what cuBLAS and cuDNN take as workspaces, and what the allocator's cache loses to fragmentation "
     "(reserved memory)."
 )
+LEFT_OVER = (
+    "{} of tensors without data outlive the function: it put them into an optimizer's state, a module or a list of yours, where they are of no use. "
+    "Make everything inside the function, or make these objects anew before you go on."
+)
 OTHER_KERNELS = "No CUDA device here: the forecast follows the CPU's operators, and a GPU may run others for a few of them."
 
 
@@ -87,8 +91,11 @@ def _device(name: str) -> Device:
 
 def _of_call(call: Callable[[], object], name: str, device: Device | None, command: str) -> Record:
     record = Record(case="functions", estimator=name or name_of(call), source="forecast", environment=environment(command))
-    with without_data():
-        figures, notes, _ = _metered(call, device)
+    with without_data() as shapes:
+        figures, notes, _ = _metered(call, device, shapes)
+    if figures.fields["kept_tensor_bytes"]:
+        notes.append(LEFT_OVER.format(sizes.text(figures.fields["kept_tensor_bytes"])))
+        warnings.warn(notes[-1], stacklevel=3)
     return dataclasses.replace(figures.record(record), notes=tuple(notes))
 
 
@@ -96,11 +103,11 @@ def _of_case(case: Case, device: Device | None, command: str) -> Record:
     cuda = torch.device(case.device).type == "cuda"
     stand_in = cuda and not torch.cuda.is_available()
     record = dataclasses.replace(described(case, command), source="forecast", reference_note="none: a forecast computes nothing.")
-    with without_data():
+    with without_data() as shapes:
         trial = Trial(dataclasses.replace(case, device="cpu") if stand_in else case)
         trial.prime()
         base = trial.base_sizes()
-        figures, notes, blocks = _metered(trial, device)
+        figures, notes, blocks = _metered(trial, device, shapes)
         facts: dict[str, Any] = {"dtype": str(trial.posed.dtype).removeprefix("torch."), "base_tensor_bytes": sum(base)}
         del trial
     if cuda:
@@ -117,9 +124,9 @@ def _of_case(case: Case, device: Device | None, command: str) -> Record:
     return dataclasses.replace(figures.record(record), **facts, notes=tuple(notes))
 
 
-def _metered(call: Callable[[], Any], device: Device | None) -> tuple[Figures, list[str], int]:
+def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> tuple[Figures, list[str], int]:
     """One call under all meters: its figures, what must be said of them, and its peak in the CUDA allocator's blocks."""
-    figures, unread, tensors = Figures(), _Unread(), Tensors()
+    figures, unread, tensors = Figures(), _Unread(), Tensors(shapes.stand_in)
     meters: list[Meter] = [Oracles(), Work(device), tensors]  # the last is asked first, and sees what the code calls
     gc.collect()
     with contextlib.ExitStack() as around:
@@ -133,6 +140,7 @@ def _metered(call: Callable[[], Any], device: Device | None) -> tuple[Figures, l
     del result
     if isinstance(call, Trial):
         call.tidy()
+    shapes.restore()
     gc.collect()
     for meter in meters:
         with figures.of(meter):
@@ -152,14 +160,17 @@ def _few_full_collections() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_data() -> Iterator[None]:
+def without_data() -> Iterator[Shapes]:
     """Run the block on fake tensors, and explain an error that comes from there.
 
     Raises:
         ForecastError: see `forecast`.
     """
-    with explained(), Shapes():
-        yield
+    with explained(), Shapes() as shapes:
+        try:
+            yield shapes
+        finally:
+            shapes.restore()
 
 
 class _Unread:

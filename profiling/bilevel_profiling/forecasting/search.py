@@ -71,8 +71,9 @@ class Fit:
             why = f"memory does not grow with {self.over}" if self.constant else f"no more than {self.at_most:,} was looked at"
             return f"{self.over} = {self.value:,} fits ({used}); {why}"
         more = needed(self.forecasts[self.value + 1])
-        over = sizes.text(more) if sizes.text(more) != sizes.text(self.budget_bytes) else f"{more - self.budget_bytes:,} bytes too many"
-        return f"{self.over} = {self.value:,} fits ({used}); {self.value + 1:,} would need {over}"
+        too_many = f"is {more - self.budget_bytes:,} bytes too many"
+        over = f"would need {sizes.text(more)}" if sizes.text(more) != sizes.text(self.budget_bytes) else too_many
+        return f"{self.over} = {self.value:,} fits ({used}); {self.value + 1:,} {over}"
 
 
 def largest_fit(case: Case, budget: str | int, over: str = INNER_STEPS, *, at_most: int = 256) -> int:
@@ -118,7 +119,7 @@ def fit(case: Case, budget: str | int, over: str = INNER_STEPS, *, at_most: int 
         NotMonotone, ValueError, ForecastError: see `largest_fit`.
     """
     limit = sizes.parse(budget)
-    if not isinstance(at_most, int) or at_most < 1:
+    if not isinstance(at_most, int) or isinstance(at_most, bool) or at_most < 1:
         raise ValueError(f"at_most is {at_most!r}; an integer of at least 1 was needed")
     forecasts: dict[int, Record] = {}
 
@@ -161,7 +162,7 @@ def with_value(case: Case, over: str, value: int) -> Case:
         *([CHUNK] if isinstance(case.estimator, bl.TaskMean) else []),
         *parameters(case.setup),
     ]
-    raise ValueError(f"case {case.name} cannot be varied over {over!r}; it can be over {', '.join(known)}")
+    raise ValueError(f"case {case.name} cannot be varied over {over!r}; " + (f"it can be over {', '.join(known)}" if known else "nothing in it can"))
 
 
 def parameters(setup: Callable[..., Any]) -> list[str]:

@@ -5,6 +5,7 @@ have been seen before, in shape, strides and dtype, gets its result from a small
 plain (operators that write, alias or read; complex or sparse tensors; tensors whose values are known) goes torch's own way.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.utils._python_dispatch import _disable_current_modes
 
 _VIEW, _FRESH, _OTHER = range(3)
 _READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -25,6 +27,24 @@ class Shapes(FakeTensorMode):
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self._known: dict[Any, Any] = {}
+        self._doubles: dict[int, tuple[weakref.ref[Tensor], Tensor, Tensor | None]] = {}
+
+    def stand_in(self, tensor: Tensor) -> Tensor:
+        """The tensor without data that takes the place of one that exists already: always the same one."""
+        known = self._doubles.get(id(tensor))
+        if known is None or known[0]() is not tensor:
+            with _disable_current_modes():
+                double = self.from_tensor(tensor)
+                self._doubles[id(tensor)] = known = weakref.ref(tensor), double, tensor.grad if tensor.is_leaf else None
+        return known[1]
+
+    def restore(self) -> None:
+        """Give the tensors that existed already their gradients back, in place of those without data."""
+        for real, _, gradient in self._doubles.values():
+            tensor = real()
+            if tensor is not None and tensor.is_leaf and type(tensor.grad) is FakeTensor:
+                tensor.grad = gradient
+        self._doubles.clear()
 
     def dispatch(self, func: OpOverload, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """One operation."""
@@ -69,7 +89,7 @@ def _kind(func: OpOverload) -> int:
 
 def _key(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """All that shapes, strides and dtypes of the outputs can depend on; None for what is not plain."""
-    found: list[Any] = [func]
+    found: list[Any] = [func, torch.get_default_dtype()]
     if not (_describe(args, found) and (not kwargs or _describe([part for item in kwargs.items() for part in item], found))):
         return None
     return tuple(found)

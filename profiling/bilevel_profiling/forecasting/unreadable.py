@@ -11,8 +11,9 @@ from bilevel_profiling.meters.origin import users_file
 _VALUE = "needs the value of a tensor"
 _SIZE = "makes a tensor whose size depends on values"
 _REMEDIES = {
-    _VALUE: "Keep it a tensor (torch.where(condition, a, b) instead of if, no .item(), .tolist(), float() or .numpy() of a tensor)",
-    _SIZE: "Keep sizes fixed (torch.where(mask, a, 0) or a weighted mean instead of a[mask] or nonzero())",
+    _VALUE: "Keep it a tensor (torch.where(condition, a, b) instead of if; no .item(), .tolist(), float() or .numpy() of a tensor; num_classes for "
+    "one_hot)",
+    _SIZE: "Keep sizes fixed (torch.where(mask, a, 0) or a weighted mean instead of a[mask] or nonzero(); repeat_interleave with output_size)",
 }
 _UNSUPPORTED = (fake_tensor.UnsupportedOperatorException, fake_tensor.UnsupportedFakeTensorException)
 
@@ -50,6 +51,8 @@ def _reads(error: Exception) -> str | None:
     if isinstance(error, _UNSUPPORTED):
         return f"uses an operator that torch knows no shapes for ({' '.join(str(error).split())[:200]})"
     text = str(error)
+    if "no fake impl registered" in text or "register_fake" in text:
+        return "uses a custom operator that says nothing about shapes (torch.library.register_fake tells them)"
     if isinstance(error, fake_tensor.DataDependentOutputException):
         return _VALUE
     if isinstance(error, RuntimeError) and (".numpy() is not supported for tensor subclasses" in text or "vmap over calling .item()" in text):

@@ -8,7 +8,7 @@ import os
 import sys
 import weakref
 from pathlib import Path
-from types import CodeType, TracebackType
+from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -42,8 +42,10 @@ class Places:
         self._names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._inside: list[weakref.ref[nn.Module]] = []
         self._of_node: dict[int, Place] = {}
+        self._first = 0
 
     def __enter__(self) -> Self:
+        self._first = torch._C._autograd._get_sequence_nr()
         self._hooks = [
             nn.modules.module.register_module_forward_pre_hook(self._entered),
             nn.modules.module.register_module_forward_hook(self._left, always_call=True),
@@ -66,9 +68,10 @@ class Places:
         else:
             made = self._of_node.get(node)
             place = Place("", _line(), True) if made is None else made._replace(backward=True)
-        if torch.is_grad_enabled():
-            # The node of this operation was made just before the operation ran; later operations of the same node find the entry taken.
-            self._of_node.setdefault(torch._C._autograd._get_sequence_nr() - 1, place)
+        # The node of this operation was made just before the operation ran; later operations of the same node find the entry taken.
+        number = torch._C._autograd._get_sequence_nr() - 1
+        if number >= self._first:  # else it was made before the block, and nobody knows where
+            self._of_node.setdefault(number, place)
         return place
 
     def _entered(self, module: nn.Module, arguments: Any) -> None:
@@ -78,9 +81,10 @@ class Places:
         self._inside.append(weakref.ref(module))
 
     def _left(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        if self._modules:
+        while self._inside:
             self._modules.pop()
-            self._inside.pop()
+            if self._inside.pop()() is module:  # a KeyboardInterrupt leaves modules on the stack that were never left
+                break
 
     def _path(self, module: nn.Module) -> str:
         parent = self._inside[-1]() if self._inside else None
@@ -91,12 +95,21 @@ class Places:
         return type(module).__name__
 
 
-def node() -> int | None:
-    """The number of the autograd node that a backward pass is at; None outside of one."""
-    if torch._C._current_graph_task_id() == -1:
-        return None
-    found = torch._C._current_autograd_node()
-    return None if found is None else found._sequence_nr()
+def node() -> Any:
+    """The autograd node that a backward pass is at; None outside of one."""
+    return None if torch._C._current_graph_task_id() == -1 else torch._C._current_autograd_node()
+
+
+def of_the_engine() -> bool:
+    """Whether the operator that runs is autograd's own, and not in a user's backward or hook that the backward pass calls."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_engine_run_backward":
+            return True
+        if users_file(frame.f_code.co_filename):
+            return False
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def operator_name(operator: Any) -> str:
@@ -116,16 +129,17 @@ _BETWEEN = (
     *(f"{_LIBRARY}{name}.py" for name in ("_autodiff", "_tree", "_spans", "functional", "oracles", "problem")),
     "<",
 )
-_shown: dict[CodeType, str] = {}
+_shown: dict[str, str] = {}
 
 
 def _line() -> str:
     """The innermost frame that is neither torch's nor in between."""
     frame = sys._getframe(2)
     while frame is not None:
-        shown = _shown.get(frame.f_code)
+        name = frame.f_code.co_filename
+        shown = _shown.get(name)
         if shown is None:
-            shown = _shown[frame.f_code] = users_file(frame.f_code.co_filename)
+            shown = _shown[name] = users_file(name)
         if shown:
             return f"{shown}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
@@ -136,7 +150,7 @@ def users_file(name: str) -> str:
     """How a file is shown; "" when it is torch's, the profiler's, or one of ours that stands between a user's function and the operator."""
     if name.startswith(_BETWEEN):
         # What a doctest or an interactive session runs is the user's.
-        return name if name.startswith(("<stdin>", "<doctest", "<ipython", "<string>")) else ""
+        return name if name.startswith(("<stdin>", "<doctest", "<ipython", "<string>", "<console>", "<input")) else ""
     if name.startswith(_LIBRARY):
         return "bilevel/" + name.removeprefix(_LIBRARY).replace(os.sep, "/")
     path = Path(name)

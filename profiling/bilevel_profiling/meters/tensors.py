@@ -4,9 +4,10 @@ Every operator that reaches the dispatcher is seen: forward, backward, double ba
 their storage, each storage once, and given up when the last tensor on it dies, which a weak reference tells. Scratch memory inside a kernel is
 not seen, nor is what an allocator adds by rounding and caching (`cuda` sees both).
 
-One thing differs while a dispatch mode is on: where two gradients of one tensor meet, autograd adds them out of place, and without a mode in place.
-The sum is therefore counted in the place of the gradient that dies with it; without that, a Hessian-vector product of a small net weighs a fifth more
-than in the allocator's own record, with it the same to the byte.
+Autograd works out of place in some spots because a dispatch mode is on: where two gradients of one tensor meet, and in the backward of gather, topk,
+max(dim), x[index] and their kin, which write into zeros. Their results are counted in the place of what dies with them; without that, a product with
+the Hessian of a small net weighs a fifth more than in the allocator's own record, with it the same to the byte. Not mended: the backward of prod,
+cumprod, amax, and of max() without a dimension. Not seen: operators on other threads, tensors from copy.deepcopy or pickle.
 
 torch.distributed._tools.MemTracker works in the same way but refuses to run a module twice, which every inner loop does.
 """
@@ -14,19 +15,20 @@ torch.distributed._tools.MemTracker works in the same way but refuses to run a m
 import collections
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, UntypedStorage
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bilevel_profiling.meters.base import Meter
 from bilevel_profiling.meters.ledger import Ledger
-from bilevel_profiling.meters.origin import Places, node, operator_name
+from bilevel_profiling.meters.origin import Places, node, of_the_engine, operator_name
 from bilevel_profiling.meters.phases import OUTSIDE, Phases
 from bilevel_profiling.meters.timeline import Timeline
 from bilevel_profiling.record import Alive
@@ -46,6 +48,9 @@ class Tensors(Meter):
 
     Backward passes inside the block run on the calling thread, also on a GPU, so that they are attributed to the operations they belong to.
 
+    Args:
+        stand_in: what to give to operators in place of a real tensor, under fake tensors.
+
     Example:
         >>> import torch
         >>> x = torch.ones(256)
@@ -63,7 +68,8 @@ class Tensors(Meter):
 
     perturbs = True
 
-    def __init__(self) -> None:
+    def __init__(self, stand_in: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._stand_in = stand_in
         self._counted: dict[int, _Counted] = {}
         # Weak references call back at any moment, on any thread: they only append here, and the sums are made between operators.
         self._dead: collections.deque[_Counted] = collections.deque()
@@ -88,6 +94,7 @@ class Tensors(Meter):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._settle()
         self._note()
+        self._timeline.end(self._live, (self._phases.current, "", ""))
         self._inside.close()
 
     @property
@@ -105,6 +112,11 @@ class Tensors(Meter):
         """Bytes made inside the block and alive now."""
         self._settle()
         return self._live
+
+    def live_sizes(self) -> dict[int, int]:
+        """Bytes of each storage made inside the block and alive now, by the address of the storage."""
+        self._settle()
+        return {key: counted.size for key, counted in self._counted.items()}
 
     def alive(self, most: int = _MOST_ALIVE) -> tuple[Alive, ...]:
         """What was alive at the peak, by origin, the largest first; the entry after the first `most` is the rest."""
@@ -126,12 +138,20 @@ class Tensors(Meter):
         # What begins a phase is alive during it, also when its first operator makes nothing.
         self._settle()
         self._note()
+        literal = operator is torch.ops.aten.lift_fresh.default  # torch.tensor(...): its input was made from numbers on the way here
+        if self._stand_in is not None and not literal:
+            args, kwargs = self._stood_in(args), {name: self._stood_in((value,))[0] for name, value in kwargs.items()}
         inputs = {storage._cdata: storage for storage in _storages((args, kwargs) if kwargs else args)}
         sizes = {key: storage.nbytes() for key, storage in inputs.items()} if _mutates(operator) else {}
-        if operator is torch.ops.aten.lift_fresh.default:
-            inputs = {}  # torch.tensor(...): the one operator whose input nobody has seen, because it was made from numbers on the way here
-        at = node()
-        in_place_otherwise = at is not None and operator is torch.ops.aten.add.Tensor and self._made_elsewhere(args[0], at)
+        if literal:
+            inputs = {}  # the one operator whose input nobody has seen
+        for key, storage in inputs.items():
+            known = self._counted.get(key)
+            if known is not None and storage.nbytes() != known.older + known.size:  # storage.resize_(): no operator
+                self._resized(key, storage, 0, known.origin)
+        running = node()
+        at = None if running is None else running._sequence_nr()
+        in_place_otherwise = at is not None and operator in _OUT_OF_PLACE and self._in_place_otherwise(operator, args[0], running)
         place = self._places.here(at)
         output = operator(*args, **kwargs)
         self._settle()
@@ -140,7 +160,7 @@ class Tensors(Meter):
             if inputs[key].nbytes() != size:
                 self._resized(key, inputs[key], size, self._ledger.number((self._phases.current, self._phases.span, name, place)))
         for storage in _storages((output,)):
-            if storage._cdata not in inputs and storage._cdata not in self._counted:
+            if storage._cdata not in inputs and storage._cdata not in self._counted and _weighs(operator, output):
                 number = self._ledger.number((self._phases.current, self._phases.span, name, place)) if number < 0 else number
                 self._count(storage, storage.nbytes(), 0, number, at)
         if not in_place_otherwise:  # else the next operator notes what is left, the gradient included if it is still held
@@ -148,15 +168,30 @@ class Tensors(Meter):
         self._timeline.add(before if in_place_otherwise else self._live, (self._phases.current, self._phases.span, name))
         return output
 
-    def _made_elsewhere(self, gradient: Any, node: int) -> bool:
-        """Whether a gradient comes from another node of the graph than the one that runs: then adding to it is autograd's doing, not the node's.
-
-        With create_graph the sum is out of place in any case.
-        """
-        if torch.is_grad_enabled() or not isinstance(gradient, Tensor) or gradient.layout != torch.strided:
+    def _in_place_otherwise(self, operator: Any, first: Any, node: Any) -> bool:
+        """Whether autograd would write into the first argument if no dispatch mode were on. With create_graph it never does."""
+        if torch.is_grad_enabled() or not isinstance(first, Tensor) or first.layout != torch.strided:
             return False
-        known = self._counted.get(gradient.untyped_storage()._cdata)
-        return known is not None and known.node not in (None, node)
+        known = self._counted.get(first.untyped_storage()._cdata)
+        if known is None or known.node is None:
+            return False
+        own = known.node == node._sequence_nr()
+        if operator is not torch.ops.aten.add.Tensor:
+            return own  # zeros that the same node has made
+        # Two gradients of one tensor: from two nodes, or both from this one. A view's storage is held by its base as well, and is not written to.
+        twice = len(set(node.next_functions)) < len(node.next_functions)
+        return (not own or twice) and not first._is_view() and of_the_engine()
+
+    def _stood_in(self, leaves: Any) -> Any:
+        """Arguments of an operator with real tensors replaced."""
+        if not any(type(leaf) in (Tensor, torch.nn.Parameter) or isinstance(leaf, (list, tuple)) for leaf in leaves):
+            return leaves
+        assert self._stand_in is not None
+        found = [
+            self._stand_in(leaf) if type(leaf) in (Tensor, torch.nn.Parameter) else self._stood_in(leaf) if isinstance(leaf, (list, tuple)) else leaf
+            for leaf in leaves
+        ]
+        return found if isinstance(leaves, list) else tuple(found)
 
     def _count(self, storage: UntypedStorage, size: int, older: int, origin: int, node: int | None) -> None:
         counted = _Counted(storage, self._dead.append)
@@ -169,9 +204,12 @@ class Tensors(Meter):
         if known is None:
             self._count(storage, max(storage.nbytes() - before, 0), before, origin, None)
         else:
-            self._book(known.origin, -known.size)
-            known.size = max(storage.nbytes() - known.older, 0)
+            # The new memory is there before the old goes.
+            size, known.size = known.size, max(storage.nbytes() - known.older, 0)
             self._book(known.origin, known.size)
+            if known.size > size:
+                self._note()
+            self._book(known.origin, -size)
 
     def _settle(self) -> None:
         while self._dead:
@@ -208,6 +246,8 @@ class _Counted(weakref.ref[UntypedStorage]):
 
 
 class _Mode(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self, meter: Tensors) -> None:
         super().__init__()
         self._meter = meter
@@ -222,7 +262,21 @@ class _Mode(TorchDispatchMode):
         # A span opening or closing, or another question: no operator on tensors.
         if func.namespace in ("profiler", "prim"):
             return func(*args, **(kwargs or {}))
+        if torch.is_inference_mode_enabled() and isinstance(func, OpOverload):  # composite operators arrive whole
+            with self:
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
         return self._meter.run(func, args, kwargs or {})
+
+
+def _weighs(operator: Any, output: Any) -> bool:
+    """Whether what an operator made takes memory: zeros that are never written down do not, nor do tensors on the meta device."""
+    if operator is torch.ops.aten._efficientzerotensor.default:
+        return False
+    first = output if isinstance(output, Tensor) else next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+    device = first.fake_device if isinstance(first, FakeTensor) else None if first is None else first.device
+    return device is None or device.type != "meta"
 
 
 def _mutates(operator: Any) -> bool:
@@ -234,6 +288,13 @@ def _mutates(operator: Any) -> bool:
 
 
 _mutating: dict[Any, bool] = {}
+_aten = torch.ops.aten
+_OUT_OF_PLACE = {
+    _aten.add.Tensor,
+    *(_aten.scatter_add.default, _aten.scatter.src, _aten.scatter.value, _aten.index_add.default, _aten.index_copy.default),
+    *(_aten.index_put.default, _aten._unsafe_index_put.default, _aten.put.default),
+}
+"""Operators that autograd calls in place of their twins that write, because a dispatch mode is on."""
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 
 
@@ -283,9 +344,9 @@ def storage_bytes(tree: Any) -> int:
         >>> storage_bytes({"whole": x, "part": x[:2]})
         16
     """
-    return sum(storage_sizes(tree))
+    return sum(storage_sizes(tree).values())
 
 
-def storage_sizes(tree: Any) -> list[int]:
-    """Bytes of each of them."""
-    return list({storage._cdata: storage.nbytes() for storage in _storages(tree_leaves(tree))}.values())
+def storage_sizes(tree: Any) -> dict[int, int]:
+    """Bytes of each of them, by the address of the storage."""
+    return {storage._cdata: storage.nbytes() for storage in _storages(tree_leaves(tree))}

@@ -23,6 +23,11 @@ class Timeline:
         self._bytes.append(live)
         self._labels.append(self._numbers.setdefault(label, len(self._numbers)))
 
+    def end(self, live: int, label: Label) -> None:
+        """What is alive after the last operation, unless that has been said."""
+        if self._bytes and self._bytes[-1] != live:
+            self.add(live, label)
+
     def __len__(self) -> int:
         return len(self._bytes)
 

@@ -15,12 +15,14 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bilevel_profiling.devices import Device
 from bilevel_profiling.meters.base import Meter
 from bilevel_profiling.meters.phases import OUTSIDE, Phases
+from bilevel_profiling.meters.tensors import storage_bytes
 
 
 class Work(Meter):
@@ -66,9 +68,9 @@ class Work(Meter):
 
     def count(self, operator: Any, args: Any, kwargs: Any, output: Any) -> None:
         """One operator that ran."""
-        formula = flop_registry.get(operator._overloadpacket)
+        formula = flop_registry.get(getattr(operator, "_overloadpacket", operator))
         flops = 0 if formula is None else formula(*args, **kwargs, out_val=output)
-        moved = 0 if operator.is_view else _bytes(args) + _bytes(kwargs.values()) + _bytes((output,))
+        moved = 0 if getattr(operator, "is_view", False) or operator in _MOVES_NOTHING else _moved(args, kwargs, output)
         # A phase without a product has 0 of them, which is a finding too.
         self._flops[self._phases.current] += flops
         self._moved += moved
@@ -78,6 +80,8 @@ class Work(Meter):
 
 
 class _Mode(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self, meter: Work) -> None:
         super().__init__()
         self._meter = meter
@@ -88,17 +92,50 @@ class _Mode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled() and isinstance(func, OpOverload):  # composite operators arrive whole
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         output = func(*args, **kwargs)
         if func.namespace not in ("profiler", "prim"):
             self._meter.count(func, args, kwargs, output)
         return output
 
 
-def _bytes(leaves: Any) -> int:
-    total = 0
+_aten = torch.ops.aten
+_MOVES_NOTHING = {
+    *(_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default, _aten.new_empty_strided.default),
+    *(_aten._efficientzerotensor.default, _aten._unsafe_view.default, _aten._local_scalar_dense.default),
+}
+
+
+def _moved(args: Any, kwargs: Any, output: Any) -> int:
+    """Bytes of the distinct tensors that go in, and of those that come out."""
+    read: dict[int, Tensor] = {}
+    _gather(args, read)
+    _gather(kwargs.values(), read)
+    written: dict[int, Tensor] = {}
+    _gather((output,), written)
+    return sum(map(_bytes, read.values())) + sum(map(_bytes, written.values()))
+
+
+def _gather(leaves: Any, seen: dict[int, Tensor]) -> None:
     for leaf in leaves:
         if isinstance(leaf, Tensor):
-            total += leaf.numel() * leaf.itemsize
+            seen[id(leaf)] = leaf
         elif isinstance(leaf, (list, tuple)):
-            total += _bytes(leaf)
-    return total
+            _gather(leaf, seen)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """An expanded tensor has fewer bytes than numbers; a sparse one those of its parts."""
+    size = tensor.numel() * tensor.itemsize
+    if tensor.layout != torch.strided:
+        return storage_bytes(tensor)
+    if 0 not in tensor.stride():
+        return size
+    distinct = 1
+    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        distinct *= length if stride else min(length, 1)
+    return distinct * tensor.itemsize

@@ -37,9 +37,8 @@ def reason(record: Record) -> str:
 def notes(group: Group) -> list[tuple[str, str]]:
     """(letter, sentence) of every note of the records, each once; without a letter where it is on every row that did not fail."""
     done = [record for record in group.rows if not failed(record)]
-    found: dict[str, None] = dict.fromkeys(
-        text for record in group.rows for note in record.notes if (text := clean(note)) and not text.startswith(SPREADS)
-    )
+    said = [clean(note) for record in group.rows for note in record.notes if not note.startswith(SPREADS)]
+    found = dict.fromkeys(text for text in said if text)
     shared = [text for text in found if done and all(text in map(clean, record.notes) for record in done)]
     rest = [text for text in found if text not in shared]
     return [*(("", text) for text in shared), *((_letter(place), text) for place, text in enumerate(rest))]
