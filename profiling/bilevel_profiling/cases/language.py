@@ -34,9 +34,32 @@ ESTIMATORS = {
 }
 
 
-def setup(device: str, seed: int = 0) -> Any:
-    """The problem, with all sequences as the inner batch."""
-    return language.setup(device, seed, layers=LAYERS, width=WIDTH, heads=HEADS, context=CONTEXT, examples=EXAMPLES, validation=VALIDATION)
+def setup(
+    device: str,
+    seed: int = 0,
+    *,
+    layers: int = LAYERS,
+    width: int = WIDTH,
+    heads: int = HEADS,
+    context: int = CONTEXT,
+    examples: int = EXAMPLES,
+    batch: int | None = None,
+    validation: int = VALIDATION,
+    steps: int = 50,
+) -> Any:
+    """The problem, with all sequences as the inner batch; with `batch`, so many of them in each of `steps` inner steps."""
+    return language.setup(
+        device,
+        seed,
+        layers=layers,
+        width=width,
+        heads=heads,
+        context=context,
+        examples=examples,
+        batch=batch,
+        validation=validation,
+        steps=steps,
+    )
 
 
 def outer_optimizer(tensors: Sequence[Tensor]) -> torch.optim.Optimizer:
