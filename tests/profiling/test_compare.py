@@ -29,7 +29,8 @@ def test_measuring_a_case_fills_every_figure():
     assert found.kept_tensor_bytes == 0
     _, outer, inner, batches = quadratic.setup()
     assert (found.inner_size, found.outer_size) == (6, 4)
-    assert found.base_tensor_bytes == storage_bytes((outer, inner, batches.inner, batches.outer))
+    moments = 2 * outer.numel() * 8 + 4  # of the outer optimizer, Adam, and its step count
+    assert found.base_tensor_bytes == storage_bytes((outer, inner, batches.inner, batches.outer)) + moments
     assert found.repeats == 3
     assert {"inner", "hypergradient", "outer"} <= set(found.phases)
     assert max(phase.peak_tensor_bytes for phase in found.phases.values()) == found.peak_tensor_bytes

@@ -6,7 +6,7 @@ import gc
 import catalogue
 import pytest
 import torch
-from bilevel_profiling import Case, ForecastError, Record, forecast, measure
+from bilevel_profiling import Case, ForecastError, Record, forecast, measure, recommend
 from bilevel_profiling.case_file import load
 from bilevel_profiling.devices import DEVICES, Device
 from bilevel_profiling.measurement import Figures, Trial
@@ -186,7 +186,10 @@ def test_a_function_that_has_nothing_to_do_with_bilevel():
 
 def test_a_leak_is_forecast_too():
     kept = []
-    assert forecast(lambda: kept.append(torch.ones(1000))).kept_tensor_bytes == 4000
+    with pytest.warns(UserWarning, match=r"3.9 KiB of tensors without data outlive the function"):
+        found = forecast(lambda: kept.append(torch.ones(1000)))
+    assert found.kept_tensor_bytes == 4000
+    assert "without data" in found.notes[0]
 
 
 def reading(y, x, batch):
@@ -269,6 +272,12 @@ def test_a_cuda_forecast_needs_no_gpu_and_says_what_it_cannot_see():
     assert found.cuda_allocated_bytes >= found.cuda_requested_bytes
     assert found.cuda_reserved_bytes is None
     assert any("workspaces" in note and "fragmentation" in note for note in found.notes)
+
+
+def test_a_recommendation_for_a_gpu_needs_none():
+    found = recommend(quadratic_case(device="cuda"), "1GiB", estimators={"unrolled": bl.Unrolled()})
+    assert found[0].fits
+    assert found[0].forecast.device == "cuda"
 
 
 def test_a_roofline_is_the_longer_of_computing_and_moving():

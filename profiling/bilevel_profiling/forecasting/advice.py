@@ -9,7 +9,7 @@ from bilevel_profiling import sizes
 from bilevel_profiling.case import Case
 from bilevel_profiling.case_file import default_estimators
 from bilevel_profiling.devices import Device
-from bilevel_profiling.forecasting.fake import forecast, without_data
+from bilevel_profiling.forecasting.fake import forecast, here, without_data
 from bilevel_profiling.forecasting.search import needed
 from bilevel_profiling.record import Record
 
@@ -70,16 +70,16 @@ def recommend(
         >>> case = Case(hypercleaning.setup, solver=bl.Descent(bl.SGD(lr=0.1), steps=50), estimator=bl.Unrolled())
         >>> for advice in recommend(case, "12MiB"):
         ...     print(advice.label, advice.fits)
+        unrolled iterates True
         unrolled segments True
         implicit CG True
         memory-reduced True
         first-order corrected True
-        unrolled iterates False
         unrolled False
     """
     limit = sizes.parse(budget)
     with without_data():
-        case.pose()  # an error of setup is the user's, and no estimator's refusal
+        here(case).pose()  # an error of setup is the user's, and no estimator's refusal
     candidates = _candidates(case) if estimators is None else estimators
     found = [_judged(case, label, estimator, limit, _error(case, label, estimator, records), on) for label, estimator in candidates.items()]
     fitting = [advice for advice in found if advice.fits]

@@ -100,11 +100,10 @@ def _of_call(call: Callable[[], object], name: str, device: Device | None, comma
 
 
 def _of_case(case: Case, device: Device | None, command: str) -> Record:
-    cuda = torch.device(case.device).type == "cuda"
-    stand_in = cuda and not torch.cuda.is_available()
+    cuda, known = torch.device(case.device).type == "cuda", here(case)
     record = dataclasses.replace(described(case, command), source="forecast", reference_note="none: a forecast computes nothing.")
     with without_data() as shapes:
-        trial = Trial(dataclasses.replace(case, device="cpu") if stand_in else case)
+        trial = Trial(known)
         trial.prime()
         base = trial.base_sizes()
         figures, notes, blocks = _metered(trial, device, shapes)
@@ -116,12 +115,18 @@ def _of_case(case: Case, device: Device | None, command: str) -> Record:
             "cuda_allocated_bytes": sum(map(in_blocks, base)) + blocks,
         }
         notes += [NOT_SEEN]
-        if stand_in:
+        if known is not case:
             notes += [OTHER_KERNELS]
         else:
             facts["cuda_workspace_bytes"] = workspace_bytes(case.device)
             notes += [f"Of these, cuBLAS keeps {sizes.text(facts['cuda_workspace_bytes'])} on this GPU, as measured now."]
     return dataclasses.replace(figures.record(record), **facts, notes=tuple(notes))
+
+
+def here(case: Case) -> Case:
+    """The case on a device that is there: the CPU in place of a GPU that is not."""
+    missing = torch.device(case.device).type == "cuda" and not torch.cuda.is_available()
+    return dataclasses.replace(case, device="cpu") if missing else case
 
 
 def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> tuple[Figures, list[str], int]:
