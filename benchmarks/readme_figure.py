@@ -5,13 +5,13 @@ python benchmarks/readme_figure.py      # reads report/records.jsonl; writes doc
 
 from pathlib import Path
 
-from bilevel_profiling import record, report
+from bilevel_profiling import records_file, report
 
 ROOT = Path(__file__).resolve().parent.parent
 
-records = [entry for entry in record.read(ROOT / "report" / "records.jsonl") if entry.case == "hypercleaning"]
+records = [entry for entry in records_file.read(ROOT / "report" / "records.jsonl") if entry.case == "hypercleaning"]
 target = ROOT / "docs" / "_static" / "readme.png"
 target.parent.mkdir(exist_ok=True)
 report.write_png(records, target)
-record.write(record.read(ROOT / "report" / "records.jsonl"), ROOT / "benchmarks" / "results" / "report.jsonl")
+records_file.write(records_file.read(ROOT / "report" / "records.jsonl"), ROOT / "benchmarks" / "results" / "report.jsonl")
 print(target)

@@ -203,7 +203,7 @@ One outer step of data reweighting for a transformer, in float32: a weight for e
 it is allocated: each row is a forecast in a fresh process on one thread. "GiB needed" counts each tensor in the CUDA allocator's blocks of 512 bytes,
 data and variables included; cuBLAS and cuDNN workspaces and fragmentation come on top. CG is forecast at its limit of ten products. Attention is
 written out (fused kernels have no second derivative), which is most of the memory of a kept tape. "s at best": a roofline from the data sheet's
-peaks (as remembered), one operator at a time; no GPU was measured.
+peaks (as remembered), one operator at a time; no GPU was measured. Seconds: while the test suite ran on the same two processors.
 
 {forecasts(billion)}
 
