@@ -21,13 +21,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, UntypedStorage
-from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bilevel_profiling.meters.base import Meter
 from bilevel_profiling.meters.ledger import Ledger
+from bilevel_profiling.meters.operators import Operators
 from bilevel_profiling.meters.origin import Places, node, of_the_engine, operator_name
 from bilevel_profiling.meters.phases import OUTSIDE, Phases
 from bilevel_profiling.meters.timeline import Timeline
@@ -88,7 +87,7 @@ class Tensors(Meter):
         self._inside.enter_context(self._phases)
         self._inside.enter_context(self._places)
         self._inside.enter_context(torch.autograd.set_multithreading_enabled(False))
-        self._inside.enter_context(_Mode(self))
+        self._inside.enter_context(Operators(self.run))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -243,31 +242,6 @@ class _Counted(weakref.ref[UntypedStorage]):
     older: int
     origin: int
     node: int | None
-
-
-class _Mode(TorchDispatchMode):
-    supports_higher_order_operators = True
-
-    def __init__(self, meter: Tensors) -> None:
-        super().__init__()
-        self._meter = meter
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # the meter has switched compilation off; the wrapper that torch would put around each operation costs more than the meter
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked by autograd more often than anything is computed
-        # A span opening or closing, or another question: no operator on tensors.
-        if func.namespace in ("profiler", "prim"):
-            return func(*args, **(kwargs or {}))
-        if torch.is_inference_mode_enabled() and isinstance(func, OpOverload):  # composite operators arrive whole
-            with self:
-                parts = func.decompose(*args, **(kwargs or {}))
-            if parts is not NotImplemented:
-                return parts
-        return self._meter.run(func, args, kwargs or {})
 
 
 def _weighs(operator: Any, output: Any) -> bool:

@@ -15,12 +15,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bilevel_profiling.devices import Device
 from bilevel_profiling.meters.base import Meter
+from bilevel_profiling.meters.operators import Operators
 from bilevel_profiling.meters.phases import OUTSIDE, Phases
 from bilevel_profiling.meters.tensors import storage_bytes
 
@@ -53,7 +52,7 @@ class Work(Meter):
         # A function that torch.compile meets first under a dispatch mode would never be compiled afterwards.
         self._inside.enter_context(torch.compiler.set_stance("force_eager"))
         self._inside.enter_context(self._phases)
-        self._inside.enter_context(_Mode(self))
+        self._inside.enter_context(Operators(self.run))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -66,8 +65,9 @@ class Work(Meter):
     def phases(self) -> dict[str, dict[str, Any]]:
         return {phase: {"matmul_flops": count} for phase, count in self._flops.items() if phase != OUTSIDE}
 
-    def count(self, operator: Any, args: Any, kwargs: Any, output: Any) -> None:
-        """One operator that ran."""
+    def run(self, operator: Any, args: Any, kwargs: Any) -> Any:
+        """Run one operator and count its work."""
+        output = operator(*args, **kwargs)
         formula = flop_registry.get(getattr(operator, "_overloadpacket", operator))
         flops = 0 if formula is None else formula(*args, **kwargs, out_val=output)
         moved = 0 if getattr(operator, "is_view", False) or operator in _MOVES_NOTHING else _moved(args, kwargs, output)
@@ -77,29 +77,6 @@ class Work(Meter):
         if self._device is not None and moved:
             dtype = next((leaf.dtype for leaf in args if isinstance(leaf, Tensor)), torch.float32)
             self._seconds += self._device.seconds(flops, moved, str(dtype).removeprefix("torch."))
-
-
-class _Mode(TorchDispatchMode):
-    supports_higher_order_operators = True
-
-    def __init__(self, meter: Work) -> None:
-        super().__init__()
-        self._meter = meter
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # the meter has switched compilation off; the wrapper that torch would put around each operation costs more than the meter
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled() and isinstance(func, OpOverload):  # composite operators arrive whole
-            with self:
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
-        output = func(*args, **kwargs)
-        if func.namespace not in ("profiler", "prim"):
-            self._meter.count(func, args, kwargs, output)
         return output
 
 
