@@ -52,14 +52,14 @@ class Shapes(FakeTensorMode):
         kind = _kinds.get(func)
         if kind is None:
             kind = _kinds[func] = _kind(func)
-        key = None if kind == _OTHER else _key(func, args, kwargs)
-        if key is None:
-            return super().dispatch(func, types, args, kwargs)
-        if kind == _VIEW:
+        if kind == _VIEW and type(args[0]) is FakeTensor and args[0].constant is None and args[0].layout is torch.strided:
             device = args[0].fake_device
             with in_kernel_invocation_manager(self):
                 seen = func(*args, **kwargs)
             return FakeTensor(self, seen, device) if isinstance(seen, Tensor) else [FakeTensor(self, part, device) for part in seen]
+        key = _key(func, args, kwargs) if kind == _FRESH else None
+        if key is None:
+            return super().dispatch(func, types, args, kwargs)
         made = self._known.get(key)
         if made is None:
             output = super().dispatch(func, types, args, kwargs)

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, UntypedStorage
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
@@ -35,6 +36,8 @@ from bilevel_profiling.record import Alive
 CUDA_BLOCK = 512
 """The CUDA caching allocator serves whole blocks of so many bytes."""
 _MOST_ALIVE = 20
+_lift_fresh = torch.ops.aten.lift_fresh.default
+"""torch.tensor(...): its input was made from numbers on the way there."""
 
 
 class Tensors(Meter):
@@ -137,9 +140,14 @@ class Tensors(Meter):
         # What begins a phase is alive during it, also when its first operator makes nothing.
         self._settle()
         self._note()
-        literal = operator is torch.ops.aten.lift_fresh.default  # torch.tensor(...): its input was made from numbers on the way here
+        literal = operator is _lift_fresh
         if self._stand_in is not None and not literal:
             args, kwargs = self._stood_in(args), {name: self._stood_in((value,))[0] for name, value in kwargs.items()}
+        if _views(operator):
+            self._places.here(None if (running := node()) is None else running._sequence_nr())
+            output = operator(*args, **kwargs)
+            self._timeline.add(self._live, (self._phases.current, self._phases.span, operator_name(operator)))
+            return output
         inputs = {storage._cdata: storage for storage in _storages((args, kwargs) if kwargs else args)}
         sizes = {key: storage.nbytes() for key, storage in inputs.items()} if _mutates(operator) else {}
         if literal:
@@ -251,6 +259,17 @@ def _weighs(operator: Any, output: Any) -> bool:
     first = output if isinstance(output, Tensor) else next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
     device = first.fake_device if isinstance(first, FakeTensor) else None if first is None else first.device
     return device is None or device.type != "meta"
+
+
+def _views(operator: Any) -> bool:
+    """Whether all that an operator returns is views: not so for composite ones, which may copy."""
+    found = _viewing.get(operator)
+    if found is None:
+        found = _viewing[operator] = isinstance(operator, OpOverload) and operator.is_view and not operator._can_decompose()
+    return found
+
+
+_viewing: dict[Any, bool] = {_lift_fresh: False}
 
 
 def _mutates(operator: Any) -> bool:

@@ -68,9 +68,11 @@ class Work(Meter):
     def run(self, operator: Any, args: Any, kwargs: Any) -> Any:
         """Run one operator and count its work."""
         output = operator(*args, **kwargs)
+        if getattr(operator, "is_view", False):
+            return output
         formula = flop_registry.get(getattr(operator, "_overloadpacket", operator))
         flops = 0 if formula is None else formula(*args, **kwargs, out_val=output)
-        moved = 0 if getattr(operator, "is_view", False) or operator in _MOVES_NOTHING else _moved(args, kwargs, output)
+        moved = 0 if operator in _MOVES_NOTHING else _moved(args, kwargs, output)
         # A phase without a product has 0 of them, which is a finding too.
         self._flops[self._phases.current] += flops
         self._moved += moved
