@@ -184,6 +184,29 @@ def test_a_function_that_has_nothing_to_do_with_bilevel():
     assert forecast(lambda: real + 1).peak_tensor_bytes == measure(lambda: real + 1, repeats=1).peak_tensor_bytes == 4000
 
 
+def complex_products():
+    w = torch.ones(64, 64, dtype=torch.complex64, requires_grad=True)
+    x = torch.full((64, 64), 1 + 2j)
+    y = ((w @ x).conj() * w).abs().pow(2).sum() + torch.view_as_real(w.conj().mH @ x).pow(2).sum()
+    (gradient,) = torch.autograd.grad(y, w, create_graph=True)
+    gradient.abs().sum().backward()
+
+
+def conjugates():
+    z = torch.fft.fft(torch.ones(64, 64, requires_grad=True))
+    (z * z.conj()).real.sum().backward()
+
+
+def negations():
+    part = torch.ones(128, dtype=torch.complex64).conj().imag  # a view with the sign still to be taken
+    return part.clone() + part * 2
+
+
+@pytest.mark.parametrize("call", [complex_products, conjugates, negations])
+def test_conjugations_and_negations_are_made_where_a_run_makes_them(call):
+    assert forecast(call).peak_tensor_bytes == measure(call, repeats=1).peak_tensor_bytes
+
+
 def test_a_leak_is_forecast_too():
     kept = []
     with pytest.warns(UserWarning, match=r"3.9 KiB of tensors without data outlive the function"):

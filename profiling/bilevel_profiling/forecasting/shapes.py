@@ -52,7 +52,7 @@ class Shapes(FakeTensorMode):
         kind = _kinds.get(func)
         if kind is None:
             kind = _kinds[func] = _kind(func)
-        if kind == _VIEW and type(args[0]) is FakeTensor and args[0].constant is None and args[0].layout is torch.strided:
+        if kind == _VIEW and _plain(args[0]):
             device = args[0].fake_device
             with in_kernel_invocation_manager(self):
                 seen = func(*args, **kwargs)
@@ -87,6 +87,13 @@ def _kind(func: OpOverload) -> int:
     return _OTHER if aliased else _FRESH
 
 
+def _plain(tensor: Any) -> bool:
+    """Whether a tensor is what it looks like: shape, strides and dtype, with no value, conjugation or negation to remember."""
+    if type(tensor) is not FakeTensor or tensor.constant is not None or tensor.layout is not torch.strided:
+        return False
+    return not (tensor.dtype.is_complex or tensor.is_neg())
+
+
 def _key(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """All that shapes, strides and dtypes of the outputs can depend on; None for what is not plain."""
     found: list[Any] = [func, torch.get_default_dtype()]
@@ -99,7 +106,7 @@ def _describe(items: Sequence[Any], found: list[Any]) -> bool:
     for item in items:
         kind = type(item)
         if kind is FakeTensor:
-            if item.constant is not None or item.layout is not torch.strided or item.dtype.is_complex or item.is_neg():
+            if not _plain(item):
                 return False
             found += (item.shape, item.stride(), item.dtype, item.fake_device)
         elif kind is list or kind is tuple:
