@@ -5,6 +5,7 @@ import json
 import pytest
 from bilevel_profiling import records_file
 from bilevel_profiling.cli import main
+from bilevel_profiling.record import Record
 
 FORECAST = ["forecast", "hypercleaning", "--inner-steps", "5", "--estimators", "unrolled,implicit CG"]
 FILE = """
@@ -57,6 +58,14 @@ def test_a_report_and_what_is_alive(capsys, tmp_path):
     assert "aten.relu" in capsys.readouterr().out
     assert [record.source for record in records_file.read(tmp_path / "there" / "records.jsonl")] == ["forecast"] * 2
     assert "forecast" in (tmp_path / "there" / "index.html").read_text()
+
+
+def test_earlier_rows_in_the_folder_are_kept_aside(capsys, tmp_path):
+    (tmp_path / "records.jsonl").write_text(Record(case="mine", estimator="measured").to_json() + "\n")
+    assert main([*FORECAST, "--out", str(tmp_path)]) == 0
+    assert "the 1 row of an earlier comparison" in capsys.readouterr().err
+    (kept,) = tmp_path.glob("records-*.jsonl")
+    assert records_file.read(kept)[0].estimator == "measured"
 
 
 def test_parameters_of_setup(capsys, case_file):

@@ -161,19 +161,23 @@ def _tried(case: "Case", work: Any) -> Record:
 
 
 def _written(records: list[Record], options: argparse.Namespace) -> Any:
-    from pathlib import Path
-
     from bilevel_profiling import records_file, report
+    from bilevel_profiling.folder import Folder
 
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    records_file.write(records, folder / "records.jsonl")
-    return report.write(records, folder, options.command)
+    folder = Folder(options.out)
+    try:
+        said = folder.set_aside()
+        if said:
+            say(said)
+        records_file.write(records, folder.records)
+        return report.write(records, folder.path, options.command)
+    finally:
+        folder.release()
 
 
 def _print_budget(definition: "Definition", cases: "list[Case]", records: list[Record], options: argparse.Namespace) -> None:
     from bilevel_profiling import sizes
-    from bilevel_profiling.forecasting import fit, recommend
+    from bilevel_profiling.forecasting import NotMonotone, fit, recommend
     from bilevel_profiling.forecasting.search import needed
 
     rows = []
@@ -187,7 +191,11 @@ def _print_budget(definition: "Definition", cases: "list[Case]", records: list[R
     largest = []
     for case in {case.label: case for case in cases}.values():
         if any(record.estimator == case.label and record.peak_tensor_bytes is not None for record in records):
-            found = fit(case, options.budget, at_most=options.at_most, told=looked(case.label, "inner_steps"))
+            try:
+                found = fit(case, options.budget, at_most=options.at_most, told=looked(case.label, "inner_steps"))
+            except NotMonotone as error:
+                largest.append([case.label, "-", str(error)])
+                continue
             largest.append([case.label, largest_text(found), found.text])
     print_rows(f"largest K in {sizes.text(options.budget)}", ["estimator", "largest K", ""], largest, stderr=options.json)
     chosen = recommend(cases[-1], options.budget, estimators=definition.estimators, on=options.on or "a100")

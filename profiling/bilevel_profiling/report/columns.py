@@ -171,7 +171,7 @@ def _roofline(group: Group) -> list[Column]:
     made = []
     for device in devices:
         name = clean(device) or "a device without a name"
-        made.append(Column(f"bound ms, {name}", "time", _bound(device), f"{said} {name}", short=f"bound {clean(device)}".strip(), rank=4))
+        made.append(Column(f"bound ms, {name}", "time", _bound(device), f"{said} {name}", short=f"bound ms {clean(device)}".strip(), rank=4))
     return made
 
 
