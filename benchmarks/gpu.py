@@ -39,7 +39,7 @@ from bilevel_profiling.measurement import Trial
 from bilevel_profiling.meters.cuda import Cuda
 
 import bilevel as bl
-from bilevel import _spans
+from bilevel.engine import spans
 from bilevel.problems import fewshot, hypercleaning, language
 from bilevel.problems.imageset import ImageSet
 
@@ -130,13 +130,13 @@ class OracleTimes:
         return event
 
     def enter(self, name, count):
-        if name in _spans.ORACLES:
+        if name in spans.ORACLES:
             for around in self.open:
                 around["shared"] = True
             self.open.append({"name": name.removeprefix("bilevel."), "count": count, "shared": False, "start": self.mark()})
 
     def exit(self, name):
-        if name in _spans.ORACLES:
+        if name in spans.ORACLES:
             call = self.open.pop()
             if call["count"] and not call["shared"]:
                 self.spent.append((call["name"], call["count"], call["start"], self.mark()))
@@ -155,7 +155,7 @@ def oracle_seconds(case):
     trial = Trial(case)
     trial.hypergradient()  # warm
     times = OracleTimes(case.device)
-    with _spans.listen(times):
+    with spans.listen(times):
         trial.hypergradient()
     return times.seconds()
 

@@ -29,7 +29,6 @@ from bilevel_profiling.meters.phases import Phases
 from bilevel_profiling.meters.tensors import Tensors
 
 import bilevel as bl
-from bilevel import _spans
 
 OUT = Path(__file__).parent / "results" / "overhead.jsonl"
 CASES = {"hypercleaning": 20, "language": 2, "fewshot": 3}
@@ -83,14 +82,14 @@ def sample(trial, meter, repeats):
 def block_seconds(meter, spans, count, rounds=20):
     """Least CPU seconds of a block under a meter with so many empty spans in it; of the two kinds of span, the dearer."""
     least = []
-    for name in (_spans.HVP, _spans.HYPERGRADIENT):
+    for name in (spans.HVP, spans.HYPERGRADIENT):
         samples = []
         for _ in range(rounds):
             start = time.process_time()
             for _ in range(count):
                 with meter():
                     for _ in range(spans):
-                        with _spans.span(name):
+                        with spans.span(name):
                             pass
             samples.append((time.process_time() - start) / count)
         least.append(min(samples))
@@ -113,7 +112,7 @@ def cell(name, label, steps, limit):
     case = case_file.load(name)
     trial = Trial(Case(case.setup, bl.Descent(case.optimizer, steps=steps), case.estimators[label], name=name, label=label))
     spans = Spans()
-    with _spans.listen(spans):
+    with spans.listen(spans):
         trial.hypergradient()
     repeats = max(1, round(SAMPLE_SECONDS / sample(trial, bare, 1)))
     seconds, started = {side: [] for side in SIDES}, time.perf_counter()

@@ -3,6 +3,8 @@
 The problem is written once, every estimator of the hypergradient is one argument. See `hypergradient`.
 """
 
+from bilevel.batches import Batches as Batches
+from bilevel.batches import PerStep as PerStep
 from bilevel.estimators import Estimator as Estimator
 from bilevel.estimators import FirstOrder as FirstOrder
 from bilevel.estimators import FirstOrderCorrected as FirstOrderCorrected
@@ -33,8 +35,6 @@ from bilevel.outcome import Solution as Solution
 from bilevel.outcome import Status as Status
 from bilevel.outer import ClippedSGD as ClippedSGD
 from bilevel.outer import NormalizedSGD as NormalizedSGD
-from bilevel.problem import Batches as Batches
-from bilevel.problem import PerStep as PerStep
 from bilevel.problem import Problem as Problem
 from bilevel.problem import proximal as proximal
 from bilevel.tasks import TaskMean as TaskMean

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import _autodiff, _spans, _tree
-from bilevel._tree import Tree
+from bilevel.batches import Batches, PerStep
+from bilevel.engine import autodiff, spans
 from bilevel.estimators.base import Estimator, Instance
 from bilevel.inner.base import InnerSolver
 from bilevel.outcome import Hypergradient, Status, code_if, worst
-from bilevel.problem import Batches, PerStep, Problem
+from bilevel.problem import Problem
+from bilevel.space import tree
+from bilevel.space.tree import Tree
 
 
 def hypergradient(
@@ -59,11 +61,11 @@ def hypergradient(
     _check_parts(problem, batches, solver, estimator)
     _check_variables(outer, inner, problem)
     _check_steps(batches, solver)
-    instance = Instance(problem, _tree.detach(outer), None if inner is None else _tree.detach(inner), batches, solver)
-    calls = _spans.Calls()
-    with torch.enable_grad(), _spans.listen(calls):
+    instance = Instance(problem, tree.detach(outer), None if inner is None else tree.detach(inner), batches, solver)
+    calls = spans.Calls()
+    with torch.enable_grad(), spans.listen(calls):
         estimate = estimator.estimate(instance, state)
-    xs, names = _tree.tensors(instance.outer), _tree.names(instance.outer)
+    xs, names = tree.tensors(instance.outer), tree.names(instance.outer)
     unused = [name for name, leaf in zip(names, estimate.grad, strict=True) if leaf is None]
     if unused:
         warnings.warn(
@@ -71,12 +73,12 @@ def hypergradient(
             f"from the `outer` argument and not from a copy of it?",
             stacklevel=2,
         )
-    given = {leaf.untyped_storage()._cdata for leaf in (*xs, *_tree.tensors(instance.inner))}
-    grad = _owned([leaf.detach() for leaf in _autodiff.filled(estimate.grad, xs)], given)
-    sound = _tree.finite([*grad, estimate.outer_loss, estimate.inner_loss])
+    given = {leaf.untyped_storage()._cdata for leaf in (*xs, *tree.tensors(instance.inner))}
+    grad = _owned([leaf.detach() for leaf in autodiff.filled(estimate.grad, xs)], given)
+    sound = tree.finite([*grad, estimate.outer_loss, estimate.inner_loss])
     return Hypergradient(
-        grad=_tree.like(instance.outer, grad),
-        inner=_tree.like(estimate.inner, _owned(_tree.tensors(estimate.inner), given)),
+        grad=tree.like(instance.outer, grad),
+        inner=tree.like(estimate.inner, _owned(tree.tensors(estimate.inner), given)),
         outer_loss=estimate.outer_loss,
         inner_loss=estimate.inner_loss.detach(),
         state=estimate.state,
@@ -111,11 +113,11 @@ def set_grad(outer: Tree, grad: Tree) -> None:
         >>> bl.set_grad(x, torch.ones(2)); x.grad
         tensor([1., 1.])
     """
-    xs, gs = _tree.tensors(outer), _tree.aligned(grad, outer)
+    xs, gs = tree.tensors(outer), tree.aligned(grad, outer)
     if gs is None or [leaf.shape for leaf in xs] != [leaf.shape for leaf in gs]:
         raise ValueError(
             f"set_grad was given outer tensors of shapes {[tuple(leaf.shape) for leaf in xs]} and gradients of shapes "
-            f"{[tuple(leaf.shape) for leaf in _tree.tensors(grad)]}; the same tree was needed, such as set_grad(outer, hg.grad)"
+            f"{[tuple(leaf.shape) for leaf in tree.tensors(grad)]}; the same tree was needed, such as set_grad(outer, hg.grad)"
         )
     check_movable(outer)
     for x in xs:
@@ -127,7 +129,7 @@ def set_grad(outer: Tree, grad: Tree) -> None:
 
 def check_movable(outer: Tree) -> None:
     """Raise ValueError unless every outer tensor is a leaf that requires grad, which is what an optimizer can move."""
-    for name, x in zip(_tree.names(outer), _tree.tensors(outer), strict=True):
+    for name, x in zip(tree.names(outer), tree.tensors(outer), strict=True):
         if not (x.is_leaf and x.requires_grad):
             raise ValueError(
                 f"outer {name} is no leaf that requires grad, so no optimizer can hold it; make it with torch.tensor(..., requires_grad=True)"
@@ -161,13 +163,13 @@ def _check_variables(outer: Tree, inner: Tree | None, problem: Problem) -> None:
     if inner is not None and problem.init is not None:
         raise ValueError("hypergradient() was given inner and a problem with init, which is one start too many. Pass inner=None, or leave init out")
     seen: dict[tuple[torch.device, torch.dtype], str] = {}
-    for variable, tree in (("outer", outer), ("inner", inner)):
-        if tree is None and variable == "inner":
+    for variable, value in (("outer", outer), ("inner", inner)):
+        if value is None and variable == "inner":
             continue
-        leaves = _tree.flatten(tree)[0]
+        leaves = tree.flatten(value)[0]
         if not leaves:
             raise ValueError(f"{variable} holds no tensors; a pytree of floating tensors was needed, such as dict(model.named_parameters())")
-        for name, leaf in zip(_tree.names(tree), leaves, strict=True):
+        for name, leaf in zip(tree.names(value), leaves, strict=True):
             if not isinstance(leaf, Tensor):
                 hint = (
                     "; write dict(model.named_parameters())"

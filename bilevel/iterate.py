@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import _spans, _tree
-from bilevel._tree import Tree
+from bilevel.batches import Batches
+from bilevel.engine import spans
 from bilevel.estimators.base import Estimator
 from bilevel.hypergradient import check_movable, hypergradient, set_grad
 from bilevel.inner.base import InnerSolver
 from bilevel.outcome import BilevelError, Hypergradient, Status, readable
-from bilevel.problem import Batches, Problem
+from bilevel.problem import Problem
+from bilevel.space import tree
+from bilevel.space.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ def iterate(
         )
     check_movable(outer)
     held = {id(x) for group in optimizer.param_groups for x in group["params"]}
-    if not any(id(x) in held for x in _tree.tensors(outer)):
+    if not any(id(x) in held for x in tree.tensors(outer)):
         raise ValueError(
             "iterate() was given an optimizer that holds none of the tensors of outer, so outer would never move; make it over outer.values()"
         )
@@ -117,10 +119,10 @@ def _steps(
                 f"iterate()'s loader yielded a {type(batches).__name__}; write (bilevel.Batches(inner=a, outer=b) for a, b in zip(train, valid))"
             )
         found = hypergradient(problem, outer, inner, batches, solver=solver, estimator=estimator, state=state)
-        with _spans.span(_spans.OUTER):
+        with spans.span(spans.OUTER):
             # Without data nothing can be seen to fail: a forecast takes the step that a sound hypergradient would.
             status = found.status if not isinstance(found.code, Tensor) or readable(found.code) else Status.OK
-            if status.failed and (status not in tolerate or status in (Status.NONFINITE, Status.DIVERGED) or not bool(_tree.finite(found.grad))):
+            if status.failed and (status not in tolerate or status in (Status.NONFINITE, Status.DIVERGED) or not bool(tree.finite(found.grad))):
                 raise BilevelError(f"outer step {index}: {status.name}: {status.value} The outer variable was not moved by this step.")
             if status.failed:
                 warnings.warn(f"iterate() stepped through {status.name}: {status.value}", stacklevel=2)
@@ -128,5 +130,5 @@ def _steps(
             optimizer.step()
         state = found.state
         if carry and problem.init is None:
-            inner = _tree.detach(found.inner)
+            inner = tree.detach(found.inner)
         yield Step(index, found)

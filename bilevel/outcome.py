@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import _spans
-from bilevel._tree import Leaves, Tree
+from bilevel.engine import spans
+from bilevel.space.tree import Leaves, Tree
 
 
 class BilevelError(RuntimeError):
@@ -82,7 +82,7 @@ def readable(tensor: Tensor) -> bool:
 def settled(live: Tensor) -> bool:
     """Whether no task goes on. Where that cannot be read, no; on fake tensors this is announced, since a run on real ones might end here."""
     if type(live) is not Tensor:
-        with _spans.span(_spans.UNREAD):
+        with spans.span(spans.UNREAD):
             return False
     return readable(live) and not bool(live.any())
 

@@ -1,18 +1,17 @@
 """What is solved: min over x of f(y*(x), x) with y*(x) = argmin over y of g(y, x).
 
-x is the outer variable, y the inner one; both are pytrees of tensors. A `Problem` holds the two losses, `Batches` the data of one
-hypergradient. Letters for sizes: P inner, Q outer, K inner steps, T tasks, B batch.
+x is the outer variable, y the inner one; both are pytrees of tensors. A `Problem` holds the two losses. Letters for sizes: P inner, Q outer, K inner steps, T tasks, B batch.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel import _tree
-from bilevel._tree import Tree
+from bilevel.space import tree
+from bilevel.space.tree import Tree
 
 Loss = Callable[[Tree, Tree, Any], Tensor]
 Init = Callable[[Tree, Any], Tree]
@@ -76,8 +75,8 @@ class Problem:
         """`init`, for all tasks at once where there are tasks."""
         assert self.init is not None
         start = self.init(outer, batch) if self.tasks is None else over_tasks(self.init, None, 0)(outer, batch)
-        like = _tree.tensors(outer)[0]
-        leaves = _tree.flatten(start)[0]
+        like = tree.tensors(outer)[0]
+        leaves = tree.flatten(start)[0]
         for leaf in leaves or [None]:
             if not isinstance(leaf, Tensor) or leaf.dtype != like.dtype or leaf.device != like.device:
                 given = f"{leaf.dtype} on {leaf.device}" if isinstance(leaf, Tensor) else "nothing" if leaf is None else f"a {type(leaf).__name__}"
@@ -88,7 +87,7 @@ class Problem:
 
     def _evaluate(self, name: str, inner: Tree, outer: Tree, batch: Any) -> Tensor:
         function: Loss = getattr(self, name)
-        watched = {"inner variable": _tree.tensors(inner), "outer variable": _tree.tensors(outer), "batch": _tree.tensors(batch)}
+        watched = {"inner variable": tree.tensors(inner), "outer variable": tree.tensors(outer), "batch": tree.tensors(batch)}
         versions = [[leaf._version for leaf in leaves] for leaves in watched.values()]
         try:
             loss = function(inner, outer, batch) if self.tasks is None else over_tasks(function, 0, None, 0)(inner, outer, batch)
@@ -117,10 +116,10 @@ class Problem:
 def _mutated(function: Loss, inner: Tree, outer: Tree, batch: Any) -> str:
     """Which argument a loss changes in place, found on copies after autograd refused the change."""
     roles = {"inner variable": inner, "outer variable": outer, "batch": batch}
-    copies = [_tree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree) for tree in roles.values()]
+    copies = [tree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, value) for value in roles.values()]
     with torch.no_grad():
         function(*copies)
-    return next((role for role, copy in zip(roles, copies, strict=True) if any(leaf._version for leaf in _tree.tensors(copy))), "inner variable")
+    return next((role for role, copy in zip(roles, copies, strict=True) if any(leaf._version for leaf in tree.tensors(copy))), "inner variable")
 
 
 def _in_place_message(name: str, role: str) -> str:
@@ -135,88 +134,13 @@ def over_tasks(function: Callable[..., Any], *dims: int | None) -> Callable[...,
 
     def mapped(*arguments: Any) -> Any:
         in_dims = tuple(
-            None if dim is None else _tree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, argument)
+            None if dim is None else tree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, argument)
             for dim, argument in zip(dims, arguments, strict=True)
         )
         # "different": tasks draw their own dropout masks, as they would one after another.
         return torch.func.vmap(function, in_dims=in_dims, randomness="different")(*arguments)
 
     return mapped
-
-
-class PerStep:
-    """One inner batch a step: step k sees `batches[k]`.
-
-    Args:
-        batches: indexable and replayable (a list, or any object with `__getitem__` and `__len__`), because estimators that recompute
-            visit it again. Not a one-shot iterator.
-        ragged: allow batches whose tensor shapes differ. By default they must agree, because a shorter last batch silently changes the
-            weight of its examples.
-
-    Raises:
-        TypeError: `batches` is an iterator or cannot be indexed.
-        ValueError: shapes differ between batches and `ragged` is False.
-
-    Example:
-        >>> import torch, bilevel as bl
-        >>> len(bl.PerStep(torch.arange(12.0).reshape(6, 2).split(2)))
-        3
-    """
-
-    def __init__(self, batches: Sequence[Any], *, ragged: bool = False) -> None:
-        if not hasattr(batches, "__getitem__") or not hasattr(batches, "__len__"):
-            raise TypeError(
-                f"PerStep was given a {type(batches).__name__}, which can be read only once or has no length; estimators that recompute "
-                f"visit batches again. Write PerStep(list(itertools.islice(loader, K)))."
-            )
-        self._batches = batches
-        if not ragged and isinstance(batches, (list, tuple)):
-            self._check_shapes(batches)
-
-    @staticmethod
-    def _check_shapes(batches: Sequence[Any]) -> None:
-        shapes = [[tuple(leaf.shape) for leaf in _tree.tensors(batch)] for batch in batches]
-        for step, shape in enumerate(shapes):
-            if shape != shapes[0]:
-                raise ValueError(
-                    f"shapes differ between inner steps: batch {step} of PerStep has tensors of shapes {shape}, batch 0 has {shapes[0]}. "
-                    f"Drop the short batch (drop_last=True in a DataLoader), or pass PerStep(..., ragged=True) if it is meant."
-                )
-
-    def __getitem__(self, step: int) -> Any:
-        return self._batches[step]
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-
-@dataclasses.dataclass(frozen=True)
-class Batches:
-    """The data of one hypergradient.
-
-    Args:
-        inner: one batch that every inner step sees (any object: a DataLoader's list `[x, y]` is one batch), or `PerStep(batches)`.
-        outer: the batch of the outer loss.
-        curvature: the inner batch at which implicit and corrected estimators take derivatives of g at the solution. None: `inner` itself,
-            or the last batch of `PerStep`, which the solution has seen least of.
-
-    Example:
-        >>> import bilevel as bl
-        >>> bl.Batches(inner=bl.PerStep([1, 2, 3]), outer=4).inner_at(2)
-        3
-    """
-
-    inner: Any
-    outer: Any
-    curvature: Any = None
-
-    def inner_at(self, step: int) -> Any:
-        """The inner batch of a step."""
-        return self.inner[step] if isinstance(self.inner, PerStep) else self.inner
-
-    def at_solution(self, steps: int) -> Any:
-        """The inner batch for derivatives at the solution found after `steps` steps."""
-        return self.curvature if self.curvature is not None else self.inner_at(max(steps - 1, 0))
 
 
 def proximal(problem: Problem, strength: float) -> Problem:
@@ -251,7 +175,7 @@ def proximal(problem: Problem, strength: float) -> Problem:
     def pulled(inner: Tree, outer: Tree, batch: Any) -> Tensor:
         # On one flat vector: leaf by leaf, the many small operators of a conv net's parameters take a tenth of its gradient. And before the loss,
         # so that the copies are gone when its activations come.
-        moved, start = (torch.cat([leaf.reshape(-1) for leaf in _tree.tensors(tree)]) for tree in (inner, init(outer, batch)))
+        moved, start = (torch.cat([leaf.reshape(-1) for leaf in tree.tensors(value)]) for value in (inner, init(outer, batch)))
         distance = moved - start
         del moved, start
         pull = 0.5 * strength * torch.dot(distance, distance)

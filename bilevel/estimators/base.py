@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import _autodiff, _spans, _tree, oracles
 from bilevel._strategy import Strategy
-from bilevel._tree import PartialLeaves, Tree
+from bilevel.batches import Batches, PerStep
+from bilevel.engine import autodiff, oracles, spans
 from bilevel.inner.base import Gradient, InnerSolver, Visit
 from bilevel.outcome import NotTwiceDifferentiableError, Solution
-from bilevel.problem import Batches, PerStep, Problem
+from bilevel.problem import Problem
+from bilevel.space import tree
+from bilevel.space.tree import PartialLeaves, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +46,10 @@ class Instance:
 
     def solve(self, start: Tree | None = None, visit: Visit | None = None, gradient: Gradient | None = None) -> Solution:
         """Run the inner solver; keeps no trajectory unless `visit` does."""
-        with _spans.span(_spans.INNER):
+        with spans.span(spans.INNER):
             y = self.start() if start is None else start
             found = self.solver.solve(gradient or self.gradient(), y, self.outer, tasks=self.problem.tasks, visit=visit)
-            return dataclasses.replace(found, inner=_tree.detach(found.inner))
+            return dataclasses.replace(found, inner=tree.detach(found.inner))
 
     def inner_loss(self, inner: Tree, steps: int) -> Tensor:
         """G at the solution, without a graph."""
@@ -101,22 +103,22 @@ def refuse_blind(estimator: Estimator, instance: Instance, grad: PartialLeaves, 
     missed = [i for i, leaf in enumerate(grad) if leaf is None]
     if not missed:
         return
-    x = _tree.attach(instance.outer)
-    names, xs, paths = _tree.names(x), _tree.tensors(x), dict[str, set[int]]()
+    x = tree.attach(instance.outer)
+    names, xs, paths = tree.names(x), tree.tensors(x), dict[str, set[int]]()
     with torch.enable_grad():
         batch = instance.batches.inner_at(0)
         y0 = instance.start() if instance.problem.init is None else instance.problem.start(x, batch)
-        paths["the start of the inner loop (Problem.init)"] = _reached(_tree.tensors(y0), xs)
-        y = _tree.attach(y0)
+        paths["the start of the inner loop (Problem.init)"] = _reached(tree.tensors(y0), xs)
+        y = tree.attach(y0)
         if instance.solver.optimizer.depends_on_outer():
             # Two steps: momentum acts from the second on.
-            ones, moved, state = _tree.tree_map(torch.ones_like, _tree.detach(y0)), _tree.detach(y0), instance.solver.optimizer.init(y)
+            ones, moved, state = tree.tree_map(torch.ones_like, tree.detach(y0)), tree.detach(y0), instance.solver.optimizer.init(y)
             for _ in range(2):
                 moved, state = instance.solver.optimizer.step(ones, state, moved, x)
-            paths["a hyper-parameter of the inner optimizer"] = _reached(_tree.tensors(moved), xs)
+            paths["a hyper-parameter of the inner optimizer"] = _reached(tree.tensors(moved), xs)
         # What moves y is dg/dy: an x that only shifts g has no influence through it.
         loss = instance.problem.inner(y, x, batch)
-        gradient = [leaf for leaf in _autodiff.grad([loss], _tree.tensors(y), create_graph=True) if leaf is not None]
+        gradient = [leaf for leaf in autodiff.grad([loss], tree.tensors(y), create_graph=True) if leaf is not None]
         try:
             paths["the inner loss"] = _reached(gradient, xs)
         except NotTwiceDifferentiableError:
@@ -130,5 +132,5 @@ def refuse_blind(estimator: Estimator, instance: Instance, grad: PartialLeaves, 
 
 
 def _reached(outputs: list[Tensor], inputs: list[Tensor]) -> set[int]:
-    found = _autodiff.grad(outputs, inputs, [torch.ones_like(output) for output in outputs])
+    found = autodiff.grad(outputs, inputs, [torch.ones_like(output) for output in outputs])
     return {i for i, leaf in enumerate(found) if leaf is not None}

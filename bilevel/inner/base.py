@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import _tree
 from bilevel._strategy import Strategy
-from bilevel._tree import Leaves, Tree
 from bilevel.optim.base import Optimizer
 from bilevel.outcome import Solution, Status, code_if, worst
+from bilevel.space import tree
+from bilevel.space.tree import Leaves, Tree
 
 Gradient = Callable[[Tree, int], tuple[Tensor, Leaves]]
 """(y, step) -> loss and its gradient in y, both without a graph."""
@@ -57,14 +57,14 @@ def move(optimizer: Optimizer, gradient: Leaves, state: Any, inner: Tree, outer:
         ValueError: the step changed the shape of the inner variable.
     """
     with torch.no_grad():
-        moved, state = optimizer.step(_tree.like(inner, gradient), state, inner, outer)
+        moved, state = optimizer.step(tree.like(inner, gradient), state, inner, outer)
     check_step(optimizer, inner, moved)
     return moved, state
 
 
 def check_step(optimizer: Optimizer, inner: Tree, moved: Tree) -> None:
     """Raise ValueError if an optimizer step changed a shape or dtype."""
-    for before, after in zip(_tree.tensors(inner), _tree.tensors(moved), strict=True):
+    for before, after in zip(tree.tensors(inner), tree.tensors(moved), strict=True):
         if before.shape != after.shape or before.dtype != after.dtype:
             raise ValueError(
                 f"an inner step changed a tensor of shape {tuple(before.shape)} and dtype {before.dtype} into "
@@ -75,7 +75,7 @@ def check_step(optimizer: Optimizer, inner: Tree, moved: Tree) -> None:
 
 def health(inner: Tree, first_loss: Tensor | None, last_loss: Tensor | None, *, comparable: bool = True) -> Tensor:
     """Status code of an inner loop: DIVERGED when y is not finite, INNER_ROSE when the loss more than doubled."""
-    diverged = code_if(~_tree.finite(inner), Status.DIVERGED)
+    diverged = code_if(~tree.finite(inner), Status.DIVERGED)
     if not comparable or first_loss is None or last_loss is None:
         return diverged
     rose = last_loss > first_loss + first_loss.abs()

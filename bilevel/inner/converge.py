@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import _tree
-from bilevel._tree import Tree
 from bilevel.inner.base import Gradient, InnerSolver, Visit, check_optimizer, move
 from bilevel.optim.base import Optimizer
 from bilevel.outcome import Solution, Status, code_if, settled
+from bilevel.space import tree
+from bilevel.space.tree import Tree
 
 # On a GPU the test waits for the device; between tests converged tasks are already frozen, so only work is lost, never accuracy.
 _CHECK_EVERY_ON_GPU = 10
@@ -60,12 +60,12 @@ class Converge(InnerSolver):
 
     def solve(self, gradient: Gradient, inner: Tree, outer: Tree, *, tasks: int | None = None, visit: Visit | None = None) -> Solution:
         state = self.optimizer.init(inner)
-        every = _CHECK_EVERY_ON_GPU if _tree.tensors(inner)[0].is_cuda else 1
+        every = _CHECK_EVERY_ON_GPU if tree.tensors(inner)[0].is_cuda else 1
         first: Tensor | None = None
         for step in range(self.max_steps + 1):
             loss, direction = gradient(inner, step)
             first = loss if first is None else first
-            residual = _tree.norm(direction, tasks)
+            residual = tree.norm(direction, tasks)
             live = ~(residual <= self.tol)
             if step == self.max_steps or (step % every == 0 and settled(live)):
                 return Solution(inner, step, code_if(live, Status.INNER_MAX_STEPS), first, loss, residual)
@@ -79,6 +79,6 @@ class Converge(InnerSolver):
 
 def _where(live: Tensor, new: Any, old: Any) -> Any:
     def choose(a: Any, b: Any) -> Any:
-        return torch.where(_tree.per_task(live, a), a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() > 0 else a
+        return torch.where(tree.per_task(live, a), a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() > 0 else a
 
-    return _tree.tree_map(choose, new, old)
+    return tree.tree_map(choose, new, old)

@@ -9,10 +9,10 @@
 
 import dataclasses
 
-from bilevel._tree import Tree
 from bilevel.inner.base import Gradient, InnerSolver, Visit, check_optimizer, move
 from bilevel.optim.base import Optimizer
 from bilevel.outcome import Solution
+from bilevel.space.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import torch
 
-from bilevel import _tree
 from bilevel._strategy import Strategy
-from bilevel._tree import Leaves
 from bilevel.outcome import LinearSolution, Status, code_if, worst
+from bilevel.space import tree
+from bilevel.space.tree import Leaves
 
 Product = Callable[[Leaves], Leaves]
 """v -> A v."""
@@ -51,9 +51,9 @@ class LinearSolver(Strategy):
 
     def checked(self, found: LinearSolution, image: Leaves, b: Leaves, tasks: int | None) -> LinearSolution:
         """`found` with its residual and status replaced by the truth, given image = A v."""
-        residual = _tree.axpy(-1.0, _tree.axpy(self.damping, found.value, image) if self.damping else image, b)
-        scale = _tree.norm(b, tasks)
-        relative = _tree.norm(residual, tasks) / torch.where(scale > 0, scale, 1.0)
+        residual = tree.axpy(-1.0, tree.axpy(self.damping, found.value, image) if self.damping else image, b)
+        scale = tree.norm(b, tasks)
+        relative = tree.norm(residual, tasks) / torch.where(scale > 0, scale, 1.0)
         # The recursion's residual drifts from the true one, hence the factor of ten; no solver gets below rounding.
         allowed = max(min(self.tol * 10, 1.0), 100 * torch.finfo(b[0].dtype).eps)
         unmet = code_if(~(relative <= allowed), Status.MAX_STEPS)
@@ -66,7 +66,7 @@ class LinearSolver(Strategy):
 
 def damped(product: Product, damping: float) -> Product:
     """V -> A v + damping v."""
-    return product if damping == 0 else lambda v: _tree.axpy(damping, v, product(v))
+    return product if damping == 0 else lambda v: tree.axpy(damping, v, product(v))
 
 
 def check_number(owner: str, name: str, value: object, low: float) -> None:

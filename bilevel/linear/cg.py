@@ -17,10 +17,10 @@ import dataclasses
 
 import torch
 
-from bilevel import _tree
-from bilevel._tree import Leaves
 from bilevel.linear.base import LinearSolver, Product, check_number, check_steps, damped
 from bilevel.outcome import LinearSolution, Status, code_if, settled, worst
+from bilevel.space import tree
+from bilevel.space.tree import Leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +55,13 @@ class CG(LinearSolver):
     def iterate(self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None) -> LinearSolution:
         apply = damped(product, self.damping)
         # Solved for b over a power of two near max|b|: squares then neither overflow nor vanish, and scaling rounds nothing.
-        scale = _tree.largest(b, tasks)
+        scale = tree.largest(b, tasks)
         scale = torch.where((scale > 0) & torch.isfinite(scale), scale / torch.frexp(scale).mantissa, 1.0)
-        b = _tree.scaled(1 / scale, b)
-        v = tuple(torch.zeros_like(leaf) for leaf in b) if start is None else _tree.scaled(1 / scale, start)
-        r = b if start is None else _tree.axpy(-1.0, apply(v), b)
-        p, rr = r, _tree.dot(r, r, tasks)
-        bb = _tree.dot(b, b, tasks)
+        b = tree.scaled(1 / scale, b)
+        v = tuple(torch.zeros_like(leaf) for leaf in b) if start is None else tree.scaled(1 / scale, start)
+        r = b if start is None else tree.axpy(-1.0, apply(v), b)
+        p, rr = r, tree.dot(r, r, tasks)
+        bb = tree.dot(b, b, tasks)
         del b
         # Past rounding the recursion follows noise and reports curvature that is not there.
         enough = bb * max(self.tol, 10 * torch.finfo(p[0].dtype).eps) ** 2
@@ -70,20 +70,20 @@ class CG(LinearSolver):
             if live.device.type == "cpu" and settled(live):  # a GPU would have to be waited for
                 break
             Ap = apply(p)
-            curvature = _tree.dot(p, Ap, tasks)
+            curvature = tree.dot(p, Ap, tasks)
             negative = negative | (live & ~(curvature > 0))
             live = live & (curvature > 0)
             alpha = torch.where(live, rr / torch.where(live, curvature, 1.0), 0.0)
-            v = _tree.axpy(alpha, p, v)
-            r = _tree.axpy(-alpha, Ap, r)
+            v = tree.axpy(alpha, p, v)
+            r = tree.axpy(-alpha, Ap, r)
             del Ap
             steps = steps + live
-            rr_new = _tree.dot(r, r, tasks)
+            rr_new = tree.dot(r, r, tasks)
             if step + 1 < self.max_steps:
-                p = _tree.axpy(torch.where(live, rr_new / torch.where(live, rr, 1.0), 0.0), p, r)
+                p = tree.axpy(torch.where(live, rr_new / torch.where(live, rr, 1.0), 0.0), p, r)
             rr = rr_new
             live = live & (rr > enough)
         residual = (rr / torch.where(bb > 0, bb, 1.0)).sqrt()
-        v = _tree.scaled(scale, v)
+        v = tree.scaled(scale, v)
         code = worst(code_if(negative, Status.NEGATIVE_CURVATURE), code_if(live, Status.MAX_STEPS))
         return LinearSolution(v, residual, steps.max(), code)

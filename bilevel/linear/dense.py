@@ -9,9 +9,9 @@ import dataclasses
 
 import torch
 
-from bilevel._tree import Leaves
 from bilevel.linear.base import LinearSolver, Product, check_number
 from bilevel.outcome import LinearSolution, Status, code_if
+from bilevel.space.tree import Leaves
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,10 @@ import dataclasses
 
 import torch
 
-from bilevel import _tree
-from bilevel._tree import Leaves
 from bilevel.linear.base import LinearSolver, Product, check_number, check_positive, check_steps, damped
 from bilevel.outcome import LinearSolution, Status, code_if
+from bilevel.space import tree
+from bilevel.space.tree import Leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Neumann(LinearSolver):
     def iterate(self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None) -> LinearSolution:
         apply = damped(product, self.damping)
         v = tuple(self.step_size * leaf for leaf in b) if start is None else start
-        size = _tree.norm(b, tasks)
+        size = tree.norm(b, tasks)
         residual = size
         for _ in range(self.steps):
-            r = _tree.axpy(-1.0, apply(v), b)
-            residual = _tree.norm(r, tasks)
-            v = _tree.axpy(self.step_size, r, v)
+            r = tree.axpy(-1.0, apply(v), b)
+            residual = tree.norm(r, tasks)
+            v = tree.axpy(self.step_size, r, v)
         # A start from an earlier solution may begin above |b|.
         grew = ~(residual <= size * 2) if start is None else ~torch.isfinite(residual)
         return LinearSolution(

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import _tree
-from bilevel._tree import Tree
 from bilevel.optim.base import Hyper, Optimizer, check_hyper, minus, off, plus, spread, value_of
+from bilevel.space import tree
+from bilevel.space.tree import Tree
 
 
 def _adam_step(betas: tuple[Any, Any], eps: Any, lr: Any, grad: list[Tensor], state: Any, inner: Tree) -> tuple[list[Tensor], Any]:
@@ -33,7 +33,7 @@ def _adam_step(betas: tuple[Any, Any], eps: Any, lr: Any, grad: list[Tensor], st
         second = [beta2 * v + (1 - beta2) * (g * g) for v, g in zip(state["second"], grad, strict=True)]
     correction1, correction2 = 1 - beta1**count, (1 - beta2**count) ** 0.5
     moved = []
-    for y, m, v, rate in zip(_tree.tensors(inner), first, second, spread(lr, inner), strict=True):
+    for y, m, v, rate in zip(tree.tensors(inner), first, second, spread(lr, inner), strict=True):
         # float16 ends at 6e-8, below its smallest normal number, and a second moment is often there.
         floor = 6e-8 if v.dtype == torch.float16 else torch.finfo(v.dtype).tiny
         root = v.clamp_min(floor).sqrt()
@@ -86,13 +86,13 @@ class Adam(Optimizer):
         return {"step": 0, "first": None, "second": None}
 
     def step(self, grad: Tree, state: Any, inner: Tree, outer: Tree) -> tuple[Tree, Any]:
-        decay, direction = value_of(self.weight_decay, outer), _tree.tensors(grad)
+        decay, direction = value_of(self.weight_decay, outer), tree.tensors(grad)
         if not off(decay):
             rates = spread(decay, inner)
-            direction = [plus(g, rate, y) for g, rate, y in zip(direction, rates, _tree.tensors(inner), strict=True)]
+            direction = [plus(g, rate, y) for g, rate, y in zip(direction, rates, tree.tensors(inner), strict=True)]
         betas = (value_of(self.betas[0], outer), value_of(self.betas[1], outer))
         moved, state = _adam_step(betas, value_of(self.eps, outer), value_of(self.lr, outer), direction, state, inner)
-        return _tree.like(inner, moved), state
+        return tree.like(inner, moved), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ class AdamW(Optimizer):
         shrunk = inner
         if not off(decay):
             rates = zip(spread(lr, inner), spread(decay, inner), strict=True)
-            shrunk = _tree.like(inner, [y * (1 - a * b) for y, (a, b) in zip(_tree.tensors(inner), rates, strict=True)])
+            shrunk = tree.like(inner, [y * (1 - a * b) for y, (a, b) in zip(tree.tensors(inner), rates, strict=True)])
         betas = (value_of(self.betas[0], outer), value_of(self.betas[1], outer))
-        moved, state = _adam_step(betas, value_of(self.eps, outer), lr, _tree.tensors(grad), state, shrunk)
-        return _tree.like(inner, moved), state
+        moved, state = _adam_step(betas, value_of(self.eps, outer), lr, tree.tensors(grad), state, shrunk)
+        return tree.like(inner, moved), state

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import _tree
 from bilevel._strategy import Strategy
-from bilevel._tree import Tree
+from bilevel.space import tree
+from bilevel.space.tree import Tree
 
 Hyper = float | Callable[[Tree], Any]
 """A hyper-parameter: a number, or a function of `outer` that returns a 0-dim tensor, or a tree like `inner` with one value for each
@@ -38,7 +38,7 @@ class Optimizer(Strategy):
 
     def depends_on_outer(self) -> bool:
         """Whether a hyper-parameter is a function of outer."""
-        return any(callable(hyper) for hyper in _tree.flatten(vars(self))[0])
+        return any(callable(hyper) for hyper in tree.flatten(vars(self))[0])
 
 
 def value_of(hyper: Hyper, outer: Tree) -> Any:
@@ -48,13 +48,13 @@ def value_of(hyper: Hyper, outer: Tree) -> Any:
 
 def spread(value: Any, inner: Tree) -> list[Any]:
     """One value a leaf: a scalar for all of them, or the leaves of a tree like `inner`."""
-    count = len(_tree.tensors(inner))
+    count = len(tree.tensors(inner))
     if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0):
         return [value] * count
-    values = _tree.aligned(value, inner)
-    if len(_tree.tensors(value)) != count:
+    values = tree.aligned(value, inner)
+    if len(tree.tensors(value)) != count:
         raise ValueError(
-            f"a hyper-parameter has {len(_tree.tensors(value))} leaves where the inner variable has {count}; a number, a 0-dim tensor or a tree like "
+            f"a hyper-parameter has {len(tree.tensors(value))} leaves where the inner variable has {count}; a number, a 0-dim tensor or a tree like "
             f"inner was needed"
         )
     if values is None:

@@ -13,9 +13,9 @@ functions of the outer variable.
 import dataclasses
 from typing import Any
 
-from bilevel import _tree
-from bilevel._tree import Tree
 from bilevel.optim.base import Hyper, Optimizer, check_hyper, minus, off, plus, spread, value_of
+from bilevel.space import tree
+from bilevel.space.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SGD(Optimizer):
 
     def step(self, grad: Tree, state: Any, inner: Tree, outer: Tree) -> tuple[Tree, Any]:
         decay, momentum, dampening = (value_of(hyper, outer) for hyper in (self.weight_decay, self.momentum, self.dampening))
-        y, direction = _tree.tensors(inner), _tree.tensors(grad)
+        y, direction = tree.tensors(inner), tree.tensors(grad)
         if not off(decay):
             direction = [plus(g, rate, leaf) for g, rate, leaf in zip(direction, spread(decay, inner), y, strict=True)]
         if not off(momentum):
@@ -72,4 +72,4 @@ class SGD(Optimizer):
             direction = [plus(d, momentum, b) for d, b in zip(direction, buffers, strict=True)] if self.nesterov else buffers
             state = buffers
         rates = spread(value_of(self.lr, outer), inner)
-        return _tree.like(inner, [minus(leaf, rate, d) for leaf, rate, d in zip(y, rates, direction, strict=True)]), state
+        return tree.like(inner, [minus(leaf, rate, d) for leaf, rate, d in zip(y, rates, direction, strict=True)]), state

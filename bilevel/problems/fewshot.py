@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from bilevel.batches import Batches
 from bilevel.estimators import FirstOrder
 from bilevel.functional import functional
 from bilevel.hypergradient import hypergradient
 from bilevel.inner import Descent
 from bilevel.optim import SGD
-from bilevel.problem import Batches, Problem
+from bilevel.problem import Problem
 from bilevel.problems import glyphs
 from bilevel.problems.conv4 import conv4
 from bilevel.problems.episodes import episodes

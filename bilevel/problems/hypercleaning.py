@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from bilevel.batches import Batches, PerStep
 from bilevel.functional import functional
-from bilevel.problem import Batches, PerStep, Problem
+from bilevel.problem import Problem
 from bilevel.problems._optional import optional
 
 Params = Mapping[str, Tensor]

@@ -24,7 +24,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from bilevel.problem import Batches, PerStep, Problem
+from bilevel.batches import Batches, PerStep
+from bilevel.problem import Problem
 from bilevel.problems.transformer import transformer
 
 Params = Mapping[str, Tensor]

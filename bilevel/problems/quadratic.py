@@ -16,7 +16,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from bilevel.problem import Batches, Problem
+from bilevel.batches import Batches
+from bilevel.problem import Problem
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,7 +15,8 @@ import random
 import torch
 from torch import Tensor
 
-from bilevel.problem import Batches, Problem
+from bilevel.batches import Batches
+from bilevel.problem import Problem
 from bilevel.problems._optional import optional
 
 Labelled = tuple[Tensor, Tensor]

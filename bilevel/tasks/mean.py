@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import _tree
-from bilevel._tree import PartialLeaves, Tree
+from bilevel.batches import Batches, PerStep
 from bilevel.estimators.base import Estimate, Estimator, Instance
 from bilevel.outcome import worst
-from bilevel.problem import Batches, PerStep
+from bilevel.space import tree
+from bilevel.space.tree import PartialLeaves, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +71,12 @@ class TaskMean(Estimator):
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         tasks = _count(instance, state)
         size = tasks if self.chunk is None else min(self.chunk, tasks)
-        total: PartialLeaves = (None,) * len(_tree.tensors(instance.outer))
+        total: PartialLeaves = (None,) * len(tree.tensors(instance.outer))
         parts: list[Estimate] = []
         for low in range(0, tasks, size):
             rows = slice(low, min(low + size, tasks))
             part = self.estimator.estimate(_take(instance, rows, single=size == 1), _rows(state, rows, single=size == 1))
-            total = _tree.accumulate(total, part.grad)
+            total = tree.accumulate(total, part.grad)
             parts.append(dataclasses.replace(part, grad=()))
         return Estimate(
             grad=tuple(None if leaf is None else leaf / tasks for leaf in total),
@@ -94,15 +94,15 @@ def _count(instance: Instance, state: Any) -> int:
     inner_batches = instance.batches.inner
     first = inner_batches[0] if isinstance(inner_batches, PerStep) else inner_batches
     found = {
-        name: sorted({leaf.shape[0] if leaf.dim() else 0 for leaf in _tree.tensors(tree)})
-        for name, tree in (
+        name: sorted({leaf.shape[0] if leaf.dim() else 0 for leaf in tree.tensors(value)})
+        for name, value in (
             ("Batches.inner", first),
             ("Batches.outer", instance.batches.outer),
             ("Batches.curvature", instance.batches.curvature),
             ("inner", instance.inner),
             ("state", state),
         )
-        if _tree.tensors(tree)
+        if tree.tensors(value)
     }
     sizes = {size for group in found.values() for size in group}
     if len(sizes) != 1 or 0 in sizes:
@@ -113,11 +113,11 @@ def _count(instance: Instance, state: Any) -> int:
     return sizes.pop()
 
 
-def _rows(tree: Tree, rows: slice, *, single: bool) -> Tree:
+def _rows(value: Tree, rows: slice, *, single: bool) -> Tree:
     def take(leaf: Any) -> Any:
         return (leaf[rows.start] if single else leaf[rows]) if isinstance(leaf, Tensor) else leaf
 
-    return None if tree is None else _tree.tree_map(take, tree)
+    return None if value is None else tree.tree_map(take, value)
 
 
 class _TaskSteps(PerStep):
@@ -128,7 +128,7 @@ class _TaskSteps(PerStep):
 
     def __getitem__(self, step: int) -> Any:
         batch = self._steps[step]
-        for leaf in _tree.tensors(batch):
+        for leaf in tree.tensors(batch):
             if leaf.dim() == 0 or leaf.shape[0] < self._rows.stop:
                 raise ValueError(
                     f"batch {step} of PerStep has a tensor of shape {tuple(leaf.shape)}; a leading task dimension like that of batch 0 was needed"
@@ -149,8 +149,8 @@ def _take(instance: Instance, rows: slice, *, single: bool) -> Instance:
 
 def _join(trees: list[Tree], *, single: bool) -> Tree:
     if single:
-        return _tree.tree_map(lambda *leaves: torch.stack(leaves), *trees)
-    return trees[0] if len(trees) == 1 else _tree.tree_map(lambda *leaves: torch.cat(leaves), *trees)
+        return tree.tree_map(lambda *leaves: torch.stack(leaves), *trees)
+    return trees[0] if len(trees) == 1 else tree.tree_map(lambda *leaves: torch.cat(leaves), *trees)
 
 
 def _merge(stats: list[dict[str, Any]]) -> dict[str, Any]:

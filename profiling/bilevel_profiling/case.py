@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 import bilevel as bl
-from bilevel import _tree
+from bilevel.space import tree
 
 Setup = Callable[..., Any]
 """`setup(device)` or `setup(device, seed=...)` -> (problem, outer, inner, batches)."""
@@ -83,7 +83,7 @@ class Posed:
     @property
     def dtype(self) -> torch.dtype:
         """Of the outer variable."""
-        return _tree.tensors(self.outer)[0].dtype
+        return tree.tensors(self.outer)[0].dtype
 
     def tensors(self, steps: int) -> Any:
         """A tree of outer, inner, and the batches that `steps` inner steps see."""
@@ -109,19 +109,19 @@ def pose(setup: Setup, device: str, seed: int) -> Posed:
         got = f"({', '.join(type(part).__name__ for part in made)})" if isinstance(made, tuple) else f"a {type(made).__name__}"
         raise TypeError(f"setup() returned {got}; (problem, outer, inner, batches) was needed: a bl.Problem, two trees of tensors, and a bl.Batches")
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-    if any(isinstance(leaf, FakeTensor) and leaf.fake_mode is not mode for leaf in _tree.tensors((made[1], made[2], _seen(made[3])))):
+    if any(isinstance(leaf, FakeTensor) and leaf.fake_mode is not mode for leaf in tree.tensors((made[1], made[2], _seen(made[3])))):
         raise TypeError(
             "setup() returned tensors that it kept from a forecast, which have no data: is there a functools.cache in it, or a module's global? Make "
             "them anew in each call, or forecast in a process of its own"
         )
-    if not _tree.tensors(made[1]):
+    if not tree.tensors(made[1]):
         raise TypeError("setup() returned an outer variable without tensors")
     return Posed(*made)
 
 
 def leaves_of(outer: Any) -> Any:
     """A copy of the outer variable that an optimizer can move without touching what `setup` returned."""
-    return _tree.tree_map(lambda leaf: leaf.detach().clone().requires_grad_() if isinstance(leaf, Tensor) else leaf, outer)
+    return tree.tree_map(lambda leaf: leaf.detach().clone().requires_grad_() if isinstance(leaf, Tensor) else leaf, outer)
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -164,8 +164,8 @@ class _DoubleSteps(Sequence[Any]):
         return len(self._steps)
 
 
-def _double(tree: Any) -> Any:
+def _double(value: Any) -> Any:
     def cast(leaf: Any) -> Any:
         return leaf.detach().to(torch.float64) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
-    return _tree.tree_map(cast, tree)
+    return tree.tree_map(cast, value)

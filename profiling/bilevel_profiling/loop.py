@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import bilevel as bl
-from bilevel import _tree
+from bilevel.space import tree
 from bilevel_profiling.case import Case, Posed, leaves_of, seeded
 from bilevel_profiling.case_file import Definition
 from bilevel_profiling.measurement import STEPPED_THROUGH, Figures
@@ -79,7 +79,7 @@ def _steps(case: Case, definition: Definition, posed: Posed, outer: Any, steps: 
         loader(),
         solver=case.solver,
         estimator=case.estimator,
-        optimizer=case.outer_optimizer(_tree.tensors(outer)),
+        optimizer=case.outer_optimizer(tree.tensors(outer)),
     )
 
     def take() -> bl.Step | bl.Status:
@@ -115,7 +115,7 @@ def _iteration(index: int, take: Take, device: str) -> Iteration:
     if isinstance(step, bl.Status):
         return dataclasses.replace(found, status=step.name)
     hg = step.hypergradient
-    squares = [leaf.detach().double().square().sum() for leaf in _tree.tensors(hg.grad)]
+    squares = [leaf.detach().double().square().sum() for leaf in tree.tensors(hg.grad)]
     return dataclasses.replace(
         found,
         outer_loss=hg.outer_loss.item(),
@@ -149,5 +149,5 @@ def _with_peaks(iteration: Iteration, meter: Tensors) -> Iteration:
 def _evaluated(definition: Definition, outer: Any, case: Case) -> dict[str, float]:
     if definition.evaluate is None:
         return {}
-    found = seeded(definition.evaluate, _tree.detach(outer), case.device, seed=case.seed)
+    found = seeded(definition.evaluate, tree.detach(outer), case.device, seed=case.seed)
     return {str(name): float(value) for name, value in found.items()}

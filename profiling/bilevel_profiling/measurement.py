@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import bilevel as bl
-from bilevel import _tree
+from bilevel.space import tree
 from bilevel_profiling import references
 from bilevel_profiling.case import Case, leaves_of, name_of
 from bilevel_profiling.environment import environment
@@ -154,13 +154,13 @@ def _first(trial: "Trial", figures: "Figures") -> tuple[list[torch.Tensor] | Non
     with figures.of(oracles), oracles:
         hg = trial.hypergradient()
     facts = {
-        "inner_size": _tree.size(hg.inner),
-        "outer_size": _tree.size(hg.grad),
+        "inner_size": tree.size(hg.inner),
+        "outer_size": tree.size(hg.grad),
         "tasks": hg.stats.get("tasks"),
         "status": hg.status.name,
         "reason": "" if hg.status is bl.Status.OK else hg.status.value,
     }
-    grad = _tree.tensors(hg.grad)
+    grad = tree.tensors(hg.grad)
     del hg
     trial.tidy()
     # The outer optimizer makes its state in its first step. A failed hypergradient is refused there; what it costs is measured without that step.
@@ -185,9 +185,9 @@ class Trial:
             posed = case.pose()
         self.outer_step = True
         self._outer = leaves_of(posed.outer)
-        self._saved = [leaf.detach().to("cpu", copy=True) for leaf in _tree.tensors(self._outer)]
+        self._saved = [leaf.detach().to("cpu", copy=True) for leaf in tree.tensors(self._outer)]
         self.posed = dataclasses.replace(posed, outer=self._outer)
-        self._optimizer = case.outer_optimizer(_tree.tensors(self._outer))
+        self._optimizer = case.outer_optimizer(tree.tensors(self._outer))
         self.tidy()
 
     def base_sizes(self) -> list[int]:
@@ -221,7 +221,7 @@ class Trial:
 
     def prime(self) -> None:
         """Make the outer optimizer's state, with a step of zeros."""
-        for leaf in _tree.tensors(self._outer):
+        for leaf in tree.tensors(self._outer):
             leaf.grad = torch.zeros_like(leaf)
         self._optimizer.step()
         self.tidy()
@@ -229,7 +229,7 @@ class Trial:
     def tidy(self) -> None:
         """Put the outer variable and the random numbers back, and drop the gradient."""
         with torch.no_grad():
-            for leaf, saved in zip(_tree.tensors(self._outer), self._saved, strict=True):
+            for leaf, saved in zip(tree.tensors(self._outer), self._saved, strict=True):
                 leaf.copy_(saved)
                 leaf.grad = None
         torch.manual_seed(self.case.seed)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from bilevel import _tree
+from bilevel.space import tree
 from bilevel_profiling.case import Case, Posed
 
 _DENSE_SIZE = 256
@@ -73,7 +73,7 @@ def solution(case: Case) -> Reference:
         return Reference(None, "the case declares no solver for it.")
     posed = case.pose()
     start = posed.inner if posed.inner is not None else posed.outer
-    small = _tree.size(start) / (_tasks(posed) if _by_task(case) else 1) <= _DENSE_SIZE
+    small = tree.size(start) / (_tasks(posed) if _by_task(case) else 1) <= _DENSE_SIZE
     linear: bl.LinearSolver = bl.Dense() if small else bl.CG(max_steps=2000, tol=1e-12)
     return _made(case, case.solution, bl.Implicit(linear), f"float64, {case.solution!r} and Implicit({linear!r})", strict=True)
 
@@ -125,7 +125,7 @@ def _by_task(case: Case) -> bool:
 
 
 def _tasks(posed: Posed) -> int:
-    return max(1, _tree.tensors(posed.batches.outer)[0].shape[0])
+    return max(1, tree.tensors(posed.batches.outer)[0].shape[0])
 
 
 def _made(case: Case, solver: bl.InnerSolver, estimator: bl.Estimator, how: str, *, strict: bool = False) -> Reference:
@@ -144,7 +144,7 @@ def _made(case: Case, solver: bl.InnerSolver, estimator: bl.Estimator, how: str,
         return Reference(None, f"none, because {how} ended with {hg.status.name}.")
     if hg.outer_loss.dtype != torch.float64:
         return Reference(None, f"none, because the outer loss of float64 arguments is {hg.outer_loss.dtype}: a loss casts.")
-    return Reference(tuple(leaf.detach() for leaf in _tree.tensors(hg.grad)), f"{how}.")
+    return Reference(tuple(leaf.detach() for leaf in tree.tensors(hg.grad)), f"{how}.")
 
 
 def _fingerprint(case: Case, kind: str) -> str:
@@ -153,7 +153,7 @@ def _fingerprint(case: Case, kind: str) -> str:
     solver = case.solver if kind == "program" else case.solution
     inner = posed.batches.inner
     seen = [inner[step] for step in range(min(len(inner), case.solver.max_steps))] if isinstance(inner, bl.PerStep) else inner
-    parts = _tree.tensors((posed.outer, posed.inner, seen, posed.batches.outer))
+    parts = tree.tensors((posed.outer, posed.inner, seen, posed.batches.outer))
     one = dataclasses.replace(case, solver=bl.Descent(case.solver.optimizer, min(case.solver.max_steps, 1)))
     found = program(one)
     parts = [*parts, *(found.grad or ())]

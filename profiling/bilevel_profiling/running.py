@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 import bilevel as bl
-from bilevel import _tree
+from bilevel.space import tree
 from bilevel_profiling.failure import of_error
 from bilevel_profiling.meters.base import Meter
 from bilevel_profiling.meters.clock import Clock
@@ -54,7 +54,7 @@ class Running:
             return
         found = item.hypergradient
         with _disable_current_modes(), torch.no_grad():
-            norms = [torch.linalg.vector_norm(leaf, dtype=torch.float64) for leaf in _tree.tensors(found.grad)]
+            norms = [torch.linalg.vector_norm(leaf, dtype=torch.float64) for leaf in tree.tensors(found.grad)]
             self._facts = {
                 "outer_loss": found.outer_loss.item(),
                 "inner_loss": found.inner_loss.item(),

@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import bilevel as bl
-from bilevel.estimators.first_order_corrected import default_nu
+from bilevel.estimators.penalty.first_order_corrected import default_nu
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])]
 

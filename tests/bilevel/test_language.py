@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import bilevel as bl
-from bilevel import _tree
 from bilevel.problems import language
 from bilevel.problems.transformer import Transformer, transformer
+from bilevel.space import tree
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, NO_CUDA])]
@@ -29,7 +29,7 @@ def one_thread():
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(_tree.tensors(a), _tree.tensors(b), strict=True))
+    return all(torch.equal(x, y) for x, y in zip(tree.tensors(a), tree.tensors(b), strict=True))
 
 
 # --- transformer -------------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from bilevel_profiling.meters.tensors import Tensors
 
 import bilevel as bl
 from bilevel.estimators import Estimate, Estimator, Instance
-from bilevel.estimators.unrolled import shrinking
+from bilevel.estimators.reverse.unrolled import shrinking
 
 STEPS = (10, 50, 200)
 NU = 1e-2

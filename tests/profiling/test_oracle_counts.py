@@ -7,7 +7,7 @@ import torch
 from bilevel_profiling.meters.oracles import Oracles
 
 import bilevel as bl
-from bilevel.estimators.unrolled import shrinking
+from bilevel.estimators.reverse.unrolled import shrinking
 from bilevel.problems import quadratic
 
 M = 3

@@ -15,7 +15,8 @@ from typing import Any, Self
 import torch
 
 import bilevel as bl
-from bilevel import _spans, _tree
+from bilevel.engine import spans
+from bilevel.space import tree
 from bilevel_profiling import sizes
 from bilevel_profiling.case import Case, name_of
 from bilevel_profiling.devices import DEVICES, Device
@@ -141,7 +142,7 @@ def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> 
             around.enter_context(meter)
         result = call()
     if isinstance(result, bl.Hypergradient):
-        figures.fields |= {"inner_size": _tree.size(result.inner), "outer_size": _tree.size(result.grad), "tasks": result.stats.get("tasks")}
+        figures.fields |= {"inner_size": tree.size(result.inner), "outer_size": tree.size(result.grad), "tasks": result.stats.get("tasks")}
     del result
     if isinstance(call, Trial):
         call.tidy()
@@ -185,7 +186,7 @@ class _Unread:
         self._count = 0
 
     def __enter__(self) -> Self:
-        self._listening = _spans.listen(self)
+        self._listening = spans.listen(self)
         self._listening.__enter__()
         return self
 
@@ -193,7 +194,7 @@ class _Unread:
         self._listening.__exit__(None, None, None)
 
     def enter(self, name: str, count: int) -> None:
-        self._count += name == _spans.UNREAD
+        self._count += name == spans.UNREAD
 
     def exit(self, name: str) -> None: ...
 

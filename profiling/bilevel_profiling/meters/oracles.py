@@ -4,7 +4,7 @@ import collections
 from types import TracebackType
 from typing import Any, Self
 
-from bilevel import _spans
+from bilevel.engine import spans
 from bilevel_profiling.meters.base import Meter
 from bilevel_profiling.meters.phases import OUTSIDE, Phases
 
@@ -28,12 +28,12 @@ class Oracles(Meter):
 
     def __init__(self) -> None:
         self._phases = Phases(lambda phase: None)
-        self._total = _spans.Calls()
+        self._total = spans.Calls()
         self._by_phase: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
 
     def __enter__(self) -> Self:
         self._phases.__enter__()
-        self._listening = _spans.listen(self)
+        self._listening = spans.listen(self)
         self._listening.__enter__()
         return self
 
@@ -50,7 +50,7 @@ class Oracles(Meter):
     def enter(self, name: str, count: int) -> None:
         """A span opened (the listener's side of the seam)."""
         self._total.enter(name, count)
-        if name in _spans.ORACLES:
+        if name in spans.ORACLES:
             self._by_phase[self._phases.current][name.removeprefix("bilevel.")] += count
 
     def exit(self, name: str) -> None:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from bilevel import _spans
+from bilevel.engine import spans
 
-NAMES = tuple(name.removeprefix("bilevel.") for name in _spans.PHASES)
+NAMES = tuple(name.removeprefix("bilevel.") for name in spans.PHASES)
 """inner, hypergradient, outer."""
 OUTSIDE = ""
 """The name of what runs outside all phases; it belongs to the total only."""
@@ -44,7 +44,7 @@ class Phases:
     def __enter__(self) -> Self:
         self._phases, self._spans = [OUTSIDE], [""]
         self.current, self.span = OUTSIDE, ""
-        self._listening = _spans.listen(self)
+        self._listening = spans.listen(self)
         self._listening.__enter__()
         return self
 
@@ -54,7 +54,7 @@ class Phases:
 
     def enter(self, name: str, count: int) -> None:
         """A span opened (the listener's side of the seam)."""
-        if name in _spans.PHASES:
+        if name in spans.PHASES:
             self._ended(self.current)
             self._phases.append(name.removeprefix("bilevel."))
             self.current = self._phases[-1]
@@ -64,7 +64,7 @@ class Phases:
 
     def exit(self, name: str) -> None:
         """A span closed."""
-        if name in _spans.PHASES:
+        if name in spans.PHASES:
             if len(self._phases) > 1:  # else it was open before the block began
                 self._ended(self.current)
                 self._phases.pop()

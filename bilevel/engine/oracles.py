@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import _autodiff, _spans, _tree
-from bilevel._rng import Replay
-from bilevel._tree import Leaves, PartialLeaves, Tree
+from bilevel.engine import autodiff, spans
+from bilevel.engine.replay import Replay
 from bilevel.optim.base import Optimizer
 from bilevel.problem import Problem
+from bilevel.space import tree
+from bilevel.space.tree import Leaves, PartialLeaves, Tree
 
 
 def inner_gradient(problem: Problem, inner: Tree, outer: Tree, embedded: Any, *, create_graph: bool = False) -> tuple[Tensor, Leaves]:
@@ -33,56 +34,56 @@ def inner_gradient(problem: Problem, inner: Tree, outer: Tree, embedded: Any, *,
     Raises:
         ValueError: g does not depend on y.
     """
-    with _spans.span(_spans.INNER_GRADIENT):
-        point = inner if create_graph else _tree.attach(inner)
+    with spans.span(spans.INNER_GRADIENT):
+        point = inner if create_graph else tree.attach(inner)
         loss = problem.inner_on(point, outer, embedded)
-        leaves = _tree.tensors(point)
-        gradient = _autodiff.grad([loss], leaves, create_graph=create_graph)
+        leaves = tree.tensors(point)
+        gradient = autodiff.grad([loss], leaves, create_graph=create_graph)
         if all(leaf is None for leaf in gradient):
             raise ValueError(
                 "inner_loss does not depend on the inner variable: its gradient has no path there. Compute it from the `inner` argument, "
                 "without .detach(), .item() or torch.no_grad()"
             )
-        return loss.detach(), _autodiff.filled(gradient, leaves)
+        return loss.detach(), autodiff.filled(gradient, leaves)
 
 
 def outer_gradient(problem: Problem, inner: Tree, outer: Tree, batch: Any, *, to_outer: bool = True) -> tuple[Tensor, Leaves, PartialLeaves]:
     """f, df/dy and df/dx (None where x does not enter f directly, and without `to_outer`)."""
-    with _spans.span(_spans.OUTER_GRADIENT):
-        y, x = _tree.attach(inner), _tree.attach(outer) if to_outer else _tree.detach(outer)
+    with spans.span(spans.OUTER_GRADIENT):
+        y, x = tree.attach(inner), tree.attach(outer) if to_outer else tree.detach(outer)
         loss = problem.outer(y, x, batch)
-        leaves = _tree.tensors(y)
-        gradient = _autodiff.grad([loss], [*leaves, *_tree.tensors(x)])
-        return loss.detach(), _autodiff.filled(gradient[: len(leaves)], leaves), gradient[len(leaves) :]
+        leaves = tree.tensors(y)
+        gradient = autodiff.grad([loss], [*leaves, *tree.tensors(x)])
+        return loss.detach(), autodiff.filled(gradient[: len(leaves)], leaves), gradient[len(leaves) :]
 
 
 def inner_gradient_in_outer(problem: Problem, inner: Tree, outer: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
     """G and dg/dx at a fixed y (None where x does not enter g)."""
-    with _spans.span(_spans.INNER_GRADIENT):
-        x = _tree.attach(outer)
-        loss = problem.inner(_tree.detach(inner), x, batch)
-        return loss.detach(), _autodiff.grad([loss], _tree.tensors(x))
+    with spans.span(spans.INNER_GRADIENT):
+        x = tree.attach(outer)
+        loss = problem.inner(tree.detach(inner), x, batch)
+        return loss.detach(), autodiff.grad([loss], tree.tensors(x))
 
 
 def outer_gradient_in_outer(problem: Problem, inner: Tree, outer: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
     """F and df/dx at a fixed y (None where x does not enter f directly)."""
-    with _spans.span(_spans.OUTER_GRADIENT):
-        x = _tree.attach(outer)
-        loss = problem.outer(_tree.detach(inner), x, batch)
-        return loss.detach(), _autodiff.grad([loss], _tree.tensors(x))
+    with spans.span(spans.OUTER_GRADIENT):
+        x = tree.attach(outer)
+        loss = problem.outer(tree.detach(inner), x, batch)
+        return loss.detach(), autodiff.grad([loss], tree.tensors(x))
 
 
 def start(problem: Problem, outer: Tree, batch: Any) -> Tree:
     """The inner start init(x), without a graph."""
     with torch.no_grad():
-        return _tree.detach(problem.start(_tree.detach(outer), batch))
+        return tree.detach(problem.start(tree.detach(outer), batch))
 
 
 def start_vjp(problem: Problem, outer: Tree, batch: Any, weights: Sequence[Tensor | None]) -> PartialLeaves:
     """d<init(x), weights>/dx; None where x does not enter init."""
-    x = _tree.attach(outer)
-    pairs = [(leaf, weight) for leaf, weight in zip(_tree.tensors(problem.start(x, batch)), weights, strict=True) if weight is not None]
-    return _autodiff.grad([leaf for leaf, _ in pairs], _tree.tensors(x), [weight for _, weight in pairs])
+    x = tree.attach(outer)
+    pairs = [(leaf, weight) for leaf, weight in zip(tree.tensors(problem.start(x, batch)), weights, strict=True) if weight is not None]
+    return autodiff.grad([leaf for leaf, _ in pairs], tree.tensors(x), [weight for _, weight in pairs])
 
 
 class Embedding:
@@ -95,24 +96,24 @@ class Embedding:
         self._problem, self._outer, self._batch = problem, outer, batch
         self.value, self.leaves = batch, list[Tensor]()
         if problem.features is not None:
-            self._replay = Replay(_tree.tensors(outer)[0].device)
+            self._replay = Replay(tree.tensors(outer)[0].device)
             self._replay.record()
             with torch.no_grad():
-                self.value = _tree.attach(problem.embed(_tree.detach(outer), batch))
-            self.leaves = [leaf for leaf in _tree.tensors(self.value) if leaf.requires_grad]
+                self.value = tree.attach(problem.embed(tree.detach(outer), batch))
+            self.leaves = [leaf for leaf in tree.tensors(self.value) if leaf.requires_grad]
 
     def pull(self, cotangents: PartialLeaves) -> PartialLeaves:
         """Cotangents of `leaves` to cotangents of x, replaying the features' random numbers."""
-        x = _tree.attach(self._outer)
+        x = tree.attach(self._outer)
         if not self.leaves or all(cotangent is None for cotangent in cotangents):
-            return (None,) * len(_tree.tensors(x))
+            return (None,) * len(tree.tensors(x))
         self._replay.finish()
         self._replay.seek(0)
         embedded = self._problem.embed(x, self._batch)
         self._replay.end()
-        outputs = [leaf for leaf in _tree.tensors(embedded) if leaf.is_floating_point()]
+        outputs = [leaf for leaf in tree.tensors(embedded) if leaf.is_floating_point()]
         pairs = [(z, w) for z, w in zip(outputs, cotangents, strict=True) if w is not None]
-        return _autodiff.grad([z for z, _ in pairs], _tree.tensors(x), [w for _, w in pairs])
+        return autodiff.grad([z for z, _ in pairs], tree.tensors(x), [w for _, w in pairs])
 
 
 class Linearization:
@@ -122,34 +123,34 @@ class Linearization:
     """
 
     def __init__(self, problem: Problem, inner: Tree, outer: Tree, batch: Any) -> None:
-        self._x, y = _tree.attach(outer), _tree.attach(inner)
-        self._leaves = _tree.tensors(y)
+        self._x, y = tree.attach(outer), tree.attach(inner)
+        self._leaves = tree.tensors(y)
         self._embedding = Embedding(problem, outer, batch)
-        with _spans.span(_spans.INNER_GRADIENT):
+        with spans.span(spans.INNER_GRADIENT):
             loss = problem.inner_on(y, self._x, self._embedding.value)
-            gradient = _autodiff.grad([loss], self._leaves, create_graph=True)
+            gradient = autodiff.grad([loss], self._leaves, create_graph=True)
             # Products need the gradient's place in the graph, not its P numbers.
-            self._roots: list[_autodiff.Root | None] | None = [None if leaf is None else _autodiff.root(leaf) for leaf in gradient]
+            self._roots: list[autodiff.Root | None] | None = [None if leaf is None else autodiff.root(leaf) for leaf in gradient]
         self.loss = loss.detach()
 
     def _products(self, v: Leaves, inputs: list[Tensor], *, last: bool) -> PartialLeaves:
         assert self._roots is not None, "the graph was freed by mixed()"
         pairs = [(g, w) for g, w in zip(self._roots, v, strict=True) if g is not None]
-        return _autodiff.grad([g for g, _ in pairs], inputs, [w for _, w in pairs], retain_graph=not last)
+        return autodiff.grad([g for g, _ in pairs], inputs, [w for _, w in pairs], retain_graph=not last)
 
     def hvp(self, v: Leaves) -> Leaves:
         """H v."""
-        with _spans.span(_spans.HVP):
-            return _autodiff.filled(self._products(v, self._leaves, last=False), self._leaves)
+        with spans.span(spans.HVP):
+            return autodiff.filled(self._products(v, self._leaves, last=False), self._leaves)
 
     def mixed(self, v: Leaves) -> tuple[Leaves, PartialLeaves]:
         """(H v, M v) in one sweep; frees the graph, so it is the last product."""
-        with _spans.span(_spans.MIXED):
-            count, xs = len(self._leaves), _tree.tensors(self._x)
+        with spans.span(spans.MIXED):
+            count, xs = len(self._leaves), tree.tensors(self._x)
             found = self._products(v, [*self._leaves, *xs, *self._embedding.leaves], last=True)
             self._roots = None
             direct = found[count : count + len(xs)]
-            return _autodiff.filled(found[:count], self._leaves), _tree.accumulate(direct, self._embedding.pull(found[count + len(xs) :]))
+            return autodiff.filled(found[:count], self._leaves), tree.accumulate(direct, self._embedding.pull(found[count + len(xs) :]))
 
 
 def step_vjp(
@@ -174,42 +175,42 @@ def step_vjp(
     Returns:
         cotangents of the tensors of (y, s) (an empty list without `to_inner`), of x, and of `embedding.leaves`.
     """
-    y, x = _tree.attach(inner), _tree.attach(outer)
-    ys, xs = _tree.tensors(y), _tree.tensors(x)
+    y, x = tree.attach(inner), tree.attach(outer)
+    ys, xs = tree.tensors(y), tree.tensors(x)
     _, gradient = inner_gradient(problem, y, x, embedding.value, create_graph=True)
-    with _spans.span(_spans.HVP):
-        roots, rate = [_autodiff.root(leaf) for leaf in gradient], optimizer.plain_rate
+    with spans.span(spans.HVP):
+        roots, rate = [autodiff.root(leaf) for leaf in gradient], optimizer.plain_rate
         wanted = [*(ys if to_inner else ()), *xs, *embedding.leaves]
         direct: list[Tensor | None]
         if rate is None:
             gradient = tuple(leaf.detach() for leaf in gradient)
             weights, direct, to_outer = _optimizer_vjp(optimizer, gradient, inner, state, outer, cotangents, to_inner=to_inner)
             del gradient
-            products = _autodiff.grad(roots, wanted, weights)
+            products = autodiff.grad(roots, wanted, weights)
         else:
             # U(g, y) = y - rate g: the products of the cotangent itself, scaled after, so that no second P-vector is held meanwhile.
             del gradient
             weights, direct, to_outer = tuple(leaf for leaf in cotangents if leaf is not None), list(cotangents), (None,) * len(xs)
             cotangents.clear()
-            products = tuple(None if leaf is None else leaf * -rate for leaf in _autodiff.grad(roots, wanted, weights))
+            products = tuple(None if leaf is None else leaf * -rate for leaf in autodiff.grad(roots, wanted, weights))
     count = len(ys) if to_inner else 0
     for i, product in enumerate(products[:count]):
         known = direct[i]
         direct[i] = product if known is None else known if product is None else known + product
-    to_outer = _tree.accumulate(to_outer, products[count : count + len(xs)])
+    to_outer = tree.accumulate(to_outer, products[count : count + len(xs)])
     return direct if to_inner else [], to_outer, products[count + len(xs) :]
 
 
 def _optimizer_vjp(
     optimizer: Optimizer, gradient: Leaves, inner: Tree, state: Any, outer: Tree, cotangents: list[Tensor | None], *, to_inner: bool
 ) -> tuple[Leaves, list[Tensor | None], PartialLeaves]:
-    g, y, s = [leaf.detach().requires_grad_() for leaf in gradient], _tree.attach(inner), _tree.attach(state)
-    x = _tree.attach(outer) if optimizer.depends_on_outer() else _tree.detach(outer)
-    moved, next_state = optimizer.step(_tree.like(inner, g), s, y, x)
-    outputs = [*_tree.tensors(moved), *(leaf for leaf in _tree.tensors(next_state) if leaf.is_floating_point())]
+    g, y, s = [leaf.detach().requires_grad_() for leaf in gradient], tree.attach(inner), tree.attach(state)
+    x = tree.attach(outer) if optimizer.depends_on_outer() else tree.detach(outer)
+    moved, next_state = optimizer.step(tree.like(inner, g), s, y, x)
+    outputs = [*tree.tensors(moved), *(leaf for leaf in tree.tensors(next_state) if leaf.is_floating_point())]
     # The state after the last step has no cotangents at all: zip stops before it.
     pairs = [(output, weight) for output, weight in zip(outputs, cotangents, strict=False) if weight is not None]
     cotangents.clear()
-    start = [*_tree.tensors(y), *(leaf for leaf in _tree.tensors(s) if leaf.requires_grad)] if to_inner else []
-    pulled = _autodiff.grad([output for output, _ in pairs], [*g, *start, *_tree.tensors(x)], [weight for _, weight in pairs])
-    return _autodiff.filled(pulled[: len(g)], g), list(pulled[len(g) : len(g) + len(start)]), pulled[len(g) + len(start) :]
+    start = [*tree.tensors(y), *(leaf for leaf in tree.tensors(s) if leaf.requires_grad)] if to_inner else []
+    pulled = autodiff.grad([output for output, _ in pairs], [*g, *start, *tree.tensors(x)], [weight for _, weight in pairs])
+    return autodiff.filled(pulled[: len(g)], g), list(pulled[len(g) : len(g) + len(start)]), pulled[len(g) + len(start) :]

@@ -22,14 +22,15 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel import _autodiff, _spans, _tree, oracles
-from bilevel._rng import Replay
-from bilevel._tree import Tree
+from bilevel.batches import PerStep
+from bilevel.engine import autodiff, oracles, spans
+from bilevel.engine.replay import Replay
 from bilevel.estimators.base import Estimate, Estimator, Instance, refuse_blind
 from bilevel.inner.base import Gradient, check_step, health, move
 from bilevel.inner.descent import Descent
 from bilevel.outcome import worst
-from bilevel.problem import PerStep
+from bilevel.space import tree
+from bilevel.space.tree import Tree
 
 _KEEPS = ("graph", "iterates", "segments")
 
@@ -49,7 +50,7 @@ class Unrolled(Estimator):
         last: backpropagate through the last steps only; None for all. Truncation drops everything that acted before: biased, with an
             error that decays like (1 - lr mu)^last for a mu-strongly convex inner loss, and it cannot see Problem.init.
 
-    Memory: see the table in `bilevel.estimators.unrolled`; independent of Q but for one copy, linear in T.
+    Memory: see the table in `bilevel.estimators.reverse.unrolled`; independent of Q but for one copy, linear in T.
 
     Raises:
         ValueError: an argument is out of range, or (when used) x enters only through Problem.init and `last` cuts that path.
@@ -131,8 +132,8 @@ def shrinking(count: int) -> list[int]:
 
 def _through_graph(instance: Instance, first: int) -> Estimate:
     problem, optimizer, batches = instance.problem, instance.solver.optimizer, instance.batches
-    steps, x = instance.solver.max_steps, _tree.attach(instance.outer)
-    with _spans.span(_spans.INNER):
+    steps, x = instance.solver.max_steps, tree.attach(instance.outer)
+    with spans.span(spans.INNER):
         batch = batches.inner_at(0)
         y = _attached(instance.start() if problem.init is None or first > 0 else problem.start(x, batch))
         comparable = not isinstance(batches.inner, PerStep)
@@ -141,37 +142,37 @@ def _through_graph(instance: Instance, first: int) -> Estimate:
         for step in range(steps):
             if step < first:
                 loss, direction = gradient(y, step)
-                y, state = move(optimizer, direction, state, _tree.detach(y), instance.outer)
+                y, state = move(optimizer, direction, state, tree.detach(y), instance.outer)
                 y = _attached(y) if step == first - 1 else y
             else:
                 if embedded is None or isinstance(batches.inner, PerStep):
                     embedded = problem.embed(x, batches.inner_at(step))
                 loss, direction = oracles.inner_gradient(problem, y, x, embedded, create_graph=True)
                 before = y
-                y, state = optimizer.step(_tree.like(y, direction), state, y, x)
+                y, state = optimizer.step(tree.like(y, direction), state, y, x)
                 check_step(optimizer, before, y)
                 del before
             first_loss = loss if first_loss is None and comparable else first_loss
         # The tape keeps what it needs; the last gradient would be one P more at the peak.
         del state, embedded, direction, gradient
-    with _spans.span(_spans.HYPERGRADIENT):
-        with _spans.span(_spans.OUTER_GRADIENT), _spans.span(_spans.HVP, count=steps - first):
+    with spans.span(spans.HYPERGRADIENT):
+        with spans.span(spans.OUTER_GRADIENT), spans.span(spans.HVP, count=steps - first):
             loss = problem.outer(y, x, batches.outer)
-            grad = _autodiff.grad([loss], _tree.tensors(x))
-        y = _tree.detach(y)
+            grad = autodiff.grad([loss], tree.tensors(x))
+        y = tree.detach(y)
         inner_loss = instance.inner_loss(y, steps)
         code = health(y, first_loss, inner_loss, comparable=comparable)
         return Estimate(grad, y, loss.detach(), inner_loss, code, {"inner_steps": steps})
 
 
-def _attached(tree: Tree) -> Tree:
+def _attached(value: Tree) -> Tree:
     """Leaves that carry a graph get a node of their own (init may return x itself, or one tensor twice), the others become graph leaves."""
-    return _tree.tree_map(lambda leaf: leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_(), tree)
+    return tree.tree_map(lambda leaf: leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_(), value)
 
 
 def _through_iterates(instance: Instance, first: int, starts: list[int]) -> Estimate:
     problem, solver, batches = instance.problem, instance.solver, instance.batches
-    device, steps = _tree.tensors(instance.outer)[0].device, solver.max_steps
+    device, steps = tree.tensors(instance.outer)[0].device, solver.max_steps
     before_start, replay = Replay(device), Replay(device)
     before_start.record()
     y0 = instance.start()
@@ -190,7 +191,7 @@ def _through_iterates(instance: Instance, first: int, starts: list[int]) -> Esti
     comparable = not isinstance(batches.inner, PerStep)
     y_end, first_loss = found.inner, found.first_loss if comparable else None
     del y0, found
-    with _spans.span(_spans.HYPERGRADIENT):
+    with spans.span(spans.HYPERGRADIENT):
         outer_loss, gradient_y, total = oracles.outer_gradient(problem, y_end, instance.outer, batches.outer)
         replay.finish()
         cotangents: list[Tensor | None] = list(gradient_y)
@@ -206,17 +207,17 @@ def _through_iterates(instance: Instance, first: int, starts: list[int]) -> Esti
                 cotangents, to_outer, to_embedding = oracles.step_vjp(
                     problem, solver.optimizer, y, s, instance.outer, here, cotangents, to_inner=step > first or to_start
                 )
-                total = _tree.accumulate(total, to_outer)
+                total = tree.accumulate(total, to_outer)
                 if isinstance(batches.inner, PerStep):
-                    total = _tree.accumulate(total, here.pull(to_embedding))
+                    total = tree.accumulate(total, here.pull(to_embedding))
                 else:
-                    pending = to_embedding if pending is None else _tree.accumulate(pending, to_embedding)
+                    pending = to_embedding if pending is None else tree.accumulate(pending, to_embedding)
         if pending is not None:
-            total = _tree.accumulate(total, embedding(0).pull(pending))
+            total = tree.accumulate(total, embedding(0).pull(pending))
         if to_start:
-            count = len(_tree.tensors(y_end))
+            count = len(tree.tensors(y_end))
             before_start.seek(0)
-            total = _tree.accumulate(total, oracles.start_vjp(problem, instance.outer, batches.inner_at(0), cotangents[:count]))
+            total = tree.accumulate(total, oracles.start_vjp(problem, instance.outer, batches.inner_at(0), cotangents[:count]))
         replay.end()
         inner_loss = instance.inner_loss(y_end, steps)
     code = health(y_end, first_loss, inner_loss, comparable=comparable)

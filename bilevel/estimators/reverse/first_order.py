@@ -13,12 +13,13 @@ factor I - lr H of the ordered product for I, a relative error of order K lr |H|
 import dataclasses
 from typing import Any
 
-from bilevel import _spans, _tree, oracles
-from bilevel._rng import Replay
+from bilevel.batches import PerStep
+from bilevel.engine import oracles, spans
+from bilevel.engine.replay import Replay
 from bilevel.estimators.base import Estimate, Estimator, Instance, refuse_blind
 from bilevel.inner.base import health
 from bilevel.outcome import worst
-from bilevel.problem import PerStep
+from bilevel.space import tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +50,16 @@ class FirstOrder(Estimator):
 
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         problem, batches = instance.problem, instance.batches
-        before_start = Replay(_tree.tensors(instance.outer)[0].device)
+        before_start = Replay(tree.tensors(instance.outer)[0].device)
         before_start.record()
         found = instance.solve(instance.start())
-        with _spans.span(_spans.HYPERGRADIENT):
+        with spans.span(spans.HYPERGRADIENT):
             outer_loss, gradient, grad = oracles.outer_gradient(problem, found.inner, instance.outer, batches.outer)
             inner_loss = instance.inner_loss(found.inner, found.steps)
             if problem.init is not None:
                 before_start.finish()
                 before_start.seek(0)
-                grad = _tree.accumulate(grad, oracles.start_vjp(problem, instance.outer, batches.inner_at(0), gradient))
+                grad = tree.accumulate(grad, oracles.start_vjp(problem, instance.outer, batches.inner_at(0), gradient))
                 before_start.end()
         remedy = "Use Unrolled(), Implicit(bilevel.CG(10)) or FirstOrderCorrected()."
         refuse_blind(self, instance, grad, "the start of the inner loop and the outer loss", remedy)

@@ -9,11 +9,13 @@ import dataclasses
 
 from torch import Tensor
 
-from bilevel import _tree, oracles
-from bilevel._tree import Leaves, PartialLeaves, Tree
+from bilevel.batches import Batches
+from bilevel.engine import oracles
 from bilevel.linear.base import LinearSolver
 from bilevel.outcome import LinearSolution
-from bilevel.problem import Batches, Problem
+from bilevel.problem import Problem
+from bilevel.space import tree
+from bilevel.space.tree import Leaves, PartialLeaves, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,5 +38,5 @@ def adjoint(problem: Problem, inner: Tree, outer: Tree, batches: Batches, steps:
     found = linear.iterate(at.hvp, b, start, tasks=problem.tasks)
     image, mixed = at.mixed(found.value)
     found = linear.checked(found, image, b, problem.tasks)
-    grad = _tree.accumulate(direct, tuple(None if leaf is None else -leaf for leaf in mixed))
+    grad = tree.accumulate(direct, tuple(None if leaf is None else -leaf for leaf in mixed))
     return Adjoint(grad, found, outer_loss, at.loss)

@@ -22,14 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import _spans, _tree, oracles
-from bilevel._rng import Replay
-from bilevel._tree import Leaves, PartialLeaves, Tree
+from bilevel.batches import PerStep
+from bilevel.engine import oracles, spans
+from bilevel.engine.replay import Replay
 from bilevel.estimators.base import AT_SOLUTION, UNROLL_OR_PROXIMAL, Estimate, Estimator, Instance, refuse_blind
 from bilevel.inner.base import Gradient, health
 from bilevel.inner.descent import Descent
 from bilevel.outcome import Solution, worst
-from bilevel.problem import PerStep
+from bilevel.space import tree
+from bilevel.space.tree import Leaves, PartialLeaves, Tree
 
 _SCHEMES = ("symmetric", "forward")
 
@@ -78,7 +79,7 @@ class FirstOrderCorrected(Estimator):
         return f"off by O({order}) from the finite difference and by |y_K - y*| / nu before the inner solution"
 
     def estimate(self, instance: Instance, state: Any) -> Estimate:
-        nu = default_nu(_tree.tensors(instance.outer)[0].dtype, self.scheme) if self.nu is None else self.nu
+        nu = default_nu(tree.tensors(instance.outer)[0].dtype, self.scheme) if self.nu is None else self.nu
         sides = (nu, -nu) if self.scheme == "symmetric" else (0.0, nu)
         code: Tensor | int = 0
         if not instance.solver.fixed:
@@ -87,18 +88,18 @@ class FirstOrderCorrected(Estimator):
             code = unperturbed.code
             instance = dataclasses.replace(instance, solver=Descent(instance.solver.optimizer, unperturbed.steps))
         start, gradient = instance.start(), instance.gradient()
-        replay = Replay(_tree.tensors(instance.outer)[0].device)
+        replay = Replay(tree.tensors(instance.outer)[0].device)
         replay.record()
         one = _side(instance, sides[0], start, gradient)
         replay.seek(0)
         other = _side(instance, sides[1], start, gradient)
-        with _spans.span(_spans.HYPERGRADIENT):
+        with spans.span(spans.HYPERGRADIENT):
             grad = _combine([(1 / (sides[0] - sides[1]), one.g_x), (-1 / (sides[0] - sides[1]), other.g_x)])
             if self.scheme == "symmetric":
-                grad = _tree.accumulate(grad, _combine([(0.5, one.f_x), (0.5, other.f_x)]))
-                inner = _tree.tree_map(lambda a, b: (a + b) / 2, one.found.inner, other.found.inner)
+                grad = tree.accumulate(grad, _combine([(0.5, one.f_x), (0.5, other.f_x)]))
+                inner = tree.tree_map(lambda a, b: (a + b) / 2, one.found.inner, other.found.inner)
             else:
-                grad, inner = _tree.accumulate(grad, other.f_x), one.found.inner
+                grad, inner = tree.accumulate(grad, other.f_x), one.found.inner
             with torch.no_grad():
                 outer_loss = instance.problem.outer(inner, instance.outer, instance.batches.outer)
             inner_loss = instance.inner_loss(inner, one.found.steps)
@@ -146,14 +147,14 @@ def _side(instance: Instance, nu: float, start: Tree, gradient: Gradient) -> _Si
             return loss, g
         # Two graphs one after the other, not one over both losses: the peak stays that of one gradient.
         # f draws without moving the stream, so that g's draws are those of a side that needs no f.
-        after_g = Replay(_tree.tensors(x)[0].device)
+        after_g = Replay(tree.tensors(x)[0].device)
         after_g.record()
         f_loss, f, _ = oracles.outer_gradient(problem, y, x, batches.outer, to_outer=False)
         after_g.seek(0)
-        return loss + nu * f_loss, _tree.axpy(nu, f, g)
+        return loss + nu * f_loss, tree.axpy(nu, f, g)
 
     found = instance.solve(start, gradient=perturbed)
-    with _spans.span(_spans.HYPERGRADIENT):
+    with spans.span(spans.HYPERGRADIENT):
         _, g_x = oracles.inner_gradient_in_outer(problem, found.inner, x, batches.at_solution(found.steps))
         _, f_x = oracles.outer_gradient_in_outer(problem, found.inner, x, batches.outer)
     return _Side(found, g_x, f_x)
@@ -162,5 +163,5 @@ def _side(instance: Instance, nu: float, start: Tree, gradient: Gradient) -> _Si
 def _combine(terms: list[tuple[float, PartialLeaves]]) -> PartialLeaves:
     total: PartialLeaves = (None,) * len(terms[0][1])
     for weight, leaves in terms:
-        total = _tree.accumulate(total, tuple(None if leaf is None else weight * leaf for leaf in leaves))
+        total = tree.accumulate(total, tuple(None if leaf is None else weight * leaf for leaf in leaves))
     return total

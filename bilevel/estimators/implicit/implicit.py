@@ -13,13 +13,13 @@ Differences from peers: the residual is the true one (the mixed product yields H
 import dataclasses
 from typing import Any
 
-from bilevel import _spans
-from bilevel.adjoint import adjoint
+from bilevel.batches import PerStep
+from bilevel.engine import spans
 from bilevel.estimators.base import AT_SOLUTION, UNROLL_OR_PROXIMAL, Estimate, Estimator, Instance, refuse_blind
+from bilevel.estimators.implicit.adjoint import adjoint
 from bilevel.inner.base import health
 from bilevel.linear.base import LinearSolver
 from bilevel.outcome import worst
-from bilevel.problem import PerStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Implicit(Estimator):
 
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         found = instance.solve()
-        with _spans.span(_spans.HYPERGRADIENT):
+        with spans.span(spans.HYPERGRADIENT):
             at = adjoint(instance.problem, found.inner, instance.outer, instance.batches, found.steps, self.linear)
         refuse_blind(self, instance, at.grad, AT_SOLUTION, UNROLL_OR_PROXIMAL)
         comparable = not isinstance(instance.batches.inner, PerStep)

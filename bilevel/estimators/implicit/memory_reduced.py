@@ -15,14 +15,15 @@ stores but never uses them); curvature and residual are reported.
 import dataclasses
 from typing import Any
 
-from bilevel import _spans, _tree
-from bilevel.adjoint import adjoint
+from bilevel.batches import PerStep
+from bilevel.engine import spans
 from bilevel.estimators.base import AT_SOLUTION, UNROLL_OR_PROXIMAL, Estimate, Estimator, Instance, refuse_blind
+from bilevel.estimators.implicit.adjoint import adjoint
 from bilevel.inner.base import health
 from bilevel.linear.base import check_number, check_steps
 from bilevel.linear.cg import CG
 from bilevel.outcome import worst
-from bilevel.problem import PerStep
+from bilevel.space import tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class MemoryReduced(Estimator):
             instance = dataclasses.replace(instance, problem=_without_features(instance.problem))
         y0, v0 = self._warm(instance, state)
         found = instance.solve(y0)
-        with _spans.span(_spans.HYPERGRADIENT):
+        with spans.span(spans.HYPERGRADIENT):
             linear = CG(self.steps, self.tol, self.damping)
             at = adjoint(instance.problem, found.inner, instance.outer, instance.batches, found.steps, linear, v0)
         refuse_blind(self, instance, at.grad, AT_SOLUTION, UNROLL_OR_PROXIMAL)
@@ -93,7 +94,7 @@ class MemoryReduced(Estimator):
         stats = {"inner_steps": found.steps, "inner_residual": found.residual}
         stats |= {"linear_residual": at.linear.residual, "linear_steps": at.linear.steps}
         keep = self.warm_inner or self.warm_adjoint
-        carried = {"inner": found.inner, "adjoint": _tree.like(found.inner, at.linear.value)} if keep else None
+        carried = {"inner": found.inner, "adjoint": tree.like(found.inner, at.linear.value)} if keep else None
         return Estimate(at.grad, found.inner, at.outer_loss, inner_loss, code, stats, carried)
 
     def _warm(self, instance: Instance, state: Any) -> tuple[Any, Any]:
@@ -102,12 +103,12 @@ class MemoryReduced(Estimator):
         if not isinstance(state, dict) or set(state) != {"inner", "adjoint"}:
             raise ValueError(f"MemoryReduced was given a state of type {type(state).__name__}; the state of its own last call was needed (hg.state)")
         start = instance.start()
-        for name, tree in state.items():
-            if [leaf.shape for leaf in _tree.tensors(tree)] != [leaf.shape for leaf in _tree.tensors(start)]:
+        for name, value in state.items():
+            if [leaf.shape for leaf in tree.tensors(value)] != [leaf.shape for leaf in tree.tensors(start)]:
                 raise ValueError(
                     f"MemoryReduced was given a state whose {name!r} does not have the shapes of the inner variable; pass state=None to start afresh"
                 )
-        return (_tree.detach(state["inner"]) if self.warm_inner else None, tuple(_tree.tensors(state["adjoint"])) if self.warm_adjoint else None)
+        return (tree.detach(state["inner"]) if self.warm_inner else None, tuple(tree.tensors(state["adjoint"])) if self.warm_adjoint else None)
 
 
 def _without_features(problem: Any) -> Any:

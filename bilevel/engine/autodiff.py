@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from bilevel._tree import Leaves, PartialLeaves
 from bilevel.outcome import NotTwiceDifferentiableError
+from bilevel.space.tree import Leaves, PartialLeaves
 
 Root = Tensor | GradientEdge
 """What a backward starts from: a tensor, or the place of one in the graph, which does not keep its numbers alive."""

@@ -1,0 +1,82 @@
+"""The data of one hypergradient: which batch an inner step sees, and which the outer loss."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from bilevel.space import tree
+
+
+class PerStep:
+    """One inner batch a step: step k sees `batches[k]`.
+
+    Args:
+        batches: indexable and replayable (a list, or any object with `__getitem__` and `__len__`), because estimators that recompute
+            visit it again. Not a one-shot iterator.
+        ragged: allow batches whose tensor shapes differ. By default they must agree, because a shorter last batch silently changes the
+            weight of its examples.
+
+    Raises:
+        TypeError: `batches` is an iterator or cannot be indexed.
+        ValueError: shapes differ between batches and `ragged` is False.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> len(bl.PerStep(torch.arange(12.0).reshape(6, 2).split(2)))
+        3
+    """
+
+    def __init__(self, batches: Sequence[Any], *, ragged: bool = False) -> None:
+        if not hasattr(batches, "__getitem__") or not hasattr(batches, "__len__"):
+            raise TypeError(
+                f"PerStep was given a {type(batches).__name__}, which can be read only once or has no length; estimators that recompute "
+                f"visit batches again. Write PerStep(list(itertools.islice(loader, K)))."
+            )
+        self._batches = batches
+        if not ragged and isinstance(batches, (list, tuple)):
+            self._check_shapes(batches)
+
+    @staticmethod
+    def _check_shapes(batches: Sequence[Any]) -> None:
+        shapes = [[tuple(leaf.shape) for leaf in tree.tensors(batch)] for batch in batches]
+        for step, shape in enumerate(shapes):
+            if shape != shapes[0]:
+                raise ValueError(
+                    f"shapes differ between inner steps: batch {step} of PerStep has tensors of shapes {shape}, batch 0 has {shapes[0]}. "
+                    f"Drop the short batch (drop_last=True in a DataLoader), or pass PerStep(..., ragged=True) if it is meant."
+                )
+
+    def __getitem__(self, step: int) -> Any:
+        return self._batches[step]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """The data of one hypergradient.
+
+    Args:
+        inner: one batch that every inner step sees (any object: a DataLoader's list `[x, y]` is one batch), or `PerStep(batches)`.
+        outer: the batch of the outer loss.
+        curvature: the inner batch at which implicit and corrected estimators take derivatives of g at the solution. None: `inner` itself,
+            or the last batch of `PerStep`, which the solution has seen least of.
+
+    Example:
+        >>> import bilevel as bl
+        >>> bl.Batches(inner=bl.PerStep([1, 2, 3]), outer=4).inner_at(2)
+        3
+    """
+
+    inner: Any
+    outer: Any
+    curvature: Any = None
+
+    def inner_at(self, step: int) -> Any:
+        """The inner batch of a step."""
+        return self.inner[step] if isinstance(self.inner, PerStep) else self.inner
+
+    def at_solution(self, steps: int) -> Any:
+        """The inner batch for derivatives at the solution found after `steps` steps."""
+        return self.curvature if self.curvature is not None else self.inner_at(max(steps - 1, 0))

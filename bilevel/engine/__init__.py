@@ -1,0 +1,1 @@
+"""How derivatives are computed: the only place that calls torch.autograd and torch.func."""

@@ -1,0 +1,1 @@
+"""Estimators that need first derivatives only, by penalizing the outer loss into the inner one."""

@@ -1,0 +1,1 @@
+"""Tensors as one vector: trees of them, and the inner product on them."""
