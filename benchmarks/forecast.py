@@ -1,11 +1,12 @@
-"""A data-reweighting step of a transformer of a billion parameters, forecast: what each estimator would need, and what it takes to say so.
+"""A data-reweighting step of a transformer of a billion parameters, forecast: what each estimator would need, and what
+it takes to say so.
 
     python benchmarks/forecast.py                    # about ten minutes on one core; writes results/forecast.jsonl
     python benchmarks/forecast.py --layers 2 --width 64 --steps 1,4 --out /tmp/forecast.jsonl
 
-The problem is `bilevel.problems.language`: x is a weight for each of 64 sequences, y the net's parameters, 8 sequences of 512 bytes a step, float32.
-Each cell is one `forecast` in a fresh process on one thread. Its seconds are those of the call, imports apart, and its resident memory the process's
-peak, imports included.
+The problem is `bilevel.problems.language`: x is a weight for each of 64 sequences, y the net's parameters, 8 sequences
+of 512 bytes a step, float32. Each cell is one `forecast` in a fresh process on one thread. Its seconds are those of the
+call, imports apart, and its resident memory the process's peak, imports included.
 """
 
 import argparse
@@ -41,7 +42,14 @@ def cell(label, steps, sizes):
 
     torch.set_num_threads(1)
     setup = functools.partial(language.setup, steps=steps, **sizes, **DATA)
-    case = Case(setup, solver=bl.Descent(bl.SGD(lr=1e-3), steps), estimator=ESTIMATORS[label], device="cuda", label=label, name="language")
+    case = Case(
+        setup,
+        solver=bl.Descent(bl.SGD(lr=1e-3), steps),
+        estimator=ESTIMATORS[label],
+        device="cuda",
+        label=label,
+        name="language",
+    )
     wall, cpu = time.perf_counter(), time.process_time()
     record = forecast(case, on="h100")
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -60,7 +68,8 @@ def cell(label, steps, sizes):
         "notes": list(record.notes),
         "seconds": wall,
         "cpu_seconds": cpu,
-        "resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024),
+        "resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if platform.system() == "Darwin" else 1024),
     }
 
 
@@ -72,7 +81,12 @@ def main():
     parser.add_argument("--estimators", default=",".join(ESTIMATORS), help="labels, separated by commas")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    environment = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(), "threads": 1}
+    environment = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": 1,
+    }
     sizes = {name: getattr(options, name) for name in SIZES}
     found = []
     for steps in map(int, options.steps.split(",")):

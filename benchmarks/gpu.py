@@ -1,17 +1,22 @@
-"""Forecasts against a GPU's own account of its memory, the growth of memory with K, and the time of an oracle call. One command, under nine minutes.
+"""Forecasts against a GPU's own account of its memory, the growth of memory with K, and the time of an oracle call. One
+command, under nine minutes.
 
-    python benchmarks/gpu.py                   # on a CUDA machine: writes results/gpu-<device>-<date>.jsonl and prints the tables
-    python benchmarks/gpu.py --device cpu      # the same code on small sizes, against the tensors meter; writes nothing without --out
+    python benchmarks/gpu.py                   # on a CUDA machine: writes results/gpu-<device>-<date>.jsonl and prints
+    the tables python benchmarks/gpu.py --device cpu      # the same code on small sizes, against the tensors meter;
+    writes nothing without --out
 
-Needs torch and this repository, no network and no data. Cells (three models x estimators x K) run one after another in this process, the small K
-first, so that a run that is cut short has something on everything. A cell that does not fit the time that is left is not started; what was left
-out is a row too. Running out of memory, or any other error of a cell, is that cell's row.
+Needs torch and this repository, no network and no data. Cells (three models x estimators x K) run one after another in
+this process, the small K first, so that a run that is cut short has something on everything. A cell that does not fit
+the time that is left is not started; what was left out is a row too. Running out of memory, or any other error of a
+cell, is that cell's row.
 
 What is compared, in bytes, on CUDA:
 
-    requested   measured peak    with    forecast + cuBLAS workspaces                  a difference is workspaces inside kernels (cuDNN)
-    allocated   measured peak    with    forecast, each tensor in blocks of 512 bytes  a difference is those and what large blocks lose
-    reserved    measured peak    with    forecast allocated                            a ratio: the allocator's cache and its fragmentation
+    requested   measured peak    with    forecast + cuBLAS workspaces                  a difference is workspaces inside
+    kernels (cuDNN) allocated   measured peak    with    forecast, each tensor in blocks of 512 bytes  a difference is
+    those and what large blocks lose
+    reserved    measured peak    with    forecast allocated                            a ratio: the allocator's cache
+        and its fragmentation
 
 The largest differences are the row "margin": what a forecast on such a device has to add.
 """
@@ -78,7 +83,10 @@ def perceptron(sizes, device, seed):
     """Hyper-cleaning on random numbers: memory and time do not ask what the digits are."""
     generator = torch.Generator().manual_seed(seed)
     count = sizes["train"]
-    images, labels = torch.rand(count, 64, generator=generator).to(device), torch.randint(10, (count,), generator=generator).to(device)
+    images, labels = (
+        torch.rand(count, 64, generator=generator).to(device),
+        torch.randint(10, (count,), generator=generator).to(device),
+    )
     data = hypercleaning.Digits(images, labels, labels, labels > 10, images, labels, images, labels)
     return hypercleaning.setup(device, seed, hidden=sizes["hidden"], data=data)
 
@@ -87,7 +95,9 @@ def conv_net(sizes, device, seed):
     """iMAML on random images."""
     sizes = dict(sizes)
     side, channels, each = sizes.pop("side"), sizes.pop("channels"), sizes["shot"] + sizes["query"]
-    images = torch.randint(256, (each * 10, channels, side, side), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    images = torch.randint(256, (each * 10, channels, side, side), generator=torch.Generator().manual_seed(seed)).to(
+        torch.uint8
+    )
     data = ImageSet(images, counts=(each,) * 10, names=tuple("abcdefghij"))
     problem, *rest = fewshot.setup(device, seed, data=data, **sizes)
     return (bl.proximal(problem, 0.5), *rest)
@@ -114,8 +124,8 @@ def case_of(model, label, steps, device, sizes):
 class OracleTimes:
     """A listener that times each oracle call: CUDA events in the stream, or the wall clock.
 
-    An oracle inside another (the backward sweep of a kept graph is the outer gradient and K Hessian products at once) gets the time alone; the
-    one around it is not reported for that call.
+    An oracle inside another (the backward sweep of a kept graph is the outer gradient and K Hessian products at once)
+    gets the time alone; the one around it is not reported for that call.
     """
 
     def __init__(self, device):
@@ -133,7 +143,9 @@ class OracleTimes:
         if name in spans.ORACLES:
             for around in self.open:
                 around["shared"] = True
-            self.open.append({"name": name.removeprefix("bilevel."), "count": count, "shared": False, "start": self.mark()})
+            self.open.append(
+                {"name": name.removeprefix("bilevel."), "count": count, "shared": False, "start": self.mark()}
+            )
 
     def exit(self, name):
         if name in spans.ORACLES:
@@ -175,10 +187,17 @@ def cell(case):
             torch.cuda.empty_cache()
             row["left_over_bytes"] = torch.cuda.memory_allocated()
         real = measure(case, errors=False, repeats=3)
-        row |= {"status": real.status, "reason": real.reason, "inner_size": real.inner_size, "outer_size": real.outer_size}
+        row |= {
+            "status": real.status,
+            "reason": real.reason,
+            "inner_size": real.inner_size,
+            "outer_size": real.outer_size,
+        }
         workspaces = None
         if cuda:
-            with Cuda(case.device, workspaces=True) as held:  # what the products of this cell left with cuBLAS; it was in the peaks
+            with Cuda(
+                case.device, workspaces=True
+            ) as held:  # what the products of this cell left with cuBLAS; it was in the peaks
                 pass
             workspaces = held.figures()["cuda_workspace_bytes"]
         row |= compared(found, real, workspaces)
@@ -197,7 +216,13 @@ def cell(case):
 
 def compared(found, real, workspaces):
     """The figures of a cell, and how far the forecast was off. Differences are measured - forecast."""
-    names = ("base_tensor_bytes", "peak_tensor_bytes", "cuda_requested_bytes", "cuda_allocated_bytes", "cuda_reserved_bytes")
+    names = (
+        "base_tensor_bytes",
+        "peak_tensor_bytes",
+        "cuda_requested_bytes",
+        "cuda_allocated_bytes",
+        "cuda_reserved_bytes",
+    )
     row = {"wall_seconds": real.wall_seconds, "calls": dict(real.calls), "cuda_workspace_bytes": workspaces}
     row |= {name: getattr(real, name) for name in names}
     if found is None:
@@ -222,7 +247,9 @@ def conclusions(rows):
         groups[row["model"], row["estimator"]].append(row)
     for (model, estimator), group in groups.items():
         row = {"kind": "growth", "model": model, "estimator": estimator}
-        measured = "cuda_requested_bytes" if any(cell.get("cuda_requested_bytes") for cell in group) else "peak_tensor_bytes"
+        measured = (
+            "cuda_requested_bytes" if any(cell.get("cuda_requested_bytes") for cell in group) else "peak_tensor_bytes"
+        )
         for name, field in {"measured": measured, "forecast": f"forecast_{measured}"}.items():
             points = [(cell["inner_steps"], cell[field]) for cell in group if cell.get(field) is not None]
             law = fit(points) if len(points) > 1 else None
@@ -236,7 +263,9 @@ def conclusions(rows):
             "requested_difference": max(row["requested_difference"] for row in on_cuda),
             "requested_difference_least": min(row["requested_difference"] for row in on_cuda),
             "allocated_difference": max(row["allocated_difference"] for row in on_cuda),
-            "allocated_difference_with_workspaces": max(row["allocated_difference"] + (row["cuda_workspace_bytes"] or 0) for row in on_cuda),
+            "allocated_difference_with_workspaces": max(
+                row["allocated_difference"] + (row["cuda_workspace_bytes"] or 0) for row in on_cuda
+            ),
             "reserved_ratio": max(row["reserved_ratio"] for row in on_cuda),
             "cuda_workspace_bytes": max(row["cuda_workspace_bytes"] or 0 for row in on_cuda),
         }
@@ -250,7 +279,15 @@ def run(device, sizes, models, estimators, steps, budget, write):
         rows.append(row)
         write(row)
 
-    done({"kind": "environment", "device": device, "environment": environment(device=device), "sizes": sizes, "budget_seconds": budget})
+    done(
+        {
+            "kind": "environment",
+            "device": device,
+            "environment": environment(device=device),
+            "sizes": sizes,
+            "budget_seconds": budget,
+        }
+    )
     todo = [(model, label, k) for k in sorted(steps) for model in models for label in estimators]
     left_out = []
     for number, (model, label, k) in enumerate(todo, 1):
@@ -262,13 +299,17 @@ def run(device, sizes, models, estimators, steps, budget, write):
         row = cell(case_of(model, label, k, device, sizes[model]))
         seconds[model, label] = (k, row["cell_seconds"])
         done(row)
-        print(f"[{time.perf_counter() - started:5.0f} s] {number}/{len(todo)} {model}, {label}, K = {k}: {_line(row)}", flush=True)
+        print(
+            f"[{time.perf_counter() - started:5.0f} s] {number}/{len(todo)} {model}, {label}, K = {k}: {_line(row)}",
+            flush=True,
+        )
     for row in conclusions(rows):
         done(row)
     done({"kind": "left out", "cells": left_out})
     if left_out:
         print(
-            f"{len(left_out)} of {len(todo)} cells did not fit the budget of {budget:g} s: " + ", ".join(f"{m}, {e}, K = {k}" for m, e, k in left_out)
+            f"{len(left_out)} of {len(todo)} cells did not fit the budget of {budget:g} s: "
+            + ", ".join(f"{m}, {e}, K = {k}" for m, e, k in left_out)
         )
     return rows
 
@@ -285,11 +326,15 @@ def _line(row):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda (default), or cpu for a rehearsal at small sizes")
-    parser.add_argument("--budget-seconds", type=float, default=480, help="no cell is started that would end later (default 480)")
+    parser.add_argument(
+        "--budget-seconds", type=float, default=480, help="no cell is started that would end later (default 480)"
+    )
     parser.add_argument("--models", default=",".join(MODELS), help="which, by comma")
     parser.add_argument("--estimators", default=",".join(ESTIMATORS), help="which, by comma")
     parser.add_argument("--inner-steps", default="", help="the K, by comma")
-    parser.add_argument("--out", type=Path, help="file of rows; default results/gpu-<device>-<date>.jsonl on CUDA, none on a CPU")
+    parser.add_argument(
+        "--out", type=Path, help="file of rows; default results/gpu-<device>-<date>.jsonl on CUDA, none on a CPU"
+    )
     given = parser.parse_args(arguments)
     kind = torch.device(given.device).type
     if kind not in SIZES:

@@ -1,11 +1,15 @@
-"""What measuring costs: a hypergradient bare, under the cheap meters, and under the tensors meter, in turn in one process.
+"""What measuring costs: a hypergradient bare, under the cheap meters, and under the tensors meter, in turn in one
+process.
 
     python benchmarks/overhead.py                    # about ten minutes on one core; writes results/overhead.jsonl
     python benchmarks/overhead.py language --seconds 10
 
-Cheap meters: oracles, clock, CUDA (off on a CPU) and phases, all at once. Seconds are the process's own CPU seconds, single-threaded, the garbage
-collector off; one sample is as many hypergradients as take 60 ms. Each round takes bare and metered in turn, in an order that changes, and both
-share whatever else the machine does at that moment: on a busy machine the median of the rounds' ratios is the figure to read. Rounds are added until
+Cheap meters: oracles, clock, CUDA (off on a CPU) and phases, all at once. Seconds are the process's own CPU seconds,
+    single-threaded, the garbage
+collector off; one sample is as many hypergradients as take 60 ms. Each round takes bare and metered in turn, in an
+order that changes, and both
+share whatever else the machine does at that moment: on a busy machine the median of the rounds' ratios is the figure to
+    read. Rounds are added until
 its standard error is one percent, or the time of the cell is used.
 """
 
@@ -80,7 +84,8 @@ def sample(trial, meter, repeats):
 
 
 def block_seconds(meter, spans, count, rounds=20):
-    """Least CPU seconds of a block under a meter with so many empty spans in it; of the two kinds of span, the dearer."""
+    """Least CPU seconds of a block under a meter with so many empty spans in it; of the two kinds of span, the
+    dearer."""
     least = []
     for name in (spans.HVP, spans.HYPERGRADIENT):
         samples = []
@@ -110,14 +115,18 @@ def standard_error(ratios):
 
 def cell(name, label, steps, limit):
     case = case_file.load(name)
-    trial = Trial(Case(case.setup, bl.Descent(case.optimizer, steps=steps), case.estimators[label], name=name, label=label))
+    trial = Trial(
+        Case(case.setup, bl.Descent(case.optimizer, steps=steps), case.estimators[label], name=name, label=label)
+    )
     spans = Spans()
     with spans.listen(spans):
         trial.hypergradient()
     repeats = max(1, round(SAMPLE_SECONDS / sample(trial, bare, 1)))
     seconds, started = {side: [] for side in SIDES}, time.perf_counter()
     ratios = []
-    while len(ratios) < 5 or (time.perf_counter() - started < limit and (len(ratios) < LEAST_ROUNDS or standard_error(ratios) > ENOUGH)):
+    while len(ratios) < 5 or (
+        time.perf_counter() - started < limit and (len(ratios) < LEAST_ROUNDS or standard_error(ratios) > ENOUGH)
+    ):
         order = ("bare", "cheap") if len(ratios) % 2 else ("cheap", "bare")
         for side in order:
             seconds[side].append(sample(trial, SIDES[side], repeats))
@@ -152,14 +161,21 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    environment = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(), "threads": 1}
+    environment = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": 1,
+    }
     records = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=STEPPED_THROUGH)
         for name in given.cases:
             for label in ESTIMATORS:
                 records.append({**cell(name, label, CASES[name], given.seconds), "environment": environment})
-                print(json.dumps({key: value for key, value in records[-1].items() if key != "environment"}), flush=True)
+                print(
+                    json.dumps({key: value for key, value in records[-1].items() if key != "environment"}), flush=True
+                )
     given.out.parent.mkdir(exist_ok=True)
     given.out.write_text("".join(json.dumps(record) + "\n" for record in records))
 

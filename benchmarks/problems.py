@@ -1,6 +1,7 @@
 """What the ready problems can do: hyper-cleaning against equal weights, few-shot accuracy on unseen characters.
 
-    python benchmarks/problems.py [hypercleaning] [fewshot]      # about ten minutes on one core; writes results/problems.jsonl
+    python benchmarks/problems.py [hypercleaning] [fewshot]      # about ten minutes on one core; writes
+    results/problems.jsonl
 
 The tables of bilevel/problems/hypercleaning.py, bilevel/problems/fewshot.py and benchmarks/README.md come from here.
 """
@@ -39,7 +40,13 @@ def cleaning():
                 optimizer=torch.optim.Adam(outer.values(), lr=hypercleaning.OUTER_LR),
             )
             statuses = Counter(step.hypergradient.status.name for step in loop)
-            yield {"problem": "hypercleaning", "estimator": label, "seed": seed, "statuses": statuses, **hypercleaning.evaluate(outer, seed=seed)}
+            yield {
+                "problem": "hypercleaning",
+                "estimator": label,
+                "seed": seed,
+                "statuses": statuses,
+                **hypercleaning.evaluate(outer, seed=seed),
+            }
 
 
 def characters():
@@ -75,10 +82,17 @@ def characters():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("problems", nargs="*", default=["hypercleaning", "fewshot"], help="which problems; both by default")
+    parser.add_argument(
+        "problems", nargs="*", default=["hypercleaning", "fewshot"], help="which problems; both by default"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    environment = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(), "threads": 1}
+    environment = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": 1,
+    }
     records = []
     for name in arguments.problems:
         for record in {"hypercleaning": cleaning, "fewshot": characters}[name]():

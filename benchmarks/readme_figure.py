@@ -1,6 +1,7 @@
 """The README's figure, from the records that `make report` left.
 
-python benchmarks/readme_figure.py      # reads report/records.jsonl; writes docs/_static/readme.png and benchmarks/results/report.jsonl
+python benchmarks/readme_figure.py      # reads report/records.jsonl; writes docs/_static/readme.png and
+benchmarks/results/report.jsonl
 """
 
 from pathlib import Path
@@ -13,5 +14,7 @@ records = [entry for entry in records_file.read(ROOT / "report" / "records.jsonl
 target = ROOT / "docs" / "_static" / "readme.png"
 target.parent.mkdir(exist_ok=True)
 report.write_png(records, target)
-records_file.write(records_file.read(ROOT / "report" / "records.jsonl"), ROOT / "benchmarks" / "results" / "report.jsonl")
+records_file.write(
+    records_file.read(ROOT / "report" / "records.jsonl"), ROOT / "benchmarks" / "results" / "report.jsonl"
+)
 print(target)

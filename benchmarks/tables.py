@@ -20,18 +20,24 @@ def environment(records):
 
 
 def cleaning(records):
-    lines = ["| estimator | seed | test accuracy | equal weights | clean labels only | AUC | statuses of the outer steps |", "| --- " * 7 + "|"]
+    lines = [
+        "| estimator | seed | test accuracy | equal weights | clean labels only | AUC | statuses of the outer steps |",
+        "| --- " * 7 + "|",
+    ]
     for r in records:
         statuses = ", ".join(f"{n} {name}" for name, n in r["statuses"].items())
         lines.append(
-            f"| {r['estimator']} | {r['seed']} | {r['test_accuracy']:.3f} | {r['baseline_test_accuracy']:.3f} | {r['ideal_test_accuracy']:.3f} "
-            f"| {r['corruption_auc']:.3f} | {statuses} |"
+            f"| {r['estimator']} | {r['seed']} | {r['test_accuracy']:.3f} | {r['baseline_test_accuracy']:.3f} | "
+            f"{r['ideal_test_accuracy']:.3f} | {r['corruption_auc']:.3f} | {statuses} |"
         )
     return "\n".join(lines)
 
 
 def characters(records):
-    lines = ["| estimator | shot | K | outer steps | accuracy before | after | without adaptation |", "| --- " * 7 + "|"]
+    lines = [
+        "| estimator | shot | K | outer steps | accuracy before | after | without adaptation |",
+        "| --- " * 7 + "|",
+    ]
     for r in records:
         lines.append(
             f"| {r['estimator']} | {r['shot']} | {r['inner_steps']} | {r['outer_steps']} "
@@ -49,18 +55,22 @@ def overhead(records):
         lines.append(
             f"| {r['case']} | {r['estimator']} | {r['inner_steps']} | {1000 * r['bare_seconds']:.1f} "
             f"| {r['cheap_ratio'] - 1:+.1%} +- {r['cheap_ratio_error']:.1%} | {low - 1:+.1%} to {high - 1:+.1%} "
-            f"| {r['cheap_ratio_of_medians'] - 1:+.1%} | {r['cheap_ratio_of_least'] - 1:+.1%} | {r['spans']} | {r['cheap_counted']:+.2%} "
-            f"| x {r['tensors_ratio']:.2f} |"
+            f"| {r['cheap_ratio_of_medians'] - 1:+.1%} | {r['cheap_ratio_of_least'] - 1:+.1%} | {r['spans']} | "
+            f"{r['cheap_counted']:+.2%} | x {r['tensors_ratio']:.2f} |"
         )
     if records:
         weights = [r["cheap_ratio_error"] ** -2 for r in records]
         mean = sum(weight * r["cheap_ratio"] for weight, r in zip(weights, records, strict=True)) / sum(weights)
         most, error = max(r["cheap_counted"] for r in records), sum(weights) ** -0.5
-        lines.append(f"\nAll cells together, weighted by their errors: {mean - 1:+.1%} +- {error:.1%}. Counted: at most {most:.2%} of a step.")
+        lines.append(
+            f"\nAll cells together, weighted by their errors: {mean - 1:+.1%} +- {error:.1%}. Counted: at most "
+            f"{most:.2%} of a step."
+        )
     return "\n".join(lines)
 
 
-# --- GPU ---------------------------------------------------------------------------------------------------------------------------------
+# --- GPU
+# ---------------------------------------------------------------------------------------------------------------------------------
 
 
 def forecasts(records):
@@ -68,9 +78,9 @@ def forecasts(records):
     lines = [head, "| --- " * 9 + "|"]
     for r in records:
         lines.append(
-            f"| {r['estimator']} | {r['inner_steps']} | {r['needed_bytes'] / 2**30:,.1f} | {r['base_tensor_bytes'] / 2**30:,.1f} "
-            f"| {r['matmul_flops'] / 1e12:,.0f} | {r['roofline_seconds']:,.1f} | {r['seconds']:.0f} | {r['cpu_seconds']:.0f} "
-            f"| {r['resident_bytes'] / 2**30:.2f} |"
+            f"| {r['estimator']} | {r['inner_steps']} | {r['needed_bytes'] / 2**30:,.1f} | "
+            f"{r['base_tensor_bytes'] / 2**30:,.1f} | {r['matmul_flops'] / 1e12:,.0f} | {r['roofline_seconds']:,.1f} | "
+            f"{r['seconds']:.0f} | {r['cpu_seconds']:.0f} | {r['resident_bytes'] / 2**30:.2f} |"
         )
     if records:
         first = records[0]
@@ -85,11 +95,13 @@ def gpu(found):
     laws = {(row["model"], row["estimator"]): row for row in found if row["kind"] == "growth"}
     units = _inner_gradients(cells)
     cuda = any(row.get("cuda_requested_bytes") is not None for row in cells)
-    kind, difference = ("cuda_requested_bytes", "requested_difference") if cuda else ("peak_tensor_bytes", "tensors_difference")
+    kind, difference = (
+        ("cuda_requested_bytes", "requested_difference") if cuda else ("peak_tensor_bytes", "tensors_difference")
+    )
     extra = "| allocated MiB | forecast | largest difference | reserved / forecast " if cuda else ""
     head = (
-        f"| model | estimator | K | {'requested' if cuda else 'peak tensor'} MiB | forecast MiB | largest difference over K, bytes {extra}"
-        "| growth, measured | ms | in inner gradients |"
+        f"| model | estimator | K | {'requested' if cuda else 'peak tensor'} MiB | forecast MiB | largest difference "
+        f"over K, bytes {extra}| growth, measured | ms | in inner gradients |"
     )
     lines = [head, "| --- " * (head.count("|") - 1) + "|"]
     groups = collections.defaultdict(list)
@@ -105,19 +117,40 @@ def gpu(found):
             continue
         row, wall = known[-1], known[-1]["wall_seconds"]
         off = max((entry[difference] for entry in known if entry.get(difference) is not None), key=abs, default=None)
-        fields = [model, estimator, row["inner_steps"], mib(row[kind]), mib(row.get(f"forecast_{kind}")), "" if off is None else f"{off:+,}"]
+        fields = [
+            model,
+            estimator,
+            row["inner_steps"],
+            mib(row[kind]),
+            mib(row.get(f"forecast_{kind}")),
+            "" if off is None else f"{off:+,}",
+        ]
         if cuda:
-            most = max((entry["allocated_difference"] for entry in known if "allocated_difference" in entry), key=abs, default=None)
+            most = max(
+                (entry["allocated_difference"] for entry in known if "allocated_difference" in entry),
+                key=abs,
+                default=None,
+            )
             ratio = f"{row['reserved_ratio']:.2f}" if "reserved_ratio" in row else ""
-            fields += [mib(row["cuda_allocated_bytes"]), mib(row.get("forecast_cuda_allocated_bytes")), "" if most is None else f"{most:+,}", ratio]
+            fields += [
+                mib(row["cuda_allocated_bytes"]),
+                mib(row.get("forecast_cuda_allocated_bytes")),
+                "" if most is None else f"{most:+,}",
+                ratio,
+            ]
         law = (laws.get((model, estimator)) or {}).get("measured")
-        fields += [law["text"] if law else "", f"{1000 * wall:.1f}" if wall else "", f"{wall / units[model]:.1f}" if wall and model in units else ""]
+        fields += [
+            law["text"] if law else "",
+            f"{1000 * wall:.1f}" if wall else "",
+            f"{wall / units[model]:.1f}" if wall and model in units else "",
+        ]
         lines.append("| " + " | ".join(map(str, fields)) + " |")
     return "\n".join([*lines, "", *_oracles(cells, units), "", *_margin(found)]).strip()
 
 
 def _inner_gradients(cells):
-    """Seconds of a plain inner gradient, by model: the least of the cells' medians, because in some of them it also keeps a graph for a product."""
+    """Seconds of a plain inner gradient, by model: the least of the cells' medians, because in some of them it also
+    keeps a graph for a product."""
     found = {}
     for row in cells:
         seconds = row.get("oracle_seconds", {}).get("inner_gradient")
@@ -133,11 +166,16 @@ def _oracles(cells, units):
     for row in cells:
         for name, seconds in row.get("oracle_seconds", {}).items():
             kept = name == "hvp" and row["estimator"] == "unrolled"
-            which = "unrolled, kept graph" if kept else "unrolled" if row["estimator"].startswith("unrolled") else "others"
+            which = (
+                "unrolled, kept graph" if kept else "unrolled" if row["estimator"].startswith("unrolled") else "others"
+            )
             found[row["model"], name, which].append(seconds)
     for (model, name, which), seconds in sorted(found.items()):
         median = statistics.median(seconds)
-        lines.append(f"| {model} | {name} | {which} | {1000 * median:.3f} | {f'{median / units[model]:.2f}' if model in units else ''} |")
+        lines.append(
+            f"| {model} | {name} | {which} | {1000 * median:.3f} | "
+            f"{f'{median / units[model]:.2f}' if model in units else ''} |"
+        )
     return lines
 
 
@@ -147,13 +185,16 @@ def _margin(found):
     lines = []
     if margin:
         lines.append(
-            f"Margin of a forecast, over {margin['cells']} cells: requested between {margin['requested_difference_least']:+,} and "
-            f"{margin['requested_difference']:+,} bytes of it, beside cuBLAS workspaces of {mib(margin['cuda_workspace_bytes'])} MiB; "
-            f"allocated at most {mib(margin['allocated_difference_with_workspaces'])} MiB above it, workspaces included; reserved at most "
-            f"{margin['reserved_ratio']:.2f} times the allocated forecast and workspaces."
+            f"Margin of a forecast, over {margin['cells']} cells: requested between "
+            f"{margin['requested_difference_least']:+,} and {margin['requested_difference']:+,} bytes of it, beside "
+            f"cuBLAS workspaces of {mib(margin['cuda_workspace_bytes'])} MiB; allocated at most "
+            f"{mib(margin['allocated_difference_with_workspaces'])} MiB above it, workspaces included; reserved at "
+            f"most {margin['reserved_ratio']:.2f} times the allocated forecast and workspaces."
         )
     if left_out:
-        lines.append(f"Left out for want of time: {', '.join(f'{model}, {label}, K = {k}' for model, label, k in left_out)}.")
+        lines.append(
+            f"Left out for want of time: {', '.join(f'{model}, {label}, K = {k}' for model, label, k in left_out)}."
+        )
     return lines
 
 
@@ -166,8 +207,14 @@ def gpu_runs():
     runs = []
     for path in sorted((HERE / "results").glob("gpu-*.jsonl"), key=lambda path: path.stem[-10:], reverse=True):
         found = rows(path.name)
-        runs.append(f"`results/{path.name}`. {environment([row for row in found if row['kind'] == 'environment'])}.\n\n{gpu(found)}")
-    return "\n\n".join(runs) or "**Not yet measured on a GPU.** The command is ready and its code runs on a CPU in every test run."
+        runs.append(
+            f"`results/{path.name}`. "
+            f"{environment([row for row in found if row['kind'] == 'environment'])}.\n\n{gpu(found)}"
+        )
+    return (
+        "\n\n".join(runs)
+        or "**Not yet measured on a GPU.** The command is ready and its code runs on a CPU in every test run."
+    )
 
 
 def main():

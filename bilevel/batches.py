@@ -11,10 +11,10 @@ class PerStep:
     """One inner batch a step: step k sees `batches[k]`.
 
     Args:
-        batches: indexable and replayable (a list, or any object with `__getitem__` and `__len__`), because estimators that recompute
-            visit it again. Not a one-shot iterator.
-        ragged: allow batches whose tensor shapes differ. By default they must agree, because a shorter last batch silently changes the
-            weight of its examples.
+        batches: indexable and replayable (a list, or any object with `__getitem__` and `__len__`), because estimators
+            that recompute visit it again. Not a one-shot iterator.
+        ragged: allow batches whose tensor shapes differ. By default they must agree, because a shorter last batch
+            silently changes the weight of its examples.
 
     Raises:
         TypeError: `batches` is an iterator or cannot be indexed.
@@ -29,8 +29,8 @@ class PerStep:
     def __init__(self, batches: Sequence[Any], *, ragged: bool = False) -> None:
         if not hasattr(batches, "__getitem__") or not hasattr(batches, "__len__"):
             raise TypeError(
-                f"PerStep was given a {type(batches).__name__}, which can be read only once or has no length; estimators that recompute "
-                f"visit batches again. Write PerStep(list(itertools.islice(loader, K)))."
+                f"PerStep was given a {type(batches).__name__}, which can be read only once or has no length; "
+                f"estimators that recompute visit batches again. Write PerStep(list(itertools.islice(loader, K)))."
             )
         self._batches = batches
         if not ragged and isinstance(batches, (list, tuple)):
@@ -42,8 +42,9 @@ class PerStep:
         for step, shape in enumerate(shapes):
             if shape != shapes[0]:
                 raise ValueError(
-                    f"shapes differ between inner steps: batch {step} of PerStep has tensors of shapes {shape}, batch 0 has {shapes[0]}. "
-                    f"Drop the short batch (drop_last=True in a DataLoader), or pass PerStep(..., ragged=True) if it is meant."
+                    f"shapes differ between inner steps: batch {step} of PerStep has tensors of shapes {shape}, batch "
+                    f"0 has {shapes[0]}. Drop the short batch (drop_last=True in a DataLoader), or pass PerStep(..., "
+                    f"ragged=True) if it is meant."
                 )
 
     def __getitem__(self, step: int) -> Any:
@@ -58,10 +59,11 @@ class Batches:
     """The data of one hypergradient.
 
     Args:
-        inner: one batch that every inner step sees (any object: a DataLoader's list `[x, y]` is one batch), or `PerStep(batches)`.
+        inner: one batch that every inner step sees (any object: a DataLoader's list `[x, y]` is one batch), or
+            `PerStep(batches)`.
         outer: the batch of the outer loss.
-        curvature: the inner batch at which implicit and corrected estimators take derivatives of g at the solution. None: `inner` itself,
-            or the last batch of `PerStep`, which the solution has seen least of.
+        curvature: the inner batch at which implicit and corrected estimators take derivatives of g at the solution.
+            None: `inner` itself, or the last batch of `PerStep`, which the solution has seen least of.
 
     Example:
         >>> import bilevel as bl

@@ -13,12 +13,13 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
         module: any module whose forward writes no buffer.
 
     Returns:
-        `(call, params)`: `call(params, *inputs, **keywords)` runs the module with these parameters and its own buffers, held fixed; `params`
-        is `dict(module.named_parameters())`, detached copies of nothing: the module's own storage, never mutated.
+        `(call, params)`: `call(params, *inputs, **keywords)` runs the module with these parameters and its own buffers,
+        held fixed; `params` is `dict(module.named_parameters())`, detached copies of nothing: the module's own storage,
+        never mutated.
 
     Raises:
-        ValueError: here, when a normalization layer is in a mode that writes its running statistics; in `call`, when the forward changed a
-            buffer.
+        ValueError: here, when a normalization layer is in a mode that writes its running statistics; in `call`, when
+            the forward changed a buffer.
 
     Example:
         >>> import torch, bilevel as bl
@@ -39,8 +40,8 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
         changed = [name for name, buffer in buffers.items() if buffer._version != versions[name]]
         if changed:
             raise ValueError(
-                f"the module wrote its buffers {changed} in its forward; an inner loop needs a pure function of the parameters. "
-                "Switch the layer to a mode "
+                f"the module wrote its buffers {changed} in its forward; an inner loop needs a pure function of the "
+                f"parameters. Switch the layer to a mode "
                 f"that does not write (module.eval(), or track_running_stats=False)"
             )
         return output
@@ -50,11 +51,16 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
 
 def _refuse_running_statistics(module: nn.Module) -> None:
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.track_running_stats and layer.training and layer.running_mean is not None:
+        if (
+            isinstance(layer, nn.modules.batchnorm._NormBase)
+            and layer.track_running_stats
+            and layer.training
+            and layer.running_mean is not None
+        ):
             raise ValueError(
-                f"{type(layer).__name__} {name or '(the module itself)'} is in training mode with track_running_stats=True: "
-                "every forward of the inner loop "
-                f"would write its running statistics. Build it with track_running_stats=False (batch statistics, the usual "
-                "choice in meta-learning), or call "
+                f"{type(layer).__name__} {name or '(the module itself)'} is in training mode with "
+                f"track_running_stats=True: every forward of the inner loop "
+                f"would write its running statistics. Build it with track_running_stats=False (batch statistics, the "
+                f"usual choice in meta-learning), or call "
                 f"module.eval() first (running statistics, held fixed), or use GroupNorm"
             )

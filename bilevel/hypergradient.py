@@ -69,8 +69,8 @@ def hypergradient(
     unused = [name for name, leaf in zip(names, estimate.grad, strict=True) if leaf is None]
     if unused:
         warnings.warn(
-            f"outer variable {', '.join(unused)} influences neither loss: its hypergradient is zero. Is it used in inner_loss or outer_loss, "
-            f"from the `outer` argument and not from a copy of it?",
+            f"outer variable {', '.join(unused)} influences neither loss: its hypergradient is zero. Is it used in "
+            f"inner_loss or outer_loss, from the `outer` argument and not from a copy of it?",
             stacklevel=2,
         )
     given = {leaf.untyped_storage()._cdata for leaf in (*xs, *tree.tensors(instance.inner))}
@@ -88,7 +88,9 @@ def hypergradient(
 
 
 def _owned(leaves: list[Tensor], given: set[int]) -> list[Tensor]:
-    """Tensors that may be changed in place: autograd returns expanded tensors and the same tensor twice, zero steps return the start itself."""
+    """Tensors that may be changed in place: autograd returns expanded tensors and the same tensor twice, zero steps
+    return the start itself.
+    """
     seen, owned = set(given), list[Tensor]()
     for leaf in leaves:
         shared = leaf.untyped_storage()._cdata in seen or not leaf.is_contiguous()
@@ -98,10 +100,12 @@ def _owned(leaves: list[Tensor], given: set[int]) -> list[Tensor]:
 
 
 def set_grad(outer: Tree, grad: Tree) -> None:
-    """Put a copy of a hypergradient where torch.optim looks for it: into `.grad` of each outer tensor (replacing what is there).
+    """Put a copy of a hypergradient where torch.optim looks for it: into `.grad` of each outer tensor (replacing what
+    is there).
 
     Args:
-        outer: the tensors the optimizer was made with. A tensor that stands in it twice gets the sum of its two gradients.
+        outer: the tensors the optimizer was made with. A tensor that stands in it twice gets the sum of its two
+            gradients.
         grad: a tree of the same structure and shapes.
 
     Raises:
@@ -117,7 +121,8 @@ def set_grad(outer: Tree, grad: Tree) -> None:
     if gs is None or [leaf.shape for leaf in xs] != [leaf.shape for leaf in gs]:
         raise ValueError(
             f"set_grad was given outer tensors of shapes {[tuple(leaf.shape) for leaf in xs]} and gradients of shapes "
-            f"{[tuple(leaf.shape) for leaf in tree.tensors(grad)]}; the same tree was needed, such as set_grad(outer, hg.grad)"
+            f"{[tuple(leaf.shape) for leaf in tree.tensors(grad)]}; the same tree was needed, such as set_grad(outer, "
+            f"hg.grad)"
         )
     check_movable(outer)
     for x in xs:
@@ -132,7 +137,8 @@ def check_movable(outer: Tree) -> None:
     for name, x in zip(tree.names(outer), tree.tensors(outer), strict=True):
         if not (x.is_leaf and x.requires_grad):
             raise ValueError(
-                f"outer {name} is no leaf that requires grad, so no optimizer can hold it; make it with torch.tensor(..., requires_grad=True)"
+                f"outer {name} is no leaf that requires grad, so no optimizer can hold it; make it with "
+                f"torch.tensor(..., requires_grad=True)"
             )
 
 
@@ -157,18 +163,24 @@ def _check_parts(problem: Any, batches: Any, solver: Any, estimator: Any) -> Non
 def _check_variables(outer: Tree, inner: Tree | None, problem: Problem) -> None:
     if inner is None and problem.init is None:
         raise ValueError(
-            "hypergradient() was given inner=None and a problem without init, so y has no start. Pass the start as inner, or write "
-            "Problem(..., init=lambda outer, batch: ...)"
+            "hypergradient() was given inner=None and a problem without init, so y has no start. Pass the start as "
+            "inner, or write Problem(..., init=lambda outer, batch: ...)"
         )
     if inner is not None and problem.init is not None:
-        raise ValueError("hypergradient() was given inner and a problem with init, which is one start too many. Pass inner=None, or leave init out")
+        raise ValueError(
+            "hypergradient() was given inner and a problem with init, which is one start too many. Pass inner=None, or "
+            "leave init out"
+        )
     seen: dict[tuple[torch.device, torch.dtype], str] = {}
     for variable, value in (("outer", outer), ("inner", inner)):
         if value is None and variable == "inner":
             continue
         leaves = tree.flatten(value)[0]
         if not leaves:
-            raise ValueError(f"{variable} holds no tensors; a pytree of floating tensors was needed, such as dict(model.named_parameters())")
+            raise ValueError(
+                f"{variable} holds no tensors; a pytree of floating tensors was needed, such as "
+                f"dict(model.named_parameters())"
+            )
         for name, leaf in zip(tree.names(value), leaves, strict=True):
             if not isinstance(leaf, Tensor):
                 hint = (
@@ -178,32 +190,37 @@ def _check_variables(outer: Tree, inner: Tree | None, problem: Problem) -> None:
                     if isinstance(leaf, (int, float))
                     else ""
                 )
-                raise TypeError(f"{variable} {name} is a {type(leaf).__name__}; a pytree of floating tensors was needed{hint}")
+                raise TypeError(
+                    f"{variable} {name} is a {type(leaf).__name__}; a pytree of floating tensors was needed{hint}"
+                )
             if not leaf.is_floating_point():
                 raise TypeError(
-                    f"{variable} {name} has dtype {leaf.dtype}; only floating tensors can be differentiated. Convert it with "
-                    ".float(), or pass it in the batch"
+                    f"{variable} {name} has dtype {leaf.dtype}; only floating tensors can be differentiated. Convert "
+                    f"it with .float(), or pass it in the batch"
                 )
             seen.setdefault((leaf.device, leaf.dtype), f"{variable} {name}")
     if len(seen) > 1:
         found = "; ".join(f"{where} is {dtype} on {device}" for (device, dtype), where in seen.items())
-        raise ValueError(f"outer and inner mix devices or dtypes: {found}. Bring all of them to one with .to(device=..., dtype=...)")
+        raise ValueError(
+            f"outer and inner mix devices or dtypes: {found}. Bring all of them to one with .to(device=..., dtype=...)"
+        )
 
 
 def _check_steps(batches: Batches, solver: InnerSolver) -> None:
     if not isinstance(batches.inner, PerStep):
         if hasattr(batches.inner, "__next__"):
             raise TypeError(
-                "Batches.inner is an iterator, which can be read only once. Pass one batch, or PerStep(list(itertools.islice(loader, K)))"
+                "Batches.inner is an iterator, which can be read only once. Pass one batch, or "
+                "PerStep(list(itertools.islice(loader, K)))"
             )
         return
     if not solver.fixed:
         raise ValueError(
-            "Converge was given PerStep batches; whether the gradient is small is a question about one loss, so it needs one batch. Pass the "
-            "whole data as Batches.inner, or use Descent(optimizer, steps)"
+            "Converge was given PerStep batches; whether the gradient is small is a question about one loss, so it "
+            "needs one batch. Pass the whole data as Batches.inner, or use Descent(optimizer, steps)"
         )
     if len(batches.inner) < solver.max_steps or len(batches.inner) == 0:
         raise ValueError(
-            f"PerStep holds {len(batches.inner)} batches and the inner solver takes {solver.max_steps} steps: one batch a step is needed. "
-            f"Give it {max(solver.max_steps, 1)} batches, or lower steps"
+            f"PerStep holds {len(batches.inner)} batches and the inner solver takes {solver.max_steps} steps: one "
+            f"batch a step is needed. Give it {max(solver.max_steps, 1)} batches, or lower steps"
         )

@@ -60,18 +60,21 @@ def iterate(
         solver: how y moves.
         estimator: how the hypergradient is estimated.
         optimizer: any torch.optim optimizer over the tensors of `outer`.
-        carry: True (the default) lets y continue from where the last outer step left it; False restarts it from `inner` every time. With
-            Problem.init every step starts at init(x). The estimator's state is carried either way.
+        carry: True (the default) lets y continue from where the last outer step left it; False restarts it from `inner`
+            every time. With Problem.init every step starts at init(x). The estimator's state is carried either way.
         state: estimator state to begin with.
-        tolerate: failed statuses that are stepped through with a warning. By default negative curvature: nets that are not converged have it
-            now and then, and conjugate gradients that stop there still give a direction. A non-finite hypergradient is never tolerated.
+        tolerate: failed statuses that are stepped through with a warning. By default negative curvature: nets that are
+            not converged have it now and then, and conjugate gradients that stop there still give a direction. A
+            non-finite hypergradient is never tolerated.
 
     Yields:
         A `Step` after each outer step.
 
     Raises:
-        BilevelError: the hypergradient failed (see `Status.failed`) or is not finite; x has not been moved by it, and all earlier steps stand.
-        TypeError: `loader` yields something else than Batches, `optimizer` is no torch.optim optimizer; otherwise as `hypergradient`.
+        BilevelError: the hypergradient failed (see `Status.failed`) or is not finite; x has not been moved by it, and
+            all earlier steps stand.
+        TypeError: `loader` yields something else than Batches, `optimizer` is no torch.optim optimizer; otherwise as
+            `hypergradient`.
         ValueError: `optimizer` holds none of the tensors of `outer`.
 
     Warns:
@@ -89,14 +92,16 @@ def iterate(
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
-            f"iterate() was given a {type(optimizer).__name__} as optimizer; a torch.optim optimizer over outer was needed, such as "
-            f"torch.optim.Adam(outer.values(), lr=0.01) (bilevel.SGD and its kin are for the inner variable)"
+            f"iterate() was given a {type(optimizer).__name__} as optimizer; a torch.optim optimizer over outer was "
+            f"needed, such as torch.optim.Adam(outer.values(), lr=0.01) (bilevel.SGD and its kin are for the inner "
+            f"variable)"
         )
     check_movable(outer)
     held = {id(x) for group in optimizer.param_groups for x in group["params"]}
     if not any(id(x) in held for x in tree.tensors(outer)):
         raise ValueError(
-            "iterate() was given an optimizer that holds none of the tensors of outer, so outer would never move; make it over outer.values()"
+            "iterate() was given an optimizer that holds none of the tensors of outer, so outer would never move; make "
+            "it over outer.values()"
         )
     return _steps(problem, outer, inner, loader, solver, estimator, optimizer, carry, state, tolerate)
 
@@ -116,14 +121,21 @@ def _steps(
     for index, batches in enumerate(loader):
         if not isinstance(batches, Batches):
             raise TypeError(
-                f"iterate()'s loader yielded a {type(batches).__name__}; write (bilevel.Batches(inner=a, outer=b) for a, b in zip(train, valid))"
+                f"iterate()'s loader yielded a {type(batches).__name__}; write (bilevel.Batches(inner=a, outer=b) for "
+                f"a, b in zip(train, valid))"
             )
         found = hypergradient(problem, outer, inner, batches, solver=solver, estimator=estimator, state=state)
         with spans.span(spans.OUTER):
             # Without data nothing can be seen to fail: a forecast takes the step that a sound hypergradient would.
             status = found.status if not isinstance(found.code, Tensor) or readable(found.code) else Status.OK
-            if status.failed and (status not in tolerate or status in (Status.NONFINITE, Status.DIVERGED) or not bool(tree.finite(found.grad))):
-                raise BilevelError(f"outer step {index}: {status.name}: {status.value} The outer variable was not moved by this step.")
+            if status.failed and (
+                status not in tolerate
+                or status in (Status.NONFINITE, Status.DIVERGED)
+                or not bool(tree.finite(found.grad))
+            ):
+                raise BilevelError(
+                    f"outer step {index}: {status.name}: {status.value} The outer variable was not moved by this step."
+                )
             if status.failed:
                 warnings.warn(f"iterate() stepped through {status.name}: {status.value}", stacklevel=2)
             set_grad(outer, found.grad)

@@ -1,7 +1,7 @@
 """What comes back: Status (a sentence each), Solution of an inner or linear solve, Hypergradient.
 
-Failures are data. Solvers report codes as 0-dim integer tensors, so that the happy path never waits for the GPU; reading `status`
-waits for it. Codes are ordered by severity, so that the worst of several is their maximum.
+Failures are data. Solvers report codes as 0-dim integer tensors, so that the happy path never waits for the GPU;
+reading `status` waits for it. Codes are ordered by severity, so that the worst of several is their maximum.
 """
 
 import dataclasses
@@ -32,26 +32,28 @@ class Status(enum.Enum):
         "Lower the step size of the inner optimizer, or take fewer steps."
     )
     MAX_STEPS = (
-        "The linear solver used all its steps before the residual met its tolerance, so the hypergradient is approximate: see "
-        "stats['linear_residual']. Give it more steps, a larger tol, or some damping."
+        "The linear solver used all its steps before the residual met its tolerance, so the hypergradient is "
+        "approximate: see stats['linear_residual']. Give it more steps, a larger tol, or some damping."
     )
     INNER_MAX_STEPS = (
-        "The inner solver used all its steps before the gradient norm met its tolerance: see stats['inner_residual']. Give Converge more "
-        "max_steps, a larger tol or a better step size."
+        "The inner solver used all its steps before the gradient norm met its tolerance: see stats['inner_residual']. "
+        "Give Converge more max_steps, a larger tol or a better step size."
     )
     NOT_CONTRACTIVE = (
-        "The Neumann series does not contract: its residual grew. Its step_size must lie below 2 / (largest eigenvalue of the inner "
-        "Hessian). Lower step_size, or use CG."
+        "The Neumann series does not contract: its residual grew. Its step_size must lie below 2 / (largest eigenvalue "
+        "of the inner Hessian). Lower step_size, or use CG."
     )
     NEGATIVE_CURVATURE = (
-        "Conjugate gradients met a direction of non-positive curvature: the inner Hessian is not positive definite there, so y is not a "
-        "minimizer and the implicit hypergradient is not defined. The solver stopped at its last safe iterate. Take more inner steps, add "
-        "damping or a proximal term, or use Unrolled or FirstOrderCorrected, which do not need a definite Hessian."
+        "Conjugate gradients met a direction of non-positive curvature: the inner Hessian is not positive definite "
+        "there, so y is not a minimizer and the implicit hypergradient is not defined. The solver stopped at its last "
+        "safe iterate. Take more inner steps, add damping or a proximal term, or use Unrolled or FirstOrderCorrected, "
+        "which do not need a definite Hessian."
     )
     BREAKDOWN = "The linear system is singular to working precision. Add damping, or a regularizer to the inner loss."
     NONFINITE = (
-        "The hypergradient or a loss is not finite although the inner variable is. Look at the losses first (log of 0, division by 0, "
-        "overflow in reduced precision); a hypergradient through many steps also overflows when the inner loop is chaotic."
+        "The hypergradient or a loss is not finite although the inner variable is. Look at the losses first (log of 0, "
+        "division by 0, overflow in reduced precision); a hypergradient through many steps also overflows when the "
+        "inner loop is chaotic."
     )
     DIVERGED = "The inner loop diverged: the inner variable is not finite. Lower the step size of the inner optimizer, clip, or take fewer steps."
 
@@ -62,7 +64,9 @@ class Status(enum.Enum):
 
     @property
     def failed(self) -> bool:
-        """Whether the result must not be used (an unmet tolerance alone is not a failure, it is a less accurate answer)."""
+        """Whether the result must not be used (an unmet tolerance alone is not a failure, it is a less accurate
+        answer).
+        """
         return self.code >= Status.NOT_CONTRACTIVE.code
 
 
@@ -80,7 +84,9 @@ def readable(tensor: Tensor) -> bool:
 
 
 def settled(live: Tensor) -> bool:
-    """Whether no task goes on. Where that cannot be read, no; on fake tensors this is announced, since a run on real ones might end here."""
+    """Whether no task goes on. Where that cannot be read, no; on fake tensors this is announced, since a run on real
+    ones might end here.
+    """
     if type(live) is not Tensor:
         with spans.span(spans.UNREAD):
             return False
@@ -102,9 +108,9 @@ def worst(*codes: Tensor | int) -> Tensor:
 class Solution:
     """What an inner solver found.
 
-    `inner` has the structure of the start; `steps` counts updates made; `first_loss`, `last_loss` are the inner loss at the first and at
-    the last point where a gradient was taken (None for zero steps); `residual` is the gradient norm there (one number a task), for
-    solvers that look at it.
+    `inner` has the structure of the start; `steps` counts updates made; `first_loss`, `last_loss` are the inner loss at
+    the first and at the last point where a gradient was taken (None for zero steps); `residual` is the gradient norm
+    there (one number a task), for solvers that look at it.
     """
 
     inner: Tree
@@ -124,8 +130,8 @@ class Solution:
 class LinearSolution:
     """What a linear solver found for A v = b.
 
-    `residual` is |b - A v| / |b| (one number a task), the true one when it comes from `LinearSolver.solve`; `steps` counts products
-    with A that moved v (the largest over tasks).
+    `residual` is |b - A v| / |b| (one number a task), the true one when it comes from `LinearSolver.solve`; `steps`
+    counts products with A that moved v (the largest over tasks).
     """
 
     value: Leaves
@@ -148,7 +154,8 @@ class Hypergradient:
         inner: the adapted inner variable, detached.
         outer_loss: f at `inner`, a 0-dim tensor (the mean over tasks).
         inner_loss: g at `inner` on the last inner batch, a 0-dim tensor (the mean over tasks).
-        state: what the estimator carries to the next call (warm starts); pass it back as `state=`. None if it carries nothing.
+        state: what the estimator carries to the next call (warm starts); pass it back as `state=`. None if it carries
+            nothing.
         stats: `calls` (oracle calls by name), `inner_steps`, and, where they apply, `linear_residual`, `linear_steps`,
             `inner_residual`, ... as numbers or tensors.
         code: the status as an integer tensor, not yet waited for.

@@ -1,6 +1,7 @@
 """What is solved: min over x of f(y*(x), x) with y*(x) = argmin over y of g(y, x).
 
-x is the outer variable, y the inner one; both are pytrees of tensors. A `Problem` holds the two losses. Letters for sizes: P inner, Q outer, K inner steps, T tasks, B batch.
+x is the outer variable, y the inner one; both are pytrees of tensors. A `Problem` holds the two losses. Letters for
+sizes: P inner, Q outer, K inner steps, T tasks, B batch.
 """
 
 import dataclasses
@@ -26,10 +27,11 @@ class Problem:
         outer_loss: f, called as `outer_loss(inner, outer, batch)`; likewise.
         init: the inner start as a function of x, called as `init(outer, batch)` with the (first) inner batch. MAML is
             `init=lambda outer, batch: outer`. With it, `inner=None` is passed to `hypergradient`.
-        features: the part of both losses that does not involve y, called as `features(outer, batch)`; the losses then receive its result in
-            place of the batch. Declared so that estimators that keep no trajectory run it once instead of once a step (y a head on a
-            feature extractor x). None: the losses receive the batch itself.
-        tasks: set by `TaskMean`: number of tasks, when the inner variable has a leading task dimension. None for an ordinary problem.
+        features: the part of both losses that does not involve y, called as `features(outer, batch)`; the losses then
+            receive its result in place of the batch. Declared so that estimators that keep no trajectory run it once
+            instead of once a step (y a head on a feature extractor x). None: the losses receive the batch itself.
+        tasks: set by `TaskMean`: number of tasks, when the inner variable has a leading task dimension. None for an
+            ordinary problem.
 
     Example:
         >>> import torch, bilevel as bl
@@ -79,18 +81,33 @@ class Problem:
         leaves = tree.flatten(start)[0]
         for leaf in leaves or [None]:
             if not isinstance(leaf, Tensor) or leaf.dtype != like.dtype or leaf.device != like.device:
-                given = f"{leaf.dtype} on {leaf.device}" if isinstance(leaf, Tensor) else "nothing" if leaf is None else f"a {type(leaf).__name__}"
+                given = (
+                    f"{leaf.dtype} on {leaf.device}"
+                    if isinstance(leaf, Tensor)
+                    else "nothing"
+                    if leaf is None
+                    else f"a {type(leaf).__name__}"
+                )
                 raise TypeError(
-                    f"Problem.init returned {given}; a pytree of tensors of the dtype and device of outer ({like.dtype} on {like.device}) was needed"
+                    f"Problem.init returned {given}; a pytree of tensors of the dtype and device of outer "
+                    f"({like.dtype} on {like.device}) was needed"
                 )
         return start
 
     def _evaluate(self, name: str, inner: Tree, outer: Tree, batch: Any) -> Tensor:
         function: Loss = getattr(self, name)
-        watched = {"inner variable": tree.tensors(inner), "outer variable": tree.tensors(outer), "batch": tree.tensors(batch)}
+        watched = {
+            "inner variable": tree.tensors(inner),
+            "outer variable": tree.tensors(outer),
+            "batch": tree.tensors(batch),
+        }
         versions = [[leaf._version for leaf in leaves] for leaves in watched.values()]
         try:
-            loss = function(inner, outer, batch) if self.tasks is None else over_tasks(function, 0, None, 0)(inner, outer, batch)
+            loss = (
+                function(inner, outer, batch)
+                if self.tasks is None
+                else over_tasks(function, 0, None, 0)(inner, outer, batch)
+            )
         except RuntimeError as error:
             if "in-place operation" in str(error):
                 raise ValueError(_in_place_message(name, _mutated(function, inner, outer, batch))) from error
@@ -100,15 +117,15 @@ class Problem:
                 raise ValueError(_in_place_message(name, role))
         if not isinstance(loss, Tensor):
             raise TypeError(
-                f"{name} returned {'None' if loss is None else type(loss).__name__}; a 0-dim tensor was needed. Does it end in a return "
-                f"of the loss, without .item()?"
+                f"{name} returned {'None' if loss is None else type(loss).__name__}; a 0-dim tensor was needed. Does "
+                f"it end in a return of the loss, without .item()?"
             )
         shape = () if self.tasks is None else (self.tasks,)
         if loss.shape != shape or not loss.is_floating_point():
             each = "" if self.tasks is None else " for one task"
             raise ValueError(
-                f"{name} returned a tensor of shape {tuple(loss.shape[len(shape) :])} and dtype {loss.dtype}{each}; a floating 0-dim tensor "
-                f"was needed. Reduce it with .mean() or .sum()."
+                f"{name} returned a tensor of shape {tuple(loss.shape[len(shape) :])} and dtype {loss.dtype}{each}; a "
+                f"floating 0-dim tensor was needed. Reduce it with .mean() or .sum()."
             )
         return loss if self.tasks is None else loss.sum()
 
@@ -116,16 +133,22 @@ class Problem:
 def _mutated(function: Loss, inner: Tree, outer: Tree, batch: Any) -> str:
     """Which argument a loss changes in place, found on copies after autograd refused the change."""
     roles = {"inner variable": inner, "outer variable": outer, "batch": batch}
-    copies = [tree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, value) for value in roles.values()]
+    copies = [
+        tree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, value)
+        for value in roles.values()
+    ]
     with torch.no_grad():
         function(*copies)
-    return next((role for role, copy in zip(roles, copies, strict=True) if any(leaf._version for leaf in tree.tensors(copy))), "inner variable")
+    return next(
+        (role for role, copy in zip(roles, copies, strict=True) if any(leaf._version for leaf in tree.tensors(copy))),
+        "inner variable",
+    )
 
 
 def _in_place_message(name: str, role: str) -> str:
     return (
-        f"{name} changed the {role} in place. It must leave its arguments as they are: write y = y + d instead of y += d or "
-        f"y.add_(d), and clone a tensor before assigning into it."
+        f"{name} changed the {role} in place. It must leave its arguments as they are: write y = y + d instead of y += "
+        f"d or y.add_(d), and clone a tensor before assigning into it."
     )
 
 
@@ -146,7 +169,8 @@ def over_tasks(function: Callable[..., Any], *dims: int | None) -> Callable[...,
 def proximal(problem: Problem, strength: float) -> Problem:
     """Add strength/2 |y - init(x)|^2 to the inner loss: the inner problem of iMAML and of 2409.03682.
 
-    It makes an initialization visible to implicit and corrected estimators, for which the start of the inner loop does not matter.
+    It makes an initialization visible to implicit and corrected estimators, for which the start of the inner loop does
+    not matter.
 
     Args:
         problem: one with `init`.
@@ -156,7 +180,8 @@ def proximal(problem: Problem, strength: float) -> Problem:
         ValueError: the problem has no `init`, or strength is not positive.
 
     References:
-        Rajeswaran et al. 2019, Meta-Learning with Implicit Gradients, arXiv 1909.04630; Chayti and Jaggi 2024, arXiv 2409.03682.
+        Rajeswaran et al. 2019, Meta-Learning with Implicit Gradients, arXiv 1909.04630; Chayti and Jaggi 2024, arXiv
+        2409.03682.
 
     Example:
         >>> import torch, bilevel as bl
@@ -165,17 +190,25 @@ def proximal(problem: Problem, strength: float) -> Problem:
         tensor(1.)
     """
     if problem.init is None:
-        raise ValueError("proximal() was given a problem without init; it pulls y towards init(x). Write Problem(..., init=lambda x, batch: x)")
+        raise ValueError(
+            "proximal() was given a problem without init; it pulls y towards init(x). Write Problem(..., init=lambda "
+            "x, batch: x)"
+        )
     if not strength > 0:
         raise ValueError(f"proximal() was given strength={strength}; a positive number was needed")
     if problem.features is not None:
-        raise ValueError("proximal() was given a problem with features; init would receive features in place of the batch. Leave one of them out")
+        raise ValueError(
+            "proximal() was given a problem with features; init would receive features in place of the batch. Leave "
+            "one of them out"
+        )
     inner_loss, init = problem.inner_loss, problem.init
 
     def pulled(inner: Tree, outer: Tree, batch: Any) -> Tensor:
-        # On one flat vector: leaf by leaf, the many small operators of a conv net's parameters take a tenth of its gradient. And before the loss,
-        # so that the copies are gone when its activations come.
-        moved, start = (torch.cat([leaf.reshape(-1) for leaf in tree.tensors(value)]) for value in (inner, init(outer, batch)))
+        # On one flat vector: leaf by leaf, the many small operators of a conv net's parameters take a tenth of its
+        # gradient. And before the loss, so that the copies are gone when its activations come.
+        moved, start = (
+            torch.cat([leaf.reshape(-1) for leaf in tree.tensors(value)]) for value in (inner, init(outer, batch))
+        )
         distance = moved - start
         del moved, start
         pull = 0.5 * strength * torch.dot(distance, distance)

@@ -49,7 +49,9 @@ def plain(app, what, name, obj, options, lines):
 
 def setup(app):
     app.connect("autodoc-process-docstring", plain, priority=100)
-    app.add_html_math_renderer("drawn", inline_renderers=(inline_formula, None), block_renderers=(displayed_formula, None))
+    app.add_html_math_renderer(
+        "drawn", inline_renderers=(inline_formula, None), block_renderers=(displayed_formula, None)
+    )
 
 
 # Formulas become inline SVG, drawn by matplotlib: the built pages load nothing from anywhere.
@@ -66,7 +68,9 @@ def formula(tex, size):
     with matplotlib.rc_context({"mathtext.fontset": "stix", "svg.hashsalt": tex}):
         # An asterisk alone would be set as an operator, with space around it.
         font = matplotlib.font_manager.FontProperties(size=size)
-        depth = mathtext.math_to_image(f"${tex.replace('^*', '^{*}')}$", picture, format="svg", color="#123456", prop=font)
+        depth = mathtext.math_to_image(
+            f"${tex.replace('^*', '^{*}')}$", picture, format="svg", color="#123456", prop=font
+        )
     svg = picture.getvalue()
     svg = svg[svg.index("<svg") :].strip().replace("#123456", "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -77,7 +81,9 @@ def inline_formula(self, node):
     from docutils import nodes
 
     svg, depth = formula(node.astext(), 12)
-    self.body.append(f'<span class="formula" role="img" aria-label="{self.attval(node.astext())}" style="vertical-align: -{depth}pt">{svg}</span>')
+    self.body.append(
+        f'<span class="formula" role="img" aria-label="{self.attval(node.astext())}" style="vertical-align: -{depth}pt">{svg}</span>'
+    )
     raise nodes.SkipNode
 
 

@@ -3,7 +3,8 @@
     python examples/hypercleaning.py                   # Algorithm 1 of arXiv 2412.12030
     python examples/hypercleaning.py unrolled          # backpropagation through the inner loop
 
-The outer variable has as many numbers as there are examples (1000); the inner one is a perceptron; 40 % of the labels are wrong. Digits, on the CPU.
+The outer variable has as many numbers as there are examples (1000); the inner one is a perceptron; 40 % of the labels
+are wrong. Digits, on the CPU.
 """
 
 import itertools
@@ -77,7 +78,10 @@ loop = bl.iterate(
 )
 for step in loop:
     if step.index % 10 == 0 or step.index == OUTER_STEPS - 1:
-        print(f"outer step {step.index:3d}   validation loss {step.outer_loss.item():.3f}   {step.hypergradient.status.name}")
+        print(
+            f"outer step {step.index:3d}   validation loss {step.outer_loss.item():.3f}   "
+            f"{step.hypergradient.status.name}"
+        )
 
 weights = outer["logits"].detach().sigmoid()
 print(f"{name}: AUC of the corrupted examples {roc_auc_score(data.corrupted.numpy(), -weights.numpy()):.3f}")

@@ -2,7 +2,8 @@
 
     python examples/learned_step_size.py
 
-x enters only through the optimizer, so it moves the path and not the solution: backpropagation through the loop sees it, and every estimator that
+x enters only through the optimizer, so it moves the path and not the solution: backpropagation through the loop sees
+    it, and every estimator that
 looks at the solution only refuses. Ten inner steps on digits, from a random initialization.
 """
 
@@ -27,7 +28,9 @@ shuffled = torch.randperm(len(labels))
 train, valid = [(images[rows], labels[rows]) for rows in (shuffled[:TRAIN], shuffled[TRAIN:])]
 
 call, inner = bl.functional(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10)))
-outer = {name: torch.tensor(START_LR).log().requires_grad_() for name in inner}  # a log step size for each tensor of the net
+outer = {
+    name: torch.tensor(START_LR).log().requires_grad_() for name in inner
+}  # a log step size for each tensor of the net
 
 
 def loss(inner, outer, batch):
@@ -36,8 +39,11 @@ def loss(inner, outer, batch):
 
 problem = bl.Problem(loss, loss)
 batches = bl.Batches(inner=train, outer=valid)
-# A function of the outer variable, returning a tree like the inner one. Element-wise rates: values shaped like the tensors.
-solver = bl.Descent(bl.SGD(lr=lambda outer: {name: log_rate.exp() for name, log_rate in outer.items()}), steps=INNER_STEPS)
+# A function of the outer variable, returning a tree like the inner one. Element-wise rates: values shaped like the
+# tensors.
+solver = bl.Descent(
+    bl.SGD(lr=lambda outer: {name: log_rate.exp() for name, log_rate in outer.items()}), steps=INNER_STEPS
+)
 
 try:
     bl.hypergradient(problem, outer, inner, batches, solver=solver, estimator=bl.Implicit(bl.CG(max_steps=5)))
@@ -57,7 +63,10 @@ loop = bl.iterate(
 for step in loop:
     if step.index % 10 == 0:
         status = step.hypergradient.status.name
-        print(f"outer step {step.index:3d}   validation loss after {INNER_STEPS} inner steps {step.outer_loss.item():.3f}   {status}")
+        print(
+            f"outer step {step.index:3d}   validation loss after {INNER_STEPS} inner steps "
+            f"{step.outer_loss.item():.3f}   {status}"
+        )
 
 print(f"\nlearned step sizes (all began at {START_LR})")
 for name, log_rate in outer.items():

@@ -54,7 +54,12 @@ def setup(device):
     """Called afresh in every process: (problem, outer, inner, batches)."""
     outer = {"log_penalty": torch.full((30,), -4.0, device=device, requires_grad=True)}
     inner = torch.zeros(30, device=device)
-    return bl.Problem(inner_loss, outer_loss), outer, inner, bl.Batches(inner=data("train", device), outer=data("valid", device))
+    return (
+        bl.Problem(inner_loss, outer_loss),
+        outer,
+        inner,
+        bl.Batches(inner=data("train", device), outer=data("valid", device)),
+    )
 
 
 def outer_optimizer(tensors):
@@ -62,9 +67,12 @@ def outer_optimizer(tensors):
 
 
 def evaluate(outer, device):
-    """Called before and after the outer loop: what the learned penalties are worth on data that nothing was fitted to."""
+    """Called before and after the outer loop: what the learned penalties are worth on data that nothing was fitted
+    to."""
     problem, _, inner, batches = setup(device)
-    hg = bl.hypergradient(problem, outer, inner, batches, solver=bl.Descent(OPTIMIZER, steps=500), estimator=bl.FirstOrderCorrected())
+    hg = bl.hypergradient(
+        problem, outer, inner, batches, solver=bl.Descent(OPTIMIZER, steps=500), estimator=bl.FirstOrderCorrected()
+    )
     features, labels = data("test", device)
     accuracy = ((features @ hg.inner > 0).float() == labels).float().mean()
     return {"test_loss": error(hg.inner, (features, labels)).item(), "test_accuracy": accuracy.item()}

@@ -50,9 +50,13 @@ for label, estimator in ESTIMATORS.items():
     hg = bl.hypergradient(problem, outer, inner, batches, solver=solver, estimator=estimator)
     error = ((hg.grad["log_penalty"] - exact).norm() / exact.norm()).item()
     calls = hg.stats["calls"]
-    print(f"{label:24s} {error:8.1e}   {calls['inner_gradient'] + calls['outer_gradient']:9d}   {calls['hvp']:4d}   {hg.status.name}")
+    print(
+        f"{label:24s} {error:8.1e}   {calls['inner_gradient'] + calls['outer_gradient']:9d}   {calls['hvp']:4d}   "
+        f"{hg.status.name}"
+    )
 
-# A penalty grows without bound where its feature is useless, so the step size must follow it: one for each weight, a function of x.
+# A penalty grows without bound where its feature is useless, so the step size must follow it: one for each weight, a
+# function of x.
 loop = bl.iterate(
     problem,
     outer,
@@ -66,6 +70,9 @@ before = half_mean_square(ridge.solution(outer, data.train), data.valid).item()
 for _ in loop:
     pass
 learned = ridge.solution(outer, data.train)
-print(f"\nvalidation loss {before:.4f} -> {half_mean_square(learned, data.valid).item():.4f} after {OUTER_STEPS} outer steps")
+print(
+    f"\nvalidation loss {before:.4f} -> {half_mean_square(learned, data.valid).item():.4f} after {OUTER_STEPS} outer "
+    f"steps"
+)
 for name, penalty, weight in zip(data.features, outer["log_penalty"].exp().tolist(), learned.tolist(), strict=True):
     print(f"  {name:4s} penalty {penalty:8.3f}   weight {weight:+.3f}")

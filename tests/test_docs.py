@@ -1,6 +1,8 @@
-"""The documentation runs: every Python block of every page, in order, with the output it shows; and every example script.
+"""The documentation runs: every Python block of every page, in order, with the output it shows; and every example
+script.
 
-A ```python block is executed in its page's namespace. A ```text block right after it is what it prints ("..." stands for anything).
+A ```python block is executed in its page's namespace. A ```text block right after it is what it prints ("..." stands
+for anything).
 """
 
 import contextlib
@@ -57,7 +59,11 @@ def test_a_page_runs_and_prints_what_it_shows(page, tmp_path, monkeypatch):
 
 def test_every_public_name_is_in_the_api_page():
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    ours = [key for key, value in vars(bl).items() if not key.startswith("_") and getattr(value, "__module__", "").startswith("bilevel.")]
+    ours = [
+        key
+        for key, value in vars(bl).items()
+        if not key.startswith("_") and getattr(value, "__module__", "").startswith("bilevel.")
+    ]
     theirs = bilevel_profiling.__all__
     wanted = [f"bilevel.{key}" for key in ours] + [f"bilevel_profiling.{key}" for key in theirs]
     assert [key for key in wanted if not re.search(rf":: {re.escape(key)}$", text, re.MULTILINE)] == []
@@ -95,7 +101,8 @@ def test_the_example_case_file_is_usable(monkeypatch):
     solver = bl.Descent(definition.optimizer, definition.inner_steps[0])
     estimator = definition.estimators["implicit CG"]
     record = bilevel_profiling.measure(
-        bilevel_profiling.Case(definition.setup, solver=solver, estimator=estimator, solution=definition.solution), repeats=1
+        bilevel_profiling.Case(definition.setup, solver=solver, estimator=estimator, solution=definition.solution),
+        repeats=1,
     )
     assert not bl.Status[record.status].failed
     assert record.solution_relative_error is not None

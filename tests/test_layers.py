@@ -31,11 +31,19 @@ LAYERS = (
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # An inner solver sees a gradient, never a problem; outer optimizers are plain torch optimizers.
-UNAWARE = {"inner": {"problem", "_autodiff", "linear"}, "outer": {"optim", "problem", "_autodiff", "estimators", "hypergradient"}}
+UNAWARE = {
+    "inner": {"problem", "_autodiff", "linear"},
+    "outer": {"optim", "problem", "_autodiff", "estimators", "hypergradient"},
+}
 # Folders whose files are alternatives to each other: they compose through arguments and share only base.py.
 ALTERNATIVES = {"optim", "linear", "inner", "estimators", "tasks", "outer"}
 # Who may call which part of torch's differentiation machinery.
-DIFFERENTIATION = {"torch.autograd": {"_autodiff"}, "torch.func": {"problem", "functional"}, "torch.vmap": set(), "torch._functorch": set()}
+DIFFERENTIATION = {
+    "torch.autograd": {"_autodiff"},
+    "torch.func": {"problem", "functional"},
+    "torch.vmap": set(),
+    "torch._functorch": set(),
+}
 FUNC_NAMES = {"problem": {"torch.func.vmap"}, "functional": {"torch.func.functional_call"}}
 
 
@@ -44,8 +52,12 @@ parsed = functools.cache(ast.parse)
 
 
 def sources() -> dict[str, str]:
-    """Source of every module by its dotted name below bilevel ("estimators.base"; a package by "estimators.__init__")."""
-    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+    """Source of every module by its dotted name below bilevel ("estimators.base"; a package by
+    "estimators.__init__")."""
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text()
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
 
 
 def imports(tree: ast.AST) -> list[str]:
@@ -114,7 +126,12 @@ def _layering(name: str, target: str, known: set[str]) -> list[str]:
     top, reached = name.split(".")[0], module_of(target, known)
     if reached is None:
         return (
-            [] if top in LAYERS[-2] else [f"{name}: imports {target}, which is no module; inside the package import from the module that defines it"]
+            []
+            if top in LAYERS[-2]
+            else [
+                f"{name}: imports {target}, which is no module; inside the package import from the module that defines "
+                f"it"
+            ]
         )
     other = reached.split(".")[0]
     if other == top:
@@ -131,11 +148,15 @@ def _module_level(tree: ast.Module) -> list[ast.stmt]:
     queue = list(tree.body)
     while queue:
         node = queue.pop()
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        ):
             continue
         found.append(node)
         queue += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
-        queue += [child for part in ast.iter_child_nodes(node) if isinstance(part, ast.ExceptHandler) for child in part.body]
+        queue += [
+            child for part in ast.iter_child_nodes(node) if isinstance(part, ast.ExceptHandler) for child in part.body
+        ]
     return found
 
 
@@ -149,7 +170,9 @@ def _differentiation(name: str, tree: ast.AST) -> list[str]:
                     found.append(f"{name}: uses {reached}; derivatives pass through _autodiff alone")
     # Ready problems are users of the library: they may train a model to see what a solution is worth.
     calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    if name.split(".")[0] not in LAYERS[-2] and any(isinstance(call, ast.Attribute) and call.attr == "backward" for call in calls):
+    if name.split(".")[0] not in LAYERS[-2] and any(
+        isinstance(call, ast.Attribute) and call.attr == "backward" for call in calls
+    ):
         found.append(f"{name}: calls .backward(); derivatives pass through _autodiff alone")
     return found
 
@@ -162,12 +185,18 @@ def new_violations(module: str, planted: str) -> list[str]:
     """What is reported once `planted` stands at the end of a module, and was not before."""
     modules = sources()
     before = violations(modules)
-    return [line for line in violations({**modules, module: modules.get(module, "") + "\n" + planted}) if line not in before]
+    return [
+        line for line in violations({**modules, module: modules.get(module, "") + "\n" + planted}) if line not in before
+    ]
 
 
 PLANTED = {
     "a layer reaches up": ("_tree", "from bilevel.outcome import Status", "not below it"),
-    "a layer reaches up through a function": ("problem", "def f():\n    from bilevel.estimators import Unrolled", "not below it"),
+    "a layer reaches up through a function": (
+        "problem",
+        "def f():\n    from bilevel.estimators import Unrolled",
+        "not below it",
+    ),
     "a layer reaches sideways": ("functional", "from bilevel.problem import Problem", "not below it"),
     "optim knows linear": ("optim.sgd", "from bilevel.linear.cg import CG", "not below it"),
     "linear knows optim": ("linear.cg", "import bilevel.optim.sgd", "not below it"),
@@ -181,8 +210,16 @@ PLANTED = {
     "the profiler on demand": ("hypergradient", "def f():\n    import bilevel_profiling.record", "nothing flows back"),
     "another package": ("problem", "import numpy as np", "needs numpy"),
     "another package in a class": ("problem", "class A:\n    import scipy.sparse", "needs scipy"),
-    "another package that may be missing": ("problem", "try:\n    import numpy\nexcept ImportError:\n    import pandas", "needs pandas"),
-    "autograd by attribute": ("oracles", "import torch\ndef f(a, b):\n    return torch.autograd.grad(a, b)", "uses torch.autograd.grad"),
+    "another package that may be missing": (
+        "problem",
+        "try:\n    import numpy\nexcept ImportError:\n    import pandas",
+        "needs pandas",
+    ),
+    "autograd by attribute": (
+        "oracles",
+        "import torch\ndef f(a, b):\n    return torch.autograd.grad(a, b)",
+        "uses torch.autograd.grad",
+    ),
     "autograd by import": ("oracles", "from torch.autograd import grad", "uses torch.autograd.grad"),
     "autograd by name": ("oracles", "from torch import autograd", "uses torch.autograd"),
     "func outside its places": ("oracles", "import torch\nx = torch.func.vmap", "uses torch.func.vmap"),
@@ -272,7 +309,12 @@ print(json.dumps({"changed": changed, "new": sorted(set(sys.modules) - loaded), 
 @pytest.fixture(scope="module")
 def fresh_import() -> dict:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", IMPORT_AND_LOOK], cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error", "-c", IMPORT_AND_LOOK],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -296,7 +338,9 @@ def test_importing_bilevel_changes_no_global_state(fresh_import):
 def test_no_file_is_longer_than_four_hundred_lines():
     files = [path for folder in ("bilevel", "profiling") for path in (ROOT / folder).rglob("*.py")]
     assert len(files) > 20
-    assert [f"{path.relative_to(ROOT)}: {count}" for path in files if (count := len(path.read_text().splitlines())) > 400] == []
+    assert [
+        f"{path.relative_to(ROOT)}: {count}" for path in files if (count := len(path.read_text().splitlines())) > 400
+    ] == []
 
 
 def test_folders_that_must_not_be_packages_are_none():

@@ -12,7 +12,12 @@ import pytest
 import bilevel as bl
 
 SOURCE = pathlib.Path(bl.__file__).read_text()
-EXPORTS = {alias.asname: (node.module, alias.name) for node in ast.parse(SOURCE).body if isinstance(node, ast.ImportFrom) for alias in node.names}
+EXPORTS = {
+    alias.asname: (node.module, alias.name)
+    for node in ast.parse(SOURCE).body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+}
 # Named in the design's contract (section 3); tests from outside rely on them.
 CONTRACT = [
     "Problem",
@@ -83,7 +88,10 @@ def test_a_public_name_has_a_docstring_with_an_example(name):
     assert not text.startswith(f"{name}(")
     # Contracts and results have no use of their own: the examples of what implements or returns them show them.
     results = (bl.Hypergradient, bl.Solution, bl.LinearSolution, bl.Step)
-    if not (inspect.isclass(value) and (issubclass(value, (Exception, enum.Enum)) or inspect.isabstract(value) or value in results)):
+    if not (
+        inspect.isclass(value)
+        and (issubclass(value, (Exception, enum.Enum)) or inspect.isabstract(value) or value in results)
+    ):
         assert ">>>" in text
 
 

@@ -1,7 +1,7 @@
 """The only caller of torch.autograd: every derivative passes here.
 
-torch.autograd rather than torch.func: it held half the memory of torch.func.grad for the same unroll and was no slower, and double
-backward beat forward-over-reverse in time and memory in every eager configuration measured on CPU.
+torch.autograd rather than torch.func: it held half the memory of torch.func.grad for the same unroll and was no slower,
+and double backward beat forward-over-reverse in time and memory in every eager configuration measured on CPU.
 """
 
 import re
@@ -19,7 +19,9 @@ Root = Tensor | GradientEdge
 
 
 def root(tensor: Tensor) -> Root:
-    """The place of a tensor in its graph (the tensor itself if it has none), so that the tensor can be freed before the backward."""
+    """The place of a tensor in its graph (the tensor itself if it has none), so that the tensor can be freed before the
+    backward.
+    """
     return get_gradient_edge(tensor) if tensor.grad_fn is not None else tensor
 
 
@@ -36,7 +38,9 @@ def grad(
     Raises:
         NotTwiceDifferentiableError: an operator on the way has no derivative.
     """
-    pairs = [(output, None if weights is None else weights[i]) for i, output in enumerate(outputs) if _has_graph(output)]
+    pairs = [
+        (output, None if weights is None else weights[i]) for i, output in enumerate(outputs) if _has_graph(output)
+    ]
     wanted = [i for i, leaf in enumerate(inputs) if leaf.requires_grad]
     found: list[Tensor | None] = [None] * len(inputs)
     if not pairs or not wanted:
@@ -63,10 +67,13 @@ def _has_graph(output: Root) -> bool:
 
 def filled(gradients: PartialLeaves, like: Sequence[Tensor]) -> Leaves:
     """Zeros in place of None."""
-    return tuple(torch.zeros_like(leaf) if gradient is None else gradient for gradient, leaf in zip(gradients, like, strict=True))
+    return tuple(
+        torch.zeros_like(leaf) if gradient is None else gradient for gradient, leaf in zip(gradients, like, strict=True)
+    )
 
 
-# What torch says when a kernel has no derivative of its backward: fused attention, cuDNN recurrent nets, custom functions.
+# What torch says when a kernel has no derivative of its backward: fused attention, cuDNN recurrent nets, custom
+# functions.
 _MISSING = (
     re.compile(r"derivative for (?P<name>\S+) is not implemented"),
     re.compile(r"the derivative for '(?P<name>[^']+)' is not implemented"),
@@ -90,7 +97,8 @@ def _explained(error: Exception) -> Exception:
             else:
                 remedy = "    replace the operator in the loss by one made of differentiable torch operations"
             return NotTwiceDifferentiableError(
-                f"the operator {name} has no second derivative, and this estimator needs one. Either take an estimator that needs no "
-                f"double backward, estimator=bilevel.FirstOrderCorrected() or bilevel.FirstOrder(), or switch the operator off:\n{remedy}"
+                f"the operator {name} has no second derivative, and this estimator needs one. Either take an estimator "
+                f"that needs no double backward, estimator=bilevel.FirstOrderCorrected() or bilevel.FirstOrder(), or "
+                f"switch the operator off:\n{remedy}"
             )
     return error

@@ -26,10 +26,13 @@ from bilevel.space import tree
 from bilevel.space.tree import Leaves, PartialLeaves, Tree
 
 
-def inner_gradient(problem: Problem, inner: Tree, outer: Tree, embedded: Any, *, create_graph: bool = False) -> tuple[Tensor, Leaves]:
+def inner_gradient(
+    problem: Problem, inner: Tree, outer: Tree, embedded: Any, *, create_graph: bool = False
+) -> tuple[Tensor, Leaves]:
     """G and dg/dy, at a batch that went through `problem.embed`.
 
-    With `create_graph` the arguments are taken as they come and the gradient keeps its graph; otherwise they are detached first.
+    With `create_graph` the arguments are taken as they come and the gradient keeps its graph; otherwise they are
+    detached first.
 
     Raises:
         ValueError: g does not depend on y.
@@ -41,13 +44,15 @@ def inner_gradient(problem: Problem, inner: Tree, outer: Tree, embedded: Any, *,
         gradient = autodiff.grad([loss], leaves, create_graph=create_graph)
         if all(leaf is None for leaf in gradient):
             raise ValueError(
-                "inner_loss does not depend on the inner variable: its gradient has no path there. Compute it from the `inner` argument, "
-                "without .detach(), .item() or torch.no_grad()"
+                "inner_loss does not depend on the inner variable: its gradient has no path there. Compute it from the "
+                "`inner` argument, without .detach(), .item() or torch.no_grad()"
             )
         return loss.detach(), autodiff.filled(gradient, leaves)
 
 
-def outer_gradient(problem: Problem, inner: Tree, outer: Tree, batch: Any, *, to_outer: bool = True) -> tuple[Tensor, Leaves, PartialLeaves]:
+def outer_gradient(
+    problem: Problem, inner: Tree, outer: Tree, batch: Any, *, to_outer: bool = True
+) -> tuple[Tensor, Leaves, PartialLeaves]:
     """f, df/dy and df/dx (None where x does not enter f directly, and without `to_outer`)."""
     with spans.span(spans.OUTER_GRADIENT):
         y, x = tree.attach(inner), tree.attach(outer) if to_outer else tree.detach(outer)
@@ -82,12 +87,17 @@ def start(problem: Problem, outer: Tree, batch: Any) -> Tree:
 def start_vjp(problem: Problem, outer: Tree, batch: Any, weights: Sequence[Tensor | None]) -> PartialLeaves:
     """d<init(x), weights>/dx; None where x does not enter init."""
     x = tree.attach(outer)
-    pairs = [(leaf, weight) for leaf, weight in zip(tree.tensors(problem.start(x, batch)), weights, strict=True) if weight is not None]
+    pairs = [
+        (leaf, weight)
+        for leaf, weight in zip(tree.tensors(problem.start(x, batch)), weights, strict=True)
+        if weight is not None
+    ]
     return autodiff.grad([leaf for leaf, _ in pairs], tree.tensors(x), [weight for _, weight in pairs])
 
 
 class Embedding:
-    """What the losses receive in place of a batch, made once and without a graph; its cotangents go through the features in one plain backward.
+    """What the losses receive in place of a batch, made once and without a graph; its cotangents go through the
+    features in one plain backward.
 
     Without `problem.features` it is the batch itself and costs nothing.
     """
@@ -119,7 +129,8 @@ class Embedding:
 class Linearization:
     """dg/dy at one point, with its graph, so that each product costs one backward.
 
-    With `problem.features` the graph holds the losses' part only; the mixed product goes through the features as a plain first-order backward.
+    With `problem.features` the graph holds the losses' part only; the mixed product goes through the features as a
+    plain first-order backward.
     """
 
     def __init__(self, problem: Problem, inner: Tree, outer: Tree, batch: Any) -> None:
@@ -130,7 +141,9 @@ class Linearization:
             loss = problem.inner_on(y, self._x, self._embedding.value)
             gradient = autodiff.grad([loss], self._leaves, create_graph=True)
             # Products need the gradient's place in the graph, not its P numbers.
-            self._roots: list[autodiff.Root | None] | None = [None if leaf is None else autodiff.root(leaf) for leaf in gradient]
+            self._roots: list[autodiff.Root | None] | None = [
+                None if leaf is None else autodiff.root(leaf) for leaf in gradient
+            ]
         self.loss = loss.detach()
 
     def _products(self, v: Leaves, inputs: list[Tensor], *, last: bool) -> PartialLeaves:
@@ -150,7 +163,9 @@ class Linearization:
             found = self._products(v, [*self._leaves, *xs, *self._embedding.leaves], last=True)
             self._roots = None
             direct = found[count : count + len(xs)]
-            return autodiff.filled(found[:count], self._leaves), tree.accumulate(direct, self._embedding.pull(found[count + len(xs) :]))
+            return autodiff.filled(found[:count], self._leaves), tree.accumulate(
+                direct, self._embedding.pull(found[count + len(xs) :])
+            )
 
 
 def step_vjp(
@@ -164,11 +179,13 @@ def step_vjp(
     *,
     to_inner: bool = True,
 ) -> tuple[list[Tensor | None], PartialLeaves, PartialLeaves]:
-    """Pull cotangents of (y', s') = step(y, s, x) back to (y, s), x and the embedded batch, rebuilding the graph of this one step.
+    """Pull cotangents of (y', s') = step(y, s, x) back to (y, s), x and the embedded batch, rebuilding the graph of
+    this one step.
 
-    The step is split where it is thin: y', s' = U(dg/dy, y, s, x) with U the optimizer's elementwise algebra. First the cotangent w of
-    the gradient through U, then H w and M w by one double backward. `cotangents` runs over the tensors of y' and of s' (None for zero)
-    and is emptied on the way, so that they are freed as soon as they are used.
+    The step is split where it is thin: y', s' = U(dg/dy, y, s, x) with U the optimizer's elementwise algebra. First the
+        cotangent w of
+    the gradient through U, then H w and M w by one double backward. `cotangents` runs over the tensors of y' and of s'
+    (None for zero) and is emptied on the way, so that they are freed as soon as they are used.
 
     `to_inner=False` leaves out H w, when the step's start is a constant.
 
@@ -184,13 +201,20 @@ def step_vjp(
         direct: list[Tensor | None]
         if rate is None:
             gradient = tuple(leaf.detach() for leaf in gradient)
-            weights, direct, to_outer = _optimizer_vjp(optimizer, gradient, inner, state, outer, cotangents, to_inner=to_inner)
+            weights, direct, to_outer = _optimizer_vjp(
+                optimizer, gradient, inner, state, outer, cotangents, to_inner=to_inner
+            )
             del gradient
             products = autodiff.grad(roots, wanted, weights)
         else:
-            # U(g, y) = y - rate g: the products of the cotangent itself, scaled after, so that no second P-vector is held meanwhile.
+            # U(g, y) = y - rate g: the products of the cotangent itself, scaled after, so that no second P-vector is
+            # held meanwhile.
             del gradient
-            weights, direct, to_outer = tuple(leaf for leaf in cotangents if leaf is not None), list(cotangents), (None,) * len(xs)
+            weights, direct, to_outer = (
+                tuple(leaf for leaf in cotangents if leaf is not None),
+                list(cotangents),
+                (None,) * len(xs),
+            )
             cotangents.clear()
             products = tuple(None if leaf is None else leaf * -rate for leaf in autodiff.grad(roots, wanted, weights))
     count = len(ys) if to_inner else 0
@@ -202,7 +226,14 @@ def step_vjp(
 
 
 def _optimizer_vjp(
-    optimizer: Optimizer, gradient: Leaves, inner: Tree, state: Any, outer: Tree, cotangents: list[Tensor | None], *, to_inner: bool
+    optimizer: Optimizer,
+    gradient: Leaves,
+    inner: Tree,
+    state: Any,
+    outer: Tree,
+    cotangents: list[Tensor | None],
+    *,
+    to_inner: bool,
 ) -> tuple[Leaves, list[Tensor | None], PartialLeaves]:
     g, y, s = [leaf.detach().requires_grad_() for leaf in gradient], tree.attach(inner), tree.attach(state)
     x = tree.attach(outer) if optimizer.depends_on_outer() else tree.detach(outer)
@@ -212,5 +243,11 @@ def _optimizer_vjp(
     pairs = [(output, weight) for output, weight in zip(outputs, cotangents, strict=False) if weight is not None]
     cotangents.clear()
     start = [*tree.tensors(y), *(leaf for leaf in tree.tensors(s) if leaf.requires_grad)] if to_inner else []
-    pulled = autodiff.grad([output for output, _ in pairs], [*g, *start, *tree.tensors(x)], [weight for _, weight in pairs])
-    return autodiff.filled(pulled[: len(g)], g), list(pulled[len(g) : len(g) + len(start)]), pulled[len(g) + len(start) :]
+    pulled = autodiff.grad(
+        [output for output, _ in pairs], [*g, *start, *tree.tensors(x)], [weight for _, weight in pairs]
+    )
+    return (
+        autodiff.filled(pulled[: len(g)], g),
+        list(pulled[len(g) : len(g) + len(start)]),
+        pulled[len(g) + len(start) :],
+    )

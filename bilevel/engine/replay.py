@@ -8,7 +8,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Replay:
-    """The random states before steps 0, 1, 2, ... of one pass, on the CPU and on the device that the variables live on."""
+    """The random states before steps 0, 1, 2, ... of one pass, on the CPU and on the device that the variables live
+    on.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
@@ -33,9 +35,15 @@ class Replay:
             self._set(self._end)
 
     def _current(self, last: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:
-        state = (torch.get_rng_state(),) if self._cuda is None else (torch.get_rng_state(), torch.cuda.get_rng_state(self._cuda))
+        state = (
+            (torch.get_rng_state(),)
+            if self._cuda is None
+            else (torch.get_rng_state(), torch.cuda.get_rng_state(self._cuda))
+        )
         with _disable_current_modes():  # a state is real also where tensors are fake
-            return last if last is not None and all(torch.equal(a, b) for a, b in zip(state, last, strict=True)) else state
+            return (
+                last if last is not None and all(torch.equal(a, b) for a, b in zip(state, last, strict=True)) else state
+            )
 
     def _set(self, state: tuple[torch.Tensor, ...]) -> None:
         torch.set_rng_state(state[0])

@@ -1,8 +1,9 @@
 """Named spans: the one seam at which a profiler listens.
 
-Every phase of a hypergradient and every oracle call (a gradient, a Hessian-vector product, ...) runs inside `span(name)`. A span is a
-`torch.profiler.record_function` range, so it shows in any torch trace, and it is announced to the listeners of the current context.
-With nobody listening a span costs a few microseconds and the library learns nothing about who measures it.
+Every phase of a hypergradient and every oracle call (a gradient, a Hessian-vector product, ...) runs inside
+`span(name)`. A span is a `torch.profiler.record_function` range, so it shows in any torch trace, and it is announced to
+the listeners of the current context. With nobody listening a span costs a few microseconds and the library learns
+nothing about who measures it.
 """
 
 import contextlib
@@ -50,7 +51,9 @@ def listen(listener: Listener) -> Iterator[None]:
 
 @contextlib.contextmanager
 def span(name: str, count: int = 1) -> Iterator[None]:
-    """Open a named range. `count` > 1 stands for that many oracle calls made in one sweep (a backward through K steps)."""
+    """Open a named range. `count` > 1 stands for that many oracle calls made in one sweep (a backward through K
+    steps).
+    """
     listeners = _listeners.get()
     for listener in listeners:
         listener.enter(name, count)

@@ -44,7 +44,9 @@ class Instance:
         at = embedding or self.embedding()
         return lambda y, step: oracles.inner_gradient(self.problem, y, self.outer, at(step).value)
 
-    def solve(self, start: Tree | None = None, visit: Visit | None = None, gradient: Gradient | None = None) -> Solution:
+    def solve(
+        self, start: Tree | None = None, visit: Visit | None = None, gradient: Gradient | None = None
+    ) -> Solution:
         """Run the inner solver; keeps no trajectory unless `visit` does."""
         with spans.span(spans.INNER):
             y = self.start() if start is None else start
@@ -59,7 +61,9 @@ class Instance:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What an estimator returns: sums over tasks where the problem has tasks, and None for outer tensors that nothing reached."""
+    """What an estimator returns: sums over tasks where the problem has tasks, and None for outer tensors that nothing
+    reached.
+    """
 
     grad: PartialLeaves
     inner: Tree
@@ -75,7 +79,9 @@ class Estimator(Strategy):
 
     @property
     def memory_growth(self) -> str:
-        """How peak memory grows with the inner steps K: "constant", "sqrt" or "linear"; "" promises nothing. Profilers hold it to the promise."""
+        """How peak memory grows with the inner steps K: "constant", "sqrt" or "linear"; "" promises nothing. Profilers
+        hold it to the promise.
+        """
         return ""
 
     @property
@@ -93,7 +99,8 @@ UNROLL_OR_PROXIMAL = "Use Unrolled(), which sees every path (a start can also be
 
 
 def refuse_blind(estimator: Estimator, instance: Instance, grad: PartialLeaves, sees: str, remedy: str) -> None:
-    """Raise if an outer tensor that the estimator did not reach does influence the problem, along a path that the estimator cannot see.
+    """Raise if an outer tensor that the estimator did not reach does influence the problem, along a path that the
+    estimator cannot see.
 
     A tensor on no path at all is left to `hypergradient`, which warns.
 
@@ -112,7 +119,11 @@ def refuse_blind(estimator: Estimator, instance: Instance, grad: PartialLeaves, 
         y = tree.attach(y0)
         if instance.solver.optimizer.depends_on_outer():
             # Two steps: momentum acts from the second on.
-            ones, moved, state = tree.tree_map(torch.ones_like, tree.detach(y0)), tree.detach(y0), instance.solver.optimizer.init(y)
+            ones, moved, state = (
+                tree.tree_map(torch.ones_like, tree.detach(y0)),
+                tree.detach(y0),
+                instance.solver.optimizer.init(y),
+            )
             for _ in range(2):
                 moved, state = instance.solver.optimizer.step(ones, state, moved, x)
             paths["a hyper-parameter of the inner optimizer"] = _reached(tree.tensors(moved), xs)
@@ -126,8 +137,8 @@ def refuse_blind(estimator: Estimator, instance: Instance, grad: PartialLeaves, 
     found = [f"{names[i]} through {path}" for path, reached in paths.items() for i in missed if i in reached]
     if found:
         raise ValueError(
-            f"{type(estimator).__name__} cannot see how the outer variable acts here: it sees {sees}, but x enters as {'; '.join(found)}. "
-            f"Its hypergradient would be zero, which is wrong. {remedy}"
+            f"{type(estimator).__name__} cannot see how the outer variable acts here: it sees {sees}, but x enters as "
+            f"{'; '.join(found)}. Its hypergradient would be zero, which is wrong. {remedy}"
         )
 
 

@@ -38,7 +38,9 @@ class InnerSolver(Strategy):
         """Whether it always takes `max_steps` steps, so that the K-step program is known beforehand."""
 
     @abc.abstractmethod
-    def solve(self, gradient: Gradient, inner: Tree, outer: Tree, *, tasks: int | None = None, visit: Visit | None = None) -> Solution:
+    def solve(
+        self, gradient: Gradient, inner: Tree, outer: Tree, *, tasks: int | None = None, visit: Visit | None = None
+    ) -> Solution:
         """Find y.
 
         Args:
@@ -69,7 +71,8 @@ def check_step(optimizer: Optimizer, inner: Tree, moved: Tree) -> None:
             raise ValueError(
                 f"an inner step changed a tensor of shape {tuple(before.shape)} and dtype {before.dtype} into "
                 f"{tuple(after.shape)} and {after.dtype}. "
-                f"A hyper-parameter of {type(optimizer).__name__} has a shape that broadcasts against y; give a 0-dim tensor or a tree like inner"
+                f"A hyper-parameter of {type(optimizer).__name__} has a shape that broadcasts against y; give a 0-dim "
+                f"tensor or a tree like inner"
             )
 
 
@@ -86,7 +89,7 @@ def check_optimizer(owner: str, optimizer: object) -> None:
     """Raise TypeError for anything but a differentiable inner optimizer."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"{owner} was given the optimizer {type(optimizer).__name__}; an inner optimizer such as bilevel.SGD(lr=0.1) "
-            "was needed (torch.optim optimizers "
+            f"{owner} was given the optimizer {type(optimizer).__name__}; an inner optimizer such as "
+            f"bilevel.SGD(lr=0.1) was needed (torch.optim optimizers "
             f"work in place and are for the outer variable)"
         )

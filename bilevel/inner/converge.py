@@ -19,7 +19,8 @@ from bilevel.outcome import Solution, Status, code_if, settled
 from bilevel.space import tree
 from bilevel.space.tree import Tree
 
-# On a GPU the test waits for the device; between tests converged tasks are already frozen, so only work is lost, never accuracy.
+# On a GPU the test waits for the device; between tests converged tasks are already frozen, so only work is lost, never
+# accuracy.
 _CHECK_EVERY_ON_GPU = 10
 
 
@@ -58,7 +59,9 @@ class Converge(InnerSolver):
     def fixed(self) -> bool:
         return False
 
-    def solve(self, gradient: Gradient, inner: Tree, outer: Tree, *, tasks: int | None = None, visit: Visit | None = None) -> Solution:
+    def solve(
+        self, gradient: Gradient, inner: Tree, outer: Tree, *, tasks: int | None = None, visit: Visit | None = None
+    ) -> Solution:
         state = self.optimizer.init(inner)
         every = _CHECK_EVERY_ON_GPU if tree.tensors(inner)[0].is_cuda else 1
         first: Tensor | None = None
@@ -79,6 +82,10 @@ class Converge(InnerSolver):
 
 def _where(live: Tensor, new: Any, old: Any) -> Any:
     def choose(a: Any, b: Any) -> Any:
-        return torch.where(tree.per_task(live, a), a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() > 0 else a
+        return (
+            torch.where(tree.per_task(live, a), a, b)
+            if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() > 0
+            else a
+        )
 
     return tree.tree_map(choose, new, old)

@@ -48,7 +48,9 @@ class Descent(InnerSolver):
     def fixed(self) -> bool:
         return True
 
-    def solve(self, gradient: Gradient, inner: Tree, outer: Tree, *, tasks: int | None = None, visit: Visit | None = None) -> Solution:
+    def solve(
+        self, gradient: Gradient, inner: Tree, outer: Tree, *, tasks: int | None = None, visit: Visit | None = None
+    ) -> Solution:
         state = self.optimizer.init(inner)
         first = last = None
         for step in range(self.steps):

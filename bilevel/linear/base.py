@@ -1,7 +1,7 @@
 """The contract of a linear solver, and what every answer is checked against.
 
-Solvers work on leaves and with masks instead of branches, so that tasks converge independently, a GPU is never waited for, and
-torch.func.vmap maps over them. `tasks` makes every dot product one number a task.
+Solvers work on leaves and with masks instead of branches, so that tasks converge independently, a GPU is never waited
+for, and torch.func.vmap maps over them. `tasks` makes every dot product one number a task.
 """
 
 import abc
@@ -28,10 +28,14 @@ class LinearSolver(Strategy):
     """What it means when the residual is more than twice that of v = 0."""
 
     @abc.abstractmethod
-    def iterate(self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None) -> LinearSolution:
+    def iterate(
+        self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None
+    ) -> LinearSolution:
         """The solver's own work; its residual is what the recursion believes."""
 
-    def solve(self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None) -> LinearSolution:
+    def solve(
+        self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None
+    ) -> LinearSolution:
         """Solve and check: one product more than `iterate`, for the true residual.
 
         Args:
@@ -57,10 +61,15 @@ class LinearSolver(Strategy):
         # The recursion's residual drifts from the true one, hence the factor of ten; no solver gets below rounding.
         allowed = max(min(self.tol * 10, 1.0), 100 * torch.finfo(b[0].dtype).eps)
         unmet = code_if(~(relative <= allowed), Status.MAX_STEPS)
-        # Between 1 and 2 a little negative curvature is at work, and a truncated answer is still of use: unmet, not failed.
+        # Between 1 and 2 a little negative curvature is at work, and a truncated answer is still of use: unmet, not
+        # failed.
         worse = code_if(relative > 2.0, self.worse_than_zero)
         # A failure of the solver explains a non-finite answer better than NONFINITE does.
-        broken = torch.where(torch.as_tensor(found.code, device=unmet.device) == 0, code_if(~torch.isfinite(relative), Status.NONFINITE), 0)
+        broken = torch.where(
+            torch.as_tensor(found.code, device=unmet.device) == 0,
+            code_if(~torch.isfinite(relative), Status.NONFINITE),
+            0,
+        )
         return LinearSolution(found.value, relative, found.steps, worst(found.code, unmet, worse, broken))
 
 

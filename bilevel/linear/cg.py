@@ -7,10 +7,11 @@
 | iterate | at most max_steps (one more with a start) | v, r, p, Ap: 4 P |
 | solve | one more, for the true residual | |
 
-Reference: Hestenes and Stiefel 1952. Differences from the textbook and from peers: the direction uses the new residual (that of the
-betty-ml wheels 0.1.1 and 0.2.1 does not); the iterate that met the tolerance is the one returned (hypertorch's and BOAT's return the one
-before); a direction with p'Ap <= 0 ends the task with Status.NEGATIVE_CURVATURE instead of a step of the wrong sign; converged tasks are
-frozen by a mask.
+Reference: Hestenes and Stiefel 1952. Differences from the textbook and from peers: the direction uses the new residual
+    (that of the
+betty-ml wheels 0.1.1 and 0.2.1 does not); the iterate that met the tolerance is the one returned (hypertorch's and
+BOAT's return the one before); a direction with p'Ap <= 0 ends the task with Status.NEGATIVE_CURVATURE instead of a step
+of the wrong sign; converged tasks are frozen by a mask.
 """
 
 import dataclasses
@@ -29,8 +30,8 @@ class CG(LinearSolver):
 
     Args:
         max_steps: the most products; exact in P steps without rounding.
-        tol: on |b - A v| / |b|. Not met within max_steps: Status.MAX_STEPS (the answer is approximate, not failed). On the GPU and under vmap
-            all max_steps products are made; on the CPU it stops early.
+        tol: on |b - A v| / |b|. Not met within max_steps: Status.MAX_STEPS (the answer is approximate, not failed). On
+            the GPU and under vmap all max_steps products are made; on the CPU it stops early.
         damping: solves (A + damping I) v = b. Biases a direction of curvature h by h / (h + damping).
 
     Raises:
@@ -52,9 +53,12 @@ class CG(LinearSolver):
         check_number("CG", "tol", self.tol, 0.0)
         check_number("CG", "damping", self.damping, 0.0)
 
-    def iterate(self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None) -> LinearSolution:
+    def iterate(
+        self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None
+    ) -> LinearSolution:
         apply = damped(product, self.damping)
-        # Solved for b over a power of two near max|b|: squares then neither overflow nor vanish, and scaling rounds nothing.
+        # Solved for b over a power of two near max|b|: squares then neither overflow nor vanish, and scaling rounds
+        # nothing.
         scale = tree.largest(b, tasks)
         scale = torch.where((scale > 0) & torch.isfinite(scale), scale / torch.frexp(scale).mantissa, 1.0)
         b = tree.scaled(1 / scale, b)
@@ -65,7 +69,11 @@ class CG(LinearSolver):
         del b
         # Past rounding the recursion follows noise and reports curvature that is not there.
         enough = bb * max(self.tol, 10 * torch.finfo(p[0].dtype).eps) ** 2
-        live, negative, steps = rr > enough, torch.zeros_like(rr, dtype=torch.bool), torch.zeros_like(rr, dtype=torch.long)
+        live, negative, steps = (
+            rr > enough,
+            torch.zeros_like(rr, dtype=torch.bool),
+            torch.zeros_like(rr, dtype=torch.long),
+        )
         for step in range(self.max_steps):
             if live.device.type == "cpu" and settled(live):  # a GPU would have to be waited for
                 break

@@ -38,7 +38,9 @@ class Dense(LinearSolver):
         check_number("Dense", "damping", self.damping, 0.0)
         check_number("Dense", "tol", self.tol, 0.0)
 
-    def iterate(self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None) -> LinearSolution:
+    def iterate(
+        self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None
+    ) -> LinearSolution:
         count = 1 if tasks is None else tasks
         sizes = [leaf.numel() // count for leaf in b]
 
@@ -61,4 +63,9 @@ class Dense(LinearSolver):
         scale = rhs.norm(dim=1)
         residual = (rhs - image).norm(dim=1) / torch.where(scale > 0, scale, 1.0)
         broken = ((info != 0) | singular | ~torch.isfinite(residual)) & torch.isfinite(scale)
-        return LinearSolution(split(solution.squeeze(2)), residual if tasks else residual[0], rhs.shape[1], code_if(broken, Status.BREAKDOWN))
+        return LinearSolution(
+            split(solution.squeeze(2)),
+            residual if tasks else residual[0],
+            rhs.shape[1],
+            code_if(broken, Status.BREAKDOWN),
+        )

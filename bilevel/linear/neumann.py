@@ -7,9 +7,10 @@
 | iterate | steps | v, A v: 2 P |
 | solve | one more, for the true residual | |
 
-It converges for 0 < a < 2 / (largest eigenvalue of A). With a = the inner step size and a constant Hessian, J products equal backpropagation
-through the last J + 1 steps of gradient descent. Reference: Lorraine et al. 2020, arXiv 1911.02590. A series that grows is reported, not
-returned as if it were fine (TorchOpt's default is 1,100 times too large on a well-conditioned 8 x 8 system, without a warning).
+It converges for 0 < a < 2 / (largest eigenvalue of A). With a = the inner step size and a constant Hessian, J products
+equal backpropagation through the last J + 1 steps of gradient descent. Reference: Lorraine et al. 2020, arXiv
+1911.02590. A series that grows is reported, not returned as if it were fine (TorchOpt's default is 1,100 times too
+large on a well-conditioned 8 x 8 system, without a warning).
 """
 
 import dataclasses
@@ -29,8 +30,8 @@ class Neumann(LinearSolver):
     Args:
         steps: J, products with A; the series then has J + 1 terms.
         step_size: a.
-        tol: on the relative residual, for the status only: the number of products is fixed. The default 1 accepts any series that reduced
-            the residual, which is how truncation is used.
+        tol: on the relative residual, for the status only: the number of products is fixed. The default 1 accepts any
+            series that reduced the residual, which is how truncation is used.
         damping: solves (A + damping I) v = b.
 
     Raises:
@@ -55,7 +56,9 @@ class Neumann(LinearSolver):
         check_number("Neumann", "damping", self.damping, 0.0)
         check_positive("Neumann", "step_size", self.step_size)
 
-    def iterate(self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None) -> LinearSolution:
+    def iterate(
+        self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None
+    ) -> LinearSolution:
         apply = damped(product, self.damping)
         v = tuple(self.step_size * leaf for leaf in b) if start is None else start
         size = tree.norm(b, tasks)
@@ -67,5 +70,8 @@ class Neumann(LinearSolver):
         # A start from an earlier solution may begin above |b|.
         grew = ~(residual <= size * 2) if start is None else ~torch.isfinite(residual)
         return LinearSolution(
-            v, residual / torch.where(size > 0, size, 1.0), self.steps, code_if(grew & torch.isfinite(size), Status.NOT_CONTRACTIVE)
+            v,
+            residual / torch.where(size > 0, size, 1.0),
+            self.steps,
+            code_if(grew & torch.isfinite(size), Status.NOT_CONTRACTIVE),
         )

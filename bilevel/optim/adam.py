@@ -6,10 +6,12 @@
 | --- | --- | --- |
 | step | - | 2 P |
 
-Reference: Kingma and Ba 2015, arXiv 1412.6980; Loshchilov and Hutter 2019, arXiv 1711.05101; equal to torch.optim in float64 to 1e-12. It
-differs in the square root: where v is exactly zero (a dead unit) the derivative of sqrt is infinite and 0 * inf makes the whole
-hypergradient NaN in a plain transcription (TorchOpt's MetaAdam does). Here v is clamped at the smallest normal number before the root,
-which changes no step and gives such entries derivative zero.
+Reference: Kingma and Ba 2015, arXiv 1412.6980; Loshchilov and Hutter 2019, arXiv 1711.05101; equal to torch.optim in
+    float64 to 1e-12. It
+differs in the square root: where v is exactly zero (a dead unit) the derivative of sqrt is infinite and 0 * inf makes
+    the whole
+hypergradient NaN in a plain transcription (TorchOpt's MetaAdam does). Here v is clamped at the smallest normal number
+before the root, which changes no step and gives such entries derivative zero.
 """
 
 import dataclasses
@@ -23,7 +25,9 @@ from bilevel.space import tree
 from bilevel.space.tree import Tree
 
 
-def _adam_step(betas: tuple[Any, Any], eps: Any, lr: Any, grad: list[Tensor], state: Any, inner: Tree) -> tuple[list[Tensor], Any]:
+def _adam_step(
+    betas: tuple[Any, Any], eps: Any, lr: Any, grad: list[Tensor], state: Any, inner: Tree
+) -> tuple[list[Tensor], Any]:
     (beta1, beta2), count = betas, state["step"] + 1
     if count == 1:
         first = [(1 - beta1) * g for g in grad]

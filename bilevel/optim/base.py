@@ -12,15 +12,15 @@ from bilevel.space import tree
 from bilevel.space.tree import Tree
 
 Hyper = float | Callable[[Tree], Any]
-"""A hyper-parameter: a number, or a function of `outer` that returns a 0-dim tensor, or a tree like `inner` with one value for each
-leaf or each number (learned element-wise step sizes)."""
+"""A hyper-parameter: a number, or a function of `outer` that returns a 0-dim tensor, or a tree like `inner` with one
+value for each leaf or each number (learned element-wise step sizes)."""
 
 
 class Optimizer(Strategy):
     """How a gradient moves the inner variable.
 
-    A step is a differentiable function of gradient, state, inner and outer, computed out of place, so that an estimator may
-    backpropagate through it or not.
+    A step is a differentiable function of gradient, state, inner and outer, computed out of place, so that an estimator
+    may backpropagate through it or not.
     """
 
     @abc.abstractmethod
@@ -33,7 +33,9 @@ class Optimizer(Strategy):
 
     @property
     def plain_rate(self) -> float | None:
-        """The number c when a step is y - c g and nothing else: its derivative then needs no algebra. None otherwise."""
+        """The number c when a step is y - c g and nothing else: its derivative then needs no algebra. None
+        otherwise.
+        """
         return None
 
     def depends_on_outer(self) -> bool:
@@ -54,13 +56,13 @@ def spread(value: Any, inner: Tree) -> list[Any]:
     values = tree.aligned(value, inner)
     if len(tree.tensors(value)) != count:
         raise ValueError(
-            f"a hyper-parameter has {len(tree.tensors(value))} leaves where the inner variable has {count}; a number, a 0-dim tensor or a tree like "
-            f"inner was needed"
+            f"a hyper-parameter has {len(tree.tensors(value))} leaves where the inner variable has {count}; a number, "
+            f"a 0-dim tensor or a tree like inner was needed"
         )
     if values is None:
         raise ValueError(
-            f"a hyper-parameter is a {type(value).__name__} whose structure is not that of the inner variable; a number, a "
-            "0-dim tensor or a tree like inner "
+            f"a hyper-parameter is a {type(value).__name__} whose structure is not that of the inner variable; a "
+            f"number, a 0-dim tensor or a tree like inner "
             f"was needed"
         )
     return values
@@ -88,6 +90,6 @@ def check_hyper(owner: str, name: str, value: Hyper, low: float, high: float = f
         return
     if not isinstance(value, (int, float)) or not low <= value < high:
         raise ValueError(
-            f"{owner} was given {name}={value!r}; a number in [{low}, {high}) or a function of outer was needed, such as "
-            f"{name}=lambda outer: outer['{name}']"
+            f"{owner} was given {name}={value!r}; a number in [{low}, {high}) or a function of outer was needed, such "
+            f"as {name}=lambda outer: outer['{name}']"
         )

@@ -35,4 +35,6 @@ def check(owner: str, lr: float, momentum: float) -> None:
 def norm_of(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm over all tensors, 0-dim."""
     # Summed in float64: squares of float32 overflow at 1e19.
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]))
+    return torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors])
+    )

@@ -2,9 +2,10 @@
 
     m <- (1 - b) m + b g;   x <- x - min(lr, radius / |m|) m,   |.| over all parameters at once
 
-Plain descent where the averaged gradient is small, steps of length `radius` where it is large: the other step that (L0, L1)-smooth meta-objectives
-allow, with lr <= 1 / (2 L0) and radius <= 1 / (2 L1). Reference: Chayti and Jaggi 2024, arXiv 2409.03682; Zhang et al. 2020, arXiv 1905.11881.
-Unlike torch.nn.utils.clip_grad_norm_, the average is clipped, not the gradient that enters it.
+Plain descent where the averaged gradient is small, steps of length `radius` where it is large: the other step that (L0,
+L1)-smooth meta-objectives allow, with lr <= 1 / (2 L0) and radius <= 1 / (2 L1). Reference: Chayti and Jaggi 2024,
+arXiv 2409.03682; Zhang et al. 2020, arXiv 1905.11881. Unlike torch.nn.utils.clip_grad_norm_, the average is clipped,
+not the gradient that enters it.
 """
 
 from collections.abc import Callable, Iterable

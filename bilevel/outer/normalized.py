@@ -2,9 +2,9 @@
 
     m <- (1 - b) m + b g   (m = g at the first step);   x <- x - lr m / |m|,   |.| over all parameters at once
 
-The smoothness of a meta-objective grows with its gradient (L0 + L1 |grad F|), so no global step size is safe for plain descent; a step of
-fixed length is, for lr <= 1 / (2 L1). Reference: Chayti and Jaggi 2024, arXiv 2409.03682 (SNGDM); the steps do not shrink by themselves, so
-decay lr to converge.
+The smoothness of a meta-objective grows with its gradient (L0 + L1 |grad F|), so no global step size is safe for plain
+descent; a step of fixed length is, for lr <= 1 / (2 L1). Reference: Chayti and Jaggi 2024, arXiv 2409.03682 (SNGDM);
+the steps do not shrink by themselves, so decay lr to converge.
 """
 
 from collections.abc import Callable, Iterable

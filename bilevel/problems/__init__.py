@@ -1,4 +1,5 @@
-"""Ready problems and their data. Importing this package imports torch only; scikit-learn, matplotlib, Pillow and numpy are imported where needed.
+"""Ready problems and their data. Importing this package imports torch only; scikit-learn, matplotlib, Pillow and numpy
+are imported where needed.
 
 Each problem module has `setup(device="cpu", seed=0, ...) -> (problem, outer, inner, batches)`:
 
@@ -10,7 +11,8 @@ Each problem module has `setup(device="cpu", seed=0, ...) -> (problem, outer, in
 | `language` | a transformer | a weight for each training sequence | Python's own library as text, half of the sequences noise |
 | `fewshot` | a convolutional network for each task | its initialization | characters drawn from fonts (matplotlib) |
 
-The parts of the last one stand alone: `glyphs` draws the characters, `folders` reads Omniglot and CIFAR-FS, `imageset` is what both return,
+The parts of the last one stand alone: `glyphs` draws the characters, `folders` reads Omniglot and CIFAR-FS, `imageset`
+    is what both return,
 `episodes` draws tasks from it, `conv4` is the network. `transformer` is that of `language`.
 """
 

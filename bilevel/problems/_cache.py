@@ -26,11 +26,15 @@ def path_of(kind: str, key: dict[str, Any], cache: str | os.PathLike[str] | None
 
 
 def fetch(
-    kind: str, key: dict[str, Any], make: Callable[[], tuple[list[str], bytes]], cache: str | os.PathLike[str] | None = None
+    kind: str,
+    key: dict[str, Any],
+    make: Callable[[], tuple[list[str], bytes]],
+    cache: str | os.PathLike[str] | None = None,
 ) -> tuple[list[str], bytes]:
     """What `make` returned when it last ran with this key: a list of names and bytes.
 
-    A file that is missing, cut short or changed is made again. A folder that cannot be written costs a warning, not the data.
+    A file that is missing, cut short or changed is made again. A folder that cannot be written costs a warning, not the
+    data.
 
     Args:
         kind: start of the file's name.
@@ -47,7 +51,9 @@ def fetch(
         _write(path, names, payload)
     except OSError as error:
         warnings.warn(
-            f"could not keep {kind} in {path.parent} ({error}); they are made anew each time. Point $BILEVEL_CACHE at a folder of yours", stacklevel=3
+            f"could not keep {kind} in {path.parent} ({error}); they are made anew each time. Point $BILEVEL_CACHE at "
+            f"a folder of yours",
+            stacklevel=3,
         )
     return names, payload
 

@@ -13,4 +13,6 @@ def optional(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f'this problem needs {name}, which could not be imported ({error}): pip install "bilevel[problems]"') from error
+        raise ImportError(
+            f'this problem needs {name}, which could not be imported ({error}): pip install "bilevel[problems]"'
+        ) from error

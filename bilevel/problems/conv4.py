@@ -1,9 +1,12 @@
 """The four-block convolutional network of the few-shot literature.
 
-Four times: 3 x 3 convolution (padding 1), batch normalization, ReLU, 2 x 2 max-pooling; then a linear head. Batch normalization always uses the
-statistics of the batch, at test time too, as MAML does (transductive), and keeps none: the forward is a pure function of the parameters.
+Four times: 3 x 3 convolution (padding 1), batch normalization, ReLU, 2 x 2 max-pooling; then a linear head. Batch
+    normalization always uses the
+statistics of the batch, at test time too, as MAML does (transductive), and keeps none: the forward is a pure function
+of the parameters.
 
-Reference: Vinyals et al. 2016, arXiv 1606.04080; Finn et al. 2017, Model-Agnostic Meta-Learning, arXiv 1703.03400, whose Omniglot
+Reference: Vinyals et al. 2016, arXiv 1606.04080; Finn et al. 2017, Model-Agnostic Meta-Learning, arXiv 1703.03400,
+    whose Omniglot
 network has 64 channels and strided convolutions, and whose miniImageNet network is this one.
 """
 
@@ -12,7 +15,8 @@ from torch import nn
 
 
 def conv4(way: int = 5, *, channels: int = 1, side: int = 28, width: int = 32, seed: int = 0) -> nn.Sequential:
-    """Build the network on the CPU; the same seed gives the same parameters everywhere, and the global random state is left alone.
+    """Build the network on the CPU; the same seed gives the same parameters everywhere, and the global random state is
+    left alone.
 
     Args:
         way: outputs.

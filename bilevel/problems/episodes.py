@@ -1,7 +1,7 @@
 """Episodes: few-shot tasks drawn from an ImageSet.
 
-A task is `way` classes, with `shot` images of each to adapt on (support) and `query` others to be judged on. Classes are numbered 0 .. way-1
-anew in each task, so that nothing is learned about a class beyond the task.
+A task is `way` classes, with `shot` images of each to adapt on (support) and `query` others to be judged on. Classes
+are numbered 0 .. way-1 anew in each task, so that nothing is learned about a class beyond the task.
 
 Reference: Vinyals et al. 2016, Matching Networks for One Shot Learning, arXiv 1606.04080.
 """
@@ -41,11 +41,12 @@ def episodes(
         device: where the tensors go.
 
     Returns:
-        `(support, query)`, each a pair (x, y): x of shape [T, way * shot, channels, height, width] (for query way * query), y long of shape
-        [T, way * shot], class after class.
+        `(support, query)`, each a pair (x, y): x of shape [T, way * shot, channels, height, width] (for query way *
+        query), y long of shape [T, way * shot], class after class.
 
     Raises:
-        ValueError: a count is smaller than 1; there are fewer than `way` classes; a class has fewer than `shot + query` images.
+        ValueError: a count is smaller than 1; there are fewer than `way` classes; a class has fewer than `shot + query`
+            images.
 
     Example:
         >>> from bilevel.problems import glyphs
@@ -58,14 +59,19 @@ def episodes(
         if value < 1:
             raise ValueError(f"episodes() was given {name}={value}; at least 1 was needed")
     if way > len(data):
-        raise ValueError(f"episodes() was given way={way}, but the data have {len(data)} classes; ask for fewer, or take a larger split")
+        raise ValueError(
+            f"episodes() was given way={way}, but the data have {len(data)} classes; ask for fewer, or take a larger "
+            f"split"
+        )
     poorest = min(range(len(data)), key=lambda index: data.counts[index])
     if shot + query > data.counts[poorest]:
         raise ValueError(
-            f"episodes() was given shot={shot} and query={query}, {shot + query} images of each class, but class {data.names[poorest]!r} has "
-            f"{data.counts[poorest]}; ask for fewer, or leave that class out with data.select(...)"
+            f"episodes() was given shot={shot} and query={query}, {shot + query} images of each class, but class "
+            f"{data.names[poorest]!r} has {data.counts[poorest]}; ask for fewer, or leave that class out with "
+            f"data.select(...)"
         )
-    # Python's generator and Python's counts: shapes and choices exist even where tensors have no values (forecasts under fake tensors).
+    # Python's generator and Python's counts: shapes and choices exist even where tensors have no values (forecasts
+    # under fake tensors).
     rng, starts = random.Random(seed), data.starts()
     support_rows: list[int] = []
     query_rows: list[int] = []

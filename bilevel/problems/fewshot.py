@@ -1,11 +1,14 @@
-"""Few-shot classification: an initialization x from which a few steps on a new task's support images do well on its query images (MAML).
+"""Few-shot classification: an initialization x from which a few steps on a new task's support images do well on its
+query images (MAML).
 
     g_i(y) = CE(net_y, support_i)     y_0 = x     f_i(y) = CE(net_y, query_i)     F(x) = mean_i f_i(y_K,i(x))
 
-Data: characters drawn from the DejaVu fonts (`glyphs`), or any other ImageSet, such as Omniglot's or CIFAR-FS's (`folders`). Net: `conv4`. The losses
+Data: characters drawn from the DejaVu fonts (`glyphs`), or any other ImageSet, such as Omniglot's or CIFAR-FS's
+    (`folders`). Net: `conv4`. The losses
 are those of one task; every tensor in the batches has a leading task dimension T, so the estimator is `TaskMean(...)`.
 
-What it reaches on unseen characters: benchmarks/README.md, made by `python benchmarks/problems.py`. On a CPU a chunk of one
+What it reaches on unseen characters: benchmarks/README.md, made by `python benchmarks/problems.py`. On a CPU a chunk of
+    one
 task is as fast as all at once, and needs less memory.
 
 Reference: Finn, Abbeel, Levine 2017, Model-Agnostic Meta-Learning, arXiv 1703.03400.
@@ -133,7 +136,9 @@ def stream(
     for index in itertools.count() if steps is None else range(steps):
         # A large stride: the streams of seeds 0, 1, 2, ... share no batch.
         fresh = seed + 1_000_003 * index
-        support, asked = episodes(data, tasks=tasks, way=way, shot=shot, query=query, seed=fresh, dtype=dtype, device=device)
+        support, asked = episodes(
+            data, tasks=tasks, way=way, shot=shot, query=query, seed=fresh, dtype=dtype, device=device
+        )
         yield Batches(inner=support, outer=asked)
 
 
@@ -155,7 +160,8 @@ def evaluate(
     Args:
         outer: the network's parameters, as `setup` returns them.
         data: the classes to be judged on; None for the glyphs' test split.
-        seed: of the split and of the tasks. The same seed gives the same tasks, so that two initializations are compared on equal terms.
+        seed: of the split and of the tasks. The same seed gives the same tasks, so that two initializations are
+            compared on equal terms.
         tasks: how many.
         way: classes in each task; the network's.
         shot: support images of each class.
@@ -165,12 +171,14 @@ def evaluate(
         chunk: tasks at once; more need more memory.
 
     Returns:
-        `accuracy`: mean over the tasks of the share of query images that are classified rightly. `accuracy_interval`: half the width of its
-        95 % confidence interval, 1.96 standard deviations over tasks / sqrt(tasks). `unadapted_accuracy`: the same before any step.
+        `accuracy`: mean over the tasks of the share of query images that are classified rightly. `accuracy_interval`:
+        half the width of its 95 % confidence interval, 1.96 standard deviations over tasks / sqrt(tasks).
+        `unadapted_accuracy`: the same before any step.
 
     Raises:
         ImportError: matplotlib or Pillow is missing.
-        ValueError: `tasks` is smaller than 2, so that there is no interval, or `way` is not the network's; otherwise see `episodes`.
+        ValueError: `tasks` is smaller than 2, so that there is no interval, or `way` is not the network's; otherwise
+            see `episodes`.
     """
     if tasks < 2:
         raise ValueError(f"evaluate() was given tasks={tasks}; at least 2 were needed for an interval")

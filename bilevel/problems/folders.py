@@ -1,10 +1,14 @@
-"""Omniglot and CIFAR-FS from folders on the user's disk, as the same ImageSet that the glyphs come as. Nothing is downloaded.
+"""Omniglot and CIFAR-FS from folders on the user's disk, as the same ImageSet that the glyphs come as. Nothing is
+downloaded.
 
-Omniglot: the folders images_background/ and images_evaluation/ of https://github.com/brendenlake/omniglot (python/*.zip), unpacked side by side;
+Omniglot: the folders images_background/ and images_evaluation/ of https://github.com/brendenlake/omniglot
+    (python/*.zip), unpacked side by side;
 1623 characters with 20 drawings each.
-CIFAR-FS: the folder that cifar-fs.zip of https://github.com/bertinetto/r2d2 unpacks to; 100 classes with 600 images each.
+CIFAR-FS: the folder that cifar-fs.zip of https://github.com/bertinetto/r2d2 unpacks to; 100 classes with 600 images
+each.
 
-References: Lake et al. 2015, Science 350:1332; Bertinetto et al. 2019, Meta-learning with differentiable closed-form solvers, arXiv 1805.08136.
+References: Lake et al. 2015, Science 350:1332; Bertinetto et al. 2019, Meta-learning with differentiable closed-form
+    solvers, arXiv 1805.08136.
 """
 
 import os
@@ -17,18 +21,25 @@ from torch import Tensor
 from bilevel.problems._optional import optional
 from bilevel.problems.imageset import ImageSet
 
-_OMNIGLOT = {"background": ("images_background",), "evaluation": ("images_evaluation",), "all": ("images_background", "images_evaluation")}
+_OMNIGLOT = {
+    "background": ("images_background",),
+    "evaluation": ("images_evaluation",),
+    "all": ("images_background", "images_evaluation"),
+}
 _CIFAR_FS = {"train": "train.txt", "validation": "val.txt", "test": "test.txt"}
 
 
-def omniglot(root: str | os.PathLike[str], part: str = "background", *, rotations: bool = False, side: int = 28) -> ImageSet:
+def omniglot(
+    root: str | os.PathLike[str], part: str = "background", *, rotations: bool = False, side: int = 28
+) -> ImageSet:
     """Omniglot: one class a character, ink 255 on 0, shape [M, 1, side, side].
 
     Args:
         root: the folder that holds images_background/ and images_evaluation/, each as alphabet/character/*.png.
         part: "background" (964 classes), "evaluation" (659), or "all" for the random 1200/423 split of Vinyals et al.
-        rotations: add each character turned by 90, 180 and 270 degrees as classes of their own. With part="all", split first and call
-            `.rotated()` on each split instead, so that no character meets its own rotation in another split.
+        rotations: add each character turned by 90, 180 and 270 degrees as classes of their own. With part="all", split
+            first and call `.rotated()` on each split instead, so that no character meets its own rotation in another
+            split.
         side: height and width after resizing (the files have 105 x 105 pixels).
 
     Returns:
@@ -43,10 +54,17 @@ def omniglot(root: str | os.PathLike[str], part: str = "background", *, rotation
     names: list[str] = []
     groups: list[Tensor] = []
     for name in _OMNIGLOT[part]:
-        folder = _folder(pathlib.Path(root) / name, "omniglot", "images_background/ and images_evaluation/ with alphabet/character/*.png")
+        folder = _folder(
+            pathlib.Path(root) / name,
+            "omniglot",
+            "images_background/ and images_evaluation/ with alphabet/character/*.png",
+        )
         characters = [character for alphabet in _folders_in(folder) for character in _folders_in(alphabet)]
         if not characters:
-            raise FileNotFoundError(f"omniglot() found no classes in {folder}; folders alphabet/character/ with *.png files were expected there")
+            raise FileNotFoundError(
+                f"omniglot() found no classes in {folder}; folders alphabet/character/ with *.png files were expected "
+                f"there"
+            )
         for character in characters:
             names.append(f"{character.parent.name}/{character.name}")
             groups.append(255 - torch.stack([_read(path, "L", side) for path in _images_in(character, "omniglot")]))
@@ -58,7 +76,8 @@ def cifar_fs(root: str | os.PathLike[str], split: str = "train") -> ImageSet:
     """CIFAR-FS: RGB, shape [M, 3, 32, 32]; 64, 16 and 20 classes for train, validation and test.
 
     Args:
-        root: the folder that holds data/<class>/*.png and splits/bertinetto/{train,val,test}.txt (a class name on each line).
+        root: the folder that holds data/<class>/*.png and splits/bertinetto/{train,val,test}.txt (a class name on each
+            line).
         split: "train", "validation" or "test".
 
     Returns:
@@ -70,7 +89,9 @@ def cifar_fs(root: str | os.PathLike[str], split: str = "train") -> ImageSet:
     """
     if split not in _CIFAR_FS:
         raise ValueError(f"cifar_fs() was given split={split!r}; one of {', '.join(_CIFAR_FS)} was needed")
-    folder = _folder(pathlib.Path(root) / "data", "cifar_fs", "data/<class>/*.png and splits/bertinetto/{train,val,test}.txt")
+    folder = _folder(
+        pathlib.Path(root) / "data", "cifar_fs", "data/<class>/*.png and splits/bertinetto/{train,val,test}.txt"
+    )
     listing = pathlib.Path(root) / "splits" / "bertinetto" / _CIFAR_FS[split]
     if not listing.is_file():
         raise FileNotFoundError(f"cifar_fs() expected the list of classes {listing}, which does not exist")
@@ -115,8 +136,11 @@ def _read(path: pathlib.Path, mode: str, side: int, *, resize: bool = True) -> T
         raise ValueError(f"{path} could not be read as an image: {error}") from error
     if image.size != (side, side):
         if not resize:
-            raise ValueError(f"{path} is an image of {image.width} x {image.height} pixels; {side} x {side} were expected")
-        # BOX averages: strokes two pixels wide survive the reduction to a quarter as grey, where nearest or bilinear sampling breaks them.
+            raise ValueError(
+                f"{path} is an image of {image.width} x {image.height} pixels; {side} x {side} were expected"
+            )
+        # BOX averages: strokes two pixels wide survive the reduction to a quarter as grey, where nearest or bilinear
+        # sampling breaks them.
         image = image.resize((side, side), pillow.Resampling.BOX)
     pixels = torch.tensor(numpy.asarray(image))
     return pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1).contiguous()

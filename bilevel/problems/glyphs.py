@@ -1,17 +1,19 @@
 """Glyphs: a many-class character data set, drawn from the DejaVu fonts that matplotlib ships. Nothing is downloaded.
 
-A class is a character, its images are 28 x 28 and grey (ink 255). The first image of a class is its plain render in the regular style; the others
-go round the DejaVu styles that have the character (up to 14: sans, serif and mono, bold, oblique, display), each slightly rotated, sheared, scaled
-and shifted, until there are `per_class` different ones. Characters are centred by their ink, so that "." and "·" are the same picture. Such
-look-alikes are left out, or one class would leak into another split:
+A class is a character, its images are 28 x 28 and grey (ink 255). The first image of a class is its plain render in the
+regular style; the others go round the DejaVu styles that have the character (up to 14: sans, serif and mono, bold,
+oblique, display), each slightly rotated, sheared, scaled and shifted, until there are `per_class` different ones.
+Characters are centred by their ink, so that "." and "·" are the same picture. Such look-alikes are left out, or one
+class would leak into another split:
 
-- a character whose regular-style image equals or nearly equals (relative distance below 0.1) that of a character with a smaller code point
-  (Latin A, Cyrillic А, Greek Α),
+- a character whose regular-style image equals or nearly equals (relative distance below 0.1) that of a character with a
+  smaller code point (Latin A, Cyrillic А, Greek Α),
 - a character that looks like an earlier one in any style, to the pixel,
 - another size or style of a character by Unicode's own tables (superscript 2, mathematical bold A),
 - blanks, control and private characters, combining marks, and the box that a font draws for what it lacks.
 
-Drawing all of them takes some ten seconds on one core, once: the result (about 80 MB) is kept in $BILEVEL_CACHE, else $XDG_CACHE_HOME/bilevel,
+Drawing all of them takes some ten seconds on one core, once: the result (about 80 MB) is kept in $BILEVEL_CACHE, else
+    $XDG_CACHE_HOME/bilevel,
 else ~/.cache/bilevel. The same versions of matplotlib, Pillow and Python's Unicode tables
 give the same bytes.
 
@@ -58,8 +60,8 @@ def load(characters: str | None = None, *, per_class: int = 20, cache: str | pat
     """The glyph data set, from the cache or drawn afresh.
 
     Args:
-        characters: the candidates, as one string; None means every character of the fonts (some 4900 classes remain). Unusable ones
-            and look-alikes among them are left out.
+        characters: the candidates, as one string; None means every character of the fonts (some 4900 classes remain).
+            Unusable ones and look-alikes among them are left out.
         per_class: different images of each class; 20, as Omniglot has.
         cache: folder of the cache file; None means the environment's (see the head of this file).
 
@@ -106,7 +108,10 @@ def _draw(wanted: list[str] | None, per_class: int) -> tuple[list[str], bytes]:
     inks = {c: found for c in _progress(candidates, "comparing characters") if (found := pen.inks(c))}
     names = _distinct(inks, {c: pen.place(found[:1])[0] for c, found in inks.items()})
     if not names:
-        raise ValueError("glyphs.load() was given no usable character: none is in the DejaVu fonts, or all are blanks, controls or combining marks")
+        raise ValueError(
+            "glyphs.load() was given no usable character: none is in the DejaVu fonts, or all are blanks, controls or "
+            "combining marks"
+        )
     drawn: dict[str, list[bytes]] = {}
     for name in _progress(names, "drawing glyphs"):
         images = pen.images(name, inks[name], per_class)
@@ -116,7 +121,8 @@ def _draw(wanted: list[str] | None, per_class: int) -> tuple[list[str], bytes]:
 
 
 def _wanted(character: str) -> bool:
-    # C: control, format, private, unassigned; M: combining marks; Z: blanks. U+FFFD is the picture of a missing character.
+    # C: control, format, private, unassigned; M: combining marks; Z: blanks. U+FFFD is the picture of a missing
+    # character.
     plain = unicodedata.category(character)[0] not in "CMZ" and character != "\ufffd"
     return plain and not unicodedata.decomposition(character).startswith(_VARIANTS)
 
@@ -125,7 +131,11 @@ class _Pen:
     """Draws characters in the styles that have them."""
 
     def __init__(self) -> None:
-        self._image, self._pencil, truetype = optional("PIL.Image"), optional("PIL.ImageDraw"), optional("PIL.ImageFont")
+        self._image, self._pencil, truetype = (
+            optional("PIL.Image"),
+            optional("PIL.ImageDraw"),
+            optional("PIL.ImageFont"),
+        )
         matplotlib, ft2font = optional("matplotlib"), optional("matplotlib.ft2font")
         folder = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
         paths = [folder / f"{style}.ttf" for style in STYLES]
@@ -139,15 +149,21 @@ class _Pen:
         self._boxes = [self._ink("\uffff", index) for index in range(len(paths))]
 
     def inks(self, character: str) -> list[Any]:
-        """The character in each style that has it, regular first, cropped to the ink; empty for a character without ink."""
+        """The character in each style that has it, regular first, cropped to the ink; empty for a character without
+        ink.
+        """
         found = [(self._ink(character, index), index) for index in self.styles[character]]
         return [ink for ink, index in found if ink is not None and not _same(ink, self._boxes[index])]
 
     def images(self, character: str, inks: list[Any], count: int) -> list[bytes]:
-        """The plain regular image and jittered ones of all styles, `count` different ones in all where that many can be found."""
+        """The plain regular image and jittered ones of all styles, `count` different ones in all where that many can be
+        found.
+        """
         # A text seed goes through SHA-512, the same on every platform and in every version of Python.
         jitter = random.Random(f"glyphs {ord(character)}")
-        images = dict.fromkeys(self.place([inks[0]]) + self.place([inks[index % len(inks)] for index in range(1, count)], jitter))
+        images = dict.fromkeys(
+            self.place([inks[0]]) + self.place([inks[index % len(inks)] for index in range(1, count)], jitter)
+        )
         for attempt in range(_ATTEMPTS):
             if len(images) == count:
                 break
@@ -160,7 +176,10 @@ class _Pen:
         sheet = self._image.new("L", (side, side * max(len(inks), 1)))
         for index, ink in enumerate(inks):
             sheet.paste(
-                ink.transform((side, side), self._image.Transform.AFFINE, _affine(ink, jitter), self._image.Resampling.BILINEAR), (0, side * index)
+                ink.transform(
+                    (side, side), self._image.Transform.AFFINE, _affine(ink, jitter), self._image.Resampling.BILINEAR
+                ),
+                (0, side * index),
             )
         pixels = sheet.reduce(_OVERSAMPLING).tobytes()
         return [pixels[start : start + SIDE**2] for start in range(0, len(inks) * SIDE**2, SIDE**2)]
@@ -176,13 +195,16 @@ class _Pen:
 
 
 def _affine(ink: Any, jitter: random.Random | None) -> tuple[float, ...]:
-    """The map from the square back to the ink that centres it, shrunk where it does not fit; with `jitter`, somewhat distorted."""
+    """The map from the square back to the ink that centres it, shrunk where it does not fit; with `jitter`, somewhat
+    distorted.
+    """
     width, height = ink.size
     scale = max(1.0, width / _FIT, height / _FIT)
     a, b, c, d, shift_x, shift_y = 1.0, 0.0, 0.0, 1.0, 0.0, 0.0
     if jitter is not None:
-        # Rotation up to 17 degrees, shear and scale up to 20 %, shift up to 3 pixels, about what handwriting varies by. With half of it, a
-        # network fresh from its initialization learns 5-way 5-shot tasks to 98 % in ten steps, and leaves nothing to meta-learn.
+        # Rotation up to 17 degrees, shear and scale up to 20 %, shift up to 3 pixels, about what handwriting varies by.
+        # With half of it, a network fresh from its initialization learns 5-way 5-shot tasks to 98 % in ten steps, and
+        # leaves nothing to meta-learn.
         turn, shear, zoom = jitter.uniform(-0.3, 0.3), jitter.uniform(-0.2, 0.2), jitter.uniform(0.8, 1.2)
         a, b, c, d = 1 / zoom, (turn + shear) / zoom, -turn / zoom, 1 / zoom
         shift_x, shift_y = jitter.uniform(-3, 3) * _OVERSAMPLING, jitter.uniform(-3, 3) * _OVERSAMPLING
@@ -203,7 +225,8 @@ def _distinct(inks: dict[str, list[Any]], plain: dict[str, bytes]) -> list[str]:
     if not names:
         return []
     pixels = numpy.frombuffer(b"".join(plain.values()), dtype=numpy.uint8).reshape(len(names), -1)
-    # 16 grey levels: dot products stay below 2^24, so float32 sums are exact and the outcome does not depend on their order.
+    # 16 grey levels: dot products stay below 2^24, so float32 sums are exact and the outcome does not depend on their
+    # order.
     levels = (pixels >> 4).astype(numpy.float32)
     squares = (levels * levels).sum(1)
     near: dict[int, list[int]] = collections.defaultdict(list)

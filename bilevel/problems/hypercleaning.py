@@ -1,13 +1,17 @@
-"""Data hyper-cleaning: one weight for each training example, learned on a clean validation set, so that corrupted labels lose theirs.
+"""Data hyper-cleaning: one weight for each training example, learned on a clean validation set, so that corrupted
+labels lose theirs.
 
     g(y, x) = mean_i sigmoid(x_i) CE(net_y(a_i), b_i) + l2/2 |y|^2        f(y) = mean_j CE(net_y(v_j), u_j)
 
-Data: scikit-learn's digits (1797 images, 8 x 8); 40 % of the training labels are changed to another class. The outer variable has as many numbers
+Data: scikit-learn's digits (1797 images, 8 x 8); 40 % of the training labels are changed to another class. The outer
+    variable has as many numbers
 as there are examples, so only reverse-mode hypergradients are practical. Net: a perceptron 64-256-10.
 
-What estimators reach with the constants below, on three seeds: benchmarks/README.md, made by `python benchmarks/problems.py`.
+What estimators reach with the constants below, on three seeds: benchmarks/README.md, made by `python
+    benchmarks/problems.py`.
 
-References: Franceschi et al. 2017, Forward and Reverse Gradient-Based Hyperparameter Optimization, arXiv 1703.01785; Shaban et al. 2019,
+References: Franceschi et al. 2017, Forward and Reverse Gradient-Based Hyperparameter Optimization, arXiv 1703.01785;
+    Shaban et al. 2019,
 Truncated Back-propagation for Bilevel Optimization, arXiv 1810.10667.
 """
 
@@ -28,8 +32,9 @@ Indexed = tuple[Tensor, Tensor, Tensor]
 """Images [B, 64], labels [B], and which training examples they are [B]."""
 
 INNER_LR, INNER_STEPS, OUTER_LR, OUTER_STEPS, L2 = 0.5, 30, 0.3, 50, 1e-3
-"""For SGD without momentum carried from outer step to outer step (`iterate`'s default), and Adam on the logits. Also tried: inner lr 1.0 (implicit
-estimators lose 0.1 of AUC: the inner problem is at the edge of stability), momentum 0.9 and a restart each time (AUC 0.94), 20 inner and 40 outer
+"""For SGD without momentum carried from outer step to outer step (`iterate`'s default), and Adam on the logits. Also
+tried: inner lr 1.0 (implicit estimators lose 0.1 of AUC: the inner problem is at the edge of stability), momentum 0.9
+    and a restart each time (AUC 0.94), 20 inner and 40 outer
 steps (0.98 unrolled, test accuracy 0.04 lower for implicit ones), l2 = 5e-4 and 2e-3 (the same AUC)."""
 
 
@@ -90,7 +95,8 @@ def load(
     images, labels = bundle.data / 16, bundle.target
     if min(train, valid, len(labels) - train - valid) < 10:
         raise ValueError(
-            f"hypercleaning.load() was given train={train} and valid={valid} of {len(labels)} examples; each part, test too, needs at least 10"
+            f"hypercleaning.load() was given train={train} and valid={valid} of {len(labels)} examples; each part, "
+            f"test too, needs at least 10"
         )
     divide = optional("sklearn.model_selection").train_test_split
     kept, test_rows = divide(range(len(labels)), train_size=train + valid, stratify=labels, random_state=seed)
@@ -132,9 +138,11 @@ def setup(
     dtype: torch.dtype = torch.float32,
     data: Digits | None = None,
 ) -> tuple[Problem, dict[str, Tensor], dict[str, Tensor], Batches]:
-    """`(problem, outer, inner, batches)`: outer {"logits": [n]} of zeros (every weight 1/2), inner the perceptron's parameters.
+    """`(problem, outer, inner, batches)`: outer {"logits": [n]} of zeros (every weight 1/2), inner the perceptron's
+    parameters.
 
-    `Batches.inner` is the whole training set with its indices, `Batches.outer` the validation set; `minibatches` gives smaller inner ones.
+    `Batches.inner` is the whole training set with its indices, `Batches.outer` the validation set; `minibatches` gives
+    smaller inner ones.
 
     Args:
         device: of all tensors.
@@ -174,7 +182,8 @@ def setup(
 
 
 def minibatches(batch: Indexed, size: int, steps: int, seed: int = 0) -> PerStep:
-    """`steps` inner batches of `size` examples, drawn without replacement from `Batches.inner`, reshuffled when it is used up.
+    """`steps` inner batches of `size` examples, drawn without replacement from `Batches.inner`, reshuffled when it is
+    used up.
 
     Raises:
         ValueError: `size` is not between 1 and the number of examples.
@@ -198,26 +207,35 @@ def minibatches(batch: Indexed, size: int, steps: int, seed: int = 0) -> PerStep
 
 
 def evaluate(
-    outer: Params, data: Digits | None = None, *, seed: int = 0, steps: int = 300, lr: float = 1e-2, l2: float = L2, hidden: int = 256
+    outer: Params,
+    data: Digits | None = None,
+    *,
+    seed: int = 0,
+    steps: int = 300,
+    lr: float = 1e-2,
+    l2: float = L2,
+    hidden: int = 256,
 ) -> dict[str, float]:
     """What learned weights are worth: a fresh perceptron is trained on the corrupted labels with them, and compared.
 
-    The baseline trains in the same way with equal weights, as large as the learned ones are on average, so that only the differences between weights
-    count and not their size against the penalty. The ideal trains on the uncorrupted examples only.
+    The baseline trains in the same way with equal weights, as large as the learned ones are on average, so that only
+    the differences between weights count and not their size against the penalty. The ideal trains on the uncorrupted
+    examples only.
 
     Args:
         outer: {"logits": [n]}.
         data: what they were learned on; None for `load(seed)` in their dtype and on their device.
-        seed: of the data (if they are not given); the perceptron starts from another initialization than `setup(seed=seed)` does.
+        seed: of the data (if they are not given); the perceptron starts from another initialization than
+            `setup(seed=seed)` does.
         steps: steps of full-batch Adam, until the loss is flat.
         lr: of Adam.
         l2: as in `setup`.
         hidden: as in `setup`.
 
     Returns:
-        `validation_accuracy`, `test_accuracy`, the same with the prefixes `baseline_` and `ideal_`, and `corruption_auc`: the probability that a
-        corrupted example weighs less than a clean one (0.5 for equal weights; NaN without corruption). Validation examples trained the weights:
-        judge by the test set.
+        `validation_accuracy`, `test_accuracy`, the same with the prefixes `baseline_` and `ideal_`, and
+        `corruption_auc`: the probability that a corrupted example weighs less than a clean one (0.5 for equal weights;
+        NaN without corruption). Validation examples trained the weights: judge by the test set.
 
     Raises:
         ImportError: scikit-learn is missing.
@@ -226,10 +244,17 @@ def evaluate(
     logits = outer["logits"].detach()
     data = load(seed, dtype=logits.dtype, device=logits.device) if data is None else data
     if logits.shape != data.train_y.shape:
-        raise ValueError(f"evaluate() was given logits of shape {tuple(logits.shape)}; one for each of the {len(data.train_y)} examples was needed")
+        raise ValueError(
+            f"evaluate() was given logits of shape {tuple(logits.shape)}; one for each of the {len(data.train_y)} "
+            f"examples was needed"
+        )
     weights = torch.sigmoid(logits)
     found: dict[str, float] = {}
-    for prefix, chosen in {"": weights, "baseline_": weights.mean().expand_as(weights), "ideal_": (~data.corrupted).to(weights)}.items():
+    for prefix, chosen in {
+        "": weights,
+        "baseline_": weights.mean().expand_as(weights),
+        "ideal_": (~data.corrupted).to(weights),
+    }.items():
         call, start = _perceptron(hidden, seed + 1, logits.dtype, logits.device)
         params = {name: tensor.requires_grad_() for name, tensor in start.items()}
         optimizer = torch.optim.Adam(params.values(), lr=lr)
@@ -239,7 +264,10 @@ def evaluate(
             ((chosen * losses).mean() + 0.5 * l2 * _squares(params)).backward()
             optimizer.step()
         with torch.no_grad():
-            for part, images, labels in (("validation", data.valid_x, data.valid_y), ("test", data.test_x, data.test_y)):
+            for part, images, labels in (
+                ("validation", data.valid_x, data.valid_y),
+                ("test", data.test_x, data.test_y),
+            ):
                 found[f"{prefix}{part}_accuracy"] = (call(params, images).argmax(1) == labels).float().mean().item()
     mixed = bool(data.corrupted.any()) and not bool(data.corrupted.all())
     auc = optional("sklearn.metrics").roc_auc_score
@@ -247,7 +275,9 @@ def evaluate(
     return found
 
 
-def _perceptron(hidden: int, seed: int, dtype: torch.dtype, device: torch.device | str) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
+def _perceptron(
+    hidden: int, seed: int, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
     # Drawn on the CPU, so that every device starts alike; not torch.manual_seed, which would also reseed every GPU.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

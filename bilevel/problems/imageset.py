@@ -17,8 +17,8 @@ class ImageSet:
 
     Args:
         images: uint8, shape [M, channels, height, width]; 255 is ink (or full intensity). Class after class.
-        counts: number of images of each class, N entries that sum to M. Python numbers, so that episodes can be drawn, and shapes be known,
-            where tensors have no values (a forecast under fake tensors).
+        counts: number of images of each class, N entries that sum to M. Python numbers, so that episodes can be drawn,
+            and shapes be known, where tensors have no values (a forecast under fake tensors).
         names: what each class is called, N entries.
 
     Raises:
@@ -38,11 +38,15 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8:
-            raise TypeError(f"ImageSet was given {self.images.dtype} images; uint8 was needed. Write (images * 255).round().to(torch.uint8)")
+            raise TypeError(
+                f"ImageSet was given {self.images.dtype} images; uint8 was needed. Write (images * "
+                f"255).round().to(torch.uint8)"
+            )
         if self.images.dim() != 4 or self.images.shape[0] != sum(self.counts) or len(self.counts) != len(self.names):
             raise ValueError(
-                f"ImageSet was given images of shape {tuple(self.images.shape)}, {len(self.counts)} counts that sum to {sum(self.counts)} and "
-                f"{len(self.names)} names; images [M, channels, height, width], counts that sum to M and a name for each count were needed"
+                f"ImageSet was given images of shape {tuple(self.images.shape)}, {len(self.counts)} counts that sum to "
+                f"{sum(self.counts)} and {len(self.names)} names; images [M, channels, height, width], counts that sum "
+                f"to M and a name for each count were needed"
             )
 
     def __len__(self) -> int:
@@ -62,13 +66,18 @@ class ImageSet:
         """The given classes, in the given order. The images are copied."""
         starts = self.starts()
         rows = [row for index in classes for row in range(starts[index], starts[index] + self.counts[index])]
-        return ImageSet(self.images[rows], tuple(self.counts[index] for index in classes), tuple(self.names[index] for index in classes))
+        return ImageSet(
+            self.images[rows],
+            tuple(self.counts[index] for index in classes),
+            tuple(self.names[index] for index in classes),
+        )
 
     def split(self, fractions: Sequence[float] = (0.64, 0.16, 0.2), seed: int = 0) -> dict[str, "ImageSet"]:
         """Disjoint classes for train, validation and test, drawn at random by `seed`.
 
         Args:
-            fractions: shares of the classes; test receives what rounding leaves over. The default is the 64/16/20 of miniImageNet.
+            fractions: shares of the classes; test receives what rounding leaves over. The default is the 64/16/20 of
+                miniImageNet.
             seed: of the permutation.
 
         Returns:
@@ -78,8 +87,13 @@ class ImageSet:
             ValueError: the fractions are not three non-negative numbers that sum to 1.
         """
         if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-            raise ValueError(f"split() was given fractions={tuple(fractions)}; three non-negative numbers that sum to 1 were needed")
-        return {name: self.select(classes) for name, classes in zip(SPLITS, _partition(len(self), fractions, seed), strict=True)}
+            raise ValueError(
+                f"split() was given fractions={tuple(fractions)}; three non-negative numbers that sum to 1 were needed"
+            )
+        return {
+            name: self.select(classes)
+            for name, classes in zip(SPLITS, _partition(len(self), fractions, seed), strict=True)
+        }
 
     def rotated(self) -> "ImageSet":
         """Four times the classes: each one turned by 0, 90, 180 and 270 degrees, the usual enlargement of Omniglot.
@@ -90,7 +104,9 @@ class ImageSet:
             ValueError: the images are not square.
         """
         if self.images.shape[2] != self.images.shape[3]:
-            raise ValueError(f"rotated() needs square images; these are {self.images.shape[2]} x {self.images.shape[3]}")
+            raise ValueError(
+                f"rotated() needs square images; these are {self.images.shape[2]} x {self.images.shape[3]}"
+            )
         turned = torch.cat([torch.rot90(self.images, quarter, (2, 3)) for quarter in range(4)])
         names = tuple(f"{name}/rot{90 * quarter:03d}" for quarter in range(4) for name in self.names)
         return ImageSet(turned, self.counts * 4, names)

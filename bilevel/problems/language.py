@@ -1,18 +1,24 @@
-"""Data reweighting for a language model: one weight for each training sequence, learned on clean text, so that corrupted sequences lose theirs.
+"""Data reweighting for a language model: one weight for each training sequence, learned on clean text, so that
+corrupted sequences lose theirs.
 
     g(y, x) = sum_i w_i CE(net_y(a_i)) / sum_i w_i + l2/2 |y|^2,  w_i = sigmoid(x_i)        f(y) = mean_j CE(net_y(v_j))
 
-CE is the mean over the bytes of a sequence. The sum of the weights (of a batch) is divided by, so that only which sequences weigh more can be
+CE is the mean over the bytes of a sequence. The sum of the weights (of a batch) is divided by, so that only which
+sequences weigh more can be
 learned: otherwise, after few steps, it is mostly the size of all of them, which is a step size.
 
-Net: `transformer`, on bytes. Its sizes are arguments, so that the same problem is a tenth of a second's work or a model of a billion parameters.
+Net: `transformer`, on bytes. Its sizes are arguments, so that the same problem is a tenth of a second's work or a model
+    of a billion parameters.
 
-Text: modules of the standard library of the Python that runs this, which every machine has: those of `MODULES`, in that order, from the folder
-of `os.__file__`. The text, and so every number, is the same for the same Python version. Its last fifth is kept for validation and test.
-A share of the training sequences is replaced by bytes drawn uniformly at random.
+Text: modules of the standard library of the Python that runs this, which every machine has: those of `MODULES`, in that
+    order, from the folder
+of `os.__file__`. The text, and so every number, is the same for the same Python version. Its last fifth is kept for
+validation and test. A share of the training sequences is replaced by bytes drawn uniformly at random.
 
-References: Ren et al. 2018, Learning to Reweight Examples for Robust Deep Learning, arXiv 1803.09050; Grangier et al. 2023, Adaptive Training
-Distributions with Scalable Online Bilevel Optimization, arXiv 2311.11973; Franceschi et al. 2017, arXiv 1703.01785 (hyper-cleaning).
+References: Ren et al. 2018, Learning to Reweight Examples for Robust Deep Learning, arXiv 1803.09050; Grangier et al.
+    2023, Adaptive Training
+Distributions with Scalable Online Bilevel Optimization, arXiv 2311.11973; Franceschi et al. 2017, arXiv 1703.01785
+(hyper-cleaning).
 """
 
 import dataclasses
@@ -33,8 +39,9 @@ Indexed = tuple[Tensor, Tensor]
 """Sequences [B, context + 1], and which training sequences they are [B]."""
 
 INNER_LR, INNER_STEPS, OUTER_LR, OUTER_STEPS = 0.05, 10, 0.3, 20
-"""For SGD without momentum, and Adam on the logits. From an inner lr of 0.2 on, the loss is beyond the edge of stability: it jumps, and unrolled and
-corrected weights follow the jumps instead of the text (AUC down to 0.01); at 0.1 and below every estimator tried stays above 0.9, K from 2 to 10."""
+"""For SGD without momentum, and Adam on the logits. From an inner lr of 0.2 on, the loss is beyond the edge of
+stability: it jumps, and unrolled and corrected weights follow the jumps instead of the text (AUC down to 0.01); at 0.1
+    and below every estimator tried stays above 0.9, K from 2 to 10."""
 
 # Modules that have been single files of some length from Python 3.11 on.
 MODULES = (
@@ -79,8 +86,8 @@ def source(folder: str | os.PathLike[str] | None = None) -> bytes:
         return b"".join((library / f"{name}.py").read_bytes().replace(b"\r\n", b"\n") for name in MODULES)
     except OSError as error:
         raise FileNotFoundError(
-            f"the text of this problem is the source of Python's standard library, and {error.filename} could not be read. Pass text of your own: "
-            f"language.setup(data=language.load(text=...))"
+            f"the text of this problem is the source of Python's standard library, and {error.filename} could not be "
+            f"read. Pass text of your own: language.setup(data=language.load(text=...))"
         ) from error
 
 
@@ -126,14 +133,18 @@ def load(
     text = source() if text is None else text
     length, kept = context + 1, len(text) * 4 // 5
     if min(kept, len(text) - kept) < length:
-        raise ValueError(f"language.load() was given context={context}, and a text of {len(text)} bytes; the last fifth must hold {length}")
+        raise ValueError(
+            f"language.load() was given context={context}, and a text of {len(text)} bytes; the last fifth must hold "
+            f"{length}"
+        )
     rng = random.Random(seed)
 
     def cut(count: int, low: int, high: int) -> list[bytes]:
         places = [rng.randrange(low, high - length + 1) for _ in range(count)]
         return [text[place : place + length] for place in places]
 
-    # In this order: which sequences are corrupted depends on no other size, and the training set on none of the other sets'.
+    # In this order: which sequences are corrupted depends on no other size, and the training set on none of the other
+    # sets'.
     wrong = set(rng.sample(range(examples), round(corruption * examples)))
     train = [rng.randbytes(length) if row in wrong else sequence for row, sequence in enumerate(cut(examples, 0, kept))]
     valid, unseen = cut(validation, kept, len(text)), cut(test, kept, len(text))
@@ -162,7 +173,8 @@ def setup(
     dtype: torch.dtype = torch.float32,
     data: Text | None = None,
 ) -> tuple[Problem, dict[str, Tensor], dict[str, Tensor], Batches]:
-    """`(problem, outer, inner, batches)`: outer {"logits": [examples]} of zeros (every weight 1/2), inner the transformer's parameters.
+    """`(problem, outer, inner, batches)`: outer {"logits": [examples]} of zeros (every weight 1/2), inner the
+    transformer's parameters.
 
     `Batches.outer` is the validation set, `Batches.inner` the whole training set or minibatches of it.
 
@@ -174,8 +186,8 @@ def setup(
         heads: of the transformer.
         context: bytes that it sees.
         examples: training sequences.
-        batch: sequences that an inner step sees, without repetition until all had their turn (more than `examples` are then repeated within a
-            batch). None: every step sees all of them.
+        batch: sequences that an inner step sees, without repetition until all had their turn (more than `examples` are
+            then repeated within a batch). None: every step sees all of them.
         validation: validation sequences.
         corruption: see `load`.
         steps: how many minibatches are drawn, at least the inner steps to be made; means nothing without `batch`.
@@ -198,7 +210,9 @@ def setup(
         raise ValueError(f"language.setup() was given batch={batch}; at least 1 was needed, or None for all sequences")
     if data is None:
         data = load(seed, corruption, device, context=context, examples=examples, validation=validation, test=1)
-    call, inner = transformer(context=data.train.shape[1] - 1, layers=layers, width=width, heads=heads, seed=seed, dtype=dtype, device=device)
+    call, inner = transformer(
+        context=data.train.shape[1] - 1, layers=layers, width=width, heads=heads, seed=seed, dtype=dtype, device=device
+    )
 
     def inner_loss(inner: Params, outer: Params, batch: Indexed) -> Tensor:
         sequences, index = batch
@@ -212,7 +226,12 @@ def setup(
     count = len(data.train)
     outer = {"logits": torch.zeros(count, dtype=dtype, device=device, requires_grad=True)}
     if batch is None:
-        return Problem(inner_loss, outer_loss), outer, inner, Batches(inner=(data.train, torch.arange(count, device=device)), outer=data.valid)
+        return (
+            Problem(inner_loss, outer_loss),
+            outer,
+            inner,
+            Batches(inner=(data.train, torch.arange(count, device=device)), outer=data.valid),
+        )
     minibatches = [(data.train[rows], torch.tensor(rows, device=device)) for rows in _rows(count, batch, steps, seed)]
     return Problem(inner_loss, outer_loss), outer, inner, Batches(inner=PerStep(minibatches), outer=data.valid)
 
@@ -230,14 +249,18 @@ def evaluate(
     steps: int = 100,
     lr: float = 3e-3,
 ) -> dict[str, float]:
-    """What learned weights are worth: a fresh transformer is trained on the partly corrupted sequences with them, and compared.
+    """What learned weights are worth: a fresh transformer is trained on the partly corrupted sequences with them, and
+    compared.
 
-    The baseline trains in the same way with equal weights. The ideal trains on the clean sequences only. Weights are divided by their mean.
+    The baseline trains in the same way with equal weights. The ideal trains on the clean sequences only. Weights are
+    divided by their mean.
 
     Args:
         outer: {"logits": [examples]}.
-        data: what they were learned on; None for `load(seed, corruption)` with as many sequences as there are logits, on their device.
-        seed: of the data (if they are not given); the transformer starts from another initialization than `setup(seed=seed)` does.
+        data: what they were learned on; None for `load(seed, corruption)` with as many sequences as there are logits,
+            on their device.
+        seed: of the data (if they are not given); the transformer starts from another initialization than
+            `setup(seed=seed)` does.
         layers: as in `setup`.
         width: as in `setup`.
         heads: as in `setup`.
@@ -247,8 +270,9 @@ def evaluate(
         lr: of Adam.
 
     Returns:
-        `corruption_auc`: the probability that a corrupted sequence weighs less than a clean one (0.5 for equal weights; NaN without corruption). If
-        there are steps, `test_loss`, in nats a byte on text not seen before, and the same with the prefixes `baseline_` and `ideal_`.
+        `corruption_auc`: the probability that a corrupted sequence weighs less than a clean one (0.5 for equal weights;
+        NaN without corruption). If there are steps, `test_loss`, in nats a byte on text not seen before, and the same
+        with the prefixes `baseline_` and `ideal_`.
 
     Raises:
         FileNotFoundError: see `source`.
@@ -263,13 +287,24 @@ def evaluate(
     data = load(seed, corruption, logits.device, context=context, examples=len(logits)) if data is None else data
     if logits.shape != data.corrupted.shape:
         raise ValueError(
-            f"evaluate() was given logits of shape {tuple(logits.shape)}; one for each of the {len(data.corrupted)} sequences was needed"
+            f"evaluate() was given logits of shape {tuple(logits.shape)}; one for each of the {len(data.corrupted)} "
+            f"sequences was needed"
         )
     found = {"corruption_auc": _auc(logits.double(), data.corrupted)}
     weights = torch.sigmoid(logits)
-    for prefix, chosen in {"": weights, "baseline_": torch.ones_like(weights), "ideal_": (~data.corrupted).to(weights)}.items() if steps else ():
+    for prefix, chosen in (
+        {"": weights, "baseline_": torch.ones_like(weights), "ideal_": (~data.corrupted).to(weights)}.items()
+        if steps
+        else ()
+    ):
         call, start = transformer(
-            context=data.train.shape[1] - 1, layers=layers, width=width, heads=heads, seed=seed + 1, dtype=logits.dtype, device=logits.device
+            context=data.train.shape[1] - 1,
+            layers=layers,
+            width=width,
+            heads=heads,
+            seed=seed + 1,
+            dtype=logits.dtype,
+            device=logits.device,
         )
         params = {name: tensor.requires_grad_() for name, tensor in start.items()}
         optimizer = torch.optim.Adam(params.values(), lr=lr)
@@ -286,7 +321,11 @@ def _losses(call: Callable[..., Tensor], params: Params, sequences: Tensor) -> T
     """Cross-entropy of each sequence, nats a byte: [B]."""
     read, told = sequences[:, :-1], sequences[:, 1:]
     scores = call(params, read)
-    return nn.functional.cross_entropy(scores.flatten(0, 1), told.flatten(), reduction="none").unflatten(0, told.shape).mean(1)
+    return (
+        nn.functional.cross_entropy(scores.flatten(0, 1), told.flatten(), reduction="none")
+        .unflatten(0, told.shape)
+        .mean(1)
+    )
 
 
 def _rows(count: int, size: int, steps: int, seed: int) -> Sequence[list[int]]:

@@ -1,4 +1,5 @@
-"""Quadratic bilevel problems, with everything in closed form: for tests, for documentation, and to see what an estimator's bias is.
+"""Quadratic bilevel problems, with everything in closed form: for tests, for documentation, and to see what an
+estimator's bias is.
 
     g(y, x) = 1/2 y'Hy - y'Cx        f(y, x) = 1/2 |y - a|^2 + c |x|^2        H symmetric positive definite
 
@@ -7,8 +8,9 @@ With R = I - lr H, gradient descent from y_0 with step size lr gives
     y*   = H^-1 C x                                dF/dx           = 2c x + C'H^-1 (y* - a)
     y_K  = R^K y_0 + (I - R^K) y*                  its K-step form = 2c x + C'H^-1 (I - R^K) (y_K - a)
 
-`random` draws one; `scalar` is the one-dimensional problem with round numbers that the literature's estimators can be checked on by hand:
-H = 2, C = 1, a = 0, c = 0 at x = 1 has the hypergradient 0.25; four steps of size 0.25 from 0 reach 0.46875, and their derivative is 0.2197265625.
+`random` draws one; `scalar` is the one-dimensional problem with round numbers that the literature's estimators can be
+checked on by hand: H = 2, C = 1, a = 0, c = 0 at x = 1 has the hypergradient 0.25; four steps of size 0.25 from 0 reach
+    0.46875, and their derivative is 0.2197265625.
 """
 
 import dataclasses
@@ -50,8 +52,9 @@ class Quadratic:
         p, q = self.coupling.shape
         if self.hessian.shape != (p, p) or self.target.shape != (p,) or self.outer.shape != (q,):
             raise ValueError(
-                f"Quadratic was given hessian {tuple(self.hessian.shape)}, coupling {(p, q)}, target {tuple(self.target.shape)} and outer "
-                f"{tuple(self.outer.shape)}; [P, P], [P, Q], [P] and [Q] were needed"
+                f"Quadratic was given hessian {tuple(self.hessian.shape)}, coupling {(p, q)}, target "
+                f"{tuple(self.target.shape)} and outer {tuple(self.outer.shape)}; [P, P], [P, Q], [P] and [Q] were "
+                f"needed"
             )
 
     def solution(self, outer: Tensor) -> Tensor:
@@ -67,7 +70,9 @@ class Quadratic:
         return self.solve_hypergradient(outer, self.solution(outer))
 
     def solve_hypergradient(self, outer: Tensor, inner: Tensor) -> Tensor:
-        """What implicit differentiation with an exact linear solve returns at a y that need not be y*: 2c x + C'H^-1 (y - a), shape [Q]."""
+        """What implicit differentiation with an exact linear solve returns at a y that need not be y*: 2c x + C'H^-1 (y
+        - a), shape [Q].
+        """
         return 2 * self.penalty * outer + self.coupling.mT @ torch.linalg.solve(self.hessian, inner - self.target)
 
     def iterate(self, outer: Tensor, inner: Tensor, lr: float, steps: int) -> Tensor:
@@ -75,14 +80,18 @@ class Quadratic:
         limit = self.solution(outer)
         return limit + self._contraction(lr, steps) @ (inner - limit)
 
-    def unrolled_hypergradient(self, outer: Tensor, inner: Tensor, lr: float, steps: int, last: int | None = None) -> Tensor:
+    def unrolled_hypergradient(
+        self, outer: Tensor, inner: Tensor, lr: float, steps: int, last: int | None = None
+    ) -> Tensor:
         """The derivative of f(y_K(x), x) through the last `last` of K steps (None: all of them), shape [Q].
 
         A Neumann series with `last` terms and step size lr, evaluated at y_K, is the same number.
         """
         seen = steps if last is None else min(last, steps)
         error = self.iterate(outer, inner, lr, steps) - self.target
-        return 2 * self.penalty * outer + self.coupling.mT @ torch.linalg.solve(self.hessian, error - self._contraction(lr, seen) @ error)
+        return 2 * self.penalty * outer + self.coupling.mT @ torch.linalg.solve(
+            self.hessian, error - self._contraction(lr, seen) @ error
+        )
 
     def rate_derivative(self, outer: Tensor, inner: Tensor, lr: float, steps: int) -> Tensor:
         """The derivative of f(y_K, x) in the step size lr, a 0-dim tensor."""
@@ -145,7 +154,8 @@ def random(
 
     Args:
         device: of all tensors.
-        seed: of the eigenvectors, C, a and x, which are drawn on the CPU in float64: the same everywhere up to rounding.
+        seed: of the eigenvectors, C, a and x, which are drawn on the CPU in float64: the same everywhere up to
+            rounding.
         dtype: of all tensors.
         inner_size: P.
         outer_size: Q.
@@ -160,7 +170,8 @@ def random(
     """
     if inner_size < 1 or outer_size < 1 or not condition >= 1:
         raise ValueError(
-            f"quadratic.random() was given inner_size={inner_size}, outer_size={outer_size}, condition={condition}; at least 1 was needed for each"
+            f"quadratic.random() was given inner_size={inner_size}, outer_size={outer_size}, condition={condition}; at "
+            f"least 1 was needed for each"
         )
     generator = torch.Generator().manual_seed(seed)
 
@@ -194,4 +205,6 @@ def setup(
         >>> bool((hg.grad - random().unrolled_hypergradient(outer.detach(), inner, 1.0, 50)).abs().max() < 1e-12)
         True
     """
-    return random(device, seed, dtype, inner_size=inner_size, outer_size=outer_size, condition=condition, penalty=penalty).pose()
+    return random(
+        device, seed, dtype, inner_size=inner_size, outer_size=outer_size, condition=condition, penalty=penalty
+    ).pose()

@@ -5,8 +5,10 @@
     w*(x) = H^-1 A'b / n     with  H = A'A / n + diag(exp(x))
     dF/dx = -exp(x) * w* * H^-1 V'(V w* - u) / m
 
-Data: the diabetes study bundled with scikit-learn, 442 patients, 10 features (Efron et al. 2004, Least Angle Regression, Annals of Statistics
-32:407). x = log-penalties is the textbook hyper-parameter: one number a feature, and the exact hypergradient to compare every estimator with.
+Data: the diabetes study bundled with scikit-learn, 442 patients, 10 features (Efron et al. 2004, Least Angle
+    Regression, Annals of Statistics
+32:407). x = log-penalties is the textbook hyper-parameter: one number a feature, and the exact hypergradient to compare
+every estimator with.
 """
 
 import dataclasses
@@ -28,7 +30,9 @@ SIZES = (222, 110, 110)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Diabetes:
-    """The three parts of the data. Features and responses are standardised by the training part's mean and deviation."""
+    """The three parts of the data. Features and responses are standardised by the training part's mean and
+    deviation.
+    """
 
     train: Labelled
     valid: Labelled
@@ -58,7 +62,10 @@ def load(seed: int = 0, dtype: torch.dtype = torch.float64, device: torch.device
     rows = order[: SIZES[0]], order[SIZES[0] : SIZES[0] + SIZES[1]], order[SIZES[0] + SIZES[1] :]
 
     def part(chosen: list[int]) -> Labelled:
-        pair = [(values[chosen] - values[rows[0]].mean(0)) / values[rows[0]].std(0) for values in (bundle.data, bundle.target)]
+        pair = [
+            (values[chosen] - values[rows[0]].mean(0)) / values[rows[0]].std(0)
+            for values in (bundle.data, bundle.target)
+        ]
         return torch.tensor(pair[0], dtype=dtype, device=device), torch.tensor(pair[1], dtype=dtype, device=device)
 
     return Diabetes(train=part(rows[0]), valid=part(rows[1]), test=part(rows[2]), features=tuple(bundle.feature_names))
@@ -106,7 +113,8 @@ def solve_hypergradient(outer: dict[str, Tensor], inner: Tensor, train: Labelled
 def step_size(outer: dict[str, Tensor]) -> Tensor:
     """A stable step size for each weight, 1.5 / (5 + exp(x)), shape [10]: for `SGD(lr=ridge.step_size)`.
 
-    A fixed one fails in a long outer loop: the penalty of a useless feature grows without bound, and 2 / exp(x) falls below any number.
+    A fixed one fails in a long outer loop: the penalty of a useless feature grows without bound, and 2 / exp(x) falls
+        below any number.
     A'A / n stays below 5 for these data, so the preconditioned Hessian's eigenvalues stay below 1.
     """
     return 1.5 / (5.0 + outer["log_penalty"].exp())
@@ -115,10 +123,11 @@ def step_size(outer: dict[str, Tensor]) -> Tensor:
 def setup(
     device: torch.device | str = "cpu", seed: int = 0, dtype: torch.dtype = torch.float64, *, log_penalty: float = -2.0
 ) -> tuple[Problem, dict[str, Tensor], Tensor, Batches]:
-    """`(problem, outer, inner, batches)`: outer {"log_penalty": [10]}, inner w = 0 of shape [10], the full training and validation parts.
+    """`(problem, outer, inner, batches)`: outer {"log_penalty": [10]}, inner w = 0 of shape [10], the full training and
+    validation parts.
 
-    The inner Hessian's eigenvalues lie between about 0.14 and 4.4 at the default penalty, so SGD(lr=0.4) converges there; see `step_size` for
-    outer loops.
+    The inner Hessian's eigenvalues lie between about 0.14 and 4.4 at the default penalty, so SGD(lr=0.4) converges
+    there; see `step_size` for outer loops.
 
     Args:
         device: of all tensors.
@@ -130,7 +139,9 @@ def setup(
         ImportError: scikit-learn is missing.
     """
     data = load(seed, dtype, device)
-    outer = {"log_penalty": torch.full((len(data.features),), log_penalty, dtype=dtype, device=device, requires_grad=True)}
+    outer = {
+        "log_penalty": torch.full((len(data.features),), log_penalty, dtype=dtype, device=device, requires_grad=True)
+    }
     inner = torch.zeros(len(data.features), dtype=dtype, device=device)
     return Problem(inner_loss, outer_loss), outer, inner, Batches(inner=data.train, outer=data.valid)
 

@@ -1,14 +1,18 @@
-"""A decoder-only transformer (Vaswani et al. 2017; pre-norm as in Radford et al. 2019), twice differentiable everywhere.
+"""A decoder-only transformer (Vaswani et al. 2017; pre-norm as in Radford et al. 2019), twice differentiable
+everywhere.
 
-    h = tokens[s] + positions            h += attention(norm(h))            h += mlp(norm(h)), L times            scores = head(norm(h))
+    h = tokens[s] + positions            h += attention(norm(h))            h += mlp(norm(h)), L times            scores
+    = head(norm(h))
 
-12 L W^2 numbers in the blocks, for L layers of width W, and (2 V + C) W + O(L W) in the rest: vocabulary V, context C. What one gradient keeps of
-B sequences is about B C W (16 L) numbers and, because attention is written out, B H C^2 (2 L) more for H heads.
+12 L W^2 numbers in the blocks, for L layers of width W, and (2 V + C) W + O(L W) in the rest: vocabulary V, context C.
+What one gradient keeps of B sequences is about B C W (16 L) numbers and, because attention is written out, B H C^2 (2
+L) more for H heads.
 
-Attention is two products and a softmax in plain sight. torch's fused kernels (scaled_dot_product_attention: flash, memory-efficient, cuDNN) have no
-double backward, so no hypergradient but a first-order one could go through them; `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around every call
-would force the same arithmetic as here, in a context manager that each user of the loss would have to remember. Nothing here looks at a
-tensor's value: the forward runs under torch.func.functional_call, vmap, fake tensors and a compiler alike.
+Attention is two products and a softmax in plain sight. torch's fused kernels (scaled_dot_product_attention: flash,
+memory-efficient, cuDNN) have no double backward, so no hypergradient but a first-order one could go through them;
+`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around every call would force the same arithmetic as here, in a
+context manager that each user of the loss would have to remember. Nothing here looks at a tensor's value: the forward
+runs under torch.func.functional_call, vmap, fake tensors and a compiler alike.
 """
 
 from collections.abc import Callable
@@ -37,14 +41,18 @@ class Transformer(nn.Module):
         torch.Size([3, 8, 10])
     """
 
-    def __init__(self, *, vocabulary: int = 256, context: int = 64, layers: int = 2, width: int = 64, heads: int = 4) -> None:
+    def __init__(
+        self, *, vocabulary: int = 256, context: int = 64, layers: int = 2, width: int = 64, heads: int = 4
+    ) -> None:
         super().__init__()
         sizes = {"vocabulary": vocabulary, "context": context, "layers": layers, "width": width, "heads": heads}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"Transformer was given {name}={size}; at least 1 was needed")
         if width % heads:
-            raise ValueError(f"Transformer was given width={width} and heads={heads}; a width that the heads divide was needed")
+            raise ValueError(
+                f"Transformer was given width={width} and heads={heads}; a width that the heads divide was needed"
+            )
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(torch.empty(context, width))
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(layers)])
@@ -55,8 +63,8 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         length = tokens.shape[-1]
         hidden = self.tokens(tokens) + self.positions[:length]
-        # Made here and not kept as a buffer, which would have to follow the parameters to their device. -inf is added, not filled in: a sum
-        # keeps nothing for its backward.
+        # Made here and not kept as a buffer, which would have to follow the parameters to their device. -inf is added,
+        # not filled in: a sum keeps nothing for its backward.
         mask = torch.full((length, length), float("-inf"), dtype=hidden.dtype, device=hidden.device).triu(1)
         for block in self.blocks:
             hidden = block(hidden, mask)
@@ -91,7 +99,10 @@ class Attention(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         # [B, T, W] -> [B, H, T, W / H]
-        query, key, value = (part(hidden).unflatten(-1, (self.heads, -1)).transpose(-3, -2) for part in (self.query, self.key, self.value))
+        query, key, value = (
+            part(hidden).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+            for part in (self.query, self.key, self.value)
+        )
         scaled = query * query.shape[-1] ** -0.5  # before the product: [T, W / H] numbers to scale, not [T, T]
         weights = torch.softmax(scaled @ key.mT + mask, -1)
         mixed: Tensor = self.mix((weights @ value).transpose(-3, -2).flatten(-2))
@@ -111,7 +122,8 @@ def transformer(
 ) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
     """`(call, params)` as from `functional`, the parameters drawn from a seed: the same on every device.
 
-    The module itself holds no numbers (it is on torch's "meta" device), so that the parameters exist once; under fake tensors not even once.
+    The module itself holds no numbers (it is on torch's "meta" device), so that the parameters exist once; under fake
+    tensors not even once.
 
     Args:
         vocabulary: V.
@@ -134,7 +146,8 @@ def transformer(
     with torch.device("meta"):
         module = Transformer(vocabulary=vocabulary, context=context, layers=layers, width=width, heads=heads)
     call, shapes = functional(module)
-    # Drawn on the CPU in float32, so that every device and dtype starts alike, one by one, so that no second copy of all of them is there.
+    # Drawn on the CPU in float32, so that every device and dtype starts alike, one by one, so that no second copy of
+    # all of them is there.
     generator = torch.Generator().manual_seed(seed)
     branch = (2 * layers) ** -0.5  # the blocks' outputs add up along the stream
     params = {}
@@ -147,7 +160,9 @@ def transformer(
         else:
             inner = name.startswith("blocks.")
             drawn.normal_(
-                0.0, shape.shape[-1] ** -0.5 * (branch if "mix" in name or "narrow" in name else 1.0) if inner else _STD, generator=generator
+                0.0,
+                shape.shape[-1] ** -0.5 * (branch if "mix" in name or "narrow" in name else 1.0) if inner else _STD,
+                generator=generator,
             )
         params[name] = drawn.to(device=device, dtype=dtype)
     return call, params

@@ -1,7 +1,9 @@
 """Arithmetic on trees of tensors.
 
-User functions see pytrees (dicts, lists, tuples, a bare tensor). Between them the library works on flat tuples of leaves: `Leaves`.
-Dot products and norms know about tasks: with `tasks` given every leaf has a leading dimension of that size and one number a task comes back.
+User functions see pytrees (dicts, lists, tuples, a bare tensor). Between them the library works on flat tuples of
+leaves: `Leaves`.
+Dot products and norms know about tasks: with `tasks` given every leaf has a leading dimension of that size and one
+    number a task comes back.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +25,8 @@ def flatten(tree: Tree) -> tuple[list[Any], pytree.TreeSpec]:
     return pytree.tree_flatten(tree)
 
 
-# Flat containers of tensors are what nearly every caller has. Walking them directly costs a tenth of a general traversal, which would
-# otherwise be 2% of an inner step of a small net. The order is pytree's: that of insertion.
+# Flat containers of tensors are what nearly every caller has. Walking them directly costs a tenth of a general
+# traversal, which would otherwise be 2% of an inner step of a small net. The order is pytree's: that of insertion.
 
 
 def _flat(tree: Tree) -> Sequence[Any] | None:
@@ -47,7 +49,11 @@ def like(tree: Tree, leaves: Sequence[Any]) -> Tree:
 def tree_map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Apply `function` leaf by leaf."""
     entries = None if rest else _flat(tree)
-    return pytree.tree_map(function, tree, *rest) if entries is None else like(tree, [function(entry) for entry in entries])
+    return (
+        pytree.tree_map(function, tree, *rest)
+        if entries is None
+        else like(tree, [function(entry) for entry in entries])
+    )
 
 
 def names(tree: Tree) -> list[str]:
@@ -68,7 +74,10 @@ def detach(tree: Tree) -> Tree:
 
 def attach(tree: Tree) -> Tree:
     """The same storage as fresh graph leaves that require grad; integer tensors and other leaves pass through."""
-    return tree_map(lambda leaf: leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, tree)
+    return tree_map(
+        lambda leaf: leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
+        tree,
+    )
 
 
 def per_task(number: Tensor, leaf: Tensor) -> Tensor:
@@ -117,7 +126,9 @@ def scaled(factor: Tensor, x: Sequence[Tensor]) -> Leaves:
 
 
 def aligned(tree: Tree, reference: Tree) -> list[Tensor] | None:
-    """The tensors of `tree` in the order of `reference`; None if their structures differ. Dicts match by key, not by position."""
+    """The tensors of `tree` in the order of `reference`; None if their structures differ. Dicts match by key, not by
+    position.
+    """
     if isinstance(tree, dict) and isinstance(reference, dict) and set(tree) == set(reference):
         tree = {name: tree[name] for name in reference}
     return tensors(tree) if pytree.tree_structure(tree) == pytree.tree_structure(reference) else None
@@ -131,7 +142,11 @@ def accumulate(total: PartialLeaves, new: PartialLeaves) -> PartialLeaves:
 def finite(tree: Tree) -> Tensor:
     """Whether every number is finite, as a 0-dim tensor (no synchronization)."""
     # The maximum norm lets NaN and inf through, in one pass; isfinite().all() takes five.
-    norms = [torch.linalg.vector_norm(leaf, float("inf")) for leaf in tensors(tree) if leaf.is_floating_point() and leaf.numel()]
+    norms = [
+        torch.linalg.vector_norm(leaf, float("inf"))
+        for leaf in tensors(tree)
+        if leaf.is_floating_point() and leaf.numel()
+    ]
     return torch.stack(norms).isfinite().all() if norms else torch.tensor(True)
 
 

@@ -2,9 +2,9 @@
 
     F(x) = 1/T sum_i f_i(y_i*(x), x)
 
-Only the user's losses are vmapped and summed; derivatives are taken of the sum, and tasks stay independent because each loss touches its own
-slice of y. So estimators need no vmap of their own. MAML with 8 tasks of a 4-conv net, K = 5: half the memory of vmap over
-torch.func.grad and 1.35 times as fast.
+Only the user's losses are vmapped and summed; derivatives are taken of the sum, and tasks stay independent because each
+loss touches its own slice of y. So estimators need no vmap of their own. MAML with 8 tasks of a 4-conv net, K = 5: half
+the memory of vmap over torch.func.grad and 1.35 times as fast.
 
 | | compute | memory |
 | --- | --- | --- |
@@ -28,13 +28,13 @@ from bilevel.space.tree import PartialLeaves, Tree
 class TaskMean(Estimator):
     """Mean of an estimator over a leading task dimension.
 
-    The problem's functions are written for one task. Every tensor in the batches has a leading dimension T, and so has `inner`, unless
-    the problem has an `init`, which is called for each task.
+    The problem's functions are written for one task. Every tensor in the batches has a leading dimension T, and so has
+    `inner`, unless the problem has an `init`, which is called for each task.
 
     Args:
         estimator: how the hypergradient of one task is estimated.
-        chunk: tasks at once: vmap within a chunk, a loop over chunks. None for all at once; 1 for a plain loop without vmap, which works
-            for losses that vmap cannot map.
+        chunk: tasks at once: vmap within a chunk, a loop over chunks. None for all at once; 1 for a plain loop without
+            vmap, which works for losses that vmap cannot map.
 
     Memory: that of `estimator` times `chunk`, plus T P for `hg.inner`.
 
@@ -56,7 +56,10 @@ class TaskMean(Estimator):
 
     def __post_init__(self) -> None:
         if not isinstance(self.estimator, Estimator) or isinstance(self.estimator, TaskMean):
-            raise TypeError(f"TaskMean was given {type(self.estimator).__name__}; an estimator for one task was needed, such as TaskMean(Unrolled())")
+            raise TypeError(
+                f"TaskMean was given {type(self.estimator).__name__}; an estimator for one task was needed, such as "
+                f"TaskMean(Unrolled())"
+            )
         if self.chunk is not None and (not isinstance(self.chunk, int) or self.chunk < 1):
             raise ValueError(f"TaskMean was given chunk={self.chunk!r}; None or an integer of at least 1 was needed")
 
@@ -75,7 +78,9 @@ class TaskMean(Estimator):
         parts: list[Estimate] = []
         for low in range(0, tasks, size):
             rows = slice(low, min(low + size, tasks))
-            part = self.estimator.estimate(_take(instance, rows, single=size == 1), _rows(state, rows, single=size == 1))
+            part = self.estimator.estimate(
+                _take(instance, rows, single=size == 1), _rows(state, rows, single=size == 1)
+            )
             total = tree.accumulate(total, part.grad)
             parts.append(dataclasses.replace(part, grad=()))
         return Estimate(
@@ -107,8 +112,9 @@ def _count(instance: Instance, state: Any) -> int:
     sizes = {size for group in found.values() for size in group}
     if len(sizes) != 1 or 0 in sizes:
         raise ValueError(
-            f"TaskMean needs one leading task dimension T on every tensor; leading sizes found: {found}. Stack the tasks' batches with "
-            f"torch.stack, and start every task alike with inner = {{name: y.expand(T, *y.shape) for name, y in inner.items()}}"
+            f"TaskMean needs one leading task dimension T on every tensor; leading sizes found: {found}. Stack the "
+            f"tasks' batches with torch.stack, and start every task alike with inner = "
+            f"{{name: y.expand(T, *y.shape) for name, y in inner.items()}}"
         )
     return sizes.pop()
 
@@ -131,7 +137,8 @@ class _TaskSteps(PerStep):
         for leaf in tree.tensors(batch):
             if leaf.dim() == 0 or leaf.shape[0] < self._rows.stop:
                 raise ValueError(
-                    f"batch {step} of PerStep has a tensor of shape {tuple(leaf.shape)}; a leading task dimension like that of batch 0 was needed"
+                    f"batch {step} of PerStep has a tensor of shape {tuple(leaf.shape)}; a leading task dimension like "
+                    f"that of batch 0 was needed"
                 )
         return _rows(batch, self._rows, single=self._single)
 
@@ -141,10 +148,16 @@ class _TaskSteps(PerStep):
 
 def _take(instance: Instance, rows: slice, *, single: bool) -> Instance:
     batches = instance.batches
-    inner = _TaskSteps(batches.inner, rows, single=single) if isinstance(batches.inner, PerStep) else _rows(batches.inner, rows, single=single)
+    inner = (
+        _TaskSteps(batches.inner, rows, single=single)
+        if isinstance(batches.inner, PerStep)
+        else _rows(batches.inner, rows, single=single)
+    )
     taken = Batches(inner, _rows(batches.outer, rows, single=single), _rows(batches.curvature, rows, single=single))
     problem = dataclasses.replace(instance.problem, tasks=None if single else rows.stop - rows.start)
-    return dataclasses.replace(instance, problem=problem, inner=_rows(instance.inner, rows, single=single), batches=taken)
+    return dataclasses.replace(
+        instance, problem=problem, inner=_rows(instance.inner, rows, single=single), batches=taken
+    )
 
 
 def _join(trees: list[Tree], *, single: bool) -> Tree:

@@ -27,17 +27,18 @@ class Case:
     """One estimator on one problem, to be measured.
 
     Args:
-        setup: makes the problem, called as `setup(device)`, with `seed=` if it takes one, after torch.manual_seed; returns
-            `(problem, outer, inner, batches)`.
+        setup: makes the problem, called as `setup(device)`, with `seed=` if it takes one, after torch.manual_seed;
+            returns `(problem, outer, inner, batches)`.
         solver: how the inner variable moves.
         estimator: what is measured.
         device: "cpu", "cuda", ...
         seed: of the random numbers before `setup` and before each measured call.
         name: of the case in the record; by default that of `setup`'s module, or of `setup` itself.
         label: of the estimator in the record; by default its class.
-        solution: an inner solver that converges, such as `bl.Converge(...)`: where it is given, the error against the hypergradient at the
-            solution is measured too.
-        outer_optimizer: makes the torch optimizer of the outer tensors; Adam with lr 1e-2 by default. It is part of the outer phase.
+        solution: an inner solver that converges, such as `bl.Converge(...)`: where it is given, the error against the
+            hypergradient at the solution is measured too.
+        outer_optimizer: makes the torch optimizer of the outer tensors; Adam with lr 1e-2 by default. It is part of the
+            outer phase.
 
     Example:
         >>> import bilevel as bl
@@ -58,11 +59,16 @@ class Case:
     outer_optimizer: OuterOptimizer = adam
 
     def __post_init__(self) -> None:
-        for name, kind, write in (("solver", bl.InnerSolver, "bl.Descent(bl.SGD(lr=0.1), steps=20)"), ("estimator", bl.Estimator, "bl.Unrolled()")):
+        for name, kind, write in (
+            ("solver", bl.InnerSolver, "bl.Descent(bl.SGD(lr=0.1), steps=20)"),
+            ("estimator", bl.Estimator, "bl.Unrolled()"),
+        ):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"Case was given a {type(getattr(self, name)).__name__} as {name}; {write} was needed")
         if not callable(self.setup):
-            raise TypeError(f"Case was given a {type(self.setup).__name__} as setup; a function setup(device) was needed")
+            raise TypeError(
+                f"Case was given a {type(self.setup).__name__} as setup; a function setup(device) was needed"
+            )
         object.__setattr__(self, "name", self.name or name_of(self.setup))
         object.__setattr__(self, "label", self.label or type(self.estimator).__name__)
 
@@ -90,7 +96,9 @@ class Posed:
         return self.outer, self.inner, *_seen(self.batches, steps)
 
     def double(self) -> "Posed":
-        """The same in float64: the floating tensors of outer, inner and batches; what a loss captured stays what it is."""
+        """The same in float64: the floating tensors of outer, inner and batches; what a loss captured stays what it
+        is.
+        """
         inner = self.batches.inner
         cast = bl.PerStep(_DoubleSteps(inner)) if isinstance(inner, bl.PerStep) else _double(inner)
         batches = bl.Batches(cast, _double(self.batches.outer), _double(self.batches.curvature))
@@ -105,14 +113,29 @@ def pose(setup: Setup, device: str, seed: int) -> Posed:
     """
     torch.manual_seed(seed)
     made = seeded(setup, device, seed=seed)
-    if not (isinstance(made, tuple) and len(made) == 4 and isinstance(made[0], bl.Problem) and isinstance(made[3], bl.Batches)):
-        got = f"({', '.join(type(part).__name__ for part in made)})" if isinstance(made, tuple) else f"a {type(made).__name__}"
-        raise TypeError(f"setup() returned {got}; (problem, outer, inner, batches) was needed: a bl.Problem, two trees of tensors, and a bl.Batches")
-    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-    if any(isinstance(leaf, FakeTensor) and leaf.fake_mode is not mode for leaf in tree.tensors((made[1], made[2], _seen(made[3])))):
+    if not (
+        isinstance(made, tuple)
+        and len(made) == 4
+        and isinstance(made[0], bl.Problem)
+        and isinstance(made[3], bl.Batches)
+    ):
+        got = (
+            f"({', '.join(type(part).__name__ for part in made)})"
+            if isinstance(made, tuple)
+            else f"a {type(made).__name__}"
+        )
         raise TypeError(
-            "setup() returned tensors that it kept from a forecast, which have no data: is there a functools.cache in it, or a module's global? Make "
-            "them anew in each call, or forecast in a process of its own"
+            f"setup() returned {got}; (problem, outer, inner, batches) was needed: a bl.Problem, two trees of tensors, "
+            f"and a bl.Batches"
+        )
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    if any(
+        isinstance(leaf, FakeTensor) and leaf.fake_mode is not mode
+        for leaf in tree.tensors((made[1], made[2], _seen(made[3])))
+    ):
+        raise TypeError(
+            "setup() returned tensors that it kept from a forecast, which have no data: is there a functools.cache in "
+            "it, or a module's global? Make them anew in each call, or forecast in a process of its own"
         )
     if not tree.tensors(made[1]):
         raise TypeError("setup() returned an outer variable without tensors")
@@ -121,7 +144,9 @@ def pose(setup: Setup, device: str, seed: int) -> Posed:
 
 def leaves_of(outer: Any) -> Any:
     """A copy of the outer variable that an optimizer can move without touching what `setup` returned."""
-    return tree.tree_map(lambda leaf: leaf.detach().clone().requires_grad_() if isinstance(leaf, Tensor) else leaf, outer)
+    return tree.tree_map(
+        lambda leaf: leaf.detach().clone().requires_grad_() if isinstance(leaf, Tensor) else leaf, outer
+    )
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -37,7 +37,9 @@ class CaseError(ValueError):
 
 
 def default_estimators() -> dict[str, bl.Estimator]:
-    """What a case that names no estimators is compared with. Those that cannot handle the problem become rows that say so."""
+    """What a case that names no estimators is compared with. Those that cannot handle the problem become rows that say
+    so.
+    """
     return {
         "unrolled": bl.Unrolled(),
         "unrolled iterates": bl.Unrolled(keep="iterates"),
@@ -69,24 +71,40 @@ class Definition:
     def __post_init__(self) -> None:
         for value, kind, name, write in (
             (self.optimizer, bl.Optimizer, "OPTIMIZER (optimizer=)", "bl.SGD(lr=0.1)"),
-            (self.solution, (bl.InnerSolver, type(None)), "SOLUTION (solution=)", "bl.Converge(bl.SGD(lr=0.1), tol=1e-8)"),
+            (
+                self.solution,
+                (bl.InnerSolver, type(None)),
+                "SOLUTION (solution=)",
+                "bl.Converge(bl.SGD(lr=0.1), tol=1e-8)",
+            ),
         ):
             if not isinstance(value, kind):
                 raise CaseError(f"case {self.name}: {name} is a {type(value).__name__}; write {write}")
         if not (isinstance(self.estimators, Mapping) and self.estimators):
-            raise CaseError(f'case {self.name}: ESTIMATORS is not a dict with at least one entry; write {{"unrolled": bl.Unrolled()}}')
+            raise CaseError(
+                f'case {self.name}: ESTIMATORS is not a dict with at least one entry; write {{"unrolled": bl.Unrolled()}}'
+            )
         if not self.name or "" in self.estimators:
             raise CaseError(f"case {self.name!r}: a case and an estimator need a name, and one of them is ''")
         for label, estimator in self.estimators.items():
             if not isinstance(label, str) or not isinstance(estimator, bl.Estimator):
-                raise CaseError(f'case {self.name}: ESTIMATORS maps {label!r} to a {type(estimator).__name__}; write "label": bl.Unrolled()')
+                raise CaseError(
+                    f'case {self.name}: ESTIMATORS maps {label!r} to a {type(estimator).__name__}; write "label": bl.Unrolled()'
+                )
         steps = self.inner_steps
         if not steps or not all(isinstance(k, int) and not isinstance(k, bool) and k >= 0 for k in steps):
-            raise CaseError(f"case {self.name}: INNER_STEPS is {list(steps)!r}; a list of integers of at least 0 was needed, such as [1, 5, 20]")
+            raise CaseError(
+                f"case {self.name}: INNER_STEPS is {list(steps)!r}; a list of integers of at least 0 was needed, such "
+                f"as [1, 5, 20]"
+            )
         if not isinstance(self.outer_steps, int) or self.outer_steps < 0:
-            raise CaseError(f"case {self.name}: OUTER_STEPS is {self.outer_steps!r}; an integer of at least 0 was needed")
+            raise CaseError(
+                f"case {self.name}: OUTER_STEPS is {self.outer_steps!r}; an integer of at least 0 was needed"
+            )
         if isinstance(self.preload, str) or not all(isinstance(name, str) for name in self.preload):
-            raise CaseError(f'case {self.name}: PRELOAD is {self.preload!r}; names of modules were needed, such as ["sklearn.datasets"]')
+            raise CaseError(
+                f'case {self.name}: PRELOAD is {self.preload!r}; names of modules were needed, such as ["sklearn.datasets"]'
+            )
         for name in ("setup", "outer_optimizer", "batches", "evaluate"):
             value = getattr(self, name)
             if value is not None and not callable(value):
@@ -124,13 +142,20 @@ def load(source: str) -> Definition:
         return _defined(path.stem, _imported(path))
     close = difflib.get_close_matches(source, builtin_names(), n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
-    raise CaseError(f"there is no case {source!r}: no file of that path, and the built-in cases are {', '.join(builtin_names())}.{hint}")
+    raise CaseError(
+        f"there is no case {source!r}: no file of that path, and the built-in cases are "
+        f"{', '.join(builtin_names())}.{hint}"
+    )
 
 
 def given(setup: Setup | str, **overrides: Any) -> Definition:
     """The case of a `setup` function, or of a name or path, with what the caller wants otherwise."""
     known = {name: value for name, value in overrides.items() if value is not None}
-    return dataclasses.replace(load(setup), **known) if isinstance(setup, str) else Definition(**{"name": name_of(setup), "setup": setup, **known})
+    return (
+        dataclasses.replace(load(setup), **known)
+        if isinstance(setup, str)
+        else Definition(**{"name": name_of(setup), "setup": setup, **known})
+    )
 
 
 def _builtin_folder() -> Path:

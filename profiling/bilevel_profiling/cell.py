@@ -20,7 +20,8 @@ from bilevel_profiling.record import Record
 from bilevel_profiling.references import Reference, References
 
 _WATCHED = 0.15
-"""Seconds for which a call is repeated while its process is watched: a single short one would fall between two samples."""
+"""Seconds for which a call is repeated while its process is watched: a single short one would fall between two
+samples."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,14 @@ class Job:
 def cost(job: Job, program: Path | str, solution: Path | str) -> Record:
     """Everything but resident memory. A reference is the path of its file, or a sentence on why there is none."""
     known = References(_reference(program), _reference(solution))
-    return measure(job.case(job.definition()), repeats=job.repeats, errors=known, trace=job.trace, snapshot=job.snapshot, command=job.command)
+    return measure(
+        job.case(job.definition()),
+        repeats=job.repeats,
+        errors=known,
+        trace=job.trace,
+        snapshot=job.snapshot,
+        command=job.command,
+    )
 
 
 def resident(job: Job, gate: Gate) -> None:

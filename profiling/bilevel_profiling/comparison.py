@@ -1,8 +1,9 @@
 """compare(): estimators against each other, every cell in a fresh process.
 
-For each case: the references (one process a K), then one cell for each estimator at each K (a process for time, live bytes, FLOPs and error,
-another for resident memory), then one outer loop for each estimator at one K. A row is on the disk as soon as it is known, and an outer loop joins
-its row. What is finished can be continued: see `resume`.
+For each case: the references (one process a K), then one cell for each estimator at each K (a process for time, live
+    bytes, FLOPs and error,
+another for resident memory), then one outer loop for each estimator at one K. A row is on the disk as soon as it is
+known, and an outer loop joins its row. What is finished can be continued: see `resume`.
 """
 
 import dataclasses
@@ -59,12 +60,13 @@ def compare(
     """Measure estimators on one problem and write a report.
 
     Args:
-        setup: a function `setup(device)` that other processes can import; or the name of a built-in case, or the path of a case file, whose
-            choices the other arguments override.
+        setup: a function `setup(device)` that other processes can import; or the name of a built-in case, or the path
+            of a case file, whose choices the other arguments override.
         estimators: by label; by default those of the case.
         optimizer: how the inner variable moves.
         inner_steps: the K to compare at.
-        out: folder of the report; made if missing. Rows of an earlier comparison are kept aside in it, as records-<date>.jsonl.
+        out: folder of the report; made if missing. Rows of an earlier comparison are kept aside in it, as
+            records-<date>.jsonl.
         device: "cpu" or "cuda".
         seed: set before `setup`, and before each call, in every process.
         repeats: of the clock.
@@ -76,10 +78,11 @@ def compare(
         outer_optimizer: the torch optimizer of the outer variable.
         solution: an inner solver that converges.
         name: of the case in the records.
-        memory_limit: what each run may take beyond what torch itself has taken, in bytes or as "4GiB"; more is a row OUT_OF_MEMORY. CPU and Linux
-            only; the float64 references are not limited.
+        memory_limit: what each run may take beyond what torch itself has taken, in bytes or as "4GiB"; more is a row
+            OUT_OF_MEMORY. CPU and Linux only; the float64 references are not limited.
         resume: keep the finished rows of an earlier comparison in `out`, and measure only what is missing.
-        retry_failed: like `resume`, but rows and outer loops that ended with ERROR, CRASHED, TIMEOUT or OUT_OF_MEMORY are measured anew.
+        retry_failed: like `resume`, but rows and outer loops that ended with ERROR, CRASHED, TIMEOUT or OUT_OF_MEMORY
+            are measured anew.
         trace: also write a torch.profiler trace of each run, into traces/.
         snapshot: also write a snapshot of the CUDA allocator for each run, into snapshots/; of no effect on the CPU.
         progress: told about each step of the work; silent by default.
@@ -126,13 +129,23 @@ def compare(
         threads=threads,
         memory_limit=None if memory_limit is None else sizes.parse(memory_limit),
     )
-    comparison = Comparison([plan], out, resume=resume, retry_failed=retry_failed, trace=trace, snapshot=snapshot, progress=progress, command=command)
+    comparison = Comparison(
+        [plan],
+        out,
+        resume=resume,
+        retry_failed=retry_failed,
+        trace=trace,
+        snapshot=snapshot,
+        progress=progress,
+        command=command,
+    )
     comparison.run()
     return comparison.records
 
 
 class Comparison:
-    """Several plans with one report. `records` grows while `run` works, and holds what is finished whenever that is interrupted.
+    """Several plans with one report. `records` grows while `run` works, and holds what is finished whenever that is
+    interrupted.
 
     Args:
         plans: the cases.
@@ -168,7 +181,11 @@ class Comparison:
         self._folder = Folder(out)
         self.out = self._folder.path
         try:
-            rows, said = resuming.resume(self._folder, self._settled) if resume or retry_failed else resuming.begin(self._folder, self._settled)
+            rows, said = (
+                resuming.resume(self._folder, self._settled)
+                if resume or retry_failed
+                else resuming.begin(self._folder, self._settled)
+            )
             self._file = RecordsFile(self._folder.records, rows)
         except BaseException:
             self._folder.release()
@@ -214,24 +231,41 @@ class Comparison:
         by_task = {label: isinstance(definition.estimators[label], bl.TaskMean) for label in labels}
         missing = [(k, label) for k in steps for label in labels if self._wanted((definition.name, label, k))]
         # Where the references are, by kind, K, and whether they are means over tasks; or why there is none.
-        notes: dict[Any, Path | str] = {("solution", None, kind): "the case declares no solver for it." for kind in (False, True)}
+        notes: dict[Any, Path | str] = {
+            ("solution", None, kind): "the case declares no solver for it." for kind in (False, True)
+        }
         for kind in sorted({by_task[label] for _, label in missing}):
             label = next(label for _, label in missing if by_task[label] == kind)
-            wanted: list[tuple[str, int | None]] = [("program", k) for k in sorted({k for k, label in missing if by_task[label] == kind})]
+            wanted: list[tuple[str, int | None]] = [
+                ("program", k) for k in sorted({k for k, label in missing if by_task[label] == kind})
+            ]
             if definition.solution is not None:
                 wanted.append(("solution", None))
             for name, k in wanted:
                 job = self._job(plan, label, steps[-1] if k is None else k)
                 text = f"float64 reference, {'converged solution' if k is None else f'K = {k}'}"
-                yield Task(definition.name, text, 5 + job.inner_steps / 4), self._referencing(plan, definition, job, name, notes, (name, k, kind))
+                yield (
+                    Task(definition.name, text, 5 + job.inner_steps / 4),
+                    self._referencing(plan, definition, job, name, notes, (name, k, kind)),
+                )
         for k, label in missing:
             keys = ("program", k, by_task[label]), ("solution", None, by_task[label])
-            yield Task(definition.name, f"{label}, K = {k}", 15 + k), self._measuring(plan, definition, self._job(plan, label, k), keys, notes)
+            yield (
+                Task(definition.name, f"{label}, K = {k}", 15 + k),
+                self._measuring(plan, definition, self._job(plan, label, k), keys, notes),
+            )
         k = steps[-1]
         for label in labels if definition.outer_steps else ():
             if self._loop_wanted((definition.name, label, k)):
                 work = self._looping(plan, definition, self._job(plan, label, k), definition.outer_steps)
-                yield Task(definition.name, f"{label}, outer loop of {definition.outer_steps}", (15 + k) * (0.5 + definition.outer_steps / 12)), work
+                yield (
+                    Task(
+                        definition.name,
+                        f"{label}, outer loop of {definition.outer_steps}",
+                        (15 + k) * (0.5 + definition.outer_steps / 12),
+                    ),
+                    work,
+                )
 
     def _wanted(self, key: Key) -> bool:
         return key in self._again or self._place(key) is None
@@ -243,12 +277,19 @@ class Comparison:
         return not self.records[place].iterations and not resuming.failed(self.records[place])
 
     def _place(self, key: Key) -> int | None:
-        return next((place for place, record in enumerate(self.records) if _key(record) == key and record.source == "measured"), None)
+        return next(
+            (place for place, record in enumerate(self.records) if _key(record) == key and record.source == "measured"),
+            None,
+        )
 
     def _job(self, plan: Plan, label: str, steps: int) -> cell.Job:
-        return cell.Job(plan.source, plan.overrides, label, steps, plan.device, plan.seed, plan.repeats, self._command, plan.threads)
+        return cell.Job(
+            plan.source, plan.overrides, label, steps, plan.device, plan.seed, plan.repeats, self._command, plan.threads
+        )
 
-    def _referencing(self, plan: Plan, definition: Definition, job: cell.Job, kind: str, notes: dict[Any, Path | str], key: Any) -> Callable[[], str]:
+    def _referencing(
+        self, plan: Plan, definition: Definition, job: cell.Job, kind: str, notes: dict[Any, Path | str], key: Any
+    ) -> Callable[[], str]:
         stem = f"{definition.name}-{kind}{f'-{job.inner_steps}' if kind == 'program' else ''}{'-tasks' if key[2] else ''}-{job.device}-{job.seed}"
         path = self._folder.reference(stem)
 
@@ -274,7 +315,9 @@ class Comparison:
                 trace=self._folder.trace(stem) if self._trace else None,
                 snapshot=self._folder.snapshot(stem) if self._snapshot and job.device == "cuda" else None,
             )
-            outcome = isolate.run(cell.cost, asked, *sources, time_limit=plan.time_limit, memory_limit=plan.memory_limit)
+            outcome = isolate.run(
+                cell.cost, asked, *sources, time_limit=plan.time_limit, memory_limit=plan.memory_limit
+            )
             if outcome.failure is not None:
                 record = self._blank(definition, job, outcome.failure)
                 self._folder.keep_log(outcome.log, stem)
@@ -302,7 +345,9 @@ class Comparison:
             return meters[-1]
 
         try:
-            outcome = isolate.run(cell.resident, job, time_limit=plan.time_limit, around=around, memory_limit=plan.memory_limit)
+            outcome = isolate.run(
+                cell.resident, job, time_limit=plan.time_limit, around=around, memory_limit=plan.memory_limit
+            )
         except ImportError:  # memory-profiler is optional
             return None
         if outcome.failure is not None:
@@ -317,16 +362,28 @@ class Comparison:
             if place is None or resuming.failed(self.records[place]):
                 return "left out: its single hypergradient failed"
             row = self.records[place]
-            before = next((r.metrics_before for r in self.records if r.case == definition.name and r.metrics_before), None)
-            outcome = isolate.run(cell.loop, job, steps, before, time_limit=plan.time_limit, memory_limit=plan.memory_limit)
+            before = next(
+                (r.metrics_before for r in self.records if r.case == definition.name and r.metrics_before), None
+            )
+            outcome = isolate.run(
+                cell.loop, job, steps, before, time_limit=plan.time_limit, memory_limit=plan.memory_limit
+            )
             notes = tuple(note for note in row.notes if not note.startswith(_LOOP_NOTE))
             if outcome.failure is not None:
                 said = f"{outcome.failure.status}: {outcome.failure.reason}"
-                found: dict[str, Any] = {"iterations": (Iteration(index=0, status=outcome.failure.status),), "notes": (*notes, _LOOP_NOTE + said)}
+                found: dict[str, Any] = {
+                    "iterations": (Iteration(index=0, status=outcome.failure.status),),
+                    "notes": (*notes, _LOOP_NOTE + said),
+                }
                 self._folder.keep_log(outcome.log, f"{definition.name}-{job.label}-loop")
             else:
                 loop = outcome.value
-                found = {"iterations": loop.iterations, "metrics_before": loop.metrics_before, "metrics": loop.metrics, "notes": notes}
+                found = {
+                    "iterations": loop.iterations,
+                    "metrics_before": loop.metrics_before,
+                    "metrics": loop.metrics,
+                    "notes": notes,
+                }
                 said = _loop_text(loop.iterations, loop.metrics)
             self._file.replace(place, dataclasses.replace(row, **found))
             return said
@@ -346,12 +403,16 @@ class Comparison:
             seed=job.seed,
             status=failure.status,
             reason=failure.reason,
-            environment=next((r.environment for r in self.records if r.device == job.device), environment(self._command)),
+            environment=next(
+                (r.environment for r in self.records if r.device == job.device), environment(self._command)
+            ),
         )
 
 
 def _preload(settled: Sequence[Settled]) -> list[str]:
-    """What the cases want loaded, as far as it is there: a module that cannot be found is for `setup` to complain about."""
+    """What the cases want loaded, as far as it is there: a module that cannot be found is for `setup` to complain
+    about.
+    """
     wanted = dict.fromkeys(name for each in settled for name in each.case.preload)
     return [name for name in wanted if importlib.util.find_spec(name.partition(".")[0]) is not None]
 

@@ -1,4 +1,6 @@
-"""Memory contracts of tests: what a mark asks for, and whether measured peaks keep it. Pure functions, no torch, no pytest."""
+"""Memory contracts of tests: what a mark asks for, and whether measured peaks keep it. Pure functions, no torch, no
+pytest.
+"""
 
 import dataclasses
 import itertools
@@ -39,14 +41,16 @@ class Growth:
 
         Example:
             >>> Growth("inner_steps", tolerance=0).broken_by([(5, 2**20), (50, 10 * 2**20)])
-            'peak memory grows with inner_steps: 5: 1.0 MiB, 50: 10.0 MiB (204.8 KiB per inner_steps); flat_in allows no difference'
+            'peak memory grows with inner_steps: 5: 1.0 MiB, 50: 10.0 MiB (204.8 KiB per inner_steps); flat_in allows no
+            difference'
             >>> Growth("inner_steps", slope=2**20).broken_by([(5, 2**20), (50, 10 * 2**20)])
             ''
         """
         numeric = [(value, peak) for value, peak in peaks if not isinstance(value, str)]
         ordered: list[Any] = sorted(numeric) if len(numeric) == len(peaks) else list(peaks)
         listed = ", ".join(
-            f"{value}: {size}" for value, size in zip((value for value, _ in ordered), _distinct([p for _, p in ordered]), strict=True)
+            f"{value}: {size}"
+            for value, size in zip((value for value, _ in ordered), _distinct([p for _, p in ordered]), strict=True)
         )
         if self.tolerance is None:
             return self._too_steep(ordered, listed)
@@ -54,7 +58,11 @@ class Growth:
         if max(found) - min(found) <= self.tolerance:
             return ""
         rising = len(numeric) == len(peaks) and found == sorted(found) and ordered[0][0] < ordered[-1][0]
-        slope = f" ({_signed((found[-1] - found[0]) / (ordered[-1][0] - ordered[0][0]))} per {self.parameter})" if rising else ""
+        slope = (
+            f" ({_signed((found[-1] - found[0]) / (ordered[-1][0] - ordered[0][0]))} per {self.parameter})"
+            if rising
+            else ""
+        )
         allowed = f"a difference of {sizes.text(self.tolerance)}" if self.tolerance else "no difference"
         return f"peak memory {'grows' if rising else 'changes'} with {self.parameter}: {listed}{slope}; flat_in allows {allowed}"
 
@@ -98,7 +106,9 @@ def contract(positional: Sequence[Any], arguments: Mapping[str, Any], parameters
         given = ", ".join([*map(repr, positional), *unknown])
         raise ValueError(f"was given {given}; it takes {', '.join(f'{name}=' for name in _ARGUMENTS)} by name")
     if not {"max_bytes", "flat_in", "max_slope"} & set(arguments):
-        raise ValueError('asks for nothing; write max_bytes="10 MiB", flat_in="name of a parameter", or max_slope={"name of a parameter": "1 MiB"}')
+        raise ValueError(
+            'asks for nothing; write max_bytes="10 MiB", flat_in="name of a parameter", or max_slope={"name of a parameter": "1 MiB"}'
+        )
     if "tolerance" in arguments and "flat_in" not in arguments:
         raise ValueError("was given tolerance, which belongs to flat_in; write both, or neither")
     growths = []
@@ -107,7 +117,9 @@ def contract(positional: Sequence[Any], arguments: Mapping[str, Any], parameters
         growths.append(Growth(_parameter("flat_in", arguments["flat_in"], parameters), tolerance=tolerance))
     slopes = arguments.get("max_slope", {})
     if not isinstance(slopes, Mapping):
-        raise ValueError(f'was given max_slope={slopes!r}; a dict was needed, such as max_slope={{"inner_steps": "1 MiB"}}')
+        raise ValueError(
+            f'was given max_slope={slopes!r}; a dict was needed, such as max_slope={{"inner_steps": "1 MiB"}}'
+        )
     for name, slope in slopes.items():
         value = parameters[_parameter("max_slope", name, parameters)]
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -158,7 +170,8 @@ def _parameter(argument: str, name: Any, parameters: Mapping[str, Any]) -> str:
         return name
     over = f"only over {', '.join(parameters)}" if parameters else "over nothing"
     raise ValueError(
-        f"was given {argument}={name!r}, but the test is parametrized {over}; write @pytest.mark.parametrize({str(name)!r}, [5, 50]) above it"
+        f"was given {argument}={name!r}, but the test is parametrized {over}; write "
+        f"@pytest.mark.parametrize({str(name)!r}, [5, 50]) above it"
     )
 
 

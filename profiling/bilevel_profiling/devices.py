@@ -1,4 +1,5 @@
-"""Peak speeds and memories of a few GPUs, from their makers' data sheets as remembered (not measured here), for rooflines and budgets.
+"""Peak speeds and memories of a few GPUs, from their makers' data sheets as remembered (not measured here), for
+rooflines and budgets.
 
 Dense figures: no sparsity. "float32" is without TF32, which torch leaves off for matrix products by default.
 """
@@ -17,7 +18,8 @@ class Device:
 
     Args:
         name: shown in reports.
-        flops: peak FLOP/s of matrix products by dtype ("float32", "bfloat16", ...); one that is missing counts as float32.
+        flops: peak FLOP/s of matrix products by dtype ("float32", "bfloat16", ...); one that is missing counts as
+            float32.
         bandwidth: bytes/s of its memory.
         memory: bytes.
 
@@ -35,7 +37,8 @@ class Device:
     def __post_init__(self) -> None:
         if not self.flops.get("float32", 0) > 0 or not self.bandwidth > 0:
             raise ValueError(
-                f"Device {self.name!r} was given flops={dict(self.flops)!r} and bandwidth={self.bandwidth!r}; positive numbers, with one for "
+                f"Device {self.name!r} was given flops={dict(self.flops)!r} and bandwidth={self.bandwidth!r}; positive "
+                f"numbers, with one for "
                 f'float32, were needed, such as Device("A100", flops={{"float32": 19.5e12}}, bandwidth=2.04e12, memory=80 * 2**30)'
             )
 
@@ -45,7 +48,12 @@ class Device:
 
 
 def _of(name: str, float32: float, half: float, bandwidth: float, memory: str, float64: float | None = None) -> Device:
-    return Device(name, {"float32": float32, "float64": float64 or float32 / 32, **dict.fromkeys(_HALF, half)}, bandwidth, parse(memory))
+    return Device(
+        name,
+        {"float32": float32, "float64": float64 or float32 / 32, **dict.fromkeys(_HALF, half)},
+        bandwidth,
+        parse(memory),
+    )
 
 
 DEVICES = {

@@ -1,6 +1,7 @@
 """What got better or worse between two sets of records, with the noise of time taken into account.
 
-Rows are matched by case, label, K, device, seed, dtype and source (measured or forecast). What is compared, and when it counts:
+Rows are matched by case, label, K, device, seed, dtype and source (measured or forecast). What is compared, and when it
+counts:
 
 | figure | counts when |
 | --- | --- |
@@ -11,8 +12,9 @@ Rows are matched by case, label, K, device, seed, dtype and source (measured or 
 | program_relative_error, solution_relative_error | it changes more than twofold, and the larger is above what the dtype can resolve |
 | wall_seconds | the ranges [low, high] of the repeats do not overlap and the medians differ by more than 10 % |
 
-Times are compared only where processor, GPU and threads are the same, and both were repeated. Another problem behind the same name (sizes, settings)
-is said, and judged no further. Resident memory, phases, metrics and losses are not compared: whether they are better is for a person to say.
+Times are compared only where processor, GPU and threads are the same, and both were repeated. Another problem behind
+the same name (sizes, settings) is said, and judged no further. Resident memory, phases, metrics and losses are not
+compared: whether they are better is for a person to say.
 """
 
 import dataclasses
@@ -101,15 +103,22 @@ class Diff:
             >>> compare_records([Record(case="c", estimator="e")], [Record(case="c", estimator="e", status="DIVERGED")]).sentence()
             '1 row in both: 1 worse.'
         """
-        worst = {difference.key: difference.verdict for difference in reversed(self.differences)}  # the differences are sorted
-        counts = [(sum(each is verdict for each in worst.values()), verdict.value) for verdict in (Verdict.WORSE, Verdict.CHANGED, Verdict.BETTER)]
+        worst = {
+            difference.key: difference.verdict for difference in reversed(self.differences)
+        }  # the differences are sorted
+        counts = [
+            (sum(each is verdict for each in worst.values()), verdict.value)
+            for verdict in (Verdict.WORSE, Verdict.CHANGED, Verdict.BETTER)
+        ]
         counts.append((self.matched - sum(count for count, _ in counts), "the same"))
         said = [f"{count} {word}" for count, word in counts if count]
         noise, missing, new = (self.rows(verdict) for verdict in (Verdict.NOISE, Verdict.MISSING, Verdict.NEW))
         said += [f"the time of {noise} within noise"] if noise else []
         outside = [f"{missing} only in the old"] if missing else []
         outside += [f"{new} only in the new"] if new else []
-        inside = f"{self.matched} row{'' if self.matched == 1 else 's'} in both" + (f": {', '.join(said)}" if said else "")
+        inside = f"{self.matched} row{'' if self.matched == 1 else 's'} in both" + (
+            f": {', '.join(said)}" if said else ""
+        )
         return "; ".join([inside, *outside]) + "."
 
 
@@ -128,8 +137,17 @@ def compare_records(old: Sequence[Record], new: Sequence[Record], tolerances: To
     # A run that failed before it knew its dtype has only a guess at it.
     lost, found = [key for key in befores if key not in afters], [key for key in afters if key not in befores]
     for before in list(lost):
-        after = next((key for key in found if dataclasses.replace(key[0], dtype=before[0].dtype) == before[0] and key[1] == before[1]), None)
-        if after is not None and any(rows[key].inner_size is None for rows, key in ((befores, before), (afters, after))):
+        after = next(
+            (
+                key
+                for key in found
+                if dataclasses.replace(key[0], dtype=before[0].dtype) == before[0] and key[1] == before[1]
+            ),
+            None,
+        )
+        if after is not None and any(
+            rows[key].inner_size is None for rows, key in ((befores, before), (afters, after))
+        ):
             pairs.append((before, after))
             lost.remove(before)
             found.remove(after)
@@ -138,7 +156,9 @@ def compare_records(old: Sequence[Record], new: Sequence[Record], tolerances: To
     for before, after in pairs:
         one, other = befores[before], afters[after]
         differences += [
-            Difference(before[0], figure, was, now, verdict) for figure, was, now, verdict in _judged(one, other, allowed) if verdict is not None
+            Difference(before[0], figure, was, now, verdict)
+            for figure, was, now, verdict in _judged(one, other, allowed)
+            if verdict is not None
         ]
         machine = _other_machine(one, other)
         if machine and one.wall_seconds is not None and other.wall_seconds is not None:
@@ -146,14 +166,23 @@ def compare_records(old: Sequence[Record], new: Sequence[Record], tolerances: To
     differences += [Difference(key[0], "row", befores[key].status, None, Verdict.MISSING) for key in lost]
     differences += [Difference(key[0], "row", None, afters[key].status, Verdict.NEW) for key in found]
     order = {verdict: place for place, verdict in enumerate(Verdict)}
-    notes = [f"the times of {count} row{'' if count == 1 else 's'} are not compared: {machine}" for machine, count in machines.items()]
+    notes = [
+        f"the times of {count} row{'' if count == 1 else 's'} are not compared: {machine}"
+        for machine, count in machines.items()
+    ]
     return Diff(tuple(sorted(differences, key=lambda each: order[each.verdict])), len(pairs), tuple(notes))
 
 
 def as_dict(diff: Diff) -> dict[str, Any]:
     """For JSON: numbers that are not finite become text."""
     entries = [
-        {**dataclasses.asdict(each.key), "figure": each.figure, "old": _plain(each.old), "new": _plain(each.new), "verdict": each.verdict.value}
+        {
+            **dataclasses.asdict(each.key),
+            "figure": each.figure,
+            "old": _plain(each.old),
+            "new": _plain(each.new),
+            "verdict": each.verdict.value,
+        }
         for each in diff.differences
     ]
     return {"matched": diff.matched, "summary": diff.sentence(), "notes": list(diff.notes), "differences": entries}
@@ -163,7 +192,9 @@ def _by_key(records: Sequence[Record]) -> dict[tuple[Key, int], Record]:
     """Records by what they are; a second row of the same kind is matched with the second one of the other file."""
     found: dict[tuple[Key, int], Record] = {}
     for record in records:
-        key = Key(record.case, record.estimator, record.inner_steps, record.device, record.seed, record.dtype, record.source)
+        key = Key(
+            record.case, record.estimator, record.inner_steps, record.device, record.seed, record.dtype, record.source
+        )
         found[key, sum(known == key for known, _ in found)] = record
     return found
 
@@ -177,12 +208,20 @@ def _judged(old: Record, new: Record, allowed: Tolerances) -> Iterator[Judged]:
     yield _loop(old, new)
     if old.status != new.status and (failed(old) or failed(new)):
         return  # what a run took until it failed is no figure
-    other = [name for name in ("settings", "inner_size", "outer_size", "tasks", "base_tensor_bytes") if _known_apart(old, new, name)]
+    other = [
+        name
+        for name in ("settings", "inner_size", "outer_size", "tasks", "base_tensor_bytes")
+        if _known_apart(old, new, name)
+    ]
     for name in other:
         yield name, getattr(old, name), getattr(new, name), Verdict.CHANGED
     if other:
         return
-    for name, tolerance in (("peak_tensor_bytes", allowed.memory), ("cuda_allocated_bytes", allowed.memory), ("kept_tensor_bytes", 0.0)):
+    for name, tolerance in (
+        ("peak_tensor_bytes", allowed.memory),
+        ("cuda_allocated_bytes", allowed.memory),
+        ("kept_tensor_bytes", 0.0),
+    ):
         before, after = getattr(old, name), getattr(new, name)
         yield name, before, after, _by_size(before, after, tolerance)
     for name in {**old.calls, **new.calls} if old.calls and new.calls else ():
@@ -202,7 +241,9 @@ def _loop(old: Record, new: Record) -> Judged:
     if before is None or after is None:
         left_out = failed(old) or failed(new)  # a run that fails has no loop
         return "outer loop", before, after, Verdict.CHANGED if before != after and not left_out else None
-    severities = [_severity(dataclasses.replace(record, status=status)) for record, status in ((old, before), (new, after))]
+    severities = [
+        _severity(dataclasses.replace(record, status=status)) for record, status in ((old, before), (new, after))
+    ]
     return "outer loop", before, after, _by_severity(severities[0], severities[1], before != after)
 
 
@@ -234,7 +275,10 @@ def _by_error(old: float | None, new: float | None, resolved: float) -> Verdict 
 def _by_time(old: Record, new: Record, tolerance: float) -> Verdict | None:
     if not old.wall_seconds or not new.wall_seconds or abs(new.wall_seconds / old.wall_seconds - 1) <= tolerance:
         return None
-    ranges = [record.wall_seconds_low is not None and record.wall_seconds_high is not None and (record.repeats or 0) > 1 for record in (old, new)]
+    ranges = [
+        record.wall_seconds_low is not None and record.wall_seconds_high is not None and (record.repeats or 0) > 1
+        for record in (old, new)
+    ]
     slower, faster = (new, old) if new.wall_seconds > old.wall_seconds else (old, new)
     if not all(ranges) or (slower.wall_seconds_low or 0) <= (faster.wall_seconds_high or 0):
         return Verdict.NOISE

@@ -31,7 +31,8 @@ def environment(command: str = "", device: torch.device | str = "cpu") -> dict[s
         "bilevel": bilevel.__version__ + (f" ({_commit()})" if _commit() else ""),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _processor(),
-        "threads": f"{torch.get_num_threads()} on {os.cpu_count()} processors" + (f", OMP_WAIT_POLICY={wait}" if wait else ""),
+        "threads": f"{torch.get_num_threads()} on {os.cpu_count()} processors"
+        + (f", OMP_WAIT_POLICY={wait}" if wait else ""),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     if torch.device(device).type == "cuda" and torch.cuda.is_available():
@@ -51,11 +52,15 @@ def _processor() -> str:
 
 @functools.cache
 def _commit() -> str:
-    """The commit of the checkout that `bilevel` runs from, with "-dirty" after changes; nothing when it is installed from a wheel."""
+    """The commit of the checkout that `bilevel` runs from, with "-dirty" after changes; nothing when it is installed
+    from a wheel.
+    """
     folder = Path(bilevel.__file__).parent
 
     def git(*arguments: str) -> str:
-        found = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        found = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
         return found.stdout.strip()
 
     try:

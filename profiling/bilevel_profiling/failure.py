@@ -9,8 +9,16 @@ ERROR, CRASHED, TIMEOUT, OUT_OF_MEMORY = "ERROR", "CRASHED", "TIMEOUT", "OUT_OF_
 FAILURES = frozenset({ERROR, CRASHED, TIMEOUT, OUT_OF_MEMORY})
 """How a run can fail; all other statuses are a hypergradient's own."""
 
-# torch's CPU allocator raises a plain RuntimeError; C++ that is not torch's says bad_alloc, and the loader of libraries "failed to map".
-_MEMORY_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory", "bad_alloc", "failed to map segment")
+# torch's CPU allocator raises a plain RuntimeError; C++ that is not torch's says bad_alloc, and the loader of libraries
+# "failed to map".
+_MEMORY_MESSAGES = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "failed to map segment",
+)
 _LONGEST = 600
 
 
@@ -61,7 +69,8 @@ def of_exit(code: int | None, last_words: str = "") -> Failure:
 
 
 def last_words(log: str) -> str:
-    r"""What a process that crashed wrote last: of faulthandler's report the error and the innermost line of Python, else the last line.
+    r"""What a process that crashed wrote last: of faulthandler's report the error and the innermost line of Python,
+    else the last line.
 
     Example:
         >>> last_words("oh\nFatal Python error: Aborted\n\nCurrent thread 0x1 (most recent call first):\n  File \"a.py\", line 3 in f\n")
@@ -71,7 +80,9 @@ def last_words(log: str) -> str:
     fatal = next((place for place, line in enumerate(lines) if line.startswith("Fatal Python error")), None)
     if fatal is None:
         return lines[-1][:300] if lines else ""
-    current = next((place for place, line in enumerate(lines) if place > fatal and line.startswith("Current thread")), len(lines))
+    current = next(
+        (place for place, line in enumerate(lines) if place > fatal and line.startswith("Current thread")), len(lines)
+    )
     return "; ".join(line[:300] for line in (*lines[max(fatal - 1, 0) : fatal + 1], *lines[current + 1 : current + 2]))
 
 
@@ -86,7 +97,9 @@ def limited(reason: str, limit: int) -> str:
 
 
 def _said(error: BaseException) -> str:
-    """The text of an exception, whatever its class does when it is asked for it, in characters that can be written to a file."""
+    """The text of an exception, whatever its class does when it is asked for it, in characters that can be written to a
+    file.
+    """
     try:
         return str(error).encode("utf-8", "backslashreplace").decode("utf-8")
     except Exception as second:

@@ -40,7 +40,11 @@ class Folder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.release = weakref.finalize(self, os.close, _locked(self.path))
         # Drafts of a comparison that was killed. Nobody else is writing here.
-        for draft in (self.path / f"{RECORDS}.tmp", self.path / f"{PLAN}.tmp", *(self.path / "references").glob("*.[0-9]*.tmp")):
+        for draft in (
+            self.path / f"{RECORDS}.tmp",
+            self.path / f"{PLAN}.tmp",
+            *(self.path / "references").glob("*.[0-9]*.tmp"),
+        ):
             draft.unlink(missing_ok=True)
 
     @property

@@ -1,4 +1,5 @@
-"""How memory grows with the inner steps K: the law behind measured points, and whether an estimator keeps what it promised.
+"""How memory grows with the inner steps K: the law behind measured points, and whether an estimator keeps what it
+promised.
 
 | law | points | of |
 |---|---|---|
@@ -6,9 +7,10 @@
 | sqrt | m(K) = a + b sqrt(K), to a few per cent: in truth a whole number of iterates | recomputing in segments |
 | linear | m(K) = a + b K, nearly to the byte | unrolling |
 
-Tensor bytes are exact, so a law is chosen by whether it holds, not by a score: a line through an unroll leaves no residual, and through the
-root of K a large one. Two points lie on any law that rises, and nothing is claimed from them. A contract is an upper bound: memory that does
-not grow keeps every contract. Pure functions, no torch.
+Tensor bytes are exact, so a law is chosen by whether it holds, not by a score: a line through an unroll leaves no
+    residual, and through the
+root of K a large one. Two points lie on any law that rises, and nothing is claimed from them. A contract is an upper
+bound: memory that does not grow keeps every contract. Pure functions, no torch.
 """
 
 import bisect
@@ -43,7 +45,9 @@ class Verdict(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-    """value(K) = at_zero + per_step * K, or * sqrt(K); `trend` is no law, only the mean slope between the first and the last point."""
+    """value(K) = at_zero + per_step * K, or * sqrt(K); `trend` is no law, only the mean slope between the first and the
+    last point.
+    """
 
     kind: str
     """constant, sqrt, linear, or trend."""
@@ -84,8 +88,8 @@ class Law:
 def fit(points: Points) -> Law | None:
     """The law that the points follow; None with fewer than two K.
 
-    With two points that differ it is always a `trend`. Where the first steps stand apart (the first has no predecessor, a truncated sweep is
-    not yet cut) and enough larger K remain, the law is that of the larger K.
+    With two points that differ it is always a `trend`. Where the first steps stand apart (the first has no predecessor,
+    a truncated sweep is not yet cut) and enough larger K remain, the law is that of the larger K.
 
     Example:
         >>> fit([(5, 5557112), (20, 15733772), (50, 36087092)]).text
@@ -113,8 +117,8 @@ def fit(points: Points) -> Law | None:
 def verdict(contract: str, points: Points) -> Verdict:
     """Whether memory grows no faster than `contract` (constant, sqrt or linear) allows.
 
-    Broken is said only of three or more K, and only where growth goes on although none was promised, where it is a line although a root was
-    promised, or where it bends upwards and is faster than in proportion to the bound.
+    Broken is said only of three or more K, and only where growth goes on although none was promised, where it is a line
+    although a root was promised, or where it bends upwards and is faster than in proportion to the bound.
 
     Raises:
         ValueError: the contract is none of the three.
@@ -171,7 +175,9 @@ def _sorted(points: Points) -> list[tuple[int, float]]:
 
 
 def _level(pairs: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The points from the smallest K on from which nothing grows, over K far enough apart for growth to show; empty where there are none."""
+    """The points from the smallest K on from which nothing grows, over K far enough apart for growth to show; empty
+    where there are none.
+    """
     for place in range(len(pairs) - 1):
         values = [value for _, value in pairs[place:]]
         if pairs[-1][0] >= _APART * pairs[place][0] and max(values) - min(values) <= _FLAT * max(map(abs, values)):
@@ -180,7 +186,9 @@ def _level(pairs: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _fitting(pairs: list[tuple[int, float]]) -> tuple[list[tuple[int, float]], float, float]:
-    """The points without the first where only the others lie on a line or a root, and how far they lie from either; infinite with two."""
+    """The points without the first where only the others lie on a line or a root, and how far they lie from either;
+    infinite with two.
+    """
     for held in (pairs, pairs[1:]):
         if len(held) > 2:
             line, root = _residual(held, float), min(_residual(held, math.sqrt), _residual(held, _whole))
@@ -196,12 +204,18 @@ def _least_squares(pairs: list[tuple[int, float]], x: Callable[[int], float]) ->
 
 
 def _residual(pairs: list[tuple[int, float]], x: Callable[[int], float]) -> float:
-    """Largest distance from the line through the values against x(K), as a share of the growth; infinite where that line does not rise."""
+    """Largest distance from the line through the values against x(K), as a share of the growth; infinite where that
+    line does not rise.
+    """
     if len({x(k) for k, _ in pairs}) < 2:
         return math.inf
     rise, start = _least_squares(pairs, x)
     values = [value for _, value in pairs]
-    return max(abs(value - start - rise * x(k)) for k, value in pairs) / (max(values) - min(values)) if rise > 0 else math.inf
+    return (
+        max(abs(value - start - rise * x(k)) for k, value in pairs) / (max(values) - min(values))
+        if rise > 0
+        else math.inf
+    )
 
 
 def _whole(k: int) -> float:
@@ -216,8 +230,14 @@ def _concave(pairs: list[tuple[int, float]], x: Callable[[int], float]) -> bool:
 
 
 def _superproportional(pairs: list[tuple[int, float]], bound: Callable[[int], float]) -> bool:
-    """Whether some value grew by a larger factor than the bound itself, which a + b * bound(K) with a, b >= 0 cannot."""
-    return any(b > a * (1 + _LINE) * bound(l) / bound(k) for (k, a), (l, b) in itertools.combinations(pairs, 2) if k > 0 and a > 0)
+    """Whether some value grew by a larger factor than the bound itself, which a + b * bound(K) with a, b >= 0
+    cannot.
+    """
+    return any(
+        b > a * (1 + _LINE) * bound(l) / bound(k)
+        for (k, a), (l, b) in itertools.combinations(pairs, 2)
+        if k > 0 and a > 0
+    )
 
 
 def _law(kind: str, pairs: list[tuple[int, float]], per_step: float, at_zero: float) -> Law:

@@ -1,7 +1,9 @@
 """Run a function in a process of its own, and turn however that ends into a result or a failure.
 
-Processes are forked from a server that has torch loaded and has done nothing else: such a process is as fresh as a new interpreter, starts in a
-tenth of a second, and has no CUDA context, threads or heap of ours in it. What it prints goes to a log, so that it cannot corrupt our output.
+Processes are forked from a server that has torch loaded and has done nothing else: such a process is as fresh as a new
+    interpreter, starts in a
+tenth of a second, and has no CUDA context, threads or heap of ours in it. What it prints goes to a log, so that it
+cannot corrupt our output.
 """
 
 import contextlib
@@ -24,7 +26,17 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-from bilevel_profiling.failure import CRASHED, ERROR, OUT_OF_MEMORY, Failure, last_words, limited, of_error, of_exit, of_timeout
+from bilevel_profiling.failure import (
+    CRASHED,
+    ERROR,
+    OUT_OF_MEMORY,
+    Failure,
+    last_words,
+    limited,
+    of_error,
+    of_exit,
+    of_timeout,
+)
 
 # torch._dynamo: every torch.optim optimizer imports it when it is made, which takes seconds.
 _PRELOAD = ["torch", "torch._dynamo", "bilevel_profiling.cell"]
@@ -50,7 +62,9 @@ def refuse_recursion() -> None:
         RuntimeError: with what to write in the script.
     """
     if getattr(multiprocessing.process.current_process(), "_inheriting", False):
-        raise RuntimeError("compare() starts processes, which import this script: put the call under `if __name__ == '__main__':`")
+        raise RuntimeError(
+            "compare() starts processes, which import this script: put the call under `if __name__ == '__main__':`"
+        )
 
 
 def warm_up(preload: Sequence[str] = ()) -> None:
@@ -80,8 +94,8 @@ def run(
         function: importable by name, like its arguments.
         arguments: its arguments.
         time_limit: seconds after which the process is killed.
-        around: what watches the process, made from its process id. The function is then given a `Gate` as its last argument, and what it does
-            after passing the gate happens inside this context.
+        around: what watches the process, made from its process id. The function is then given a `Gate` as its last
+            argument, and what it does after passing the gate happens inside this context.
         memory_limit: bytes of address space that the function may take beyond what its process has before; Linux only.
 
     Raises:
@@ -117,19 +131,27 @@ def run(
     if failure is not None and failure.status == CRASHED:
         failure = of_exit(process.exitcode, last_words(text) if process.exitcode != -signal.SIGKILL else "")
         if process.exitcode == -signal.SIGKILL and _kernel_kills() != killed_before:
-            failure = Failure(OUT_OF_MEMORY, "The kernel killed the process, because the machine, or the container, had no memory left.")
+            failure = Failure(
+                OUT_OF_MEMORY,
+                "The kernel killed the process, because the machine, or the container, had no memory left.",
+            )
     if failure is not None and failure.status == OUT_OF_MEMORY and memory_limit is not None:
         failure = Failure(OUT_OF_MEMORY, limited(failure.reason, memory_limit))
     return Outcome(value, failure, text)
 
 
 def _awaited(
-    ours: multiprocessing.connection.Connection, process: Any, time_limit: float, around: Callable[[int], AbstractContextManager[Any]] | None
+    ours: multiprocessing.connection.Connection,
+    process: Any,
+    time_limit: float,
+    around: Callable[[int], AbstractContextManager[Any]] | None,
 ) -> tuple[Any, Failure | None]:
     deadline, begun = time.monotonic() + time_limit, False
     with contextlib.ExitStack() as watching:
         while True:
-            ready = multiprocessing.connection.wait([ours, process.sentinel], timeout=max(deadline - time.monotonic(), 0))
+            ready = multiprocessing.connection.wait(
+                [ours, process.sentinel], timeout=max(deadline - time.monotonic(), 0)
+            )
             if not ready:
                 return None, of_timeout(time_limit)
             try:
@@ -161,7 +183,9 @@ def _context(preload: Sequence[str] = ()) -> BaseContext:
 
 @contextlib.contextmanager
 def _ignoring_interrupts() -> Iterator[None]:
-    """Ctrl-C reaches every process of the terminal; the server inherits that it is to ignore it, from its first moment on."""
+    """Ctrl-C reaches every process of the terminal; the server inherits that it is to ignore it, from its first moment
+    on.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -176,7 +200,8 @@ def _ignoring_interrupts() -> Iterator[None]:
 def _waiting_passively() -> Iterator[None]:
     """OpenMP threads that wait for each other sleep instead of spinning, unless the user has chosen.
 
-    Beside another busy process, spinning threads take the cores from those they wait for: one hypergradient of the built-in hypercleaning case took
+    Beside another busy process, spinning threads take the cores from those they wait for: one hypergradient of the
+        built-in hypercleaning case took
     5 s instead of 0.09 s on two cores. OpenMP reads the variable once, when it is loaded.
     """
     if _WAIT in os.environ:
@@ -217,7 +242,9 @@ def _limited(extra: int | None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def _enter(connection: multiprocessing.connection.Connection, log: str, payload: bytes, memory_limit: int | None) -> None:
+def _enter(
+    connection: multiprocessing.connection.Connection, log: str, payload: bytes, memory_limit: int | None
+) -> None:
     """The other process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C our parent ends us
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)

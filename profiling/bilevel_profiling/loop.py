@@ -19,7 +19,8 @@ from bilevel_profiling.meters.tensors import Tensors
 from bilevel_profiling.record import Iteration, Phase
 
 _METERED = 2
-"""Outer iterations whose live bytes are counted: the first makes the outer optimizer's state, the second is like all later ones."""
+"""Outer iterations whose live bytes are counted: the first makes the outer optimizer's state, the second is like all
+later ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +35,14 @@ class Loop:
 def outer_loop(case: Case, definition: Definition, steps: int, before: Mapping[str, float] | None = None) -> Loop:
     """Take `steps` outer steps with `bl.iterate`, from a fresh `setup`.
 
-    A hypergradient that must not be used ends the loop; its iteration says so, and the metrics are those of the last sound step.
+    A hypergradient that must not be used ends the loop; its iteration says so, and the metrics are those of the last
+    sound step.
 
-    The metrics before the loop depend on `setup` and the seed alone: with `before` those of another estimator's loop are taken over.
+    The metrics before the loop depend on `setup` and the seed alone: with `before` those of another estimator's loop
+    are taken over.
 
-    Live tensor bytes slow a step down, so the first iterations are made twice: once metered, in a loop of their own, and once timed.
+    Live tensor bytes slow a step down, so the first iterations are made twice: once metered, in a loop of their own,
+        and once timed.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=STEPPED_THROUGH)  # the iteration's status says it
@@ -65,7 +69,9 @@ Take = Callable[[], bl.Step | bl.Status]
 
 
 def _steps(case: Case, definition: Definition, posed: Posed, outer: Any, steps: int) -> Iterator[Take]:
-    """One function an outer step, to be called before the next is asked for. Its batch is made beforehand: loading data is not what is measured."""
+    """One function an outer step, to be called before the next is asked for. Its batch is made beforehand: loading data
+    is not what is measured.
+    """
     waiting: list[bl.Batches] = []
 
     def loader() -> Iterator[bl.Batches]:
@@ -89,7 +95,11 @@ def _steps(case: Case, definition: Definition, posed: Posed, outer: Any, steps: 
             return next((status for status in bl.Status if f": {status.name}: " in str(error)), bl.Status.NONFINITE)
 
     for step in range(steps):
-        waiting.append(posed.batches if definition.batches is None else seeded(definition.batches, step, case.device, seed=case.seed))
+        waiting.append(
+            posed.batches
+            if definition.batches is None
+            else seeded(definition.batches, step, case.device, seed=case.seed)
+        )
         yield take
 
 

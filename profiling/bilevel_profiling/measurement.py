@@ -1,7 +1,9 @@
 """measure(): one record of one case, or of any callable.
 
-Passes, each over the same call: once to warm up, for the status, the oracle calls and the error; the clock, repeated; the CUDA allocator; live tensor
-bytes; FLOPs. The last two slow the call down and are therefore not timed. Resident memory needs a process of its own and is left to `compare`.
+Passes, each over the same call: once to warm up, for the status, the oracle calls and the error; the clock, repeated;
+    the CUDA allocator; live tensor
+bytes; FLOPs. The last two slow the call down and are therefore not timed. Resident memory needs a process of its own
+and is left to `compare`.
 """
 
 import contextlib
@@ -49,15 +51,18 @@ def measure(
 ) -> Record:
     """Run something and say what it cost.
 
-    A case is measured as one outer step: the hypergradient, and the outer optimizer's step, so that all three phases are seen. The outer variable
+    A case is measured as one outer step: the hypergradient, and the outer optimizer's step, so that all three phases
+        are seen. The outer variable
     is put back after each pass, and the global random state at the end.
 
     Args:
         what: a `Case`, or any function without arguments, which need not have to do with bilevel problems.
         name: of a function in the record.
         repeats: how often the clock runs; a slow call (1.5 s in all) fewer times, but at least twice.
-        errors: whether to compute the float64 references of a case and the errors against them; or references that are there already.
-        trace: a file for a torch.profiler trace of one more call, which https://ui.perfetto.dev opens, with the library's spans in it.
+        errors: whether to compute the float64 references of a case and the errors against them; or references that are
+            there already.
+        trace: a file for a torch.profiler trace of one more call, which https://ui.perfetto.dev opens, with the
+            library's spans in it.
         snapshot: on CUDA, a file for what https://pytorch.org/memory_viz opens.
         command: kept in the record's environment.
 
@@ -77,11 +82,17 @@ def measure(
     if not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"measure() was given repeats={repeats!r}; a positive integer was needed")
     if not isinstance(what, Case) and not callable(what):
-        raise TypeError(f"measure() was given a {type(what).__name__}; a Case or a function without arguments was needed")
+        raise TypeError(
+            f"measure() was given a {type(what).__name__}; a Case or a function without arguments was needed"
+        )
     with own_random_state(), frozen_heap(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=STEPPED_THROUGH)  # the record's status says it
         passes = _Passes(repeats, trace, snapshot)
-        return _measured_case(what, passes, errors, command) if isinstance(what, Case) else _measured_call(what, name, passes, command)
+        return (
+            _measured_case(what, passes, errors, command)
+            if isinstance(what, Case)
+            else _measured_call(what, name, passes, command)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +174,8 @@ def _first(trial: "Trial", figures: "Figures") -> tuple[list[torch.Tensor] | Non
     grad = tree.tensors(hg.grad)
     del hg
     trial.tidy()
-    # The outer optimizer makes its state in its first step. A failed hypergradient is refused there; what it costs is measured without that step.
+    # The outer optimizer makes its state in its first step. A failed hypergradient is refused there; what it costs is
+    # measured without that step.
     try:
         trial()
     except bl.BilevelError:
@@ -175,7 +187,8 @@ def _first(trial: "Trial", figures: "Figures") -> tuple[list[torch.Tensor] | Non
 class Trial:
     """One outer step of a case that can be taken again and again.
 
-    On a GPU it holds what a user's own loop would hold: the outer variable once, and its optimizer's state. What to put back waits on the host.
+    On a GPU it holds what a user's own loop would hold: the outer variable once, and its optimizer's state. What to put
+    back waits on the host.
     """
 
     def __init__(self, case: Case) -> None:
@@ -191,8 +204,8 @@ class Trial:
         self.tidy()
 
     def base_sizes(self) -> list[int]:
-        """Bytes of the storages that are there between the calls: data, variables, what the losses captured of what `setup` made, and the outer
-        optimizer's state once it has taken a step.
+        """Bytes of the storages that are there between the calls: data, variables, what the losses captured of what
+        `setup` made, and the outer optimizer's state once it has taken a step.
         """
         gc.collect()
         held = storage_sizes((self.posed.tensors(self.case.solver.max_steps), list(self._optimizer.state.values())))
@@ -201,7 +214,9 @@ class Trial:
     def hypergradient(self) -> bl.Hypergradient:
         """The hypergradient alone."""
         posed, case = self.posed, self.case
-        return bl.hypergradient(posed.problem, self._outer, posed.inner, posed.batches, solver=case.solver, estimator=case.estimator)
+        return bl.hypergradient(
+            posed.problem, self._outer, posed.inner, posed.batches, solver=case.solver, estimator=case.estimator
+        )
 
     def __call__(self) -> bl.Hypergradient:
         """The hypergradient and, unless it failed, the outer optimizer's step."""
@@ -262,7 +277,9 @@ class Figures:
         started = time.perf_counter()
         gc.collect()
         with self.of(clock):
-            while len(clock.seconds) < passes.repeats and (len(clock.seconds) < 2 or time.perf_counter() - started < _LONG):
+            while len(clock.seconds) < passes.repeats and (
+                len(clock.seconds) < 2 or time.perf_counter() - started < _LONG
+            ):
                 with clock:
                     result = call()
                 del result

@@ -22,9 +22,10 @@ class Plan:
         seed: set before `setup` and before each call, in every process.
         repeats: of the clock.
         time_limit: seconds for each process.
-        memory_limit: bytes that each run of an estimator may take beyond what torch itself has taken; None for no limit. For a CPU, on Linux.
-            The runs that make float64 references are not limited.
-        threads: of torch in each process. One is repeatable: two on two cores wait for each other whenever a neighbor takes a core.
+        memory_limit: bytes that each run of an estimator may take beyond what torch itself has taken; None for no
+            limit. For a CPU, on Linux. The runs that make float64 references are not limited.
+        threads: of torch in each process. One is repeatable: two on two cores wait for each other whenever a neighbor
+            takes a core.
     """
 
     source: Setup | str
@@ -62,7 +63,9 @@ def settle(plans: Sequence[Plan]) -> list[Settled]:
     names = [each.case.name for each in found]
     for name in names:
         if names.count(name) > 1:
-            raise CaseError(f"two cases are called {name}, and their rows could not be told apart; give each once, or rename a file")
+            raise CaseError(
+                f"two cases are called {name}, and their rows could not be told apart; give each once, or rename a file"
+            )
     _check_labels(found)
     for each in found:
         _check_numbers(each.plan)
@@ -99,19 +102,22 @@ def _check_numbers(plan: Plan) -> None:
         raise CaseError(f"a memory limit was given; it needs Linux, and this is {sys.platform}")
     if plan.device != "cpu":
         raise CaseError(
-            f"a memory limit was given for device {plan.device}; it limits the address space, of which CUDA takes more than it uses. Leave it out, "
-            f"or write torch.cuda.set_per_process_memory_fraction(...) into setup"
+            f"a memory limit was given for device {plan.device}; it limits the address space, of which CUDA takes more "
+            f"than it uses. Leave it out, or write torch.cuda.set_per_process_memory_fraction(...) into setup"
         )
 
 
 def _check_sendable(plan: Plan) -> None:
     for name, value in {"setup": plan.source, **plan.overrides}.items():
         if getattr(value, "__module__", None) == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
-            raise TypeError(f"{name} is defined in an interactive session, which other processes cannot import; put it into a file")
+            raise TypeError(
+                f"{name} is defined in an interactive session, which other processes cannot import; put it into a file"
+            )
         try:
             pickle.dumps(value)
         except Exception as error:  # pickle raises whatever an object's own reduction does
             raise TypeError(
-                f"{name} cannot be sent to another process ({error}). Define functions at the top level of a module, not as lambdas; or write "
-                f"the case as a file with setup(device), ESTIMATORS and OPTIMIZER, and pass its path"
+                f"{name} cannot be sent to another process ({error}). Define functions at the top level of a module, "
+                f"not as lambdas; or write the case as a file with setup(device), ESTIMATORS and OPTIMIZER, and pass "
+                f"its path"
             ) from error

@@ -1,4 +1,5 @@
-"""What a long comparison says while it works: a bar on a terminal, plain lines elsewhere. All of it goes to standard error.
+"""What a long comparison says while it works: a bar on a terminal, plain lines elsewhere. All of it goes to standard
+error.
 
 Of the package's own modules only this one imports rich, and only when it is used.
 """
@@ -102,7 +103,12 @@ class Bar(Progress):
         self._console = console or terminal()
         self._pace = _Pace([])
         self._bar = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[pace]}"), console=self._console, transient=True
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[pace]}"),
+            console=self._console,
+            transient=True,
         )
         self._all: Any = None
 
@@ -120,7 +126,9 @@ class Bar(Progress):
     def finish(self, task: Task, said: str) -> None:
         self._pace.finished(task)
         self._bar.update(self._all, advance=task.weight, pace=self._pace.text())
-        self._console.print(f"[dim]{_escaped(task.case)}[/dim]  {_escaped(task.text)}: {_escaped(said)}", highlight=False)
+        self._console.print(
+            f"[dim]{_escaped(task.case)}[/dim]  {_escaped(task.text)}: {_escaped(said)}", highlight=False
+        )
 
     def stop(self) -> None:
         self._bar.stop()
@@ -173,7 +181,11 @@ class _Pace:
     def text(self) -> str:
         spent = time.monotonic() - self._started
         # The first pieces wait for torch to load, and say nothing about the rest.
-        left = "" if self._weight < 0.05 * self._total else f", about {_clock(spent * (self._total - self._weight) / self._weight)} left"
+        left = (
+            ""
+            if self._weight < 0.05 * self._total
+            else f", about {_clock(spent * (self._total - self._weight) / self._weight)} left"
+        )
         return f"[{self._finished}/{self._count}, {_clock(spent)}{left}]"
 
 

@@ -7,9 +7,10 @@
     @pytest.mark.parametrize("inner_steps", [5, 50])
     def test_memory_does_not_grow(inner_steps): ...
 
-What is measured are the tensor bytes that the test function makes and that are alive at once (`bilevel_profiling.meters.Tensors`): the same on
-every machine. Whether a peak depends on a parameter is known when all tests have run. A contract broken across tests is then reported as one failed
-test more, by the process that collects the reports, so that it works the same under pytest-xdist.
+What is measured are the tensor bytes that the test function makes and that are alive at once
+(`bilevel_profiling.meters.Tensors`): the same on every machine. Whether a peak depends on a parameter is known when all
+tests have run. A contract broken across tests is then reported as one failed test more, by the process that collects
+the reports, so that it works the same under pytest-xdist.
 
 torch is imported by the first test that has the mark or uses the fixture, not by the plugin.
 """
@@ -41,8 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make the mark known."""
     config.addinivalue_line(
         "markers",
-        f"{MARK}(max_bytes=..., flat_in=..., tolerance=..., max_slope=...): limits the tensor bytes that are alive at once in the test, "
-        f"or how they grow with a parameter of it (bilevel_profiling)",
+        f"{MARK}(max_bytes=..., flat_in=..., tolerance=..., max_slope=...): limits the tensor bytes that are alive at "
+        f"once in the test, or how they grow with a parameter of it (bilevel_profiling)",
     )
     if not hasattr(config, "workerinput"):  # of pytest-xdist: its workers send their reports here
         config.pluginmanager.register(Judge(config), "bilevel_profiling_judge")
@@ -69,8 +70,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _stated(item: pytest.Item, marks: list[pytest.Mark]) -> Contract:
     import unittest
 
-    if not isinstance(item, pytest.Function) or (isinstance(item.cls, type) and issubclass(item.cls, unittest.TestCase)):
-        raise ValueError("works on test functions and methods of plain classes, not on unittest.TestCase or other items; write a test function")
+    if not isinstance(item, pytest.Function) or (
+        isinstance(item.cls, type) and issubclass(item.cls, unittest.TestCase)
+    ):
+        raise ValueError(
+            "works on test functions and methods of plain classes, not on unittest.TestCase or other items; write a "
+            "test function"
+        )
     positional = [value for mark in marks for value in mark.args]
     # The nearest mark comes first, and its arguments hold.
     arguments = {name: value for mark in reversed(marks) for name, value in mark.kwargs.items()}
@@ -96,7 +102,9 @@ def _entry(item: pytest.Function, growth: Growth, names: "Names") -> dict[str, A
         "location": [path, line, f"{item.originalname}[{suffix}]"],
         "growth": dataclasses.asdict(growth),
         "test": item.nodeid,
-        "value": value if isinstance(value, (int, float)) and not isinstance(value, bool) else said[growth.parameter][0],
+        "value": value
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+        else said[growth.parameter][0],
     }
 
 
@@ -110,7 +118,14 @@ class Names:
         """How a value is told, and which of the values of its parameter it is."""
         seen = self._seen.setdefault((test, parameter), [])
         plain = isinstance(value, (bool, int, float, str, bytes, type(None)))
-        number = next((n for n, other in enumerate(seen) if other is value or (plain and type(other) is type(value) and other == value)), len(seen))
+        number = next(
+            (
+                n
+                for n, other in enumerate(seen)
+                if other is value or (plain and type(other) is type(value) and other == value)
+            ),
+            len(seen),
+        )
         if number == len(seen):
             seen.append(value)
         told = str(getattr(value, "__name__", value))
@@ -138,7 +153,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Put the peak into the report, which travels to where the reports are collected."""
     report = yield
     if report.when == "call" and report.passed and _PEAK in item.stash:
@@ -188,7 +205,9 @@ class Judge:
         if broken:
             self._config.hook.pytest_runtest_logreport(report=report)
         elif (last_failed := self._config.pluginmanager.get_plugin("lfplugin")) is not None:
-            last_failed.pytest_runtest_logreport(report=report)  # a contract that is kept is no test to count, but --lf is to forget that it failed
+            last_failed.pytest_runtest_logreport(
+                report=report
+            )  # a contract that is kept is no test to count, but --lf is to forget that it failed
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Name the contracts that could not be judged: silence would read as success."""
@@ -197,8 +216,14 @@ class Judge:
             return
         terminalreporter.section("peak memory: not judged", yellow=True)
         for group in found:
-            measured = ", ".join(f"{group.growth.parameter}={value} ({sizes.text(peak)})" for value, peak in group.peaks.values())
-            why = "two values are needed: run the test with all of them" if len(group.peaks) < 2 else "the run was stopped before the last test"
+            measured = ", ".join(
+                f"{group.growth.parameter}={value} ({sizes.text(peak)})" for value, peak in group.peaks.values()
+            )
+            why = (
+                "two values are needed: run the test with all of them"
+                if len(group.peaks) < 2
+                else "the run was stopped before the last test"
+            )
             terminalreporter.line(f"{group.name}: only {measured} was measured; {why}")
 
 
@@ -236,7 +261,9 @@ class PeakMemory:
 
 @pytest.fixture
 def peak_memory() -> PeakMemory:
-    """Measure parts of a test: a context manager with a limit, and `of` for the number of bytes that a function needs."""
+    """Measure parts of a test: a context manager with a limit, and `of` for the number of bytes that a function
+    needs.
+    """
     return PeakMemory()
 
 

@@ -1,6 +1,7 @@
 """A Record is what one measurement found: frozen, units in the field names, one JSON line.
 
-Meters fill records, reports read them, and nothing else passes between the two. A figure that was not measured is None, never 0.
+Meters fill records, reports read them, and nothing else passes between the two. A figure that was not measured is None,
+never 0.
 """
 
 import dataclasses
@@ -38,7 +39,8 @@ class Alive:
     module: str = ""
     """The path of the innermost nn.Module, such as Net.layers.0, where there is one."""
     line: str = ""
-    """The innermost line of the user's code, such as model.py:31. Made in a backward pass: the line whose gradient it is, where that is known."""
+    """The innermost line of the user's code, such as model.py:31. Made in a backward pass: the line whose gradient it
+    is, where that is known."""
     backward: bool = False
     """Whether a backward pass made them."""
 
@@ -75,7 +77,9 @@ class Iteration:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """One measured cell: an estimator on a case with K inner steps. Sizes are bytes, times seconds, counts calls of one hypergradient."""
+    """One measured cell: an estimator on a case with K inner steps. Sizes are bytes, times seconds, counts calls of one
+    hypergradient.
+    """
 
     case: str
     """Name of the case: a built-in one or the stem of a user's file."""
@@ -87,7 +91,8 @@ class Record:
     """repr of the estimator, so that the row can be rebuilt."""
     inner_steps: int | None = None
     memory_growth: str = ""
-    """The estimator's contract on how peak memory grows with K: constant, sqrt or linear; empty where there is none to hold it to."""
+    """The estimator's contract on how peak memory grows with K: constant, sqrt or linear; empty where there is none to
+    hold it to."""
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
@@ -209,8 +214,8 @@ def from_line(line: str) -> Record | Iteration:
     if data.get("schema") not in _READABLE:
         readable = " and ".join(map(str, _READABLE))
         raise ValueError(
-            f"record of schema {data.get('schema')!r}; this version of bilevel_profiling reads schemas {readable}. Read it with the version of "
-            f"bilevel that wrote it, or measure again with this one"
+            f"record of schema {data.get('schema')!r}; this version of bilevel_profiling reads schemas {readable}. "
+            f"Read it with the version of bilevel that wrote it, or measure again with this one"
         )
     data = _revive(data)
     if data["schema"] == 1 and isinstance(data.get("timeline"), list):
@@ -248,7 +253,8 @@ def _revive(value: Any) -> Any:
 
 
 def _built(wanted: Any, value: Any) -> Any:
-    """What JSON gave, as the type a field declares: a damaged file is refused here, with the place, and not where its figures are used.
+    """What JSON gave, as the type a field declares: a damaged file is refused here, with the place, and not where its
+    figures are used.
 
     The message of an error begins with the place, which grows on its way up.
     """
@@ -264,7 +270,10 @@ def _built(wanted: Any, value: Any) -> Any:
         return tuple([_built(part, item) for part, item in zip(each, value, strict=True)])
     if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
         return _object(wanted, value)
-    names = ["null" if part is types.NoneType else getattr(part, "__name__", str(part)) for part in (parts if kind is types.UnionType else (wanted,))]
+    names = [
+        "null" if part is types.NoneType else getattr(part, "__name__", str(part))
+        for part in (parts if kind is types.UnionType else (wanted,))
+    ]
     raise ValueError(f" is {str(value)[:40]!r}; {' or '.join(names)} was needed")
 
 
@@ -277,9 +286,13 @@ def _within(place: str, wanted: Any, value: Any) -> Any:
 
 @functools.cache
 def _parsed(wanted: Any) -> tuple[frozenset[type], Any, tuple[Any, ...]]:
-    """The scalar types that a declared type takes, its origin and its parts. JSON does not tell 1.0 from 1, so a number is a number."""
+    """The scalar types that a declared type takes, its origin and its parts. JSON does not tell 1.0 from 1, so a number
+    is a number.
+    """
     kind, parts = get_origin(wanted), get_args(wanted)
-    scalars = frozenset(parts if kind is types.UnionType else (wanted,) if kind is None and not dataclasses.is_dataclass(wanted) else ())
+    scalars = frozenset(
+        parts if kind is types.UnionType else (wanted,) if kind is None and not dataclasses.is_dataclass(wanted) else ()
+    )
     return scalars | {int, float} if scalars & {int, float} else scalars, kind, parts
 
 

@@ -1,8 +1,9 @@
 """Recorder: a record of a training loop that is the user's own, written while the loop runs, one line an iteration.
 
-The loop may be any: over a DataLoader, a range, `bilevel.iterate`. The file is a record without figures (the name of the run, the environment)
-and after it a line for each iteration, so it can be read at any moment with `bilevel_profiling.records_file.scan`, shown, and turned into
-TensorBoard's.
+The loop may be any: over a DataLoader, a range, `bilevel.iterate`. The file is a record without figures (the name of
+    the run, the environment)
+and after it a line for each iteration, so it can be read at any moment with `bilevel_profiling.records_file.scan`,
+shown, and turned into TensorBoard's.
 """
 
 import dataclasses
@@ -29,25 +30,31 @@ _SLOWED = "Counting bytes slows an iteration down: where peak_tensor_bytes is th
 class Recorder:
     """Writes down what each iteration of a loop costs: time, memory, oracle calls, and what the user logs.
 
-    An iteration is making the item (loading a batch, or the whole step when the items come from `bilevel.iterate`) and the loop's body. Wall time is
-    there for all of them, on CUDA with the device waited for at both ends; so are the peaks of CUDA's allocator, oracle calls, and phases where
-    spans of the library open. Live tensor bytes slow an iteration down and are counted now and then.
+    An iteration is making the item (loading a batch, or the whole step when the items come from `bilevel.iterate`) and
+    the loop's body. Wall time is there for all of them, on CUDA with the device waited for at both ends; so are the
+    peaks of CUDA's allocator, oracle calls, and phases where spans of the library open. Live tensor bytes slow an
+    iteration down and are counted now and then.
 
-    Of a `bilevel.Step` the losses, the norm of the hypergradient and its status are taken over. An iteration that ends with an exception has the
-    status OUT_OF_MEMORY or ERROR, and INTERRUPTED when Ctrl-C ended it, provided that the exception leaves the `with` block, too.
+    Of a `bilevel.Step` the losses, the norm of the hypergradient and its status are taken over. An iteration that ends
+    with an exception has the status OUT_OF_MEMORY or ERROR, and INTERRUPTED when Ctrl-C ended it, provided that the
+    exception leaves the `with` block, too.
 
     Args:
         path: of the file to write; its folder is made.
         name: of the run, in the record.
         label: what varies between runs: a method, a setting.
-        tensors_every: live tensor bytes are counted in the iterations 0, 1 (the first makes the optimizer's state, the second is like all later
-            ones) and each that many; 1 for every one, 0 for none. Compiled functions run uncompiled while they are counted.
-        device: where the work runs; None takes the current GPU if CUDA is in use when the first iteration begins, otherwise the CPU.
-        append: whether to add a run to a file that exists. Half a line at its end, left by a run that was killed, is removed.
+        tensors_every: live tensor bytes are counted in the iterations 0, 1 (the first makes the optimizer's state, the
+            second is like all later ones) and each that many; 1 for every one, 0 for none. Compiled functions run
+            uncompiled while they are counted.
+        device: where the work runs; None takes the current GPU if CUDA is in use when the first iteration begins,
+            otherwise the CPU.
+        append: whether to add a run to a file that exists. Half a line at its end, left by a run that was killed, is
+            removed.
 
     Raises:
         FileExistsError: on entering, when the file exists and `append` is False.
-        ValueError: `tensors_every` is no whole number >= 0; on entering, a file to append to that holds something else than records.
+        ValueError: `tensors_every` is no whole number >= 0; on entering, a file to append to that holds something else
+            than records.
         OSError: the file cannot be written.
 
     Example:
@@ -78,7 +85,10 @@ class Recorder:
         append: bool = False,
     ) -> None:
         if isinstance(tensors_every, bool) or not isinstance(tensors_every, int) or tensors_every < 0:
-            raise ValueError(f"Recorder() was given tensors_every={tensors_every!r}; a whole number of iterations was needed, 0 for never")
+            raise ValueError(
+                f"Recorder() was given tensors_every={tensors_every!r}; a whole number of iterations was needed, 0 for "
+                f"never"
+            )
         self.path = Path(path)
         self._name, self._label = name, label
         self._every = tensors_every
@@ -95,23 +105,28 @@ class Recorder:
 
     def __enter__(self) -> Self:
         if self._used:
-            raise RuntimeError(f"the recorder of {self.path} was used before; make another one, with append=True to add a run to the file")
+            raise RuntimeError(
+                f"the recorder of {self.path} was used before; make another one, with append=True to add a run to the "
+                f"file"
+            )
         self._used = True
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._append and self.path.exists():
             _mend(self.path)
         try:
-            # Lines are flushed one by one. That hands them to the system, so they outlive this process however it ends; fsync, which would take
-            # longer than a short iteration, guards against the death of the machine only.
+            # Lines are flushed one by one. That hands them to the system, so they outlive this process however it ends;
+            # fsync, which would take longer than a short iteration, guards against the death of the machine only.
             self._stream = self.path.open("a" if self._append else "x", encoding="utf-8", newline="\n")
         except FileExistsError:
             raise FileExistsError(
-                f"{self.path} exists; write Recorder({str(self.path)!r}, append=True) to add a run to it, or choose another path (each process of "
-                f"a distributed run needs its own)"
+                f"{self.path} exists; write Recorder({str(self.path)!r}, append=True) to add a run to it, or choose "
+                f"another path (each process of a distributed run needs its own)"
             ) from None
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         assert self._stream is not None
         try:
             self._leave(None)  # where the loop's iterator is still held by somebody
@@ -146,7 +161,9 @@ class Recorder:
             TypeError: a value is no number.
         """
         if self._running is None:
-            raise RuntimeError("log() was called outside of an iteration; call it in the body of `for item in recorder.watch(items):`")
+            raise RuntimeError(
+                "log() was called outside of an iteration; call it in the body of `for item in recorder.watch(items):`"
+            )
         for name, value in metrics.items():
             self._running.metrics[name] = number(name, value)
 
@@ -175,7 +192,9 @@ class Recorder:
         self._watching = True
         try:
             while True:
-                self._running = running = Running(self._index, self._device or torch.device("cpu"), self._counts(self._index))
+                self._running = running = Running(
+                    self._index, self._device or torch.device("cpu"), self._counts(self._index)
+                )
                 try:
                     # The item is held nowhere here while the body runs: the body may want its memory back.
                     taken = [next(iterator)]
@@ -193,18 +212,24 @@ class Recorder:
                     self._leave(instructions_of(sys._getframe(1)))
                     raise
                 if self._running is not running:
-                    raise RuntimeError(f"the recorder of {self.path} was closed while its loop went on; put the whole loop inside the with block")
+                    raise RuntimeError(
+                        f"the recorder of {self.path} was closed while its loop went on; put the whole loop inside the "
+                        f"with block"
+                    )
                 self._write(self._stopped())
         finally:
             self._watching = False
 
     def _check(self) -> None:
         if self._stream is None:
-            raise RuntimeError(f"the recorder is not open; write `with Recorder({str(self.path)!r}) as recorder:` around the loop")
+            raise RuntimeError(
+                f"the recorder is not open; write `with Recorder({str(self.path)!r}) as recorder:` around the loop"
+            )
         if self._watching:
             raise RuntimeError(
-                "watch() was called inside a loop that is watched already; watch one of the two. (After a break the loop is over only when its "
-                "iterator is gone: write recorder.watch(tqdm(loader)), not tqdm(recorder.watch(loader)).)"
+                "watch() was called inside a loop that is watched already; watch one of the two. (After a break the "
+                "loop is over only when its iterator is gone: write recorder.watch(tqdm(loader)), not "
+                "tqdm(recorder.watch(loader)).)"
             )
 
     def _counts(self, index: int) -> bool:
@@ -218,7 +243,9 @@ class Recorder:
             self._device = torch.device("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu")
         notes = (_SLOWED,) if self._every else ()
         found = environment(device=self._device)
-        record = Record(case=self._name, estimator=self._label, device=str(self._device), dtype="", notes=notes, environment=found)
+        record = Record(
+            case=self._name, estimator=self._label, device=str(self._device), dtype="", notes=notes, environment=found
+        )
         self._stream.write(record.to_json() + "\n")
         self._stream.flush()
 
@@ -233,7 +260,9 @@ class Recorder:
         return found
 
     def _leave(self, instructions: dict[int, int] | None) -> None:
-        """The loop was left inside an iteration: by break, or by an exception. Which, is not known before somebody can see the exception."""
+        """The loop was left inside an iteration: by break, or by an exception. Which, is not known before somebody can
+        see the exception.
+        """
         if self._running is not None:
             self._left = (self._stopped(), instructions)
 
@@ -259,7 +288,10 @@ def _mend(path: Path) -> None:
     for damage in found.damage:
         ours = damage.torn and any(damage.text.startswith(head) or head.startswith(damage.text) for head in _HEADS)
         if not ours:
-            raise ValueError(f"{path}, line {damage.line}: {damage.reason}; Recorder(append=True) adds a run to a file of records and to no other")
+            raise ValueError(
+                f"{path}, line {damage.line}: {damage.reason}; Recorder(append=True) adds a run to a file of records "
+                f"and to no other"
+            )
         os.truncate(path, path.stat().st_size - len(damage.text))
     if not found.damage and found.rows and not path.read_bytes().endswith(b"\n"):
         with path.open("ab") as stream:

@@ -1,7 +1,10 @@
-"""Files of records, one JSON line each: never torn by us, and readable as far as they are whole when something else tore them.
+"""Files of records, one JSON line each: never torn by us, and readable as far as they are whole when something else
+tore them.
 
-A line is a record; or, in the file of a run, an iteration that belongs to the record before it. A row that has been appended is on the disk before
-the next one is begun, and a row that grows is replaced together with its file: whatever kills the process, the file holds each finished row once.
+A line is a record; or, in the file of a run, an iteration that belongs to the record before it. A row that has been
+appended is on the disk before
+the next one is begun, and a row that grows is replaced together with its file: whatever kills the process, the file
+    holds each finished row once.
 """
 
 import contextlib
@@ -106,7 +109,8 @@ def write(records: Iterable[Record], path: Path) -> None:
 def append_iteration(iteration: Iteration, stream: TextIO) -> None:
     """Add an outer iteration to the record that `stream` was last given.
 
-    It is handed to the system at once, so it outlives this process. It is not forced onto the disk, which would take longer than a short iteration.
+    It is handed to the system at once, so it outlives this process. It is not forced onto the disk, which would take
+    longer than a short iteration.
     """
     stream.write(iteration_json(iteration) + "\n")
     stream.flush()

@@ -1,10 +1,12 @@
-"""Float64 hypergradients to measure errors against. There are two, and an estimator may be right about one and wrong about the other:
+"""Float64 hypergradients to measure errors against. There are two, and an estimator may be right about one and wrong
+about the other:
 
     program:   the gradient of the K-step program, d/dx f(y_K(x), x), by Unrolled(keep="iterates")
     solution:  the hypergradient at a converged inner solution, dF/dx, by Implicit with a tight linear solve
 
-Unrolling is exact for the first; implicit estimators aim at the second. The error against the program says how an estimator changes what K steps
-do; the error against the solution says how far it is, K included, from the problem as posed.
+Unrolling is exact for the first; implicit estimators aim at the second. The error against the program says how an
+estimator changes what K steps do; the error against the solution says how far it is, K included, from the problem as
+posed.
 """
 
 import dataclasses
@@ -75,7 +77,9 @@ def solution(case: Case) -> Reference:
     start = posed.inner if posed.inner is not None else posed.outer
     small = tree.size(start) / (_tasks(posed) if _by_task(case) else 1) <= _DENSE_SIZE
     linear: bl.LinearSolver = bl.Dense() if small else bl.CG(max_steps=2000, tol=1e-12)
-    return _made(case, case.solution, bl.Implicit(linear), f"float64, {case.solution!r} and Implicit({linear!r})", strict=True)
+    return _made(
+        case, case.solution, bl.Implicit(linear), f"float64, {case.solution!r} and Implicit({linear!r})", strict=True
+    )
 
 
 def errors(grad: Sequence[Tensor], reference: Reference) -> tuple[float | None, float | None]:
@@ -97,7 +101,9 @@ def errors(grad: Sequence[Tensor], reference: Reference) -> tuple[float | None, 
 
 
 def cached(case: Case, kind: str, path: Path) -> Reference:
-    """`program` or `solution` (the kind), from `path` if it was made there from the same problem, else made and written there."""
+    """`program` or `solution` (the kind), from `path` if it was made there from the same problem, else made and written
+    there.
+    """
     mark = _fingerprint(case, kind)
     if path.exists():
         found = load(path)
@@ -106,7 +112,10 @@ def cached(case: Case, kind: str, path: Path) -> Reference:
     made = program(case) if kind == "program" else solution(case)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}.tmp")
-    torch.save({"mark": mark, "grad": None if made.grad is None else [leaf.cpu() for leaf in made.grad], "note": made.note}, draft)
+    torch.save(
+        {"mark": mark, "grad": None if made.grad is None else [leaf.cpu() for leaf in made.grad], "note": made.note},
+        draft,
+    )
     draft.replace(path)
     return made
 
@@ -134,7 +143,9 @@ def _made(case: Case, solver: bl.InnerSolver, estimator: bl.Estimator, how: str,
     try:
         posed = case.pose().double()
         torch.manual_seed(case.seed)
-        hg = bl.hypergradient(posed.problem, posed.outer, posed.inner, posed.batches, solver=solver, estimator=estimator)
+        hg = bl.hypergradient(
+            posed.problem, posed.outer, posed.inner, posed.batches, solver=solver, estimator=estimator
+        )
     except Exception as error:
         text = " ".join(str(error).split())
         mixed = isinstance(error, RuntimeError) and any(word in text for word in ("dtype", "Double", "double"))
@@ -143,7 +154,9 @@ def _made(case: Case, solver: bl.InnerSolver, estimator: bl.Estimator, how: str,
     if hg.status.failed or (strict and hg.status is not bl.Status.OK):
         return Reference(None, f"none, because {how} ended with {hg.status.name}.")
     if hg.outer_loss.dtype != torch.float64:
-        return Reference(None, f"none, because the outer loss of float64 arguments is {hg.outer_loss.dtype}: a loss casts.")
+        return Reference(
+            None, f"none, because the outer loss of float64 arguments is {hg.outer_loss.dtype}: a loss casts."
+        )
     return Reference(tuple(leaf.detach() for leaf in tree.tensors(hg.grad)), f"{how}.")
 
 
@@ -152,7 +165,11 @@ def _fingerprint(case: Case, kind: str) -> str:
     posed = case.pose().double()
     solver = case.solver if kind == "program" else case.solution
     inner = posed.batches.inner
-    seen = [inner[step] for step in range(min(len(inner), case.solver.max_steps))] if isinstance(inner, bl.PerStep) else inner
+    seen = (
+        [inner[step] for step in range(min(len(inner), case.solver.max_steps))]
+        if isinstance(inner, bl.PerStep)
+        else inner
+    )
     parts = tree.tensors((posed.outer, posed.inner, seen, posed.batches.outer))
     one = dataclasses.replace(case, solver=bl.Descent(case.solver.optimizer, min(case.solver.max_steps, 1)))
     found = program(one)

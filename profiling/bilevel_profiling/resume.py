@@ -1,12 +1,14 @@
 """Continuing a comparison: which rows are kept, and what must be the same for old and new rows to stand in one report.
 
-A row is its case, label and K. It is finished when it is in the file, also as a failure: that a run was stopped after its time limit is a result. To
-retry, the rows that ended with ERROR, CRASHED, TIMEOUT or OUT_OF_MEMORY, and the outer loops that did, are measured anew; what a hypergradient says
-of itself (DIVERGED, NONFINITE, ...) is not, because it would say it again. A row that the new plan does not ask for stays.
+A row is its case, label and K. It is finished when it is in the file, also as a failure: that a run was stopped after
+its time limit is a result. To retry, the rows that ended with ERROR, CRASHED, TIMEOUT or OUT_OF_MEMORY, and the outer
+loops that did, are measured anew; what a hypergradient says of itself (DIVERGED, NONFINITE, ...) is not, because it
+would say it again. A row that the new plan does not ask for stays.
 
-The settings of an estimator, its device and its seed are in its row. What is not in it is kept beside the file: the case's code, the inner optimizer,
-the number of repeats and threads, and so on. Whatever differs is refused, by name: a report of rows that were measured differently compares nothing.
-Time and memory limits may differ, and so may the labels, the K and the cases.
+The settings of an estimator, its device and its seed are in its row. What is not in it is kept beside the file: the
+case's code, the inner optimizer, the number of repeats and threads, and so on. Whatever differs is refused, by name: a
+report of rows that were measured differently compares nothing. Time and memory limits may differ, and so may the
+labels, the K and the cases.
 """
 
 import ast
@@ -70,7 +72,8 @@ def begin(folder: Folder, settled: Sequence[Settled]) -> tuple[list[Row], list[s
 
 
 def resume(folder: Folder, settled: Sequence[Settled]) -> tuple[list[Row], list[str]]:
-    """The rows that are there, and sentences for the user. A half-written last row is taken out of the file and kept beside it.
+    """The rows that are there, and sentences for the user. A half-written last row is taken out of the file and kept
+    beside it.
 
     Raises:
         ResumeError: the rows and the new plan do not belong together, or the file is damaged.
@@ -86,25 +89,30 @@ def resume(folder: Folder, settled: Sequence[Settled]) -> tuple[list[Row], list[
         for damage in found.damage:
             if not damage.torn:
                 raise ResumeError(
-                    f"{folder.records}, line {damage.line}: {damage.reason}. Take that line out, and --resume measures its row again; without "
-                    f"--resume the whole file is kept aside"
+                    f"{folder.records}, line {damage.line}: {damage.reason}. Take that line out, and --resume measures "
+                    f"its row again; without --resume the whole file is kept aside"
                 )
         if old is None and rows:
             said.append(f"{folder.plan} is missing: only what the rows themselves say could be checked")
         for each in settled:
-            records = [row.record for row in rows if row.record.case == each.case.name and row.record.source == "measured"]
+            records = [
+                row.record for row in rows if row.record.case == each.case.name and row.record.source == "measured"
+            ]
             if records:
                 _check_facts(folder, each.case.name, (old or {}).get(each.case.name), new[each.case.name])
             _check_rows(folder, each, records)
         for damage in found.damage:
             folder.keep_damaged(damage.text)
             said.append(
-                f"the last row of {folder.records} was cut off while it was written, and is measured again; its {len(damage.text):,} bytes are in "
-                f"{folder.path / DAMAGED}"
+                f"the last row of {folder.records} was cut off while it was written, and is measured again; its "
+                f"{len(damage.text):,} bytes are in {folder.path / DAMAGED}"
             )
         said.append(f"continuing with {len(rows)} finished row{'' if len(rows) == 1 else 's'} of {folder.records}")
     steps = {name: (old or {}).get(name, {}).get(_STEPS, "0") for name, found in new.items() if found[_STEPS] == "0"}
-    _write(folder, {**(old or {}), **{name: {**found, _STEPS: steps.get(name, found[_STEPS])} for name, found in new.items()}})
+    _write(
+        folder,
+        {**(old or {}), **{name: {**found, _STEPS: steps.get(name, found[_STEPS])} for name, found in new.items()}},
+    )
     return list(rows), said
 
 
@@ -136,8 +144,8 @@ def _check_facts(folder: Folder, name: str, old: Facts | None, new: Facts) -> No
         what = "other code than it has now" if key == "code" else f"{key} {before}, and this is {value}"
         remedy = "the old code" if key == "code" else f"{key} {before}"
         raise ResumeError(
-            f"{folder.records} cannot be continued: case {name} was measured with {what}. Use {remedy}, or another folder; without --resume, all is "
-            f"measured and the old rows are kept aside"
+            f"{folder.records} cannot be continued: case {name} was measured with {what}. Use {remedy}, or another "
+            f"folder; without --resume, all is measured and the old rows are kept aside"
         )
 
 
@@ -147,12 +155,16 @@ def _check_rows(folder: Folder, settled: Settled, records: Sequence[Record]) -> 
         now = {"device": plan.device, "seed": str(plan.seed)}
         if record.estimator in case.estimators:
             now["estimator"] = plain(case.estimators[record.estimator])
-        for key, before in {"device": record.device, "seed": str(record.seed), "estimator": plain(record.settings)}.items():
+        for key, before in {
+            "device": record.device,
+            "seed": str(record.seed),
+            "estimator": plain(record.settings),
+        }.items():
             if now.get(key, before) != before:
                 raise ResumeError(
-                    f"{folder.records} cannot be continued: its row {case.name}, {record.estimator}, K = {record.inner_steps} has {key} {before}, "
-                    f"and this comparison has {now[key]}. Use the same, another label or another folder; without --resume the old rows are kept "
-                    f"aside"
+                    f"{folder.records} cannot be continued: its row {case.name}, {record.estimator}, K = "
+                    f"{record.inner_steps} has {key} {before}, and this comparison has {now[key]}. Use the same, "
+                    f"another label or another folder; without --resume the old rows are kept aside"
                 )
 
 
@@ -162,9 +174,13 @@ def _read(folder: Folder) -> dict[str, Facts] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ResumeError(f"{folder.plan} is damaged ({error}); remove it, and only what the rows themselves say is checked") from error
+        raise ResumeError(
+            f"{folder.plan} is damaged ({error}); remove it, and only what the rows themselves say is checked"
+        ) from error
     if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
-        raise ResumeError(f"{folder.plan} is damaged (no dict of dicts); remove it, and only what the rows themselves say is checked")
+        raise ResumeError(
+            f"{folder.plan} is damaged (no dict of dicts); remove it, and only what the rows themselves say is checked"
+        )
     return found
 
 
@@ -176,7 +192,10 @@ def _code(settled: Settled) -> str:
     """A mark of the code of a case, without comments and settings; empty parts where there is no source to read."""
     source, overrides = settled.plan.source, settled.plan.overrides
     functions = [overrides.get(name) for name in ("batches", "evaluate", "outer_optimizer")]
-    parts = [_module(source) if isinstance(source, str) else _function(source), *(_function(each) for each in functions if callable(each))]
+    parts = [
+        _module(source) if isinstance(source, str) else _function(source),
+        *(_function(each) for each in functions if callable(each)),
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

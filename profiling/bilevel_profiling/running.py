@@ -41,7 +41,12 @@ class Running:
         self.tensors = Tensors() if tensors else None
         self._index = index
         self._facts: dict[str, Any] = {}
-        meters: list[Meter | None] = [Clock(device), Oracles(), Cuda(device) if device.type == "cuda" else None, self.tensors]
+        meters: list[Meter | None] = [
+            Clock(device),
+            Oracles(),
+            Cuda(device) if device.type == "cuda" else None,
+            self.tensors,
+        ]
         self._meters = [meter for meter in meters if meter is not None]
         with contextlib.ExitStack() as inside:
             for meter in self._meters:
@@ -95,8 +100,15 @@ def number(name: str, value: Any) -> float:
         with _disable_current_modes():
             return float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError):
-        given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-        raise TypeError(f"log() was given {given} as {name}; a number, or a tensor with one element, was needed: write {name}=value.mean()") from None
+        given = (
+            f"a tensor of shape {tuple(value.shape)}"
+            if isinstance(value, torch.Tensor)
+            else f"a {type(value).__name__}"
+        )
+        raise TypeError(
+            f"log() was given {given} as {name}; a number, or a tensor with one element, was needed: write "
+            f"{name}=value.mean()"
+        ) from None
 
 
 def status_of(error: BaseException) -> str:
@@ -107,7 +119,10 @@ def status_of(error: BaseException) -> str:
         ('OUT_OF_MEMORY', 'ERROR', 'INTERRUPTED')
     """
     if isinstance(error, bl.BilevelError):
-        return next((status.name for status in bl.Status if re.search(rf"\b{status.name}: ", str(error))), bl.Status.NONFINITE.name)
+        return next(
+            (status.name for status in bl.Status if re.search(rf"\b{status.name}: ", str(error))),
+            bl.Status.NONFINITE.name,
+        )
     return of_error(error).status if isinstance(error, Exception) else INTERRUPTED
 
 
@@ -121,9 +136,11 @@ def instructions_of(frame: FrameType | None) -> dict[int, int]:
 
 
 def went_through(error: BaseException, instructions: dict[int, int]) -> bool:
-    """Whether an exception came from the very instructions that the stack was at: then it, and no break, ended the loop.
+    """Whether an exception came from the very instructions that the stack was at: then it, and no break, ended the
+    loop.
 
-    Python drops a loop's iterator before anybody sees the exception that ends the loop, so this is told afterwards, from its traceback.
+    Python drops a loop's iterator before anybody sees the exception that ends the loop, so this is told afterwards,
+    from its traceback.
     """
     entries = [(entry.tb_lasti, instructions.get(id(entry.tb_frame))) for entry in _traceback(error.__traceback__)]
     known = [(at, was) for at, was in entries if was is not None]

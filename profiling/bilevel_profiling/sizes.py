@@ -19,7 +19,10 @@ def parse(text: str | int) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", str(text), re.IGNORECASE)
     unit = None if found is None else _UNITS.get(found[2].lower())
     if found is None or unit is None or isinstance(text, bool) or float(found[1]) * unit < 1:
-        raise ValueError(f"{text!r} is no size; write bytes, or a number with KiB, MiB, GiB or TiB, such as 24GiB (kB, MB, GB are powers of ten)")
+        raise ValueError(
+            f"{text!r} is no size; write bytes, or a number with KiB, MiB, GiB or TiB, such as 24GiB (kB, MB, GB are "
+            f"powers of ten)"
+        )
     return round(float(found[1]) * unit)
 
 

@@ -17,11 +17,15 @@ _FIGURES = ("outer_loss", "inner_loss", "gradient_norm", "wall_seconds", "peak_t
 _OF_PHASES = ("wall_seconds", "peak_tensor_bytes", "cuda_allocated_bytes")
 
 
-def to_tensorboard(records: Record | Iterable[Record] | str | os.PathLike[str], folder: str | os.PathLike[str]) -> list[Path]:
-    """Write the iterations of records for TensorBoard, a run for each record. See them with `tensorboard --logdir folder`.
+def to_tensorboard(
+    records: Record | Iterable[Record] | str | os.PathLike[str], folder: str | os.PathLike[str]
+) -> list[Path]:
+    """Write the iterations of records for TensorBoard, a run for each record. See them with `tensorboard --logdir
+    folder`.
 
-    Scalars are the figures of an iteration under their own names, those of phases under `inner/wall_seconds` and the like, oracle calls under
-    `calls/hvp`, and what the user logged under `metrics/`. What was not measured, or is not finite, is left out. A status other than OK is a text.
+    Scalars are the figures of an iteration under their own names, those of phases under `inner/wall_seconds` and the
+    like, oracle calls under `calls/hvp`, and what the user logged under `metrics/`. What was not measured, or is not
+    finite, is left out. A status other than OK is a text.
 
     Args:
         records: a record, several, or the path of a file of them, which may be one that a running `Recorder` writes.
@@ -33,16 +37,24 @@ def to_tensorboard(records: Record | Iterable[Record] | str | os.PathLike[str], 
     Raises:
         ImportError: tensorboard is not installed.
         FileExistsError: the folder of a run exists; TensorBoard would draw both as one.
-        ValueError: a line of the file is no record (half a line at its end, of a run that is being written, is left out).
+        ValueError: a line of the file is no record (half a line at its end, of a run that is being written, is left
+            out).
         OSError: a file cannot be read or written.
     """
-    found = _read(Path(records)) if isinstance(records, (str, os.PathLike)) else [records] if isinstance(records, Record) else list(records)
+    found = (
+        _read(Path(records))
+        if isinstance(records, (str, os.PathLike))
+        else [records]
+        if isinstance(records, Record)
+        else list(records)
+    )
     wanted = [record for record in found if record.iterations]
     targets = [Path(folder) / name for name in _names(wanted)]
     for target in targets:
         if target.exists():
             raise FileExistsError(
-                f"{target} exists, and TensorBoard would draw the old run and the new one as one; remove it, or choose another folder"
+                f"{target} exists, and TensorBoard would draw the old run and the new one as one; remove it, or choose "
+                f"another folder"
             )
     for record, target in zip(wanted, targets, strict=True):
         writer = _writer(target)
@@ -63,7 +75,9 @@ def _writer(target: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError("to_tensorboard() needs tensorboard, which is not installed; write: pip install tensorboard") from error
+        raise ImportError(
+            "to_tensorboard() needs tensorboard, which is not installed; write: pip install tensorboard"
+        ) from error
     return SummaryWriter(log_dir=str(target))
 
 
@@ -96,6 +110,12 @@ def _scalars(iteration: Iteration) -> Iterator[tuple[str, float]]:
 
 def _description(record: Record) -> Iterator[str]:
     """What the run is, and where it was made, as a Markdown table."""
-    rows = {"case": record.case, "estimator": record.estimator, "settings": record.settings, "device": record.device, **record.environment}
+    rows = {
+        "case": record.case,
+        "estimator": record.estimator,
+        "settings": record.settings,
+        "device": record.device,
+        **record.environment,
+    }
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value)]
     yield "\n".join(table + [""] * bool(record.notes) + list(record.notes))

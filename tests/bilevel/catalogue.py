@@ -40,7 +40,11 @@ def weighted_net(dtype=D, device="cpu"):
     """Data weights and a learned decay on a two-layer net; x enters the inner loss, y_0 is given."""
     g = torch.Generator().manual_seed(0)
     X, Y = torch.randn(24, 5, generator=g, dtype=D), torch.randint(0, 3, (24,), generator=g)
-    outer = {"weights": 0.1 * torch.randn(24, generator=g, dtype=D), "decay": torch.tensor(-3.0, dtype=D), "log_lr": torch.tensor(-1.5, dtype=D)}
+    outer = {
+        "weights": 0.1 * torch.randn(24, generator=g, dtype=D),
+        "decay": torch.tensor(-3.0, dtype=D),
+        "log_lr": torch.tensor(-1.5, dtype=D),
+    }
     inner = {"a": 0.5 * torch.randn(5, 4, generator=g, dtype=D), "b": 0.5 * torch.randn(4, 3, generator=g, dtype=D)}
 
     def logits(y, inputs):
@@ -49,7 +53,9 @@ def weighted_net(dtype=D, device="cpu"):
     def inner_loss(y, x, batch):
         inputs, labels = batch
         losses = torch.nn.functional.cross_entropy(logits(y, inputs), labels, reduction="none")
-        return (x["weights"][: len(labels)].sigmoid() * losses).mean() + x["decay"].exp() * sum(leaf.square().sum() for leaf in y.values())
+        return (x["weights"][: len(labels)].sigmoid() * losses).mean() + x["decay"].exp() * sum(
+            leaf.square().sum() for leaf in y.values()
+        )
 
     def outer_loss(y, x, batch):
         return torch.nn.functional.cross_entropy(logits(y, batch[0]), batch[1]) + 0.01 * x["weights"].square().sum()
@@ -70,7 +76,9 @@ def meta_start(dtype=D, device="cpu"):
         return torch.tanh(inputs @ y["a"]) @ y["b"]
 
     problem = bl.Problem(
-        lambda y, x, b: cross_entropy(logits(y, b[0]), b[1]), lambda y, x, b: cross_entropy(logits(y, b[0]), b[1]), init=lambda x, b: x
+        lambda y, x, b: cross_entropy(logits(y, b[0]), b[1]),
+        lambda y, x, b: cross_entropy(logits(y, b[0]), b[1]),
+        init=lambda x, b: x,
     )
     return bl.proximal(problem, 0.7), inner, None, batches
 

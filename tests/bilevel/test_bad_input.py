@@ -51,7 +51,9 @@ def outer_loss(y: Tensor, x: Tensor, batch: Any) -> Tensor:
 PROBLEM = bl.Problem(inner_loss, outer_loss)
 
 
-def solve(problem: Any = PROBLEM, outer: Any = None, inner: Any = None, batches: Any = NOTHING, **kwargs: Any) -> bl.Hypergradient:
+def solve(
+    problem: Any = PROBLEM, outer: Any = None, inner: Any = None, batches: Any = NOTHING, **kwargs: Any
+) -> bl.Hypergradient:
     """hypergradient() with good defaults for what a test does not say."""
     outer = vector(0.5, -0.3) if outer is None else outer
     inner = vector(0.1, 0.2) if inner is None and getattr(problem, "init", None) is None else inner
@@ -94,7 +96,9 @@ def test_a_numpy_array_is_refused_as_a_variable(variable):
 
 
 def test_no_start_and_two_starts_are_refused():
-    with pytest.raises(ValueError, match=r"inner=None and a problem without init.*Problem\(\.\.\., init=lambda outer, batch"):
+    with pytest.raises(
+        ValueError, match=r"inner=None and a problem without init.*Problem\(\.\.\., init=lambda outer, batch"
+    ):
         bl.hypergradient(PROBLEM, vector(1.0), None, NOTHING, solver=DESCENT, estimator=bl.Unrolled())
     with pytest.raises(ValueError, match=r"one start too many.*Pass inner=None"):
         solve(bl.Problem(inner_loss, outer_loss, init=lambda x, b: x), inner=vector(1.0, 2.0))
@@ -103,10 +107,26 @@ def test_no_start_and_two_starts_are_refused():
 @pytest.mark.parametrize(
     ("outer", "inner", "message"),
     [
-        (vector(1.0, 2.0, device="meta"), vector(1.0, 2.0), r"mix devices or dtypes: .*meta.*cpu.*\.to\(device=\.\.\., dtype=\.\.\.\)"),
-        (vector(1.0, 2.0), {"a": vector(1.0), "b": vector(1.0, device="meta")}, r"inner \['b'\] is torch\.float64 on meta"),
-        (vector(1.0, 2.0), vector(1.0, 2.0, dtype=torch.float32), r"outer.*torch\.float64 on cpu; inner.*torch\.float32 on cpu"),
-        ({"a": vector(1.0), "b": vector(1.0, dtype=torch.float16)}, vector(1.0, 2.0), r"outer \['b'\] is torch\.float16"),
+        (
+            vector(1.0, 2.0, device="meta"),
+            vector(1.0, 2.0),
+            r"mix devices or dtypes: .*meta.*cpu.*\.to\(device=\.\.\., dtype=\.\.\.\)",
+        ),
+        (
+            vector(1.0, 2.0),
+            {"a": vector(1.0), "b": vector(1.0, device="meta")},
+            r"inner \['b'\] is torch\.float64 on meta",
+        ),
+        (
+            vector(1.0, 2.0),
+            vector(1.0, 2.0, dtype=torch.float32),
+            r"outer.*torch\.float64 on cpu; inner.*torch\.float32 on cpu",
+        ),
+        (
+            {"a": vector(1.0), "b": vector(1.0, dtype=torch.float16)},
+            vector(1.0, 2.0),
+            r"outer \['b'\] is torch\.float16",
+        ),
     ],
     ids=["outer on meta", "one inner on meta", "dtypes of outer and inner", "dtypes within outer"],
 )
@@ -141,7 +161,11 @@ def test_an_init_that_returns_no_fitting_tensors_is_refused_by_name(start, name)
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        (lambda y, x, b: (y - x) ** 2, ValueError, r"returned a tensor of shape \(2,\).*0-dim tensor was needed\. Reduce it with \.mean\(\)"),
+        (
+            lambda y, x, b: (y - x) ** 2,
+            ValueError,
+            r"returned a tensor of shape \(2,\).*0-dim tensor was needed\. Reduce it with \.mean\(\)",
+        ),
         (lambda y, x, b: (y - x).sum().reshape(1), ValueError, r"returned a tensor of shape \(1,\)"),
         (lambda y, x, b: None, TypeError, "returned None; a 0-dim tensor was needed. Does it end in a return"),
         (lambda y, x, b: (y - x).sum().item(), TypeError, r"returned float; .* without \.item\(\)"),
@@ -157,7 +181,9 @@ def test_a_loss_that_is_no_scalar_is_refused(wrong, error, message, which, name)
 
 
 @every_estimator
-@pytest.mark.parametrize("wrong", [lambda y, x, b: (x**2).sum(), lambda y, x, b: ((y.detach() - x) ** 2).sum()], ids=["unused", "detached"])
+@pytest.mark.parametrize(
+    "wrong", [lambda y, x, b: (x**2).sum(), lambda y, x, b: ((y.detach() - x) ** 2).sum()], ids=["unused", "detached"]
+)
 def test_an_inner_loss_that_does_not_depend_on_inner_is_refused(wrong, name):
     with pytest.raises(ValueError, match=r"inner_loss does not depend on the inner variable.*without \.detach\(\)"):
         solve(bl.Problem(wrong, outer_loss), estimator=ESTIMATORS[name])
@@ -166,8 +192,16 @@ def test_an_inner_loss_that_does_not_depend_on_inner_is_refused(wrong, name):
 NAN = {
     "inner loss, its gradient too": (lambda y, x, b: inner_loss(y, x, b) * torch.nan, outer_loss, {"DIVERGED"}),
     "inner loss, its gradient fine": (lambda y, x, b: inner_loss(y, x, b) + torch.nan, outer_loss, {"NONFINITE"}),
-    "outer loss, its gradient too": (inner_loss, lambda y, x, b: outer_loss(y, x, b) * torch.nan, {"NONFINITE", "DIVERGED"}),
-    "outer loss, its gradient fine": (inner_loss, lambda y, x, b: outer_loss(y, x, b) + torch.nan, {"NONFINITE", "DIVERGED"}),
+    "outer loss, its gradient too": (
+        inner_loss,
+        lambda y, x, b: outer_loss(y, x, b) * torch.nan,
+        {"NONFINITE", "DIVERGED"},
+    ),
+    "outer loss, its gradient fine": (
+        inner_loss,
+        lambda y, x, b: outer_loss(y, x, b) + torch.nan,
+        {"NONFINITE", "DIVERGED"},
+    ),
     "outer loss infinite": (inner_loss, lambda y, x, b: outer_loss(y, x, b) + torch.inf, {"NONFINITE", "DIVERGED"}),
 }
 
@@ -185,7 +219,9 @@ def test_a_loss_that_is_not_finite_is_a_failure(case, name):
 @every_estimator
 def test_a_finite_outer_loss_whose_gradient_is_not_finite_is_a_failure(name):
     """sqrt at 0: the loss is 0, its gradient 0 * inf. Zeros would look like a stationary point."""
-    problem = bl.Problem(lambda y, x, b: ((y - 0 * x) ** 2).sum(), lambda y, x, b: (y**2).sum().sqrt() + 0.1 * (x**2).sum())
+    problem = bl.Problem(
+        lambda y, x, b: ((y - 0 * x) ** 2).sum(), lambda y, x, b: (y**2).sum().sqrt() + 0.1 * (x**2).sum()
+    )
     hg = solve(problem, inner=vector(0.0, 0.0), estimator=ESTIMATORS[name])
     if name == "first order":
         # df/dx alone is finite, and all that it looks at.
@@ -223,7 +259,9 @@ def test_an_inner_loss_that_rises_is_reported(name):
 
 @pytest.mark.parametrize("name", ["implicit, cg", "memory reduced", "memory reduced, warm"])
 def test_an_indefinite_hessian_is_reported_and_not_an_exception(name):
-    saddle = bl.Problem(lambda y, x, b: y[0] ** 2 - 0.5 * y[1] ** 2 - (x * y).sum(), lambda y, x, b: y.sum() + 0.1 * (x**2).sum())
+    saddle = bl.Problem(
+        lambda y, x, b: y[0] ** 2 - 0.5 * y[1] ** 2 - (x * y).sum(), lambda y, x, b: y.sum() + 0.1 * (x**2).sum()
+    )
     hg = solve(saddle, estimator=ESTIMATORS[name])
     assert hg.status is bl.Status.NEGATIVE_CURVATURE
     assert torch.isfinite(hg.grad).all()
@@ -258,26 +296,42 @@ def test_the_status_of_a_singular_system_names_the_cause():
 
 @every_estimator
 def test_too_few_batches_are_refused(name):
-    with pytest.raises(ValueError, match=r"PerStep holds 2 batches and the inner solver takes 3 steps.*Give it 3 batches, or lower steps"):
+    with pytest.raises(
+        ValueError,
+        match=r"PerStep holds 2 batches and the inner solver takes 3 steps.*Give it 3 batches, or lower steps",
+    ):
         solve(batches=bl.Batches(bl.PerStep([1, 2]), None), estimator=ESTIMATORS[name])
 
 
-@pytest.mark.parametrize("make", [lambda: iter([1, 2, 3]), lambda: (i for i in range(3)), lambda: {1, 2, 3}], ids=["iterator", "generator", "set"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: iter([1, 2, 3]), lambda: (i for i in range(3)), lambda: {1, 2, 3}],
+    ids=["iterator", "generator", "set"],
+)
 def test_per_step_refuses_what_can_be_read_only_once(make):
     with pytest.raises(
-        TypeError, match=r"PerStep was given a \w+, which can be read only once.*Write PerStep\(list\(itertools\.islice\(loader, K\)\)\)"
+        TypeError,
+        match=r"PerStep was given a \w+, which can be read only once.*Write PerStep\(list\(itertools\.islice\(loader, K\)\)\)",
     ):
         bl.PerStep(make())
 
 
 def test_an_iterator_as_the_inner_batch_is_refused():
-    with pytest.raises(TypeError, match=r"Batches\.inner is an iterator.*PerStep\(list\(itertools\.islice\(loader, K\)\)\)"):
+    with pytest.raises(
+        TypeError, match=r"Batches\.inner is an iterator.*PerStep\(list\(itertools\.islice\(loader, K\)\)\)"
+    ):
         solve(batches=bl.Batches(iter([1, 2, 3]), None))
 
 
 def test_batches_of_different_shapes_are_refused_unless_they_are_meant():
-    batches = [[torch.zeros(4, 2), torch.zeros(4)], [torch.zeros(4, 2), torch.zeros(4)], [torch.zeros(3, 2), torch.zeros(3)]]
-    with pytest.raises(ValueError, match=r"shapes differ between inner steps: batch 2.*\(3, 2\).*drop_last=True.*ragged=True"):
+    batches = [
+        [torch.zeros(4, 2), torch.zeros(4)],
+        [torch.zeros(4, 2), torch.zeros(4)],
+        [torch.zeros(3, 2), torch.zeros(3)],
+    ]
+    with pytest.raises(
+        ValueError, match=r"shapes differ between inner steps: batch 2.*\(3, 2\).*drop_last=True.*ragged=True"
+    ):
         bl.PerStep(batches)
     assert len(bl.PerStep(batches, ragged=True)) == 3
 
@@ -292,7 +346,11 @@ def test_no_steps_at_all_are_fine_and_need_a_batch_only_for_the_loss(name):
     hg = solve(solver=bl.Descent(bl.SGD(lr=0.1), steps=0), estimator=ESTIMATORS[name])
     torch.testing.assert_close(hg.inner, vector(0.1, 0.2))
     with pytest.raises(ValueError, match="PerStep holds 0 batches"):
-        solve(solver=bl.Descent(bl.SGD(lr=0.1), steps=0), batches=bl.Batches(bl.PerStep([]), None), estimator=ESTIMATORS[name])
+        solve(
+            solver=bl.Descent(bl.SGD(lr=0.1), steps=0),
+            batches=bl.Batches(bl.PerStep([]), None),
+            estimator=ESTIMATORS[name],
+        )
 
 
 # Outer variables that do nothing, or that an estimator cannot see
@@ -302,7 +360,10 @@ def test_no_steps_at_all_are_fine_and_need_a_batch_only_for_the_loss(name):
 def test_an_outer_tensor_that_influences_nothing_has_zero_gradient_and_a_warning_by_name(name):
     problem = bl.Problem(lambda y, x, b: inner_loss(y, x["used"], b), lambda y, x, b: outer_loss(y, x["used"], b))
     outer = {"idle": vector(1.0, 2.0), "used": vector(0.5, -0.3), "also": [vector(3.0)]}
-    with pytest.warns(UserWarning, match=r"outer variable \['idle'\], \['also'\]\[0\] influences neither loss: its hypergradient is zero"):
+    with pytest.warns(
+        UserWarning,
+        match=r"outer variable \['idle'\], \['also'\]\[0\] influences neither loss: its hypergradient is zero",
+    ):
         hg = solve(problem, outer, estimator=ESTIMATORS[name])
     assert torch.equal(hg.grad["idle"], torch.zeros(2, dtype=F64))
     assert torch.equal(hg.grad["also"][0], torch.zeros(1, dtype=F64))
@@ -323,22 +384,33 @@ def test_an_outer_tensor_that_shifts_the_inner_loss_alone_has_zero_gradient(name
     """g + c moves no minimizer: zero is the right answer (a warning is fine), an error is not."""
     if name == "first order":
         return  # it refuses whatever enters through the inner loss alone
-    problem = bl.Problem(lambda y, x, b: inner_loss(y, x["used"], b) + x["shift"] ** 2, lambda y, x, b: outer_loss(y, x["used"], b))
+    problem = bl.Problem(
+        lambda y, x, b: inner_loss(y, x["used"], b) + x["shift"] ** 2, lambda y, x, b: outer_loss(y, x["used"], b)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        hg = solve(problem, {"used": vector(0.5, -0.3), "shift": torch.tensor(1.0, dtype=F64)}, estimator=ESTIMATORS[name])
+        hg = solve(
+            problem, {"used": vector(0.5, -0.3), "shift": torch.tensor(1.0, dtype=F64)}, estimator=ESTIMATORS[name]
+        )
     assert hg.grad["shift"].abs() <= 1e-10
     torch.testing.assert_close(hg.grad["used"], solve(estimator=ESTIMATORS[name]).grad)
 
 
-BLIND_TO_THE_START = [name for name in ESTIMATORS if name != "first order" and (not name.startswith("unrolled") or name == "unrolled, last")]
+BLIND_TO_THE_START = [
+    name
+    for name in ESTIMATORS
+    if name != "first order" and (not name.startswith("unrolled") or name == "unrolled, last")
+]
 
 
 @pytest.mark.parametrize("name", BLIND_TO_THE_START)
 def test_an_estimator_that_cannot_see_the_start_refuses_an_outer_variable_that_is_only_there(name):
-    maml = bl.Problem(lambda y, x, b: ((y - 1) ** 2).sum(), lambda y, x, b: ((y - 2) ** 2).sum(), init=lambda x, b: 2 * x["w"])
+    maml = bl.Problem(
+        lambda y, x, b: ((y - 1) ** 2).sum(), lambda y, x, b: ((y - 2) ** 2).sum(), init=lambda x, b: 2 * x["w"]
+    )
     with pytest.raises(
-        ValueError, match=r"cannot see .*\['w'\] through the start of the inner loop \(Problem\.init\).*would be zero, which is wrong"
+        ValueError,
+        match=r"cannot see .*\['w'\] through the start of the inner loop \(Problem\.init\).*would be zero, which is wrong",
     ):
         solve(maml, {"w": vector(0.5, -0.3)}, estimator=ESTIMATORS[name])
     proximal = solve(bl.proximal(maml, 2.0), {"w": vector(0.5, -0.3)}, estimator=ESTIMATORS[name])
@@ -386,7 +458,8 @@ def _without_graph(t: Tensor) -> None:
         t.add_(1)
 
 
-# `t.data.add_(1)` cannot be caught: .data has a version counter of its own, so nothing short of comparing values would notice.
+# `t.data.add_(1)` cannot be caught: .data has a version counter of its own, so nothing short of comparing values would
+# notice.
 IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
     "+=": _add,
     "mul_": lambda t: t.mul_(2),
@@ -427,7 +500,8 @@ def test_a_loss_that_changes_outer_in_place_is_refused(how, which, name):
 @every_estimator
 @pytest.mark.parametrize("which", ["inner_loss", "outer_loss"])
 def test_a_loss_that_changes_its_batch_in_place_is_refused(which, name):
-    """A batch normalized in place is normalized again at every step, and recomputing estimators see other data than they saw first."""
+    """A batch normalized in place is normalized again at every step, and recomputing estimators see other data than
+    they saw first."""
 
     def loss(y, x, b):
         b -= 0.5
@@ -451,11 +525,16 @@ class Counter(nn.Module):
         return self.linear(x)
 
 
-@pytest.mark.parametrize("layer", [nn.BatchNorm1d(2), nn.InstanceNorm1d(2, track_running_stats=True)], ids=["BatchNorm1d", "InstanceNorm1d"])
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm1d(2), nn.InstanceNorm1d(2, track_running_stats=True)], ids=["BatchNorm1d", "InstanceNorm1d"]
+)
 def test_functional_refuses_running_statistics_in_training_mode(layer):
     layer.train()
     module = nn.Sequential(nn.Linear(2, 2), layer)
-    with pytest.raises(ValueError, match=rf"{type(layer).__name__} 1 is in training mode .*track_running_stats=False.*module\.eval\(\).*GroupNorm"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{type(layer).__name__} 1 is in training mode .*track_running_stats=False.*module\.eval\(\).*GroupNorm",
+    ):
         bl.functional(module)
     with pytest.raises(ValueError, match=r"\(the module itself\) is in training mode"):
         bl.functional(layer)
@@ -506,7 +585,11 @@ def attention_problem() -> tuple[bl.Problem, Tensor, dict[str, Tensor]]:
 
     names = ("q", "k", "v")
     inner = {name: 0.1 * torch.randn(4, 4, generator=generator) for name in names}
-    return bl.Problem(loss, lambda y, x, b: loss(y, x, b) + sum((y[name] ** 2).sum() for name in names)), torch.ones(4), inner
+    return (
+        bl.Problem(loss, lambda y, x, b: loss(y, x, b) + sum((y[name] ** 2).sum() for name in names)),
+        torch.ones(4),
+        inner,
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in ESTIMATORS if name not in FIRST_DERIVATIVES_ONLY])
@@ -541,7 +624,11 @@ def test_fused_attention_works_with_estimators_that_need_no_second_derivative(na
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("problem", (inner_loss, outer_loss), r"a tuple as problem; bilevel\.Problem\(inner_loss, outer_loss\) was needed"),
+        (
+            "problem",
+            (inner_loss, outer_loss),
+            r"a tuple as problem; bilevel\.Problem\(inner_loss, outer_loss\) was needed",
+        ),
         ("problem", bl.Problem, r"the class Problem itself as problem"),
         ("batches", (1, 2), r"a tuple as batches; bilevel\.Batches\(inner=\.\.\., outer=\.\.\.\)"),
         ("batches", None, "a NoneType as batches"),
@@ -562,7 +649,8 @@ def test_a_wrong_kind_is_refused_with_what_to_write(argument, value, message):
 
 
 @pytest.mark.parametrize(
-    "arguments", [(None, outer_loss), (inner_loss, 0.5), (inner_loss, outer_loss, vector(1.0)), (inner_loss, outer_loss, None, 3)]
+    "arguments",
+    [(None, outer_loss), (inner_loss, 0.5), (inner_loss, outer_loss, vector(1.0)), (inner_loss, outer_loss, None, 3)],
 )
 def test_a_problem_of_things_that_cannot_be_called_is_refused(arguments):
     with pytest.raises(TypeError, match=r"Problem was given|inner_loss|outer_loss|init|features"):
@@ -575,14 +663,22 @@ torch_optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: bl.SGD(lr=-0.1), ValueError, r"SGD was given lr=-0\.1; a number in \[0\.0, inf\) or a function of outer"),
+        (
+            lambda: bl.SGD(lr=-0.1),
+            ValueError,
+            r"SGD was given lr=-0\.1; a number in \[0\.0, inf\) or a function of outer",
+        ),
         (lambda: bl.SGD(lr=float("nan")), ValueError, "lr=nan"),
         (lambda: bl.SGD(lr=float("inf")), ValueError, "lr=inf"),
         (lambda: bl.SGD(lr="0.1"), ValueError, "lr='0.1'"),
         (lambda: bl.SGD(lr=torch.tensor(0.1)), ValueError, r"lr=tensor\(0\.1000\).*function of outer"),
         (lambda: bl.SGD(lr=0.1, momentum=-1), ValueError, "momentum=-1"),
         (lambda: bl.SGD(lr=0.1, weight_decay=-1), ValueError, "weight_decay=-1"),
-        (lambda: bl.SGD(lr=0.1, nesterov=True), ValueError, r"nesterov=True, which needs a momentum.*SGD\(lr, momentum=0\.9, nesterov=True\)"),
+        (
+            lambda: bl.SGD(lr=0.1, nesterov=True),
+            ValueError,
+            r"nesterov=True, which needs a momentum.*SGD\(lr, momentum=0\.9, nesterov=True\)",
+        ),
         (lambda: bl.SGD(lr=0.1, momentum=0.9, dampening=0.1, nesterov=True), ValueError, "no dampening"),
         (lambda: bl.Adam(lr=-1), ValueError, "Adam was given lr=-1"),
         (lambda: bl.Adam(betas=0.9), ValueError, r"betas=0\.9; a pair was needed"),
@@ -614,27 +710,55 @@ torch_optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
         (lambda: bl.Converge(bl.SGD(0.1), tol=0.0), ValueError, r"Converge was given tol=0\.0; a positive number"),
         (lambda: bl.Converge(bl.SGD(0.1), tol="small"), ValueError, "tol='small'"),
         (lambda: bl.Converge(bl.SGD(0.1), max_steps=0), ValueError, "max_steps=0"),
-        (lambda: bl.Implicit(5), TypeError, r"Implicit was given int; a linear solver was needed, such as Implicit\(bilevel\.CG\(max_steps=10\)\)"),
+        (
+            lambda: bl.Implicit(5),
+            TypeError,
+            r"Implicit was given int; a linear solver was needed, such as Implicit\(bilevel\.CG\(max_steps=10\)\)",
+        ),
         (lambda: bl.Implicit(bl.CG), TypeError, "Implicit was given .*a linear solver was needed"),
         (lambda: bl.MemoryReduced(steps=0), ValueError, "MemoryReduced was given steps=0"),
         (lambda: bl.MemoryReduced(tol=-1), ValueError, "tol=-1"),
         (lambda: bl.MemoryReduced(damping=-1), ValueError, "damping=-1"),
-        (lambda: bl.FirstOrderCorrected(nu=0), ValueError, "FirstOrderCorrected was given nu=0; None or a positive number"),
+        (
+            lambda: bl.FirstOrderCorrected(nu=0),
+            ValueError,
+            "FirstOrderCorrected was given nu=0; None or a positive number",
+        ),
         (lambda: bl.FirstOrderCorrected(nu="small"), ValueError, "nu='small'"),
         (lambda: bl.FirstOrderCorrected(nu=float("inf")), ValueError, "nu=inf"),
-        (lambda: bl.FirstOrderCorrected(scheme="backward"), ValueError, "scheme='backward'; one of 'symmetric', 'forward'"),
+        (
+            lambda: bl.FirstOrderCorrected(scheme="backward"),
+            ValueError,
+            "scheme='backward'; one of 'symmetric', 'forward'",
+        ),
         (lambda: bl.Unrolled(keep="all"), ValueError, "keep='all'; one of 'graph', 'iterates', 'segments'"),
         (lambda: bl.Unrolled(last=0), ValueError, "last=0; None or an integer of at least 1"),
         (lambda: bl.Unrolled(keep="segments", segment=0), ValueError, "segment=0"),
-        (lambda: bl.Unrolled(segment=4), ValueError, r"segment=4 with keep='graph'; write Unrolled\(keep=\"segments\", segment"),
-        (lambda: bl.TaskMean(bl.Unrolled), TypeError, r"TaskMean was given .*an estimator for one task was needed, such as TaskMean\(Unrolled\(\)\)"),
+        (
+            lambda: bl.Unrolled(segment=4),
+            ValueError,
+            r"segment=4 with keep='graph'; write Unrolled\(keep=\"segments\", segment",
+        ),
+        (
+            lambda: bl.TaskMean(bl.Unrolled),
+            TypeError,
+            r"TaskMean was given .*an estimator for one task was needed, such as TaskMean\(Unrolled\(\)\)",
+        ),
         (lambda: bl.TaskMean(bl.TaskMean(bl.Unrolled())), TypeError, "TaskMean was given TaskMean"),
         (lambda: bl.TaskMean(bl.Unrolled(), chunk=0), ValueError, "chunk=0; None or an integer of at least 1"),
         (lambda: bl.TaskMean(bl.Unrolled(), chunk=1.5), ValueError, r"chunk=1\.5"),
         (lambda: bl.PerStep(5), TypeError, "PerStep was given a int"),
         (lambda: bl.proximal(PROBLEM, 1.0), ValueError, r"a problem without init.*init=lambda x, batch: x"),
-        (lambda: bl.proximal(bl.Problem(inner_loss, outer_loss, init=lambda x, b: x), 0.0), ValueError, r"strength=0\.0; a positive number"),
-        (lambda: bl.proximal(bl.Problem(inner_loss, outer_loss, init=lambda x, b: x, features=lambda x, b: b), 1.0), ValueError, "with features"),
+        (
+            lambda: bl.proximal(bl.Problem(inner_loss, outer_loss, init=lambda x, b: x), 0.0),
+            ValueError,
+            r"strength=0\.0; a positive number",
+        ),
+        (
+            lambda: bl.proximal(bl.Problem(inner_loss, outer_loss, init=lambda x, b: x, features=lambda x, b: b), 1.0),
+            ValueError,
+            "with features",
+        ),
     ],
 )
 def test_a_constructor_refuses_what_is_out_of_range(make, error, message):
@@ -652,8 +776,17 @@ def test_a_concrete_strategy_cannot_be_subclassed(final):
 def test_a_hyper_parameter_that_broadcasts_the_inner_variable_is_refused(name):
     problem = bl.Problem(lambda y, x, b: inner_loss(y, x["w"], b), lambda y, x, b: outer_loss(y, x["w"], b))
     outer = {"w": torch.ones(3, 1, dtype=F64), "lr": torch.full((3,), 0.1, dtype=F64)}
-    with pytest.raises(ValueError, match=r"an inner step changed a tensor of shape \(3, 1\).*into \(3, 3\).*0-dim tensor or a tree like inner"):
-        solve(problem, outer, torch.zeros(3, 1, dtype=F64), solver=bl.Descent(bl.SGD(lr=lambda x: x["lr"]), 3), estimator=ESTIMATORS[name])
+    with pytest.raises(
+        ValueError,
+        match=r"an inner step changed a tensor of shape \(3, 1\).*into \(3, 3\).*0-dim tensor or a tree like inner",
+    ):
+        solve(
+            problem,
+            outer,
+            torch.zeros(3, 1, dtype=F64),
+            solver=bl.Descent(bl.SGD(lr=lambda x: x["lr"]), 3),
+            estimator=ESTIMATORS[name],
+        )
 
 
 @pytest.mark.parametrize(
@@ -677,7 +810,11 @@ def test_a_warm_start_from_something_else_is_refused(state, message):
 @pytest.mark.parametrize(
     ("outer", "grad", "message"),
     [
-        (torch.zeros(2, requires_grad=True), torch.ones(3), r"shapes \[\(2,\)\] and gradients of shapes \[\(3,\)\].*set_grad\(outer, hg\.grad\)"),
+        (
+            torch.zeros(2, requires_grad=True),
+            torch.ones(3),
+            r"shapes \[\(2,\)\] and gradients of shapes \[\(3,\)\].*set_grad\(outer, hg\.grad\)",
+        ),
         ({"a": torch.zeros(2, requires_grad=True)}, {}, "and gradients of shapes"),
         (torch.zeros(2), torch.ones(2), r"is no leaf that requires grad.*requires_grad=True"),
         ({"a": torch.zeros(2, requires_grad=True) * 2}, {"a": torch.ones(2)}, r"outer \['a'\] is no leaf"),
@@ -747,7 +884,9 @@ def test_iterate_keeps_finished_steps_and_does_not_move_on_a_hypergradient_that_
     problem = bl.Problem(inner_loss, lambda y, x, b: b * outer_loss(y, x, b))
     x = vector(0.5, -0.3).requires_grad_()
     optimizer = torch.optim.SGD([x], lr=0.1, momentum=0.9)
-    loop = bl.iterate(problem, x, vector(0.1, 0.2), stream(5, bad=2), solver=DESCENT, estimator=ESTIMATORS[name], optimizer=optimizer)
+    loop = bl.iterate(
+        problem, x, vector(0.1, 0.2), stream(5, bad=2), solver=DESCENT, estimator=ESTIMATORS[name], optimizer=optimizer
+    )
     steps, positions = [], []
 
     def follow():
@@ -755,7 +894,9 @@ def test_iterate_keeps_finished_steps_and_does_not_move_on_a_hypergradient_that_
             steps.append(step.index)
             positions.append(x.detach().clone())
 
-    with pytest.raises(bl.BilevelError, match=r"outer step 2: (NONFINITE|DIVERGED): .*The outer variable was not moved by this step"):
+    with pytest.raises(
+        bl.BilevelError, match=r"outer step 2: (NONFINITE|DIVERGED): .*The outer variable was not moved by this step"
+    ):
         follow()
     assert steps == [0, 1]
     assert torch.equal(x.detach(), positions[-1])
@@ -765,7 +906,10 @@ def test_iterate_keeps_finished_steps_and_does_not_move_on_a_hypergradient_that_
 FAILING = {
     "NEGATIVE_CURVATURE": (bl.Problem(lambda y, x, b: -(y**2).sum() - (x * y).sum(), outer_loss), bl.Implicit(bl.CG())),
     "NOT_CONTRACTIVE": (PROBLEM, bl.Implicit(bl.Neumann(steps=20, step_size=1.5))),
-    "BREAKDOWN or NONFINITE": (bl.Problem(lambda y, x, b: (y.sum() - x.sum()) ** 2, outer_loss), bl.Implicit(bl.Dense())),
+    "BREAKDOWN or NONFINITE": (
+        bl.Problem(lambda y, x, b: (y.sum() - x.sum()) ** 2, outer_loss),
+        bl.Implicit(bl.Dense()),
+    ),
 }
 
 
@@ -783,7 +927,15 @@ def test_iterate_does_not_move_on_a_hypergradient_that_must_not_be_used(case):
 def test_iterate_steps_through_negative_curvature_with_a_warning():
     problem, estimator = FAILING["NEGATIVE_CURVATURE"]
     x = vector(0.5, -0.3).requires_grad_()
-    loop = bl.iterate(problem, x, vector(0.1, 0.2), [NOTHING], solver=DESCENT, estimator=estimator, optimizer=torch.optim.SGD([x], lr=0.1))
+    loop = bl.iterate(
+        problem,
+        x,
+        vector(0.1, 0.2),
+        [NOTHING],
+        solver=DESCENT,
+        estimator=estimator,
+        optimizer=torch.optim.SGD([x], lr=0.1),
+    )
     with pytest.warns(UserWarning, match="stepped through NEGATIVE_CURVATURE"):
         assert len(list(loop)) == 1
 
@@ -795,7 +947,10 @@ def looped(outer: Any, loader: Any, optimizer: Any = None, **kwargs: Any) -> lis
 
 
 def test_iterate_refuses_a_loader_of_something_else():
-    with pytest.raises(TypeError, match=r"loader yielded a tuple; write \(bilevel\.Batches\(inner=a, outer=b\) for a, b in zip\(train, valid\)\)"):
+    with pytest.raises(
+        TypeError,
+        match=r"loader yielded a tuple; write \(bilevel\.Batches\(inner=a, outer=b\) for a, b in zip\(train, valid\)\)",
+    ):
         looped(vector(1.0, 2.0).requires_grad_(), [(1, 2)])
 
 
@@ -807,7 +962,11 @@ def test_iterate_refuses_an_outer_variable_that_cannot_be_moved():
 def test_iterate_refuses_an_optimizer_of_other_tensors():
     """Otherwise x never moves, and nothing says so."""
     with pytest.raises(ValueError, match="optimizer"):
-        looped(vector(1.0, 2.0).requires_grad_(), [NOTHING] * 2, torch.optim.SGD([vector(1.0, 2.0).requires_grad_()], lr=0.1))
+        looped(
+            vector(1.0, 2.0).requires_grad_(),
+            [NOTHING] * 2,
+            torch.optim.SGD([vector(1.0, 2.0).requires_grad_()], lr=0.1),
+        )
 
 
 def test_iterate_refuses_an_inner_optimizer_as_outer_optimizer():
@@ -821,13 +980,31 @@ def test_iterate_refuses_an_inner_optimizer_as_outer_optimizer():
 @pytest.mark.parametrize(
     ("batches", "inner", "message"),
     [
-        (bl.Batches(torch.zeros(3, 2), torch.zeros(4, 2)), torch.zeros(3, 2), r"'Batches\.inner': \[3\], 'Batches\.outer': \[4\]"),
-        (bl.Batches(torch.zeros(3, 2), torch.zeros(3, 2)), torch.zeros(2), r"'inner': \[2\].*y\.expand\(T, \*y\.shape\)"),
-        (bl.Batches([torch.zeros(3, 2), torch.zeros(2)], torch.zeros(3, 2)), torch.zeros(3, 2), r"'Batches\.inner': \[2, 3\]"),
-        (bl.Batches(torch.zeros(3, 2), torch.tensor(1.0)), torch.zeros(3, 2), r"'Batches\.outer': \[0\]"),
-        (bl.Batches(bl.PerStep([torch.zeros(2, 2)] * 3), torch.zeros(3, 2)), torch.zeros(3, 2), r"'Batches\.inner': \[2\]"),
         (
-            bl.Batches(bl.PerStep([torch.zeros(3, 2), torch.zeros(2, 2), torch.zeros(3, 2)], ragged=True), torch.zeros(3, 2)),
+            bl.Batches(torch.zeros(3, 2), torch.zeros(4, 2)),
+            torch.zeros(3, 2),
+            r"'Batches\.inner': \[3\], 'Batches\.outer': \[4\]",
+        ),
+        (
+            bl.Batches(torch.zeros(3, 2), torch.zeros(3, 2)),
+            torch.zeros(2),
+            r"'inner': \[2\].*y\.expand\(T, \*y\.shape\)",
+        ),
+        (
+            bl.Batches([torch.zeros(3, 2), torch.zeros(2)], torch.zeros(3, 2)),
+            torch.zeros(3, 2),
+            r"'Batches\.inner': \[2, 3\]",
+        ),
+        (bl.Batches(torch.zeros(3, 2), torch.tensor(1.0)), torch.zeros(3, 2), r"'Batches\.outer': \[0\]"),
+        (
+            bl.Batches(bl.PerStep([torch.zeros(2, 2)] * 3), torch.zeros(3, 2)),
+            torch.zeros(3, 2),
+            r"'Batches\.inner': \[2\]",
+        ),
+        (
+            bl.Batches(
+                bl.PerStep([torch.zeros(3, 2), torch.zeros(2, 2), torch.zeros(3, 2)], ragged=True), torch.zeros(3, 2)
+            ),
             torch.zeros(3, 2),
             "leading",
         ),
@@ -845,7 +1022,9 @@ def test_task_mean_refuses_leading_dimensions_that_disagree(batches, inner, mess
 @every_estimator
 def test_task_mean_passes_failures_and_refusals_on(name, chunk):
     tasks = bl.Batches(vector(1.0, torch.nan, 2.0), vector(1.0, 2.0, 3.0))
-    problem = bl.Problem(lambda y, x, b: ((y - b * x) ** 2).sum(), lambda y, x, b: (b * y**2).sum() + 0.1 * (x**2).sum())
+    problem = bl.Problem(
+        lambda y, x, b: ((y - b * x) ** 2).sum(), lambda y, x, b: (b * y**2).sum() + 0.1 * (x**2).sum()
+    )
     inner = torch.zeros(3, 2, dtype=F64)
     hg = solve(problem, inner=inner, batches=tasks, estimator=bl.TaskMean(ESTIMATORS[name], chunk=chunk))
     assert hg.status is bl.Status.DIVERGED
@@ -863,7 +1042,9 @@ def test_task_mean_refuses_the_state_of_another_number_of_tasks(tasks, chunk):
 
     def run(count, state):
         b = torch.arange(1, count + 1, dtype=F64)
-        return solve(problem, inner=torch.zeros(count, 2, dtype=F64), batches=bl.Batches(b, b), estimator=estimator, state=state)
+        return solve(
+            problem, inner=torch.zeros(count, 2, dtype=F64), batches=bl.Batches(b, b), estimator=estimator, state=state
+        )
 
     state = run(3, None).state
     run(3, state)
@@ -877,7 +1058,8 @@ def test_task_mean_refuses_the_state_of_another_number_of_tasks(tasks, chunk):
 def snapshot(tensors: list[Tensor]) -> list[tuple]:
     grads = [t.grad if t.is_leaf else None for t in tensors]
     return [
-        (t.detach().clone(), t._version, t.requires_grad, None if g is None else g.clone(), t.grad_fn) for t, g in zip(tensors, grads, strict=True)
+        (t.detach().clone(), t._version, t.requires_grad, None if g is None else g.clone(), t.grad_fn)
+        for t, g in zip(tensors, grads, strict=True)
     ]
 
 
@@ -894,7 +1076,11 @@ def assert_untouched(tensors: list[Tensor], before: list[tuple]) -> None:
 
 def tree_loss(y: dict, x: dict, batch: tuple) -> Tensor:
     inputs, targets = batch
-    return (inputs @ y["w"] + y["b"] - targets).pow(2).mean() + (x["decay"].exp() * y["w"] ** 2).sum() + (x["shift"] * y["b"]).sum()
+    return (
+        (inputs @ y["w"] + y["b"] - targets).pow(2).mean()
+        + (x["decay"].exp() * y["w"] ** 2).sum()
+        + (x["shift"] * y["b"]).sum()
+    )
 
 
 @pytest.mark.parametrize("start", ["inner", "init"])
@@ -929,7 +1115,9 @@ def test_no_argument_is_changed_and_results_are_detached(name, optimizer, start)
     assert_untouched(tensors, before)
     results = [
         leaf
-        for leaf in torch.utils._pytree.tree_leaves((hg.grad, hg.inner, hg.outer_loss, hg.inner_loss, hg.state, hg.stats))
+        for leaf in torch.utils._pytree.tree_leaves(
+            (hg.grad, hg.inner, hg.outer_loss, hg.inner_loss, hg.state, hg.stats)
+        )
         if isinstance(leaf, Tensor)
     ]
     assert all(not leaf.requires_grad and leaf.grad_fn is None for leaf in results)
@@ -998,7 +1186,9 @@ def test_the_call_draws_no_random_numbers_of_its_own(name):
 def test_an_initialization_that_is_the_outer_variable_is_not_confused_with_it(inner, init, keep):
     """g may depend on x and on y_0 = x at once; dg/dy must not take in dg/dx."""
     problem = bl.Problem(
-        inner, lambda y, x, b: torch.stack([((leaf - 2) ** 2).sum() for leaf in (y if isinstance(y, list) else [y])]).sum(), init=init
+        inner,
+        lambda y, x, b: torch.stack([((leaf - 2) ** 2).sum() for leaf in (y if isinstance(y, list) else [y])]).sum(),
+        init=init,
     )
 
     def value(x):
@@ -1054,7 +1244,8 @@ def test_a_random_start_is_replayed(name):
 
 @pytest.mark.parametrize("name", ["first order corrected", "first order corrected, forward"])
 def test_both_sides_of_the_finite_difference_take_the_same_number_of_steps(name):
-    """With this tolerance one side meets it a step before the other; that step's length divided by nu is not a hypergradient."""
+    """With this tolerance one side meets it a step before the other; that step's length divided by nu is not a
+    hypergradient."""
     problem = bl.Problem(lambda y, x, b: y**2 - x * y, lambda y, x, b: y**2 / 2)
     hg = solve(
         problem,
@@ -1067,9 +1258,13 @@ def test_both_sides_of_the_finite_difference_take_the_same_number_of_steps(name)
     assert hg.grad.item() == pytest.approx(0.25, abs=5e-3)
 
 
-@pytest.mark.parametrize("name", ["implicit, cg", "memory reduced", "first order corrected", "first order corrected, forward"])
+@pytest.mark.parametrize(
+    "name", ["implicit, cg", "memory reduced", "first order corrected", "first order corrected, forward"]
+)
 def test_the_inner_loss_is_reported_on_the_inner_batch_not_on_the_curvature_batch(name):
     problem = bl.Problem(lambda y, x, b: ((y - b * x) ** 2).sum(), outer_loss)
     hg = solve(problem, batches=bl.Batches(vector(1.0), None, curvature=vector(50.0)), estimator=ESTIMATORS[name])
-    torch.testing.assert_close(hg.inner_loss, problem.inner(hg.inner, vector(0.5, -0.3), vector(1.0)), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(
+        hg.inner_loss, problem.inner(hg.inner, vector(0.5, -0.3), vector(1.0)), rtol=1e-5, atol=1e-8
+    )
     assert hg.status is not bl.Status.INNER_ROSE

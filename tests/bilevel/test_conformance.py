@@ -1,4 +1,5 @@
-"""One matrix: estimators x problems x inner optimizers x dtypes x devices, against an independent way to the same number."""
+"""One matrix: estimators x problems x inner optimizers x dtypes x devices, against an independent way to the same
+number."""
 
 import dataclasses
 import functools
@@ -11,7 +12,12 @@ from torch.utils import _pytree as pytree
 import bilevel as bl
 from bilevel.estimators.penalty.first_order_corrected import default_nu
 
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+    ),
+]
 
 
 def flat(tree):
@@ -40,7 +46,8 @@ def cells():
 
 
 def quietly(call):
-    """log_lr is part of x for all optimizers, and influences nothing for most of them: that warning is tested elsewhere."""
+    """log_lr is part of x for all optimizers, and influences nothing for most of them: that warning is tested
+    elsewhere."""
     import warnings
 
     with warnings.catch_warnings():
@@ -55,7 +62,11 @@ def test_exact_estimators_equal_the_written_out_program(problem, optimizer, esti
     p, outer, inner, batches = catalogue.PROBLEMS[problem](device=device)
     optimizer = catalogue.OPTIMIZERS[optimizer]
     expected = reference(p, outer, inner, batches, optimizer, 7)
-    found = quietly(lambda: bl.hypergradient(p, outer, inner, batches, solver=bl.Descent(optimizer, 7), estimator=catalogue.EXACT[estimator]))
+    found = quietly(
+        lambda: bl.hypergradient(
+            p, outer, inner, batches, solver=bl.Descent(optimizer, 7), estimator=catalogue.EXACT[estimator]
+        )
+    )
     assert found.status is bl.Status.OK
     torch.testing.assert_close(flat(found.grad), flat(expected), rtol=1e-11, atol=1e-13)
     assert pytree.tree_structure(found.grad) == pytree.tree_structure(outer)
@@ -88,7 +99,13 @@ def test_truncation_is_the_same_for_every_way_of_keeping_the_trajectory(last, op
     for keep in ("graph", "iterates", "segments"):
         estimator = bl.Unrolled(keep=keep, last=last)
         solver = bl.Descent(catalogue.OPTIMIZERS[optimizer], 7)
-        answers.append(flat(quietly(lambda e=estimator, s=solver: bl.hypergradient(p, outer, inner, batches, solver=s, estimator=e)).grad))
+        answers.append(
+            flat(
+                quietly(
+                    lambda e=estimator, s=solver: bl.hypergradient(p, outer, inner, batches, solver=s, estimator=e)
+                ).grad
+            )
+        )
     torch.testing.assert_close(answers[1], answers[0], rtol=1e-11, atol=1e-14)
     torch.testing.assert_close(answers[2], answers[0], rtol=1e-11, atol=1e-14)
     full = flat(reference(p, outer, inner, batches, catalogue.OPTIMIZERS[optimizer], 7))
@@ -99,7 +116,11 @@ def test_truncation_is_the_same_for_every_way_of_keeping_the_trajectory(last, op
 def long_unroll(problem):
     p, outer, inner, batches = catalogue.PROBLEMS[problem]()
     solver = bl.Descent(bl.SGD(1.0), 2000)
-    return flat(quietly(lambda: bl.hypergradient(p, outer, inner, batches, solver=solver, estimator=bl.Unrolled("segments"))).grad)
+    return flat(
+        quietly(
+            lambda: bl.hypergradient(p, outer, inner, batches, solver=solver, estimator=bl.Unrolled("segments"))
+        ).grad
+    )
 
 
 @pytest.mark.parametrize("estimator", catalogue.AT_SOLUTION)
@@ -108,7 +129,9 @@ def test_estimators_at_the_solution_agree_with_a_long_unroll(problem, estimator)
     p, outer, inner, batches = catalogue.PROBLEMS[problem]()
     long = long_unroll(problem)
     solver = bl.Converge(bl.SGD(1.0), tol=1e-12, max_steps=5000)
-    found = quietly(lambda: bl.hypergradient(p, outer, inner, batches, solver=solver, estimator=catalogue.AT_SOLUTION[estimator]))
+    found = quietly(
+        lambda: bl.hypergradient(p, outer, inner, batches, solver=solver, estimator=catalogue.AT_SOLUTION[estimator])
+    )
     assert found.status is bl.Status.OK
     # the finite difference keeps its own nu^2 and rounding; the others are exact here
     bound = 1e-8 if estimator == "corrected" else 1e-9
@@ -118,26 +141,44 @@ def test_estimators_at_the_solution_agree_with_a_long_unroll(problem, estimator)
 @pytest.mark.parametrize("keep", ["graph", "iterates", "segments"])
 def test_unrolling_a_solver_that_stops_by_itself_is_the_program_of_as_many_steps(keep):
     p, outer, inner, batches = catalogue.meta_start()
-    found = bl.hypergradient(p, outer, inner, batches, solver=bl.Converge(bl.SGD(0.5), tol=1e-3, max_steps=500), estimator=bl.Unrolled(keep=keep))
+    found = bl.hypergradient(
+        p,
+        outer,
+        inner,
+        batches,
+        solver=bl.Converge(bl.SGD(0.5), tol=1e-3, max_steps=500),
+        estimator=bl.Unrolled(keep=keep),
+    )
     steps = found.stats["inner_steps"]
     assert 5 < steps < 500
-    torch.testing.assert_close(flat(found.grad), flat(reference(p, outer, inner, batches, bl.SGD(0.5), steps)), rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(
+        flat(found.grad), flat(reference(p, outer, inner, batches, bl.SGD(0.5), steps)), rtol=1e-10, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize("estimator", catalogue.EXACT)
 def test_every_step_sees_its_own_batch(estimator):
     p, outer, inner, batches = catalogue.weighted_net()
     g = torch.Generator().manual_seed(9)
-    steps = [[torch.randn(4, 5, generator=g, dtype=catalogue.D), torch.randint(0, 3, (4,), generator=g)] for _ in range(6)]
+    steps = [
+        [torch.randn(4, 5, generator=g, dtype=catalogue.D), torch.randint(0, 3, (4,), generator=g)] for _ in range(6)
+    ]
     batches = dataclasses.replace(batches, inner=bl.PerStep(steps))
-    found = quietly(lambda: bl.hypergradient(p, outer, inner, batches, solver=bl.Descent(bl.SGD(0.3), 6), estimator=catalogue.EXACT[estimator]))
-    torch.testing.assert_close(flat(found.grad), flat(reference(p, outer, inner, batches, bl.SGD(0.3), 6)), rtol=1e-11, atol=1e-14)
+    found = quietly(
+        lambda: bl.hypergradient(
+            p, outer, inner, batches, solver=bl.Descent(bl.SGD(0.3), 6), estimator=catalogue.EXACT[estimator]
+        )
+    )
+    torch.testing.assert_close(
+        flat(found.grad), flat(reference(p, outer, inner, batches, bl.SGD(0.3), 6)), rtol=1e-11, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("estimator", catalogue.EXACT)
 def test_random_numbers_are_replayed(estimator, optimizer):
-    """The same seed gives the same hypergradient whether a step's graph was kept or rebuilt, and leaves the same random state behind."""
+    """The same seed gives the same hypergradient whether a step's graph was kept or rebuilt, and leaves the same random
+    state behind."""
     p, outer, inner, batches = catalogue.weighted_net()
     noisy = bl.Problem(
         lambda y, x, b: p.inner_loss(y, x, (torch.nn.functional.dropout(b[0], 0.4), b[1])),
@@ -156,7 +197,11 @@ def test_random_numbers_are_replayed(estimator, optimizer):
     torch.testing.assert_close(inner_loss, expected_loss)
     assert after == expected_after
     torch.manual_seed(6)
-    other = quietly(lambda: bl.hypergradient(noisy, outer, inner, batches, solver=bl.Descent(bl.SGD(0.3), 8), estimator=bl.Unrolled()))
+    other = quietly(
+        lambda: bl.hypergradient(
+            noisy, outer, inner, batches, solver=bl.Descent(bl.SGD(0.3), 8), estimator=bl.Unrolled()
+        )
+    )
     assert not torch.allclose(flat(other.grad), expected)
 
 
@@ -169,7 +214,14 @@ def test_both_sides_of_the_correction_draw_the_same_random_numbers():
         torch.manual_seed(5)
         return flat(
             quietly(
-                lambda: bl.hypergradient(noisy, outer, inner, batches, solver=bl.Descent(bl.SGD(0.3), 30), estimator=bl.FirstOrderCorrected(nu))
+                lambda: bl.hypergradient(
+                    noisy,
+                    outer,
+                    inner,
+                    batches,
+                    solver=bl.Descent(bl.SGD(0.3), 30),
+                    estimator=bl.FirstOrderCorrected(nu),
+                )
             ).grad
         )
 
@@ -180,7 +232,11 @@ def test_both_sides_of_the_correction_draw_the_same_random_numbers():
 def test_same_seed_same_answer(estimator):
     p, outer, inner, batches = catalogue.meta_start()
     answers = [
-        flat(bl.hypergradient(p, outer, inner, batches, solver=bl.Descent(bl.SGD(0.3), 5), estimator=catalogue.ESTIMATORS[estimator]).grad)
+        flat(
+            bl.hypergradient(
+                p, outer, inner, batches, solver=bl.Descent(bl.SGD(0.3), 5), estimator=catalogue.ESTIMATORS[estimator]
+            ).grad
+        )
         for _ in range(2)
     ]
     assert torch.equal(*answers)
@@ -196,9 +252,14 @@ def test_same_seed_same_answer(estimator):
     ],
 )
 def test_the_default_perturbation_balances_truncation_and_rounding(dtype, scheme, bound):
-    """A tenth and ten times the default are no better than a factor of ten or so; the bound is what the default reaches here."""
+    """A tenth and ten times the default are no better than a factor of ten or so; the bound is what the default reaches
+    here."""
     p, outer, _, batches = catalogue.meta_start()
-    exact = flat(bl.hypergradient(p, outer, None, batches, solver=bl.Descent(bl.SGD(0.5), 150), estimator=bl.Unrolled("segments")).grad)
+    exact = flat(
+        bl.hypergradient(
+            p, outer, None, batches, solver=bl.Descent(bl.SGD(0.5), 150), estimator=bl.Unrolled("segments")
+        ).grad
+    )
     p, outer, _, batches = catalogue.meta_start(dtype)
 
     def error(nu):

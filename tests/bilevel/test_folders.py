@@ -25,7 +25,9 @@ def drawings(tmp_path):
             for character in (1, 2):
                 for drawer in range(3):
                     shift = 15 * drawer
-                    path = tmp_path / part / alphabet / f"character{character:02d}" / f"{character:04d}_{drawer:02d}.png"
+                    path = (
+                        tmp_path / part / alphabet / f"character{character:02d}" / f"{character:04d}_{drawer:02d}.png"
+                    )
                     write_drawing(path, (shift, 0, shift + 30, 60))
     return tmp_path
 
@@ -37,7 +39,10 @@ def test_omniglot_is_resized_and_inverted(drawings):
     assert data.images.shape == (12, 1, 28, 28)
     first = data.images[0, 0]
     # the square is 30 x 60 of 105 x 105 pixels: 8 x 16 of 28 x 28, ink 255 on 0
-    assert torch.equal(first == 255, torch.zeros(28, 28).index_put_((torch.arange(16)[:, None], torch.arange(8)), torch.tensor(1.0)).bool())
+    assert torch.equal(
+        first == 255,
+        torch.zeros(28, 28).index_put_((torch.arange(16)[:, None], torch.arange(8)), torch.tensor(1.0)).bool(),
+    )
     assert not first[16:].any()
     assert not first[:, 8:].any()
     assert data.images[1, 0, 0].argmax() == 4

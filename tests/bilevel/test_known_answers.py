@@ -61,7 +61,9 @@ def test_symmetric_correction_has_its_closed_form_at_the_solution(nu, answer):
 @pytest.mark.parametrize("nu", [0.1, 0.01])
 def test_forward_correction_is_f2sa_with_penalty_one_over_nu(nu):
     penalty = 1 / nu
-    assert scalar(bl.FirstOrderCorrected(nu, "forward"), steps=200).grad.item() == pytest.approx(0.25 * penalty * 2 / (1 + penalty * 2), abs=1e-10)
+    assert scalar(bl.FirstOrderCorrected(nu, "forward"), steps=200).grad.item() == pytest.approx(
+        0.25 * penalty * 2 / (1 + penalty * 2), abs=1e-10
+    )
 
 
 @pytest.mark.parametrize("keep", ["graph", "iterates", "segments"])
@@ -84,11 +86,14 @@ def spd(size, generator, low=1.0, high=4.0):
 
 
 def quadratics(size=8, strength=1.0):
-    """papers.md 1.6a: f = (y-a)'A(y-a)/2, h = (y-b)'B(y-b)/2, proximal start; every closed form follows from A, B, a, b, x."""
+    """papers.md 1.6a: f = (y-a)'A(y-a)/2, h = (y-b)'B(y-b)/2, proximal start; every closed form follows from A, B, a,
+    b, x."""
     g = torch.Generator().manual_seed(0)
     A, B = spd(size, g), spd(size, g, 0.5, 2.0)
     a, b, x = (torch.randn(size, generator=g, dtype=D) for _ in range(3))
-    maml = bl.Problem(lambda y, x, _: (y - a) @ A @ (y - a) / 2, lambda y, x, _: (y - b) @ B @ (y - b) / 2, init=lambda x, _: x)
+    maml = bl.Problem(
+        lambda y, x, _: (y - a) @ A @ (y - a) / 2, lambda y, x, _: (y - b) @ B @ (y - b) / 2, init=lambda x, _: x
+    )
     return A, B, a, b, x, bl.proximal(maml, strength)
 
 
@@ -102,7 +107,12 @@ def test_four_roads_to_the_proximal_hypergradient_agree():
     eye = torch.eye(8, dtype=D)
     solution = torch.linalg.solve(A + eye, A @ a + x)
     exact = torch.linalg.solve(A + eye, B @ (solution - b))
-    for estimator in (bl.Implicit(bl.Dense()), bl.Implicit(bl.CG(20, tol=1e-14)), bl.MemoryReduced(tol=1e-14), bl.Unrolled("segments")):
+    for estimator in (
+        bl.Implicit(bl.Dense()),
+        bl.Implicit(bl.CG(20, tol=1e-14)),
+        bl.MemoryReduced(tol=1e-14),
+        bl.Unrolled("segments"),
+    ):
         found = converged(problem, x, estimator)
         assert (found.grad - exact).norm() / exact.norm() < 1e-10
         assert (found.inner - solution).norm() < 1e-10
@@ -117,7 +127,9 @@ def test_correction_equals_its_own_closed_form_and_order(nu, scheme):
     def minimizer(nu):
         return torch.linalg.solve(A + nu * B + eye, A @ a + nu * B @ b + x)
 
-    biased = (minimizer(-nu) - minimizer(nu)) / (2 * nu) if scheme == "symmetric" else (minimizer(0.0) - minimizer(nu)) / nu
+    biased = (
+        (minimizer(-nu) - minimizer(nu)) / (2 * nu) if scheme == "symmetric" else (minimizer(0.0) - minimizer(nu)) / nu
+    )
     exact = torch.linalg.solve(A + eye, B @ (minimizer(0.0) - b))
     found = converged(problem, x, bl.FirstOrderCorrected(nu, scheme)).grad
     assert (found - biased).norm() / biased.norm() < 1e-10
@@ -135,17 +147,31 @@ def test_forward_correction_is_exact_for_a_linear_outer_loss():
 
 
 def test_equal_budgets_keep_the_correction_from_blowing_up():
-    """papers.md 1.6e: with the same K on both sides the error tends to the truncation error as nu -> 0 and stays there."""
+    """papers.md 1.6e: with the same K on both sides the error tends to the truncation error as nu -> 0 and stays
+    there."""
     g = torch.Generator().manual_seed(2)
-    X, labels, x = torch.randn(40, 6, generator=g, dtype=D), torch.rand(40, generator=g, dtype=D).round(), torch.randn(6, generator=g, dtype=D)
+    X, labels, x = (
+        torch.randn(40, 6, generator=g, dtype=D),
+        torch.rand(40, generator=g, dtype=D).round(),
+        torch.randn(6, generator=g, dtype=D),
+    )
     logistic = torch.nn.functional.binary_cross_entropy_with_logits
     problem = bl.proximal(
-        bl.Problem(lambda y, x, _: logistic(X @ y, labels), lambda y, x, _: logistic(X[:10] @ y, 1 - labels[:10]), init=lambda x, _: x), 0.5
+        bl.Problem(
+            lambda y, x, _: logistic(X @ y, labels),
+            lambda y, x, _: logistic(X[:10] @ y, 1 - labels[:10]),
+            init=lambda x, _: x,
+        ),
+        0.5,
     )
-    exact = bl.hypergradient(problem, x, None, NO_DATA, solver=bl.Converge(bl.SGD(0.8), 1e-13, 2000), estimator=bl.Implicit(bl.Dense())).grad
+    exact = bl.hypergradient(
+        problem, x, None, NO_DATA, solver=bl.Converge(bl.SGD(0.8), 1e-13, 2000), estimator=bl.Implicit(bl.Dense())
+    ).grad
 
     def error(nu):
-        found = bl.hypergradient(problem, x, None, NO_DATA, solver=bl.Descent(bl.SGD(0.8), 20), estimator=bl.FirstOrderCorrected(nu)).grad
+        found = bl.hypergradient(
+            problem, x, None, NO_DATA, solver=bl.Descent(bl.SGD(0.8), 20), estimator=bl.FirstOrderCorrected(nu)
+        ).grad
         return ((found - exact).norm() / exact.norm()).item()
 
     floor = error(1e-3)
@@ -155,9 +181,14 @@ def test_equal_budgets_keep_the_correction_from_blowing_up():
 
 @pytest.mark.parametrize("steps", [1, 3, 5, 10])
 def test_multi_step_maml_is_the_ordered_product(steps):
-    """papers.md 2.7a: v <- grad l_T(w_N); v <- v - alpha H(w_j) v for j = N-1..0, on a logistic loss with alpha = 1/(8 N L)."""
+    """papers.md 2.7a: v <- grad l_T(w_N); v <- v - alpha H(w_j) v for j = N-1..0, on a logistic loss with alpha = 1/(8
+    N L)."""
     g = torch.Generator().manual_seed(3)
-    X, labels, w0 = torch.randn(30, 4, generator=g, dtype=D), torch.rand(30, generator=g, dtype=D).round(), torch.randn(4, generator=g, dtype=D)
+    X, labels, w0 = (
+        torch.randn(30, 4, generator=g, dtype=D),
+        torch.rand(30, generator=g, dtype=D).round(),
+        torch.randn(4, generator=g, dtype=D),
+    )
     smoothness = torch.linalg.eigvalsh(X.T @ X / 30)[-1].item() / 4
     alpha = 1 / (8 * steps * smoothness)
 
@@ -176,7 +207,9 @@ def test_multi_step_maml_is_the_ordered_product(steps):
         v = v - alpha * torch.func.jacrev(torch.func.grad(support))(w) @ v
     problem = bl.Problem(support, query, init=lambda x, _: x)
     for keep in ("graph", "iterates", "segments"):
-        found = bl.hypergradient(problem, w0, None, NO_DATA, solver=bl.Descent(bl.SGD(alpha), steps), estimator=bl.Unrolled(keep=keep))
+        found = bl.hypergradient(
+            problem, w0, None, NO_DATA, solver=bl.Descent(bl.SGD(alpha), steps), estimator=bl.Unrolled(keep=keep)
+        )
         torch.testing.assert_close(found.grad, v, rtol=1e-12, atol=1e-15)
 
 
@@ -186,7 +219,9 @@ def test_maml_on_a_quadratic_and_its_first_order_form(steps):
     g = torch.Generator().manual_seed(4)
     H, c, q, w = spd(5, g), *(torch.randn(5, generator=g, dtype=D) for _ in range(3))
     P = torch.linalg.matrix_power(torch.eye(5, dtype=D) - 0.1 * H, steps)
-    problem = bl.Problem(lambda y, x, _: (y - c) @ H @ (y - c) / 2, lambda y, x, _: (y - q).square().sum() / 2, init=lambda x, _: x)
+    problem = bl.Problem(
+        lambda y, x, _: (y - c) @ H @ (y - c) / 2, lambda y, x, _: (y - q).square().sum() / 2, init=lambda x, _: x
+    )
     adapted = c + P @ (w - c)
 
     def run(estimator):
@@ -199,11 +234,14 @@ def test_maml_on_a_quadratic_and_its_first_order_form(steps):
 
 
 def vector_problem(size=6, outer=4):
-    """papers.md 3.7: g = y'Hy/2 - y'Cx, f = |y-a|^2/2 + 0.05|x|^2; the exact hypergradient is 0.1 x + C'H^-1 (y* - a)."""
+    """papers.md 3.7: g = y'Hy/2 - y'Cx, f = |y-a|^2/2 + 0.05|x|^2; the exact hypergradient is 0.1 x + C'H^-1 (y* -
+    a)."""
     g = torch.Generator().manual_seed(5)
     H, C = spd(size, g), torch.randn(size, outer, generator=g, dtype=D)
     a, x = torch.randn(size, generator=g, dtype=D), torch.randn(outer, generator=g, dtype=D)
-    problem = bl.Problem(lambda y, x, _: y @ H @ y / 2 - y @ C @ x, lambda y, x, _: (y - a).square().sum() / 2 + 0.05 * x.square().sum())
+    problem = bl.Problem(
+        lambda y, x, _: y @ H @ y / 2 - y @ C @ x, lambda y, x, _: (y - a).square().sum() / 2 + 0.05 * x.square().sum()
+    )
     return H, C, a, x, problem
 
 
@@ -223,7 +261,12 @@ def test_memory_reduced_equals_an_exact_solve_at_the_kth_iterate(steps):
 def test_truncated_conjugate_gradients_say_so():
     _, _, _, x, problem = vector_problem()
     found = bl.hypergradient(
-        problem, x, torch.zeros(6, dtype=D), NO_DATA, solver=bl.Descent(bl.SGD(0.2), 80), estimator=bl.Implicit(bl.CG(2, tol=1e-8))
+        problem,
+        x,
+        torch.zeros(6, dtype=D),
+        NO_DATA,
+        solver=bl.Descent(bl.SGD(0.2), 80),
+        estimator=bl.Implicit(bl.CG(2, tol=1e-8)),
     )
     assert found.status is bl.Status.MAX_STEPS
     assert found.stats["linear_residual"].item() > 1e-3
@@ -233,7 +276,8 @@ def test_truncated_conjugate_gradients_say_so():
 
 
 def test_warm_starts_remove_the_error_of_a_single_inner_step():
-    """papers.md 3.7: fixed task, slowly moving x, K=1: with warm starts of y and v the error goes to 0, without it stays."""
+    """papers.md 3.7: fixed task, slowly moving x, K=1: with warm starts of y and v the error goes to 0, without it
+    stays."""
     H, C, a, x, problem = vector_problem()
 
     def exact(x):
@@ -243,7 +287,13 @@ def test_warm_starts_remove_the_error_of_a_single_inner_step():
         here, state, found = x.clone(), None, []
         for _ in range(100):
             hg = bl.hypergradient(
-                problem, here, torch.zeros(6, dtype=D), NO_DATA, solver=bl.Descent(bl.SGD(0.4), 1), estimator=estimator, state=state
+                problem,
+                here,
+                torch.zeros(6, dtype=D),
+                NO_DATA,
+                solver=bl.Descent(bl.SGD(0.4), 1),
+                estimator=estimator,
+                state=state,
             )
             state = hg.state
             found.append(((hg.grad - exact(here)).norm() / exact(here).norm()).item())
@@ -270,5 +320,12 @@ def test_momentum_and_adam_unrolls_equal_reverse_mode_through_torch_func():
     for optimizer in (bl.SGD(0.1, momentum=0.9, nesterov=True), bl.Adam(0.05), bl.AdamW(0.05, weight_decay=0.1)):
         expected = torch.func.grad(program)(x, optimizer, 15)
         for keep in ("graph", "iterates", "segments"):
-            found = bl.hypergradient(problem, x, torch.zeros(6, dtype=D), NO_DATA, solver=bl.Descent(optimizer, 15), estimator=bl.Unrolled(keep=keep))
+            found = bl.hypergradient(
+                problem,
+                x,
+                torch.zeros(6, dtype=D),
+                NO_DATA,
+                solver=bl.Descent(optimizer, 15),
+                estimator=bl.Unrolled(keep=keep),
+            )
             torch.testing.assert_close(found.grad, expected, rtol=1e-11, atol=1e-13)

@@ -1,4 +1,5 @@
-"""The transformer and the reweighting of its training text: derivatives, causality, data, learning, and a billion parameters without memory."""
+"""The transformer and the reweighting of its training text: derivatives, causality, data, learning, and a billion
+parameters without memory."""
 
 import inspect
 import json
@@ -32,7 +33,8 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(tree.tensors(a), tree.tensors(b), strict=True))
 
 
-# --- transformer -------------------------------------------------------------------------------------------------------------------------
+# --- transformer
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_parameters_are_those_of_the_formula_and_depend_on_the_seed_only():
@@ -55,10 +57,13 @@ def test_a_prediction_depends_on_no_later_byte():
     embedded = params["tokens.weight"][tokens]
 
     def scores(embedded):
-        # every place of the sequence as a row of the vocabulary, so that each has an embedding of its own to differentiate
+        # every place of the sequence as a row of the vocabulary, so that each has an embedding of its own to
+        # differentiate
         return call({**params, "tokens.weight": embedded[0]}, torch.arange(9)[None])[0]
 
-    influence = torch.autograd.functional.jacobian(scores, embedded)[:, :, 0].abs().sum((1, 3))  # [place of the score, place of the input]
+    influence = (
+        torch.autograd.functional.jacobian(scores, embedded)[:, :, 0].abs().sum((1, 3))
+    )  # [place of the score, place of the input]
     assert torch.equal(influence > 0, torch.ones(9, 9).tril() > 0)
     shorter = call(params, tokens[:, :4])
     torch.testing.assert_close(shorter, call(params, tokens)[:, :4])
@@ -67,7 +72,9 @@ def test_a_prediction_depends_on_no_later_byte():
 def test_attention_is_that_of_torch():
     module = Transformer(vocabulary=5, context=6, layers=1, width=8, heads=2).double()
     attention, hidden = module.blocks[0].attention, torch.randn(3, 6, 8, dtype=torch.float64)
-    query, key, value = (part(hidden).view(3, 6, 2, 4).transpose(1, 2) for part in (attention.query, attention.key, attention.value))
+    query, key, value = (
+        part(hidden).view(3, 6, 2, 4).transpose(1, 2) for part in (attention.query, attention.key, attention.value)
+    )
     fused = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
     mask = torch.full((6, 6), -math.inf, dtype=torch.float64).triu(1)
     torch.testing.assert_close(attention(hidden, mask), attention.mix(fused.transpose(1, 2).reshape(3, 6, 8)))
@@ -90,12 +97,16 @@ def test_first_and_second_derivatives_agree_with_finite_differences(device):
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("device", DEVICES)
 def test_vmap_over_parameters_and_forward_over_reverse(device):
-    made = [transformer(vocabulary=5, context=4, layers=1, width=8, heads=2, seed=seed, device=device) for seed in (0, 1)]
+    made = [
+        transformer(vocabulary=5, context=4, layers=1, width=8, heads=2, seed=seed, device=device) for seed in (0, 1)
+    ]
     call, params = made[0]
     stacked = {name: torch.stack([parts[name] for _, parts in made]) for name in params}
     tokens = torch.randint(5, (2, 3, 4), generator=torch.Generator().manual_seed(0)).to(device)
     mapped = torch.func.vmap(call)(stacked, tokens)
-    torch.testing.assert_close(mapped, torch.stack([call(parts, row) for (_, parts), row in zip(made, tokens, strict=True)]))
+    torch.testing.assert_close(
+        mapped, torch.stack([call(parts, row) for (_, parts), row in zip(made, tokens, strict=True)])
+    )
 
     def gradient(params):
         return torch.func.grad(lambda params: call(params, tokens[0]).square().mean())(params)
@@ -107,13 +118,16 @@ def test_vmap_over_parameters_and_forward_over_reverse(device):
     torch.testing.assert_close(list(product.values()), list(double), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("sizes", "says"), [({"width": 10, "heads": 4}, "a width that the heads divide"), ({"layers": 0}, "layers=0")])
+@pytest.mark.parametrize(
+    ("sizes", "says"), [({"width": 10, "heads": 4}, "a width that the heads divide"), ({"layers": 0}, "layers=0")]
+)
 def test_the_transformer_refuses_sizes_that_do_not_fit(sizes, says):
     with pytest.raises(ValueError, match=says):
         transformer(**sizes)
 
 
-# --- data --------------------------------------------------------------------------------------------------------------------------------
+# --- data
+# --------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_text_is_cut_and_corrupted_as_promised():
@@ -127,7 +141,9 @@ def test_text_is_cut_and_corrupted_as_promised():
     kept = text[len(text) * 4 // 5 :]
     assert all(bytes(row.tolist()) in kept for row in torch.cat([data.valid, data.test]))
     # what is corrupted is known to one who knows the seed, the share and how many
-    assert torch.equal(data.corrupted, language.load(seed=3, corruption=0.25, context=7, examples=40, validation=1).corrupted)
+    assert torch.equal(
+        data.corrupted, language.load(seed=3, corruption=0.25, context=7, examples=40, validation=1).corrupted
+    )
     assert same(data.train, language.load(seed=3, corruption=0.25, context=20, examples=40, validation=1).train)
     assert not same(data.train, language.load(seed=4, corruption=0.25, context=20, examples=40).train)
 
@@ -144,7 +160,8 @@ def test_text_of_ones_own_and_a_missing_library(tmp_path):
             language.load(**wrong)
 
 
-# --- problem -----------------------------------------------------------------------------------------------------------------------------
+# --- problem
+# -----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_setup_starts_with_device_and_seed_and_is_the_same_each_time():
@@ -164,7 +181,9 @@ def test_losses_are_what_the_formula_says():
     outer = {"logits": torch.linspace(-2, 2, 10, dtype=torch.float64)}
     told = torch.log_softmax(call(inner, sequences[:, :-1]), -1).gather(2, sequences[:, 1:, None])[:, :, 0]
     weights = outer["logits"].sigmoid()
-    expected = (weights * -told.mean(1)).sum() / weights.sum() + 0.05 * sum(leaf.square().sum() for leaf in inner.values())
+    expected = (weights * -told.mean(1)).sum() / weights.sum() + 0.05 * sum(
+        leaf.square().sum() for leaf in inner.values()
+    )
     torch.testing.assert_close(problem.inner(inner, outer, batches.inner), expected)
     rows = torch.tensor([7, 2])
     part = problem.inner(inner, outer, (sequences[rows], index[rows]))
@@ -180,7 +199,10 @@ def test_batch_scales_what_an_inner_step_sees():
     assert torch.equal(everyone[10:].sort().values, torch.arange(10))
     whole = language.setup(**TINY, examples=10)[3].inner
     assert all(torch.equal(sequences, whole[0][index]) for sequences, index in batches.inner)
-    assert [tuple(part.shape) for part in language.setup(**TINY, examples=10, batch=25, steps=1)[3].inner[0]] == [(25, 7), (25,)]
+    assert [tuple(part.shape) for part in language.setup(**TINY, examples=10, batch=25, steps=1)[3].inner[0]] == [
+        (25, 7),
+        (25,),
+    ]
     assert outer["logits"].shape == (10,)
     with pytest.raises(ValueError, match="batch=0"):
         language.setup(batch=0)
@@ -197,7 +219,9 @@ def test_hypergradients_agree_with_finite_differences(device):
     start = torch.linspace(-1, 1, 5, dtype=torch.float64, device=device)
     found = value(start).grad["logits"]
     steps = 1e-4 * torch.eye(5, dtype=torch.float64, device=device)
-    differences = torch.stack([(value(start + step).outer_loss - value(start - step).outer_loss) / 2e-4 for step in steps])
+    differences = torch.stack(
+        [(value(start + step).outer_loss - value(start - step).outer_loss) / 2e-4 for step in steps]
+    )
     torch.testing.assert_close(found, differences, rtol=1e-5, atol=1e-10)
 
 
@@ -206,14 +230,19 @@ def test_tasks_and_bfloat16():
     call, _ = transformer(**TINY)
 
     def loss(inner, outer, sequences):
-        return torch.nn.functional.cross_entropy(call(inner, sequences[:, :-1]).flatten(0, 1), sequences[:, 1:].flatten())
+        return torch.nn.functional.cross_entropy(
+            call(inner, sequences[:, :-1]).flatten(0, 1), sequences[:, 1:].flatten()
+        )
 
     maml = bl.Problem(loss, loss, init=lambda outer, batch: outer)
     sequences, _ = batches.inner
     tasks = bl.Batches(inner=sequences.unflatten(0, (2, 2)), outer=batches.outer.unflatten(0, (2, 2)))
     solver = bl.Descent(bl.SGD(lr=0.1), steps=2)
     at_once, in_turn = (
-        bl.hypergradient(maml, inner, None, tasks, solver=solver, estimator=bl.TaskMean(bl.Unrolled(), chunk=chunk)).grad for chunk in (2, 1)
+        bl.hypergradient(
+            maml, inner, None, tasks, solver=solver, estimator=bl.TaskMean(bl.Unrolled(), chunk=chunk)
+        ).grad
+        for chunk in (2, 1)
     )
     torch.testing.assert_close(at_once, in_turn)
     problem, outer, inner, batches = language.setup(**TINY, dtype=torch.bfloat16)
@@ -222,7 +251,8 @@ def test_tasks_and_bfloat16():
     assert hg.grad["logits"].isfinite().all()
 
 
-# --- learning ----------------------------------------------------------------------------------------------------------------------------
+# --- learning
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_learned_weights_find_the_corrupted_sequences():
@@ -230,7 +260,9 @@ def test_learned_weights_find_the_corrupted_sequences():
     problem, outer, inner, batches = language.setup(seed=1, **sizes, examples=32, validation=32)
     optimizer = torch.optim.Adam(outer.values(), lr=language.OUTER_LR)
     solver = bl.Descent(bl.SGD(lr=language.INNER_LR), steps=4)
-    steps = list(bl.iterate(problem, outer, inner, [batches] * 8, solver=solver, estimator=bl.Unrolled(), optimizer=optimizer))
+    steps = list(
+        bl.iterate(problem, outer, inner, [batches] * 8, solver=solver, estimator=bl.Unrolled(), optimizer=optimizer)
+    )
     assert steps[-1].outer_loss < steps[0].outer_loss - 0.5
     found = language.evaluate(outer, seed=1, **sizes, steps=25)
     assert found["corruption_auc"] > 0.9
@@ -256,7 +288,8 @@ def test_evaluate_separates_perfect_from_useless_weights():
         language.evaluate({"logits": torch.zeros(3)}, data)
 
 
-# --- size --------------------------------------------------------------------------------------------------------------------------------
+# --- size
+# --------------------------------------------------------------------------------------------------------------------------------
 
 _BILLION = """
 import json, resource, sys, time

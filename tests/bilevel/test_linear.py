@@ -95,7 +95,9 @@ def test_a_tree_of_several_leaves_is_one_system():
     for solver in SOLVERS.values():
         found = solver.solve(product, leaves)
         assert [leaf.shape for leaf in found.value] == [leaf.shape for leaf in leaves]
-        torch.testing.assert_close(torch.cat([leaf.reshape(-1) for leaf in found.value]), torch.linalg.solve(A, b), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            torch.cat([leaf.reshape(-1) for leaf in found.value]), torch.linalg.solve(A, b), rtol=1e-9, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,10 @@ def test_cg_solves_a_singular_consistent_system():
 def softmax_hessian(seed: int) -> Tensor:
     """Hessian of cross-entropy in a linear head: adding one vector to all class rows changes nothing."""
     generator = torch.Generator().manual_seed(seed)
-    inputs, weights = torch.randn(30, 4, generator=generator, dtype=F64), torch.randn(4, 3, generator=generator, dtype=F64)
+    inputs, weights = (
+        torch.randn(30, 4, generator=generator, dtype=F64),
+        torch.randn(4, 3, generator=generator, dtype=F64),
+    )
     total = torch.zeros(12, 12, dtype=F64)
     for x in inputs:
         p = (x @ weights).softmax(-1)
@@ -141,7 +146,8 @@ def softmax_hessian(seed: int) -> Tensor:
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 1e-6), (torch.float32, 1e-8), (F64, 1e-8), (F64, 0.0)])
 def test_cg_on_a_softmax_head_is_no_failure_however_small_the_tolerance(dtype, tol, seed):
-    """MemoryReduced's default is tol=1e-8 with 20 steps, which float32 cannot meet: past rounding CG must stop, not wander off."""
+    """MemoryReduced's default is tol=1e-8 with 20 steps, which float32 cannot meet: past rounding CG must stop, not
+    wander off."""
     A = softmax_hessian(seed).to(dtype)
     b = A @ right_hand_side(12, seed=seed).to(dtype)
     found = bl.CG(max_steps=20, tol=tol).solve(by(A), (b,))
@@ -162,7 +168,10 @@ def test_dense_reports_a_singular_system_even_a_consistent_one(name):
     assert bl.Dense().solve(by(A), (b,)).status is bl.Status.BREAKDOWN
 
 
-INDEFINITE = {"p'Hp = 0": (vector(1.0, -1.0), vector(1.0, -1.0)), "met at the second step": (vector(2.0, -1.0), vector(0.5, -1.0))}
+INDEFINITE = {
+    "p'Hp = 0": (vector(1.0, -1.0), vector(1.0, -1.0)),
+    "met at the second step": (vector(2.0, -1.0), vector(0.5, -1.0)),
+}
 
 
 @pytest.mark.parametrize(("diagonal", "solution"), INDEFINITE.values(), ids=list(INDEFINITE))
@@ -182,7 +191,8 @@ def test_dense_solves_an_indefinite_system(diagonal, solution):
 
 @pytest.mark.parametrize(
     ("diagonal", "steps"),
-    [(diagonal, steps) for diagonal in [(2.0, 2.0), (2.0, 0.5)] for steps in (1, 2, 3, 50)] + [((1.0, -1.0), 3), ((1.0, -1.0), 50)],
+    [(diagonal, steps) for diagonal in [(2.0, 2.0), (2.0, 0.5)] for steps in (1, 2, 3, 50)]
+    + [((1.0, -1.0), 3), ((1.0, -1.0), 50)],
     ids=str,
 )
 def test_neumann_reports_a_series_that_grows_however_short(diagonal, steps):
@@ -209,7 +219,14 @@ def test_a_right_hand_side_that_is_not_finite_is_a_failure(name, bad):
 
 @pytest.mark.parametrize(
     ("dtype", "scale"),
-    [(torch.float32, 1e20), (torch.float32, 1e-25), (torch.float32, 1e-20), (torch.float16, 300.0), (torch.float16, 1e-4), (torch.bfloat16, 1e-4)],
+    [
+        (torch.float32, 1e20),
+        (torch.float32, 1e-25),
+        (torch.float32, 1e-20),
+        (torch.float16, 300.0),
+        (torch.float16, 1e-4),
+        (torch.bfloat16, 1e-4),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("solver", [bl.CG(), bl.Neumann(steps=20, step_size=0.25)], ids=["cg", "neumann"])
@@ -253,7 +270,9 @@ def test_damping_equals_solving_the_shifted_system(name, start):
     damped = type(SOLVERS[name])(**{**kwargs, "damping": 0.7}).solve(by(A), (b,), guess)
     shifted = SOLVERS[name].solve(by(A + 0.7 * torch.eye(5, dtype=F64)), (b,), guess)
     torch.testing.assert_close(damped.value[0], shifted.value[0], rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(damped.value[0], torch.linalg.solve(A + 0.7 * torch.eye(5, dtype=F64), b), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        damped.value[0], torch.linalg.solve(A + 0.7 * torch.eye(5, dtype=F64), b), rtol=1e-9, atol=1e-12
+    )
     assert damped.residual < 1e-9
 
 
@@ -280,7 +299,13 @@ def test_the_residual_of_solve_is_the_true_one(name, dtype):
 @pytest.mark.parametrize("name", SOLVERS)
 def test_float32_reaches_its_own_precision(name):
     A, b = definite(5, condition=5, dtype=torch.float32), right_hand_side(5, dtype=torch.float32)
-    solver = bl.CG(max_steps=20, tol=1e-6) if name == "cg" else bl.Neumann(steps=200, step_size=0.1) if name == "neumann" else bl.Dense()
+    solver = (
+        bl.CG(max_steps=20, tol=1e-6)
+        if name == "cg"
+        else bl.Neumann(steps=200, step_size=0.1)
+        if name == "neumann"
+        else bl.Dense()
+    )
     found = solver.solve(by(A), (b,))
     assert found.value[0].dtype is torch.float32
     assert found.status is bl.Status.OK
@@ -307,8 +332,12 @@ def test_cg_makes_one_product_a_step_and_one_for_the_residual():
 
 
 def stacked(dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
-    """Four systems of increasing condition number, the first solved in one step. None so bad that six steps are not exact to rounding."""
-    matrices = [10 * torch.eye(6, dtype=F64), *(definite(6, condition=c, seed=i) for i, c in ((1, 3.0), (2, 10.0), (3, 30.0)))]
+    """Four systems of increasing condition number, the first solved in one step. None so bad that six steps are not
+    exact to rounding."""
+    matrices = [
+        10 * torch.eye(6, dtype=F64),
+        *(definite(6, condition=c, seed=i) for i, c in ((1, 3.0), (2, 10.0), (3, 30.0))),
+    ]
     return torch.stack(matrices).to(dtype), torch.stack([right_hand_side(6, seed=i) for i in range(4)]).to(dtype)
 
 
@@ -356,7 +385,9 @@ def test_a_task_with_negative_curvature_does_not_disturb_the_others():
         torch.testing.assert_close(together.value[0][i], torch.linalg.solve(A[i], b[i]), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("solver", [bl.CG(max_steps=6, tol=1e-8), bl.Neumann(steps=20, step_size=0.05)], ids=["cg", "neumann"])
+@pytest.mark.parametrize(
+    "solver", [bl.CG(max_steps=6, tol=1e-8), bl.Neumann(steps=20, step_size=0.05)], ids=["cg", "neumann"]
+)
 def test_a_task_that_is_not_finite_does_not_disturb_the_others_and_is_reported(solver):
     A, b = stacked()
     clean = solver.solve(by(A), (b,), tasks=4)
@@ -416,6 +447,8 @@ def test_converge_stops_each_task_by_itself_as_it_would_alone(name):
 def test_converge_reports_the_task_that_did_not_arrive():
     A, b = stacked()
     solver = bl.Converge(bl.SGD(lr=0.09), tol=1e-8, max_steps=50)
-    found = solver.solve(lambda y, step: (y.sum(), ((A @ y.unsqueeze(-1)).squeeze(-1) - b,)), torch.zeros(4, 6, dtype=F64), None, tasks=4)
+    found = solver.solve(
+        lambda y, step: (y.sum(), ((A @ y.unsqueeze(-1)).squeeze(-1) - b,)), torch.zeros(4, 6, dtype=F64), None, tasks=4
+    )
     assert found.status is bl.Status.INNER_MAX_STEPS
     assert (found.residual <= 1e-8).tolist() == [True, True, False, False], found.residual

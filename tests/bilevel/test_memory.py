@@ -1,7 +1,7 @@
 """Memory as a contract: how the peak of each estimator grows with K, at the size of ../shared/bench P2.
 
-An MLP 784-300-10 (238,510 numbers, P = 0.91 MiB), 5000 data weights, minibatch 500, K = 10, 50, 200. Bytes are counted, not timed: one run is
-exact.
+An MLP 784-300-10 (238,510 numbers, P = 0.91 MiB), 5000 data weights, minibatch 500, K = 10, 50, 200. Bytes are counted,
+not timed: one run is exact.
 """
 
 import dataclasses
@@ -40,7 +40,9 @@ def cleaning():
         losses = torch.nn.functional.cross_entropy(mlp(y, inputs[rows]), labels[rows], reduction="none")
         return (x[rows].sigmoid() * losses).mean() + 5e-4 * sum(leaf.square().sum() for leaf in y.values())
 
-    problem = bl.Problem(inner_loss, lambda y, x, rows: torch.nn.functional.cross_entropy(mlp(y, inputs[rows]), labels[rows]))
+    problem = bl.Problem(
+        inner_loss, lambda y, x, rows: torch.nn.functional.cross_entropy(mlp(y, inputs[rows]), labels[rows])
+    )
     return problem, torch.zeros(5000), y
 
 
@@ -48,7 +50,11 @@ def maml():
     """The same net with x = its initialization, for FirstOrder, which cannot see data weights."""
     problem, _, y = cleaning()
     ones = torch.zeros(5000)
-    return bl.Problem(lambda y, x, rows: problem.inner_loss(y, ones, rows), problem.outer_loss, init=lambda x, rows: x), y, None
+    return (
+        bl.Problem(lambda y, x, rows: problem.inner_loss(y, ones, rows), problem.outer_loss, init=lambda x, rows: x),
+        y,
+        None,
+    )
 
 
 class Cycle:
@@ -67,7 +73,9 @@ def peak(estimator, steps, setup=cleaning):
     batches = bl.Batches(bl.PerStep(Cycle()), slice(0, 500))
     gc.collect()
     with Tensors() as meter:
-        found = bl.hypergradient(problem, outer, inner, batches, solver=bl.Descent(bl.SGD(0.1), steps), estimator=estimator)
+        found = bl.hypergradient(
+            problem, outer, inner, batches, solver=bl.Descent(bl.SGD(0.1), steps), estimator=estimator
+        )
     del found
     assert meter.live_bytes == 0, "something outlives the result"
     return meter.peak_bytes
@@ -120,7 +128,9 @@ def test_the_meter_catches_a_leaking_twin():
 
 
 def test_a_kept_graph_grows_linearly():
-    slopes = [(peak(bl.Unrolled("graph"), b) - peak(bl.Unrolled("graph"), a)) / (b - a) for a, b in ((10, 50), (50, 200))]
+    slopes = [
+        (peak(bl.Unrolled("graph"), b) - peak(bl.Unrolled("graph"), a)) / (b - a) for a, b in ((10, 50), (50, 200))
+    ]
     assert slopes[1] == pytest.approx(slopes[0], rel=0.01)
     assert slopes[0] > 0.5 * params_bytes()
 
@@ -152,7 +162,14 @@ def test_tasks_cost_by_the_chunk(chunk):
         batches = bl.Batches(rows, rows)
         gc.collect()
         with Tensors() as meter:
-            found = bl.hypergradient(problem, outer, None, batches, solver=bl.Descent(bl.SGD(0.1), 3), estimator=bl.TaskMean(bl.FirstOrder(), chunk))
+            found = bl.hypergradient(
+                problem,
+                outer,
+                None,
+                batches,
+                solver=bl.Descent(bl.SGD(0.1), 3),
+                estimator=bl.TaskMean(bl.FirstOrder(), chunk),
+            )
         del found
         return meter.peak_bytes - 8 * params_bytes()
 

@@ -15,7 +15,11 @@ CONFIGURATIONS = {
     "sgd-nesterov": (bl.SGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.8, "nesterov": True}),
     "sgd-decay": (bl.SGD, torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.2}),
     "sgd-all": (bl.SGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.7, "dampening": 0.2, "weight_decay": 0.1}),
-    "sgd-nesterov-decay": (bl.SGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.7, "weight_decay": 0.1, "nesterov": True}),
+    "sgd-nesterov-decay": (
+        bl.SGD,
+        torch.optim.SGD,
+        {"lr": 0.05, "momentum": 0.7, "weight_decay": 0.1, "nesterov": True},
+    ),
     "adam": (bl.Adam, torch.optim.Adam, {"lr": 0.1}),
     "adam-betas": (bl.Adam, torch.optim.Adam, {"lr": 0.1, "betas": (0.5, 0.8)}),
     "adam-no-averaging": (bl.Adam, torch.optim.Adam, {"lr": 0.1, "betas": (0.0, 0.0)}),
@@ -29,12 +33,19 @@ CONFIGURATIONS = {
 
 def start() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in (("w", (3, 2)), ("b", (2,)), ("scale", ()))}
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in (("w", (3, 2)), ("b", (2,)), ("scale", ()))
+    }
 
 
 def loss_of(y: dict[str, Tensor]) -> Tensor:
     """Nonquadratic, coupled over the leaves."""
-    return (1 + (y["w"].tanh() + y["b"]).pow(2)).log().sum() + (y["scale"] + 0.3 * y["w"].sum()).cos() + (0.3 * y["scale"]).exp()
+    return (
+        (1 + (y["w"].tanh() + y["b"]).pow(2)).log().sum()
+        + (y["scale"] + 0.3 * y["w"].sum()).cos()
+        + (0.3 * y["scale"]).exp()
+    )
 
 
 def gradient_of(y: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -66,7 +77,9 @@ def assert_same_path(path: list[dict[str, Tensor]], expected: list[dict[str, Ten
     assert (expected[-1]["w"] - start()["w"]).abs().max() > 1e-2, "the reference did not move"
     for step, (a, b) in enumerate(zip(path, expected, strict=True)):
         for name in b:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-12, atol=1e-12, msg=lambda text, at=f"step {step}, {name}": f"{at}: {text}")
+            torch.testing.assert_close(
+                a[name], b[name], rtol=1e-12, atol=1e-12, msg=lambda text, at=f"step {step}, {name}": f"{at}: {text}"
+            )
 
 
 def as_functions(arguments: dict) -> tuple[dict, dict[str, Tensor]]:
@@ -76,7 +89,10 @@ def as_functions(arguments: dict) -> tuple[dict, dict[str, Tensor]]:
         if name == "nesterov":
             functions[name] = value
         elif name == "betas":
-            outer |= {"beta1": torch.tensor(value[0], dtype=torch.float64), "beta2": torch.tensor(value[1], dtype=torch.float64)}
+            outer |= {
+                "beta1": torch.tensor(value[0], dtype=torch.float64),
+                "beta2": torch.tensor(value[1], dtype=torch.float64),
+            }
             functions[name] = (lambda outer: outer["beta1"], lambda outer: outer["beta2"])
         else:
             outer[name] = torch.tensor(value, dtype=torch.float64)
@@ -192,13 +208,18 @@ def test_learned_step_sizes_may_be_a_tree_like_inner(kind, rates):
 
 @pytest.mark.parametrize("kind", [bl.SGD, bl.Adam, bl.AdamW])
 def test_learned_weight_decay_may_be_a_tree_like_inner(kind):
-    y, g = {name: start()[name] for name in ("w", "b")}, {name: torch.full_like(start()[name], 0.5) for name in ("w", "b")}
+    y, g = (
+        {name: start()[name] for name in ("w", "b")},
+        {name: torch.full_like(start()[name], 0.5) for name in ("w", "b")},
+    )
     decays = {"w": torch.tensor(0.5, dtype=torch.float64), "b": torch.tensor(0.0, dtype=torch.float64)}
     optimizer = kind(lr=0.1, weight_decay=lambda outer: outer)
     moved, _ = optimizer.step(g, optimizer.init(y), y, decays)
     for name, decay in decays.items():
         alone = kind(lr=0.1, weight_decay=decay.item())
-        torch.testing.assert_close(moved[name], alone.step(g[name], alone.init(y[name]), y[name], None)[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            moved[name], alone.step(g[name], alone.init(y[name]), y[name], None)[0], rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("kind", [bl.SGD, bl.Adam, bl.AdamW])

@@ -78,7 +78,9 @@ def test_a_zero_gradient_makes_no_step(name, momentum):
 
 
 def test_normalized_makes_no_step_along_rounding_noise():
-    assert torch.equal(stepped(OPTIMIZERS["normalized"], [torch.full((3,), 1e-14, dtype=F64)])[0], torch.zeros(3, dtype=F64))
+    assert torch.equal(
+        stepped(OPTIMIZERS["normalized"], [torch.full((3,), 1e-14, dtype=F64)])[0], torch.zeros(3, dtype=F64)
+    )
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -86,7 +88,9 @@ def test_the_norm_is_taken_over_all_tensors_of_a_group(name):
     a, b = leaf(0.0), leaf(0.0, 0.0)
     a.grad, b.grad = torch.tensor([2.0], dtype=F64), torch.tensor([3.0, 6.0], dtype=F64)
     OPTIMIZERS[name]([a, b]).step()
-    torch.testing.assert_close(torch.cat([a, b]).detach(), -0.1 * torch.tensor([2.0, 3.0, 6.0], dtype=F64) / 7, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        torch.cat([a, b]).detach(), -0.1 * torch.tensor([2.0, 3.0, 6.0], dtype=F64) / 7, rtol=1e-12, atol=0
+    )
 
 
 def test_parameter_groups_have_their_own_norms_and_settings():
@@ -164,7 +168,8 @@ def test_arguments_out_of_range_are_refused(make, message):
 
 
 # The meta-objective of papers.md 1.6 d: support loss cos(phi), query loss phi^2 / 2, proximal strength 2.
-# phi(theta) solves theta = phi - sin(phi) / 2, and F' = 2 phi / (2 - cos phi). Its curvature is unbounded, but |F''| <= 4 + 2 |F'|.
+# phi(theta) solves theta = phi - sin(phi) / 2, and F' = 2 phi / (2 - cos phi). Its curvature is unbounded, but |F''| <=
+# 4 + 2 |F'|.
 
 
 def adapted(theta: float) -> float:
@@ -213,7 +218,9 @@ def test_curvature_grows_with_the_distance_but_not_faster_than_the_slope(reach, 
     assert max(c / (4 + 2 * abs(slope(theta))) for c, theta in zip(curvatures, grid, strict=True)) <= 1 + 1e-12
 
 
-def steps_until_flat(optimizer: torch.optim.Optimizer, x: Tensor, derivative: Callable[[float], float], most: int) -> int:
+def steps_until_flat(
+    optimizer: torch.optim.Optimizer, x: Tensor, derivative: Callable[[float], float], most: int
+) -> int:
     """Steps until |F'| <= 1e-3 (or `most`)."""
     for step in range(most):
         g = derivative(x.item())
@@ -261,7 +268,11 @@ def test_where_curvature_grows_fast_plain_descent_diverges_and_clipped_and_norma
 
 def test_any_outer_optimizer_drives_iterate():
     problem = bl.Problem(lambda y, x, b: (y - x["a"]) ** 2, lambda y, x, b: (y - 3) ** 2)
-    for optimizer in (lambda p: bl.ClippedSGD(p, lr=0.25, radius=0.3), lambda p: bl.NormalizedSGD(p, lr=0.1), lambda p: torch.optim.Adam(p, lr=0.1)):
+    for optimizer in (
+        lambda p: bl.ClippedSGD(p, lr=0.25, radius=0.3),
+        lambda p: bl.NormalizedSGD(p, lr=0.1),
+        lambda p: torch.optim.Adam(p, lr=0.1),
+    ):
         x = {"a": torch.tensor(1.0, dtype=F64, requires_grad=True)}
         loop = bl.iterate(
             problem,

@@ -53,12 +53,19 @@ def grad(value, x):
     return torch.autograd.grad(value, x)[0]
 
 
-# --- importing ---------------------------------------------------------------------------------------------------------------------------
+# --- importing
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def test_importing_needs_torch_only():
     code = "import sys, bilevel.problems; print([m for m in ('sklearn', 'matplotlib', 'PIL', 'scipy') if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
     assert found.stdout.strip() == "[]"
 
 
@@ -87,7 +94,12 @@ def test_every_setup_starts_with_device_and_seed(module):
 def test_setups_work_under_fake_tensors(letters):
     with FakeTensorMode():
         fake = ImageSet(torch.empty(letters.images.shape, dtype=torch.uint8), letters.counts, letters.names)
-        for setup in (quadratic.setup, ridge.setup, hypercleaning.setup, lambda: fewshot.setup(data=fake, tasks=2, width=2)):
+        for setup in (
+            quadratic.setup,
+            ridge.setup,
+            hypercleaning.setup,
+            lambda: fewshot.setup(data=fake, tasks=2, width=2),
+        ):
             problem, outer, inner, batches = setup()
             if inner is None:
                 problem = dataclasses.replace(problem, tasks=2)
@@ -97,7 +109,8 @@ def test_setups_work_under_fake_tensors(letters):
                 assert loss.shape == ()
 
 
-# --- quadratic ---------------------------------------------------------------------------------------------------------------------------
+# --- quadratic
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def test_scalar_quadratic_has_the_known_numbers():
@@ -125,7 +138,9 @@ def test_quadratic_closed_forms_agree_with_autograd(last):
         y = y if seen else y.detach()
     torch.testing.assert_close(q.iterate(x, start, 0.7, steps), y.detach() + 0 * x.sum())
     value = quadratic.outer_loss(y, x, (q.target, q.penalty))
-    torch.testing.assert_close(q.unrolled_hypergradient(x, start, 0.7, steps, last), torch.autograd.grad(value, x, retain_graph=True)[0])
+    torch.testing.assert_close(
+        q.unrolled_hypergradient(x, start, 0.7, steps, last), torch.autograd.grad(value, x, retain_graph=True)[0]
+    )
     if last is None:
         torch.testing.assert_close(q.rate_derivative(x, start, 0.7, steps).detach(), torch.autograd.grad(value, lr)[0])
 
@@ -134,7 +149,12 @@ def test_quadratic_hypergradient_is_the_derivative_of_its_value():
     q = quadratic.random(inner_size=5, outer_size=7, condition=100.0, penalty=0.3)
     x = q.outer.clone().requires_grad_()
     torch.testing.assert_close(q.hypergradient(x), grad(q.value(x), x))
-    assert grad(quadratic.inner_loss(y := q.solution(x).detach().requires_grad_(), x, (q.hessian, q.coupling)), y).abs().max() < 1e-12
+    assert (
+        grad(quadratic.inner_loss(y := q.solution(x).detach().requires_grad_(), x, (q.hessian, q.coupling)), y)
+        .abs()
+        .max()
+        < 1e-12
+    )
     eigenvalues = torch.linalg.eigvalsh(q.hessian)
     torch.testing.assert_close(eigenvalues[[0, -1]], torch.tensor([0.01, 1.0], dtype=torch.float64))
 
@@ -146,7 +166,9 @@ def test_estimators_return_the_quadratics_closed_forms(seed):
     x = outer.detach()
 
     def estimate(estimator, steps=20):
-        return bl.hypergradient(problem, outer, inner, batches, solver=bl.Descent(bl.SGD(lr=1.0), steps=steps), estimator=estimator)
+        return bl.hypergradient(
+            problem, outer, inner, batches, solver=bl.Descent(bl.SGD(lr=1.0), steps=steps), estimator=estimator
+        )
 
     torch.testing.assert_close(estimate(bl.Unrolled()).grad, q.unrolled_hypergradient(x, inner, 1.0, 20))
     torch.testing.assert_close(estimate(bl.Unrolled(last=4)).grad, q.unrolled_hypergradient(x, inner, 1.0, 20, last=4))
@@ -164,7 +186,8 @@ def test_quadratic_refuses_what_does_not_fit():
         quadratic.Quadratic(eye, eye, torch.ones(3), torch.ones(2))
 
 
-# --- ridge -------------------------------------------------------------------------------------------------------------------------------
+# --- ridge
+# -------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_ridge_data_are_standardised_and_split():
@@ -199,12 +222,23 @@ def test_learned_penalties_predict_unseen_patients_better():
     before = test_loss()
     optimizer = torch.optim.Adam(outer.values(), lr=0.3)
     solver = bl.Descent(bl.SGD(lr=ridge.step_size), steps=30)
-    steps = list(bl.iterate(problem, outer, inner, [batches] * 40, solver=solver, estimator=bl.Implicit(bl.CG(10, tol=1e-10)), optimizer=optimizer))
+    steps = list(
+        bl.iterate(
+            problem,
+            outer,
+            inner,
+            [batches] * 40,
+            solver=solver,
+            estimator=bl.Implicit(bl.CG(10, tol=1e-10)),
+            optimizer=optimizer,
+        )
+    )
     assert steps[-1].outer_loss < 0.97 * steps[0].outer_loss
     assert test_loss() < 0.96 * before
 
 
-# --- hyper-cleaning ----------------------------------------------------------------------------------------------------------------------
+# --- hyper-cleaning
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_digits_are_split_and_corrupted_as_promised(digits):
@@ -250,7 +284,9 @@ def test_hypercleaning_losses_are_what_the_formula_says(digits):
     images, labels, index = steps[7]
     hidden = torch.relu(images @ inner["0.weight"].T + inner["0.bias"])
     losses = -torch.log_softmax(hidden @ inner["2.weight"].T + inner["2.bias"], 1)[torch.arange(50), labels]
-    expected = (torch.sigmoid(logits[index]) * losses).mean() + 0.005 * sum(tensor.pow(2).sum() for tensor in inner.values())
+    expected = (torch.sigmoid(logits[index]) * losses).mean() + 0.005 * sum(
+        tensor.pow(2).sum() for tensor in inner.values()
+    )
     torch.testing.assert_close(problem.inner(inner, {"logits": logits}, (images, labels, index)), expected)
     assert torch.equal(images, digits.train_x[index])
     # 20 batches are one pass, in which every example comes once; the second pass has another order
@@ -265,7 +301,12 @@ def test_minibatch_hypergradients_reach_only_the_weights_they_saw(digits):
     problem, outer, inner, batches = hypercleaning.setup(hidden=8, data=digits)
     steps = hypercleaning.minibatches(batches.inner, size=100, steps=3)
     hg = bl.hypergradient(
-        problem, outer, inner, bl.Batches(steps, batches.outer), solver=bl.Descent(bl.SGD(lr=0.5), steps=3), estimator=bl.Unrolled()
+        problem,
+        outer,
+        inner,
+        bl.Batches(steps, batches.outer),
+        solver=bl.Descent(bl.SGD(lr=0.5), steps=3),
+        estimator=bl.Unrolled(),
     )
     seen = torch.zeros(1000, dtype=torch.bool)
     seen[torch.cat([steps[k][2] for k in range(3)])] = True
@@ -283,8 +324,12 @@ def test_evaluate_separates_perfect_from_useless_weights(digits):
     assert useless["test_accuracy"] == useless["baseline_test_accuracy"]
     logits = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     pairs = logits[digits.corrupted][:, None] < logits[~digits.corrupted][None]
-    assert hypercleaning.evaluate({"logits": logits}, digits, steps=1)["corruption_auc"] == pytest.approx(pairs.double().mean().item())
-    assert math.isnan(hypercleaning.evaluate({"logits": logits}, hypercleaning.load(corruption=0.0), steps=1)["corruption_auc"])
+    assert hypercleaning.evaluate({"logits": logits}, digits, steps=1)["corruption_auc"] == pytest.approx(
+        pairs.double().mean().item()
+    )
+    assert math.isnan(
+        hypercleaning.evaluate({"logits": logits}, hypercleaning.load(corruption=0.0), steps=1)["corruption_auc"]
+    )
     with pytest.raises(ValueError, match="one for each of the 1000"):
         hypercleaning.evaluate({"logits": torch.zeros(3)}, digits)
 
@@ -293,14 +338,23 @@ def test_learned_weights_find_the_corrupted_labels(digits):
     problem, outer, inner, batches = hypercleaning.setup(hidden=64, data=digits)
     solver = bl.Descent(bl.SGD(lr=hypercleaning.INNER_LR), steps=20)
     optimizer = torch.optim.Adam(outer.values(), lr=hypercleaning.OUTER_LR)
-    for step in bl.iterate(problem, outer, inner, [batches] * 30, solver=solver, estimator=bl.Implicit(bl.Neumann(10, 0.3)), optimizer=optimizer):
+    for step in bl.iterate(
+        problem,
+        outer,
+        inner,
+        [batches] * 30,
+        solver=solver,
+        estimator=bl.Implicit(bl.Neumann(10, 0.3)),
+        optimizer=optimizer,
+    ):
         assert torch.isfinite(step.outer_loss)
     found = hypercleaning.evaluate(outer, digits, hidden=64, steps=200)
     assert found["corruption_auc"] > 0.9
     assert found["test_accuracy"] > found["baseline_test_accuracy"] + 0.08
 
 
-# --- glyphs ------------------------------------------------------------------------------------------------------------------------------
+# --- glyphs
+# ------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_full_set_has_thousands_of_distinct_characters(full, full_cache):
@@ -324,7 +378,9 @@ def test_regular_images_of_different_characters_differ_clearly(full):
     squares = plain.pow(2).sum(1)
     closest = 1.0
     for rows in torch.arange(len(plain)).split(1024):
-        distance = (squares[rows, None] + squares[None] - 2 * plain[rows] @ plain.T) / torch.maximum(squares[rows, None], squares[None])
+        distance = (squares[rows, None] + squares[None] - 2 * plain[rows] @ plain.T) / torch.maximum(
+            squares[rows, None], squares[None]
+        )
         distance[torch.arange(len(rows)), rows] = 1.0
         closest = min(closest, distance.min().item())
     assert closest > 0.08**2
@@ -375,7 +431,13 @@ def test_the_cache_is_used_checked_and_reproduced_byte_for_byte(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(glyphs, "_draw", lambda *_: pytest.fail("drew again in spite of a sound cache file"))
         assert torch.equal(glyphs.load("БA").images, first.images)
-    for broken in (content[:-1], content[:200] + b"\0" + content[201:], b"", b"no newline", content.replace(b"\n", b" ")):
+    for broken in (
+        content[:-1],
+        content[:200] + b"\0" + content[201:],
+        b"",
+        b"no newline",
+        content.replace(b"\n", b" "),
+    ):
         path.write_bytes(broken)
         assert torch.equal(glyphs.load("AБ").images, first.images)
         assert path.read_bytes() == content
@@ -414,7 +476,8 @@ def test_progress_speaks_only_when_it_takes_long(capsys, monkeypatch):
     assert "drawing" in lines[0]
 
 
-# --- image sets and episodes -------------------------------------------------------------------------------------------------------------
+# --- image sets and episodes
+# -------------------------------------------------------------------------------------------------------------
 
 
 def numbered(counts):
@@ -487,14 +550,18 @@ def test_episodes_say_what_is_lacking():
         episodes(data, tasks=0)
 
 
-# --- few-shot ----------------------------------------------------------------------------------------------------------------------------
+# --- few-shot
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_conv4_is_the_usual_network_and_leaves_random_state_alone():
     state = torch.get_rng_state()
     module = conv4.conv4(way=5, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert sum(parameter.numel() for parameter in module.parameters()) == (9 * 32 + 32) + 3 * (9 * 32 * 32 + 32) + 4 * 64 + 32 * 5 + 5
+    assert (
+        sum(parameter.numel() for parameter in module.parameters())
+        == (9 * 32 + 32) + 3 * (9 * 32 * 32 + 32) + 4 * 64 + 32 * 5 + 5
+    )
     assert not list(module.buffers())
     assert torch.equal(module[0].weight, conv4.conv4(way=5, seed=1)[0].weight)
     assert not torch.equal(module[0].weight, conv4.conv4(way=5, seed=2)[0].weight)
@@ -511,11 +578,18 @@ def test_fewshot_setup_poses_maml(letters):
 
     def estimate(chunk):
         return bl.hypergradient(
-            problem, outer, None, batches, solver=bl.Descent(bl.SGD(lr=0.1), steps=2), estimator=bl.TaskMean(bl.Unrolled(), chunk=chunk)
+            problem,
+            outer,
+            None,
+            batches,
+            solver=bl.Descent(bl.SGD(lr=0.1), steps=2),
+            estimator=bl.TaskMean(bl.Unrolled(), chunk=chunk),
         )
 
     together, single = estimate(None), estimate(1)
-    assert {name: leaf.shape for name, leaf in together.grad.items()} == {name: leaf.shape for name, leaf in outer.items()}
+    assert {name: leaf.shape for name, leaf in together.grad.items()} == {
+        name: leaf.shape for name, leaf in outer.items()
+    }
     torch.testing.assert_close(together.grad, single.grad)
 
     # by hand: two steps on each task, differentiated
@@ -526,7 +600,9 @@ def test_fewshot_setup_poses_maml(letters):
         params = dict(outer)
         for _ in range(2):
             gradients = torch.autograd.grad(loss(call(params, x), y), list(params.values()), create_graph=True)
-            params = {name: leaf - 0.1 * gradient for (name, leaf), gradient in zip(params.items(), gradients, strict=True)}
+            params = {
+                name: leaf - 0.1 * gradient for (name, leaf), gradient in zip(params.items(), gradients, strict=True)
+            }
         total = total + loss(call(params, query_x), query_y) / 3
     expected = torch.autograd.grad(total, list(outer.values()))
     torch.testing.assert_close(list(together.grad.values()), list(expected))
@@ -553,7 +629,15 @@ def test_meta_training_improves_accuracy_on_unseen_characters(letters):
     assert 0.01 < before["accuracy_interval"] < 0.12
     batches = fewshot.stream(parts["train"], steps=40, shot=1, query=5, seed=1)
     solver, estimator = bl.Descent(bl.SGD(lr=fewshot.INNER_LR), steps=1), bl.TaskMean(bl.FirstOrder())
-    for _ in bl.iterate(problem, outer, None, batches, solver=solver, estimator=estimator, optimizer=torch.optim.Adam(outer.values(), lr=5e-3)):
+    for _ in bl.iterate(
+        problem,
+        outer,
+        None,
+        batches,
+        solver=solver,
+        estimator=estimator,
+        optimizer=torch.optim.Adam(outer.values(), lr=5e-3),
+    ):
         pass
     after = accuracy()
     assert after["accuracy"] > before["accuracy"] + 0.1

@@ -30,13 +30,17 @@ def one(batches, i):
 def test_task_mean_equals_a_loop(estimator, chunk):
     problem, outer, batches = tasks()
     solver, estimator = bl.Descent(bl.SGD(0.3), 12), catalogue.ESTIMATORS[estimator]
-    loop = [bl.hypergradient(problem, outer, None, one(batches, i), solver=solver, estimator=estimator) for i in range(T)]
+    loop = [
+        bl.hypergradient(problem, outer, None, one(batches, i), solver=solver, estimator=estimator) for i in range(T)
+    ]
     found = bl.hypergradient(problem, outer, None, batches, solver=solver, estimator=bl.TaskMean(estimator, chunk))
     # a finite difference amplifies rounding by 1 / nu
     rtol = 1e-6 if isinstance(estimator, bl.FirstOrderCorrected) else 1e-10
     torch.testing.assert_close(flat(found.grad), sum(flat(hg.grad) for hg in loop) / T, rtol=rtol, atol=rtol / 100)
     for name in outer:
-        torch.testing.assert_close(found.inner[name], torch.stack([hg.inner[name] for hg in loop]), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(
+            found.inner[name], torch.stack([hg.inner[name] for hg in loop]), rtol=1e-9, atol=1e-11
+        )
     torch.testing.assert_close(found.outer_loss, torch.stack([hg.outer_loss for hg in loop]).mean())
     torch.testing.assert_close(found.inner_loss, torch.stack([hg.inner_loss for hg in loop]).mean())
     assert found.status is bl.Status.OK
@@ -48,13 +52,17 @@ def test_tasks_converge_and_solve_independently(chunk):
     """Tasks of very different conditioning stop at different steps; each keeps the answer it has alone."""
     scale = torch.tensor([1.0, 3.0, 0.2, 1.5], dtype=catalogue.D)
     problem = bl.Problem(
-        lambda y, x, b: b * (y**2).sum() / 2 - (x * y).sum() + 0.05 * (y**4).sum(), lambda y, x, b: ((y - 1) ** 2).sum(), init=lambda x, b: x
+        lambda y, x, b: b * (y**2).sum() / 2 - (x * y).sum() + 0.05 * (y**4).sum(),
+        lambda y, x, b: ((y - 1) ** 2).sum(),
+        init=lambda x, b: x,
     )
     x = torch.tensor([0.3, -0.8], dtype=catalogue.D)
     solver, estimator = bl.Converge(bl.SGD(0.3), tol=1e-9, max_steps=2000), bl.Implicit(bl.CG(10, tol=1e-12))
     loop = [bl.hypergradient(problem, x, None, bl.Batches(s, None), solver=solver, estimator=estimator) for s in scale]
     assert len({hg.stats["inner_steps"] for hg in loop}) == 4
-    found = bl.hypergradient(problem, x, None, bl.Batches(scale, scale), solver=solver, estimator=bl.TaskMean(estimator, chunk))
+    found = bl.hypergradient(
+        problem, x, None, bl.Batches(scale, scale), solver=solver, estimator=bl.TaskMean(estimator, chunk)
+    )
     torch.testing.assert_close(found.grad, sum(hg.grad for hg in loop) / 4, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(found.inner, torch.stack([hg.inner for hg in loop]), rtol=1e-13, atol=1e-14)
     assert found.stats["linear_residual"].shape == (4,)
@@ -63,7 +71,10 @@ def test_tasks_converge_and_solve_independently(chunk):
 def test_per_step_batches_and_given_starts_have_a_task_dimension_too():
     p, outer, inner, _ = catalogue.weighted_net()
     g = torch.Generator().manual_seed(2)
-    steps = [[torch.randn(T, 4, 5, generator=g, dtype=catalogue.D), torch.randint(0, 3, (T, 4), generator=g)] for _ in range(6)]
+    steps = [
+        [torch.randn(T, 4, 5, generator=g, dtype=catalogue.D), torch.randint(0, 3, (T, 4), generator=g)]
+        for _ in range(6)
+    ]
     valid = [torch.randn(T, 4, 5, generator=g, dtype=catalogue.D), torch.randint(0, 3, (T, 4), generator=g)]
     starts = {name: torch.stack([leaf * (1 + 0.1 * i) for i in range(T)]) for name, leaf in inner.items()}
     outer.pop("log_lr")
@@ -82,7 +93,12 @@ def test_per_step_batches_and_given_starts_have_a_task_dimension_too():
     for chunk in (None, 1, 2):
         for keep in ("graph", "iterates", "segments"):
             found = bl.hypergradient(
-                p, outer, starts, bl.Batches(bl.PerStep(steps), valid), solver=solver, estimator=bl.TaskMean(bl.Unrolled(keep), chunk)
+                p,
+                outer,
+                starts,
+                bl.Batches(bl.PerStep(steps), valid),
+                solver=solver,
+                estimator=bl.TaskMean(bl.Unrolled(keep), chunk),
             )
             torch.testing.assert_close(flat(found.grad), sum(flat(hg.grad) for hg in loop) / T, rtol=1e-11, atol=1e-14)
 
@@ -94,10 +110,24 @@ def test_warm_starts_are_carried_task_by_task(chunk):
     state, states = None, [None] * T
     for _ in range(3):
         found = bl.hypergradient(
-            problem, outer, None, batches, solver=bl.Descent(bl.SGD(0.3), 2), estimator=bl.TaskMean(estimator, chunk), state=state
+            problem,
+            outer,
+            None,
+            batches,
+            solver=bl.Descent(bl.SGD(0.3), 2),
+            estimator=bl.TaskMean(estimator, chunk),
+            state=state,
         )
         loop = [
-            bl.hypergradient(problem, outer, None, one(batches, i), solver=bl.Descent(bl.SGD(0.3), 2), estimator=estimator, state=states[i])
+            bl.hypergradient(
+                problem,
+                outer,
+                None,
+                one(batches, i),
+                solver=bl.Descent(bl.SGD(0.3), 2),
+                estimator=estimator,
+                state=states[i],
+            )
             for i in range(T)
         ]
         state, states = found.state, [hg.state for hg in loop]
@@ -107,13 +137,19 @@ def test_warm_starts_are_carried_task_by_task(chunk):
 def test_dropout_masks_differ_between_tasks_and_are_replayed():
     problem, outer, batches = tasks()
     noisy = bl.Problem(
-        lambda y, x, b: problem.inner_loss(y, x, (torch.nn.functional.dropout(b[0], 0.4), b[1])), problem.outer_loss, init=problem.init
+        lambda y, x, b: problem.inner_loss(y, x, (torch.nn.functional.dropout(b[0], 0.4), b[1])),
+        problem.outer_loss,
+        init=problem.init,
     )
-    same = bl.Batches([leaf[:1].expand_as(leaf) for leaf in batches.inner], [leaf[:1].expand_as(leaf) for leaf in batches.outer])
+    same = bl.Batches(
+        [leaf[:1].expand_as(leaf) for leaf in batches.inner], [leaf[:1].expand_as(leaf) for leaf in batches.outer]
+    )
     answers = []
     for keep in ("graph", "iterates", "segments"):
         torch.manual_seed(3)
-        found = bl.hypergradient(noisy, outer, None, same, solver=bl.Descent(bl.SGD(0.3), 6), estimator=bl.TaskMean(bl.Unrolled(keep)))
+        found = bl.hypergradient(
+            noisy, outer, None, same, solver=bl.Descent(bl.SGD(0.3), 6), estimator=bl.TaskMean(bl.Unrolled(keep))
+        )
         answers.append(flat(found.grad))
         assert not torch.allclose(found.inner["a"][0], found.inner["a"][1])
     torch.testing.assert_close(answers[1], answers[0], rtol=1e-11, atol=1e-14)

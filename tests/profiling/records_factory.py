@@ -1,4 +1,5 @@
-"""Records as `bilevel compare` would write them, made up by formulas: two cases, eight estimators, three K, timelines, outer loops, failures."""
+"""Records as `bilevel compare` would write them, made up by formulas: two cases, eight estimators, three K, timelines,
+outer loops, failures."""
 
 import dataclasses
 import math
@@ -8,7 +9,13 @@ from bilevel_profiling.record import Alive, Iteration, Phase, Point, Record
 
 MIB = 2**20
 STEPS = (10, 50, 200)
-ENVIRONMENT = {"python": "3.11.7", "torch": "2.13.0+cpu", "platform": "Linux-6.1-x86_64", "cpu": "2 cores, 1 thread", "bilevel": "0.1.0"}
+ENVIRONMENT = {
+    "python": "3.11.7",
+    "torch": "2.13.0+cpu",
+    "platform": "Linux-6.1-x86_64",
+    "cpu": "2 cores, 1 thread",
+    "bilevel": "0.1.0",
+}
 
 SETTINGS = {
     "unrolled": "Unrolled(keep='graph')",
@@ -49,7 +56,11 @@ def _costs(name: str, k: int, step: float, iterate: float, work: float) -> tuple
         case "unrolled iterates":
             return iterate * k + 1.6 * work, 3.2 * k, {**grads, "inner_gradient": 2 * k, "hvp": k, "mixed": k}
         case "unrolled segments":
-            return (step + iterate) * math.sqrt(k) + 1.2 * work, 3.1 * k, {**grads, "inner_gradient": 2 * k, "hvp": k, "mixed": k}
+            return (
+                (step + iterate) * math.sqrt(k) + 1.2 * work,
+                3.1 * k,
+                {**grads, "inner_gradient": 2 * k, "hvp": k, "mixed": k},
+            )
         case "truncated":
             return step * 5 + work, k + 6.0, {**grads, "hvp": 5, "mixed": 5}
         case "implicit":
@@ -106,20 +117,29 @@ def _timeline(name: str, k: int, peak: float, rng: random.Random) -> tuple[Point
 
 def _alive(name: str, k: int, peak: float) -> tuple[Alive, ...]:
     """What makes up the peak: the tape where there is one, then work space, then many small things."""
-    shares = [0.61, 0.14, 0.1, 0.05, 0.035, 0.02, 0.015, 0.01, 0.006, 0.004] if name.startswith("unrolled") else [0.52, 0.31, 0.09]
+    shares = (
+        [0.61, 0.14, 0.1, 0.05, 0.035, 0.02, 0.015, 0.01, 0.006, 0.004]
+        if name.startswith("unrolled")
+        else [0.52, 0.31, 0.09]
+    )
     found = []
     for place, share in enumerate(shares):
         operator, module, line, backward = ORIGINS[place % len(ORIGINS)]
         span = ("inner_gradient", "hvp")[place % 2]
         phase = ("inner", "hypergradient")[place % 2]
         line = line if place < 8 else ""
-        size, names = int(share * peak * MIB), {"phase": phase, "span": span, "operator": operator, "module": module, "line": line}
+        size, names = (
+            int(share * peak * MIB),
+            {"phase": phase, "span": span, "operator": operator, "module": module, "line": line},
+        )
         found.append(Alive(bytes=size, count=max(1, k // (1 + place)), backward=backward, **names))
     rest = int(peak * MIB) - sum(entry.bytes for entry in found)
     return (*found, Alive(bytes=rest, count=3 * k))
 
 
-def _loop(name: str, error: float, steps: int, rng: random.Random, peak: float, seconds: float) -> tuple[Iteration, ...]:
+def _loop(
+    name: str, error: float, steps: int, rng: random.Random, peak: float, seconds: float
+) -> tuple[Iteration, ...]:
     rate = 0.05 * max(0.12, 1 - min(error, 1.0))
     return tuple(
         Iteration(
@@ -182,7 +202,9 @@ def _record(case: str, name: str, k: int, rng: random.Random, shape: tuple[float
         else "Program: float64 unroll. The inner problem has no unique solution, so there is no reference at convergence.",
         iterations=_loop(name, program, 120 if hypercleaning else 40, rng, peak, seconds) if runs else (),
         metrics_before={"accuracy": 0.812} | ({"AUC of weights": 0.5} if hypercleaning else {}) if runs else {},
-        metrics={"accuracy": 0.812 + gain} | ({"AUC of weights": 0.5 + 3.3 * gain} if hypercleaning else {}) if runs else {},
+        metrics={"accuracy": 0.812 + gain} | ({"AUC of weights": 0.5 + 3.3 * gain} if hypercleaning else {})
+        if runs
+        else {},
         environment=ENVIRONMENT,
     )
 
@@ -233,7 +255,11 @@ def make() -> list[Record]:
     for record in records:
         key = (record.case, record.estimator, record.inner_steps)
         if key == ("fewshot", "unrolled", 200):
-            record = _failure(record, "OUT_OF_MEMORY", "The process asked for more than the limit of 512 MiB while the hypergradient was computed.")
+            record = _failure(
+                record,
+                "OUT_OF_MEMORY",
+                "The process asked for more than the limit of 512 MiB while the hypergradient was computed.",
+            )
         elif key == ("hypercleaning", "implicit", 10):
             reason = "Conjugate gradients met a direction of non-positive curvature: the inner Hessian is not positive definite there."
             record = _failure(record, "NEGATIVE_CURVATURE", reason)

@@ -1,4 +1,5 @@
-"""The tensors meter against the allocator's own record, which torch's profiler keeps: an independent witness, on the CPU too."""
+"""The tensors meter against the allocator's own record, which torch's profiler keeps: an independent witness, on the
+CPU too."""
 
 import gc
 
@@ -19,7 +20,10 @@ def allocator_peak(call):
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         call()
-    events = sorted((event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"), key=lambda event: event.start_ns())
+    events = sorted(
+        (event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"),
+        key=lambda event: event.start_ns(),
+    )
     peak = live = 0
     for event in events:
         live += event.nbytes()
@@ -48,8 +52,12 @@ class Attention(nn.Module):
 NETS = {
     "perceptron": lambda: nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)),
     "residual": lambda: nn.Sequential(nn.Linear(64, 64), Residual(), Residual(), nn.GELU(), nn.Linear(64, 10)),
-    "attention": lambda: nn.Sequential(nn.Unflatten(0, (32, -1)), Attention(), Attention(), nn.Flatten(0, 1), nn.Linear(64, 10)),
-    "normalized": lambda: nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64, track_running_stats=False), nn.Tanh(), nn.Linear(64, 10)),
+    "attention": lambda: nn.Sequential(
+        nn.Unflatten(0, (32, -1)), Attention(), Attention(), nn.Flatten(0, 1), nn.Linear(64, 10)
+    ),
+    "normalized": lambda: nn.Sequential(
+        nn.Linear(64, 64), nn.BatchNorm1d(64, track_running_stats=False), nn.Tanh(), nn.Linear(64, 10)
+    ),
 }
 
 
@@ -73,7 +81,8 @@ def test_the_peak_is_that_of_the_allocator(net, estimator):
     call, inner = bl.functional(NETS[net]())
     x, y = torch.randn(1024, 64), torch.randint(0, 10, (1024,))
     problem = bl.Problem(
-        lambda w, v, _: (v.sigmoid() * F.cross_entropy(call(w, x), y, reduction="none")).mean(), lambda w, v, _: F.cross_entropy(call(w, x), y)
+        lambda w, v, _: (v.sigmoid() * F.cross_entropy(call(w, x), y, reduction="none")).mean(),
+        lambda w, v, _: F.cross_entropy(call(w, x), y),
     )
     outer, solver = torch.zeros(1024), bl.Descent(bl.Adam(lr=1e-3), 3)
 

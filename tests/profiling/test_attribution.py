@@ -28,7 +28,11 @@ def found(meter):
     entries = meter.alive(1000)
     assert sum(entry.bytes for entry in entries) == meter.peak_bytes
     assert all(entry.bytes > 0 and entry.count > 0 for entry in entries)
-    return {(entry.line, entry.module, entry.operator, entry.backward): (entry.bytes, entry.count) for entry in entries if entry.bytes >= 256}
+    return {
+        (entry.line, entry.module, entry.operator, entry.backward): (entry.bytes, entry.count)
+        for entry in entries
+        if entry.bytes >= 256
+    }
 
 
 def lines(meter, backward=None):
@@ -124,7 +128,10 @@ def test_modules_are_named_by_their_path_and_numbered_layers_are_one_entry():
     (layers,) = (size for key, size in found(meter).items() if key[1] == "Net.layers.*.*" and key[2] == "aten.tanh")
     assert layers == (3 * 256 * 32 * 4, 3)
     # One module under two names has the name under which it was met first.
-    assert {module for module in modules(meter) if "shared" in module or "first" in module or "second" in module} <= {"Net.first.0", "Net.shared"}
+    assert {module for module in modules(meter) if "shared" in module or "first" in module or "second" in module} <= {
+        "Net.first.0",
+        "Net.shared",
+    }
 
 
 @pytest.mark.parametrize("run", ["module", "functional_call", "bl.functional", "vmap"])
@@ -135,7 +142,10 @@ def test_a_backward_pass_is_booked_on_the_forward_line_and_module(run):
         "module": lambda: (NET(INPUT), list(NET.parameters())),
         "functional_call": lambda: (torch.func.functional_call(NET, params, (INPUT,)), list(params.values())),
         "bl.functional": lambda: (call(params, INPUT), list(params.values())),
-        "vmap": lambda: (torch.func.vmap(lambda x: torch.func.functional_call(NET, params, (x,)))(INPUT), list(params.values())),
+        "vmap": lambda: (
+            torch.func.vmap(lambda x: torch.func.functional_call(NET, params, (x,)))(INPUT),
+            list(params.values()),
+        ),
     }
     with Tensors() as meter:
         output, leaves = forwards[run]()
@@ -144,7 +154,12 @@ def test_a_backward_pass_is_booked_on_the_forward_line_and_module(run):
     assert any(module.startswith("Net.") for module in named)
     assert all(module == "" or module.startswith("Net") for module in named)
     assert "" not in {module for line, module, _, made in found(meter) if made and line == line_of("x = layer(x)")}
-    assert lines(meter, backward=True) <= {line_of("x = layer(x)"), line_of("# OWN"), line_of('return self.head["out"]'), here(-6)}
+    assert lines(meter, backward=True) <= {
+        line_of("x = layer(x)"),
+        line_of("# OWN"),
+        line_of('return self.head["out"]'),
+        here(-6),
+    }
     del kept
 
 
@@ -348,11 +363,18 @@ def test_a_backward_pass_of_a_graph_from_before_is_booked_on_the_line_that_runs_
     del kept
 
 
-@pytest.mark.xfail(strict=True, reason="autograd numbers the nodes of each thread from 0: those of another thread take the lines of this one's")
+@pytest.mark.xfail(
+    strict=True,
+    reason="autograd numbers the nodes of each thread from 0: those of another thread take the lines of this one's",
+)
 def test_a_graph_from_another_thread_names_no_line_of_this_one():
     made = []
     with Tensors() as meter:
-        first = torch.autograd._get_sequence_nr() if hasattr(torch.autograd, "_get_sequence_nr") else torch._C._autograd._get_sequence_nr()
+        first = (
+            torch.autograd._get_sequence_nr()
+            if hasattr(torch.autograd, "_get_sequence_nr")
+            else torch._C._autograd._get_sequence_nr()
+        )
 
         def build():
             y = X
@@ -389,7 +411,12 @@ def test_phases_follow_the_library_and_spans_end_with_an_error():
     with Tensors() as meter:
         with pytest.raises(KeyError):
             bl.hypergradient(
-                problem, torch.ones(3), torch.zeros(3), bl.Batches(None, None), solver=bl.Descent(bl.SGD(0.1), 2), estimator=bl.Implicit(bl.CG(2))
+                problem,
+                torch.ones(3),
+                torch.zeros(3),
+                bl.Batches(None, None),
+                solver=bl.Descent(bl.SGD(0.1), 2),
+                estimator=bl.Implicit(bl.CG(2)),
             )
         kept = torch.ones(N)
     (entry,) = meter.alive()

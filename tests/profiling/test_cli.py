@@ -77,7 +77,10 @@ BROKEN = {
         (["show", "{tmp}/taken"], "cannot read {tmp}/taken/records.jsonl: Is a directory"),
         (["show", "{tmp}/a_file"], "holds no records"),
         (["show", "{tmp}/corrupt.jsonl"], "line 1: not a record: invalid JSON"),
-        (["show", "{tmp}/future.jsonl"], "line 1: record of schema 99; this version of bilevel_profiling reads schemas 1 and 2"),
+        (
+            ["show", "{tmp}/future.jsonl"],
+            "line 1: record of schema 99; this version of bilevel_profiling reads schemas 1 and 2",
+        ),
         (["show", "{tmp}/binary.jsonl"], "not text in UTF-8"),
         (["show", "{tmp}/stray.jsonl"], "an iteration without the record"),
     ],
@@ -121,7 +124,10 @@ def test_a_folder_without_permissions(folder, capsys):
         (b'{"case":"c","estimator":"e","schema":7}', "line 3: record of schema 7"),
         (b"\xff\xfe", "line 3: not text in UTF-8"),
         (b"\0\0\0\0", "line 3: not a record"),
-        (ROW.to_json().replace('"repeats":5', '"repeats":"five"').encode(), "line 3: repeats is 'five'; int or null was needed"),
+        (
+            ROW.to_json().replace('"repeats":5', '"repeats":"five"').encode(),
+            "line 3: repeats is 'five'; int or null was needed",
+        ),
     ],
 )
 @pytest.mark.parametrize("end", [b"\n", b""], ids=["whole line", "cut off"])
@@ -150,17 +156,27 @@ def test_a_file_of_other_things_is_not_recited(folder, capsys):
 def test_show_reads_a_run(folder, capsys):
     path = folder / "run.jsonl"
     path.write_text(
-        "".join(line + "\n" for line in [Record(case="runs", estimator="mine").to_json(), iteration_json(Iteration(index=0, outer_loss=0.5))])
+        "".join(
+            line + "\n"
+            for line in [
+                Record(case="runs", estimator="mine").to_json(),
+                iteration_json(Iteration(index=0, outer_loss=0.5)),
+            ]
+        )
     )
     assert ended("show", path, "--json") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[0])["iterations"][0]["outer_loss"] == 0.5
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], *([verb, "--help"] for verb in ("compare", "show", "diff", "list")), ["show", "{folder}"]], ids=str
+    "arguments",
+    [["--help"], *([verb, "--help"] for verb in ("compare", "show", "diff", "list")), ["show", "{folder}"]],
+    ids=str,
 )
 def test_what_needs_no_torch_does_without_it(folder, arguments):
-    code = "import sys; sys.modules['torch'] = None; from bilevel_profiling.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = (
+        "import sys; sys.modules['torch'] = None; from bilevel_profiling.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
     words = [argument.replace("{folder}", str(folder)) for argument in arguments]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -211,7 +227,20 @@ def test_options_say_what_was_needed():
 def test_a_report_that_cannot_be_written_loses_no_rows(tmp_path, capsys):
     out = tmp_path / "report"
     (out / "index.html").mkdir(parents=True)
-    arguments = ["compare", "quadratic", "--estimators", "unrolled", "--inner-steps", "1", "--outer-steps", "0", "--repeats", "1", "--device", "cpu"]
+    arguments = [
+        "compare",
+        "quadratic",
+        "--estimators",
+        "unrolled",
+        "--inner-steps",
+        "1",
+        "--outer-steps",
+        "0",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+    ]
     assert ended(*arguments, "--out", out) == 2
     assert "cannot write to" in capsys.readouterr().err
     assert len(read(out / "records.jsonl")) == 1

@@ -73,7 +73,10 @@ def test_parameters_of_setup(capsys, case_file):
     assert main(["forecast", path, "--set", "size=1000000", "--estimators", "unrolled", "--json"]) == 0
     (row,) = capsys.readouterr().out.splitlines()
     assert json.loads(row)["outer_size"] == 10**6
-    assert main(["fit", path, "--over", "size", "--budget", "100kB", "--estimators", "unrolled", "--at-most", "100000"]) == 0
+    assert (
+        main(["fit", path, "--over", "size", "--budget", "100kB", "--estimators", "unrolled", "--at-most", "100000"])
+        == 0
+    )
     captured = capsys.readouterr()
     assert "would need" in captured.out or "too many" in captured.out
     assert "unrolled, size = 1: " in captured.err
@@ -102,7 +105,10 @@ def test_a_loss_that_reads_values_is_told_so(capsys, case_file):
         (["forecast", "fewshot", "--set", "wdth=3"], "its setup() takes tasks, shot, query, width"),
         (["forecast", "quadratic", "--on", "a1000"], "write one of t4"),
         (["forecast", "quadratic", "--estimators", "magic"], "there is no estimator 'magic'"),
-        (["fit", "fewshot", "--over", "wdth", "--budget", "1GiB"], "it can be over inner_steps, chunk, tasks, shot, query, width"),
+        (
+            ["fit", "fewshot", "--over", "wdth", "--budget", "1GiB"],
+            "it can be over inner_steps, chunk, tasks, shot, query, width",
+        ),
     ],
 )
 def test_bad_input_is_told_in_one_line(arguments, said, capsys):

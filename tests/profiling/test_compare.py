@@ -1,4 +1,5 @@
-"""Comparisons end to end: fresh processes, failures as rows, two references that are never mixed up, and the command."""
+"""Comparisons end to end: fresh processes, failures as rows, two references that are never mixed up, and the
+command."""
 
 import json
 import signal
@@ -21,7 +22,13 @@ SOLVER = bl.Descent(bl.SGD(lr=1.0), steps=5)
 
 def test_measuring_a_case_fills_every_figure():
     found = measure(
-        Case(quadratic.setup, solver=SOLVER, estimator=bl.Unrolled("iterates"), solution=bl.Converge(bl.SGD(1.0), 1e-12, 5000)), repeats=3
+        Case(
+            quadratic.setup,
+            solver=SOLVER,
+            estimator=bl.Unrolled("iterates"),
+            solution=bl.Converge(bl.SGD(1.0), 1e-12, 5000),
+        ),
+        repeats=3,
     )
     assert found.status == "OK"
     assert found.calls == {"inner_gradient": 10, "outer_gradient": 1, "hvp": 5, "mixed": 0}
@@ -94,7 +101,9 @@ def test_a_users_own_file_from_the_command_line(cases, tmp_path, capsys):
     out = tmp_path / "report"
     assert main(["compare", str(cases), "--out", str(out), "--repeats", "2", "--device", "cpu"]) == 0
     found = records_file.read(out / "records.jsonl")
-    assert [(r.estimator, r.inner_steps) for r in found] == [(e, k) for k in (2, 4) for e in ("unrolled", "corrected", "blind")]
+    assert [(r.estimator, r.inner_steps) for r in found] == [
+        (e, k) for k in (2, 4) for e in ("unrolled", "corrected", "blind")
+    ]
     by = {(r.estimator, r.inner_steps): r for r in found}
     assert by["unrolled", 4].program_relative_error < 1e-6
     # FirstOrder cannot see this x: a row that says so, not zeros
@@ -124,7 +133,11 @@ FATES = {
     ),
     "abort": ("inner: os.abort()", "CRASHED", "signal 6 (SIGABRT)"),
     "leaves": ("inner: os._exit(0)", "CRASHED", "exited with status 0"),
-    "raises": ('outer: oh = ValueError("no such <luck>\\n\\udce4"); raise oh', "ERROR", "ValueError: no such <luck> \\udce4"),
+    "raises": (
+        'outer: oh = ValueError("no such <luck>\\n\\udce4"); raise oh',
+        "ERROR",
+        "ValueError: no such <luck> \\udce4",
+    ),
     "raises_inner": ("inner: 1 / 0", "ERROR", "ZeroDivisionError"),
     "raises_setup": ("setup: import nothing_of_that_name", "ERROR", "ModuleNotFoundError"),
     "raises_optimizer": ("optimizer: raise KeyError('lr')", "ERROR", "KeyError: 'lr'"),
@@ -175,7 +188,15 @@ def test_what_goes_wrong_in_a_cell_is_a_row(tmp_path):
     for name, (fate, _, _) in FATES.items():
         (tmp_path / f"{name}.py").write_text(f"FATE = {fate!r}\n{FATED}")
     out = tmp_path / "report"
-    command = [sys.executable, "-m", "bilevel_profiling.cli", "compare", *(str(tmp_path / f"{name}.py") for name in FATES), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "bilevel_profiling.cli",
+        "compare",
+        *(str(tmp_path / f"{name}.py") for name in FATES),
+        "--out",
+        str(out),
+    ]
     command += ["--repeats", "1", "--device", "cpu", "--memory-limit", "512MiB", "--time-limit", "60"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -210,7 +231,17 @@ def test_a_hang_is_a_row_and_nothing_finished_is_exit_status_1(tmp_path):
 def test_ctrl_c_keeps_the_finished_rows(cases, tmp_path):
     out = tmp_path / "report"
     many = ",".join(str(k) for k in range(1, 60))
-    command = [sys.executable, "-m", "bilevel_profiling.cli", "compare", str(cases), "--out", str(out), "--inner-steps", many]
+    command = [
+        sys.executable,
+        "-m",
+        "bilevel_profiling.cli",
+        "compare",
+        str(cases),
+        "--out",
+        str(out),
+        "--inner-steps",
+        many,
+    ]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     records = out / "records.jsonl"
@@ -226,7 +257,19 @@ def test_ctrl_c_keeps_the_finished_rows(cases, tmp_path):
 
 
 def test_json_output_is_records_and_nothing_else(tmp_path, capsys):
-    arguments = ["compare", "quadratic", "--estimators", "unrolled", "--inner-steps", "2", "--outer-steps", "0", "--repeats", "1", "--json"]
+    arguments = [
+        "compare",
+        "quadratic",
+        "--estimators",
+        "unrolled",
+        "--inner-steps",
+        "2",
+        "--outer-steps",
+        "0",
+        "--repeats",
+        "1",
+        "--json",
+    ]
     assert main([*arguments, "--out", str(tmp_path / "r")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["estimator"] for line in lines] == ["unrolled"]

@@ -1,4 +1,5 @@
-"""The CUDA meter: against a small fake of torch's allocator where there is no GPU, and against the real one where there is."""
+"""The CUDA meter: against a small fake of torch's allocator where there is no GPU, and against the real one where there
+is."""
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ MIB = 2**20
 
 
 class Allocator:
-    """What torch.cuda's memory functions report: current and peak bytes, counters, cuBLAS's workspace, the recording of a history."""
+    """What torch.cuda's memory functions report: current and peak bytes, counters, cuBLAS's workspace, the recording of
+    a history."""
 
     def __init__(self):
         self.requested = self.rounded = self.workspace = 0
@@ -29,7 +31,11 @@ class Allocator:
         self.rounded -= -(-size // 512) * 512
 
     def note(self):
-        now = {"allocated": self.rounded, "requested": self.requested, "reserved": -(-self.rounded // (2 * MIB)) * 2 * MIB}
+        now = {
+            "allocated": self.rounded,
+            "requested": self.requested,
+            "reserved": -(-self.rounded // (2 * MIB)) * 2 * MIB,
+        }
         self.peaks = {name: max(self.peaks[name], now[name]) for name in now}
 
     def product(self):
@@ -39,7 +45,10 @@ class Allocator:
             self.take(self.workspace)
 
     def memory_stats(self, device=None):
-        return {f"{name}_bytes.all.peak": peak for name, peak in self.peaks.items()} | {"num_alloc_retries": self.retries, "num_ooms": self.ooms}
+        return {f"{name}_bytes.all.peak": peak for name, peak in self.peaks.items()} | {
+            "num_alloc_retries": self.retries,
+            "num_ooms": self.ooms,
+        }
 
     def reset_peak_memory_stats(self, device=None):
         self.peaks = dict.fromkeys(self.peaks, 0)
@@ -139,7 +148,14 @@ def test_phases_have_peaks_of_their_own(allocator):
     problem = bl.Problem(inner_loss, outer_loss)
     solver = bl.Descent(bl.SGD(0.1), 2)
     with Cuda("cuda") as meter:
-        bl.hypergradient(problem, torch.tensor(1.0), torch.tensor(0.0), bl.Batches(None, None), solver=solver, estimator=bl.Unrolled())
+        bl.hypergradient(
+            problem,
+            torch.tensor(1.0),
+            torch.tensor(0.0),
+            bl.Batches(None, None),
+            solver=solver,
+            estimator=bl.Unrolled(),
+        )
     assert meter.phases()["inner"]["cuda_allocated_bytes"] == 2 * MIB
     assert meter.phases()["hypergradient"]["cuda_allocated_bytes"] == 3 * MIB
     assert meter.figures()["cuda_allocated_bytes"] == 3 * MIB
@@ -180,7 +196,9 @@ def test_the_fake_has_the_names_of_the_real_one():
     """Everything that the fake replaces is there in this torch, with the arguments that the meter passes."""
     import inspect
 
-    assert {"max_entries", "device", "clear_history"} <= set(inspect.signature(torch.cuda.memory._record_memory_history).parameters)
+    assert {"max_entries", "device", "clear_history"} <= set(
+        inspect.signature(torch.cuda.memory._record_memory_history).parameters
+    )
     assert "filename" in inspect.signature(torch.cuda.memory._dump_snapshot).parameters
     assert callable(torch.cuda.memory_stats)
     assert callable(torch.cuda.reset_peak_memory_stats)

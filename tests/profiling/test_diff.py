@@ -33,12 +33,16 @@ ROW = Record(
     iterations=(Iteration(index=0, outer_loss=1.0),),
     environment=MACHINE,
 )
-FAILED = Record(case="case", estimator="one", settings="Unrolled()", inner_steps=5, status="TIMEOUT", environment=MACHINE)
+FAILED = Record(
+    case="case", estimator="one", settings="Unrolled()", inner_steps=5, status="TIMEOUT", environment=MACHINE
+)
 
 
 def verdicts(change, row=ROW, **tolerances):
     new = dataclasses.replace(row, **change) if isinstance(change, dict) else change
-    return {each.figure: each.verdict.value for each in compare_records([row], [new], Tolerances(**tolerances)).differences}
+    return {
+        each.figure: each.verdict.value for each in compare_records([row], [new], Tolerances(**tolerances)).differences
+    }
 
 
 @pytest.mark.parametrize(
@@ -131,13 +135,21 @@ def test_tolerances():
 
 
 def test_rows_are_matched_by_what_they_are():
-    old = [ROW, dataclasses.replace(ROW, seed=1), dataclasses.replace(ROW, device="cuda"), dataclasses.replace(ROW, source="forecast")]
+    old = [
+        ROW,
+        dataclasses.replace(ROW, seed=1),
+        dataclasses.replace(ROW, device="cuda"),
+        dataclasses.replace(ROW, source="forecast"),
+    ]
     assert compare_records(old, old[::-1]).differences == ()
     found = compare_records(old, [*old[1:], dataclasses.replace(ROW, inner_steps=6)])
     assert [(each.verdict.value, each.key.inner_steps) for each in found.differences] == [("missing", 5), ("new", 6)]
     assert found.sentence() == "3 rows in both: 3 the same; 1 only in the old; 1 only in the new."
     # two rows of the same kind in a file
-    assert compare_records([ROW, ROW], [ROW, dataclasses.replace(ROW, status="ERROR")]).sentence() == "2 rows in both: 1 worse, 1 the same."
+    assert (
+        compare_records([ROW, ROW], [ROW, dataclasses.replace(ROW, status="ERROR")]).sentence()
+        == "2 rows in both: 1 worse, 1 the same."
+    )
     # a run that failed before it knew its dtype
     double = dataclasses.replace(ROW, dtype="float64")
     assert verdicts(FAILED, double) == {"status": "worse"}
@@ -146,7 +158,11 @@ def test_rows_are_matched_by_what_they_are():
 
 
 def test_a_file_is_the_same_as_itself_and_json_says_all():
-    cases = [dataclasses.replace(ROW, estimator=label, inner_steps=k) for label in ("one", "two", "three") for k in (1, 5, 20)]
+    cases = [
+        dataclasses.replace(ROW, estimator=label, inner_steps=k)
+        for label in ("one", "two", "three")
+        for k in (1, 5, 20)
+    ]
     records = [*cases, dataclasses.replace(FAILED, case="other")]
     assert compare_records(records, records).sentence() == f"{len(records)} rows in both: {len(records)} the same."
     worse = [dataclasses.replace(record, program_relative_error=float("nan")) for record in records]
@@ -158,7 +174,10 @@ def test_a_file_is_the_same_as_itself_and_json_says_all():
 @pytest.fixture
 def files(tmp_path):
     write([ROW, dataclasses.replace(ROW, estimator="[red]two\nlines")], tmp_path / "old.jsonl")
-    write([ROW, dataclasses.replace(ROW, estimator="[red]two\nlines", peak_tensor_bytes=2_000_000)], tmp_path / "worse.jsonl")
+    write(
+        [ROW, dataclasses.replace(ROW, estimator="[red]two\nlines", peak_tensor_bytes=2_000_000)],
+        tmp_path / "worse.jsonl",
+    )
     write([ROW], tmp_path / "fewer.jsonl")
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "torn.jsonl").write_bytes((tmp_path / "old.jsonl").read_bytes()[:-10])
@@ -214,7 +233,12 @@ def test_json_and_nothing_else(files, capsys):
 @pytest.mark.parametrize("missing", ["torch", "rich"])
 def test_it_needs_neither_torch_nor_rich(files, missing):
     code = f"import sys; sys.modules[{missing!r}] = None; from bilevel_profiling.cli import main; sys.exit(main(['diff', *sys.argv[1:]]))"
-    done = subprocess.run([sys.executable, "-c", code, files / "old.jsonl", files / "worse.jsonl"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, files / "old.jsonl", files / "worse.jsonl"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1, done.stderr
     assert "2.000x" in done.stdout
     assert ("rich" in done.stderr) == (missing == "rich")

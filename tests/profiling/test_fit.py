@@ -1,4 +1,5 @@
-"""largest_fit, fit and recommend: exact, honest about what was looked at, and sentences that are true. And forecasts as users meet them."""
+"""largest_fit, fit and recommend: exact, honest about what was looked at, and sentences that are true. And forecasts as
+users meet them."""
 
 import dataclasses
 import functools
@@ -60,7 +61,11 @@ def test_exact_to_the_byte(over, slack, value):
 
 
 def test_largest_fit_is_the_value_of_the_fit():
-    assert largest_fit(case(), need("batch", 5), "batch", at_most=8) == fit(case(), need("batch", 5), "batch", at_most=8).value == 5
+    assert (
+        largest_fit(case(), need("batch", 5), "batch", at_most=8)
+        == fit(case(), need("batch", 5), "batch", at_most=8).value
+        == 5
+    )
 
 
 @pytest.fixture
@@ -89,7 +94,14 @@ def test_short_ranges(searched, at_most, value):
 
 
 @pytest.mark.parametrize(
-    ("needs", "most"), [(lambda k: 7 + 3 * k, 7), (lambda k: 7, 7), (lambda k: k**2, 40), (lambda k: 2 ** min(k, 60), 40), (math.isqrt, 40)]
+    ("needs", "most"),
+    [
+        (lambda k: 7 + 3 * k, 7),
+        (lambda k: 7, 7),
+        (lambda k: k**2, 40),
+        (lambda k: 2 ** min(k, 60), 40),
+        (math.isqrt, 40),
+    ],
 )
 @pytest.mark.parametrize("value", [200, 999_999])
 def test_few_forecasts_find_a_far_value(searched, needs, most, value):
@@ -127,7 +139,10 @@ def assert_true(found):
     if found.value == 0:
         assert text.startswith(f"does not fit: {found.over} = 1 needs {sizes.text(needed(found.forecasts[1]))}")
         return
-    assert f"{found.over} = {found.value:,} fits ({sizes.text(needed(found.record))} of {sizes.text(found.budget_bytes)})" in text
+    assert (
+        f"{found.over} = {found.value:,} fits ({sizes.text(needed(found.record))} of {sizes.text(found.budget_bytes)})"
+        in text
+    )
     if "does not grow" in text:
         assert len({needed(record) for value, record in found.forecasts.items() if value > 1}) == 1
     elif "was looked at" in text:
@@ -146,7 +161,9 @@ def test_a_budget_that_is_too_small_says_what_one_would_need():
 
 
 @pytest.mark.parametrize(
-    "estimator", [bl.Implicit(bl.CG(3)), bl.MemoryReduced(), bl.FirstOrderCorrected(), bl.Unrolled("iterates", last=2)], ids=repr
+    "estimator",
+    [bl.Implicit(bl.CG(3)), bl.MemoryReduced(), bl.FirstOrderCorrected(), bl.Unrolled("iterates", last=2)],
+    ids=repr,
 )
 def test_memory_that_does_not_grow_says_so(estimator):
     found = fit(case(estimator=estimator), "1MiB", at_most=8)
@@ -178,7 +195,9 @@ def tasks(device, count=3):
     return problem, torch.zeros(3), torch.ones(count, 32), bl.Batches(data, data)
 
 
-@pytest.mark.parametrize("estimator", [bl.Unrolled(), bl.FirstOrderCorrected()], ids=lambda estimator: type(estimator).__name__)
+@pytest.mark.parametrize(
+    "estimator", [bl.Unrolled(), bl.FirstOrderCorrected()], ids=lambda estimator: type(estimator).__name__
+)
 def test_the_chunk_of_a_task_mean(estimator):
     mean = case(setup=tasks, solver=bl.Descent(bl.SGD(0.1), 1), estimator=bl.TaskMean(estimator))
     needs = [needed(forecast(with_value(mean, "chunk", chunk))) for chunk in range(1, 4)]
@@ -213,7 +232,27 @@ def test_a_case_with_nothing_to_vary_says_so():
 
 
 @pytest.mark.parametrize(
-    "budget", ["12 apples", 0, "0", "-1GiB", -5, True, False, None, "", "1e9", "inf", math.nan, math.inf, "24G", "GiB", [], "0x10", "1.GiB"]
+    "budget",
+    [
+        "12 apples",
+        0,
+        "0",
+        "-1GiB",
+        -5,
+        True,
+        False,
+        None,
+        "",
+        "1e9",
+        "inf",
+        math.nan,
+        math.inf,
+        "24G",
+        "GiB",
+        [],
+        "0x10",
+        "1.GiB",
+    ],
 )
 def test_a_budget_that_is_no_size(budget):
     with pytest.raises(ValueError, match=r"is no size; write bytes, or a number with KiB"):
@@ -226,7 +265,16 @@ def test_a_budget_below_a_byte():
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("24GiB", 24 * 2**30), ("1 tib", 2**40), ("1.5kB", 1500), (2**80, 2**80), (" 7 B ", 7), ("80GB", 80 * 10**9), (3, 3)]
+    ("text", "size"),
+    [
+        ("24GiB", 24 * 2**30),
+        ("1 tib", 2**40),
+        ("1.5kB", 1500),
+        (2**80, 2**80),
+        (" 7 B ", 7),
+        ("80GB", 80 * 10**9),
+        (3, 3),
+    ],
 )
 def test_sizes(text, size):
     assert sizes.parse(text) == size
@@ -288,7 +336,10 @@ def test_with_records_of_all_the_more_exact_comes_first_by_powers_of_ten():
 @pytest.mark.parametrize("change", [{"inner_steps": 4}, {"settings": "Unrolled()"}, {"case": "other"}])
 def test_records_of_something_else_are_not_taken(change):
     records = [dataclasses.replace(measured(label, 1e-3), **change) for label in ("cg", "corrected")]
-    assert all(advice.error is None for advice in recommend(case(), "1MiB", estimators={"cg": ESTIMATORS["cg"]}, records=records))
+    assert all(
+        advice.error is None
+        for advice in recommend(case(), "1MiB", estimators={"cg": ESTIMATORS["cg"]}, records=records)
+    )
 
 
 def test_the_error_at_the_solution_goes_before_that_of_the_program():
@@ -299,13 +350,17 @@ def test_the_error_at_the_solution_goes_before_that_of_the_program():
 
 def test_an_error_that_is_no_number_comes_last():
     records = [measured("unrolled", math.nan), measured("cg", 0.5)]
-    found = recommend(case(), "1MiB", estimators={label: ESTIMATORS[label] for label in ("unrolled", "cg")}, records=records)
+    found = recommend(
+        case(), "1MiB", estimators={label: ESTIMATORS[label] for label in ("unrolled", "cg")}, records=records
+    )
     assert labels(found) == ["cg", "unrolled"]
 
 
 def test_an_infinite_error_comes_last():
     records = [measured("unrolled", math.inf), measured("cg", 0.5)]
-    found = recommend(case(), "1MiB", estimators={label: ESTIMATORS[label] for label in ("unrolled", "cg")}, records=records)
+    found = recommend(
+        case(), "1MiB", estimators={label: ESTIMATORS[label] for label in ("unrolled", "cg")}, records=records
+    )
     assert labels(found) == ["cg", "unrolled"]
 
 
@@ -335,7 +390,9 @@ def attending(device):
 
 
 def test_an_estimator_that_cannot_differentiate_twice_is_a_row_too():
-    found = recommend(case(setup=attending), "1GiB", estimators={"unrolled": bl.Unrolled(), "corrected": bl.FirstOrderCorrected()})
+    found = recommend(
+        case(setup=attending), "1GiB", estimators={"unrolled": bl.Unrolled(), "corrected": bl.FirstOrderCorrected()}
+    )
     assert [advice.label for advice in found] == ["corrected", "unrolled"]
 
 
@@ -353,29 +410,44 @@ def elementwise(device):
 
 
 def test_compute_is_compared_in_one_unit():
-    found = recommend(case(setup=elementwise), "1MiB", estimators={"dense": bl.Implicit(bl.Dense()), "cg": bl.Implicit(bl.CG(3))})
+    found = recommend(
+        case(setup=elementwise), "1MiB", estimators={"dense": bl.Implicit(bl.Dense()), "cg": bl.Implicit(bl.CG(3))}
+    )
     moved = {advice.label: advice.forecast.moved_bytes for advice in found}
     assert moved["dense"] > 5 * moved["cg"]
     assert labels(found) == ["cg", "dense"]
 
 
 def test_rooflines_rank_by_time():
-    found = recommend(case(setup=elementwise), "1MiB", estimators={"dense": bl.Implicit(bl.Dense()), "cg": bl.Implicit(bl.CG(3))}, on="a100")
+    found = recommend(
+        case(setup=elementwise),
+        "1MiB",
+        estimators={"dense": bl.Implicit(bl.Dense()), "cg": bl.Implicit(bl.CG(3))},
+        on="a100",
+    )
     assert labels(found) == ["cg", "dense"]
     assert "the least time at best of those that fit" in found[0].sentence
 
 
 def test_a_task_mean_is_recommended_task_means():
-    found = recommend(case(setup=tasks, solver=bl.Descent(bl.SGD(0.1), 1), estimator=bl.TaskMean(bl.Unrolled(), 3)), "1MiB")
+    found = recommend(
+        case(setup=tasks, solver=bl.Descent(bl.SGD(0.1), 1), estimator=bl.TaskMean(bl.Unrolled(), 3)), "1MiB"
+    )
     assert all(isinstance(advice.estimator, bl.TaskMean) and advice.estimator.chunk == 3 for advice in found)
 
 
-# --- forecasts as users meet them -----------------------------------------------------------------------------------------------------------------
+# --- forecasts as users meet them
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def posed(loss, size=3, dtype=torch.float32):
     def made(device):
-        return bl.Problem(loss, lambda y, x, b: (y**2).sum()), torch.zeros(size, dtype=dtype), torch.ones(size, dtype=dtype), bl.Batches(None, None)
+        return (
+            bl.Problem(loss, lambda y, x, b: (y**2).sum()),
+            torch.zeros(size, dtype=dtype),
+            torch.ones(size, dtype=dtype),
+            bl.Batches(None, None),
+        )
 
     return case(setup=made)
 
@@ -482,7 +554,9 @@ def test_a_loss_that_reads_is_told_its_line_and_a_remedy(loss):
     assert measure(posed(loss), repeats=1, errors=False).peak_tensor_bytes > 0
 
 
-@pytest.mark.parametrize(("loss", "remedy"), [(one_hot, "num_classes"), (repeated, "output_size")], ids=["one_hot", "repeat_interleave"])
+@pytest.mark.parametrize(
+    ("loss", "remedy"), [(one_hot, "num_classes"), (repeated, "output_size")], ids=["one_hot", "repeat_interleave"]
+)
 def test_a_remedy_fits_the_operator(loss, remedy):
     with pytest.raises(ForecastError, match=remedy):
         forecast(posed(loss))
@@ -495,7 +569,10 @@ def test_a_remedy_fits_the_operator(loss, remedy):
         lambda y, x, b: torch.where(y > 0, squares(y, x), 0.0).sum(),
         pytest.param(
             lambda y, x, b: (squares(y, x) * F.one_hot(torch.tensor([0, 1, 2]), 3)).sum(),
-            marks=pytest.mark.xfail(strict=True, reason="without data torch makes a one_hot by comparing, with a mask of 1 byte a number on top"),
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="without data torch makes a one_hot by comparing, with a mask of 1 byte a number on top",
+            ),
             id="one_hot",
         ),
         lambda y, x, b: squares(y, x).sum() * torch.rand(()),

@@ -1,4 +1,5 @@
-"""A forecast is the run without the run: equal to the tensors meter to the byte, and honest about what it cannot see."""
+"""A forecast is the run without the run: equal to the tensors meter to the byte, and honest about what it cannot
+see."""
 
 import dataclasses
 import gc
@@ -17,7 +18,10 @@ from bilevel_profiling.meters.work import Work
 import bilevel as bl
 from bilevel.problems import quadratic
 
-pytestmark = [pytest.mark.filterwarnings("ignore:outer variable"), pytest.mark.filterwarnings("ignore:iterate.. stepped through")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:outer variable"),
+    pytest.mark.filterwarnings("ignore:iterate.. stepped through"),
+]
 RUNS = ((4, torch.float64), (1, torch.float64), (4, torch.float32))
 """K and dtype; all optimizers with the first, SGD with all."""
 
@@ -52,7 +56,9 @@ def same(case: Case) -> None:
     """Forecast and meter agree; where a solver stopped before its step limit, on the peaks, else on everything."""
     found, real = forecast(case), metered(case)
     assert found.peak_tensor_bytes == real.peak_tensor_bytes
-    assert {name: phase.peak_tensor_bytes for name, phase in found.phases.items()} == {n: p.peak_tensor_bytes for n, p in real.phases.items()}
+    assert {name: phase.peak_tensor_bytes for name, phase in found.phases.items()} == {
+        n: p.peak_tensor_bytes for n, p in real.phases.items()
+    }
     assert found.kept_tensor_bytes == real.kept_tensor_bytes == 0
     if found.calls == real.calls:
         assert found.alive == real.alive
@@ -90,7 +96,10 @@ class Setup:
         problem, outer, inner, batches = catalogue.PROBLEMS[self.problem](self.dtype, device)
         if self.tasks is None:
             return problem, outer, inner, batches
-        many = [torch.stack([leaf.roll(shift, 0) for shift in range(self.tasks)]) for leaf in (*batches.inner, *batches.outer)]
+        many = [
+            torch.stack([leaf.roll(shift, 0) for shift in range(self.tasks)])
+            for leaf in (*batches.inner, *batches.outer)
+        ]
         inner = None if inner is None else {name: leaf.expand(self.tasks, *leaf.shape) for name, leaf in inner.items()}
         return problem, outer, inner, bl.Batches(many[:2], many[2:])
 
@@ -108,7 +117,10 @@ MATRIX = [
 @pytest.mark.parametrize(("problem", "estimator", "optimizer", "steps", "dtype"), MATRIX)
 def test_equal_to_the_byte_over_the_conformance_matrix(problem, estimator, optimizer, steps, dtype):
     case = Case(
-        Setup(problem, dtype), solver=bl.Descent(catalogue.OPTIMIZERS[optimizer], steps), estimator=catalogue.ESTIMATORS[estimator], name="matrix"
+        Setup(problem, dtype),
+        solver=bl.Descent(catalogue.OPTIMIZERS[optimizer], steps),
+        estimator=catalogue.ESTIMATORS[estimator],
+        name="matrix",
     )
     if usable(case):
         same(case)
@@ -122,7 +134,11 @@ def test_equal_to_the_byte_over_tasks(problem, estimator, chunk):
     same(Case(Setup(problem, torch.float64, 3), solver=bl.Descent(bl.SGD(0.3), 3), estimator=mean, name="tasks"))
 
 
-BUILT_IN = [(name, label) for name in ("hypercleaning", "fewshot", "language", "ridge", "quadratic") for label in load(name).estimators]
+BUILT_IN = [
+    (name, label)
+    for name in ("hypercleaning", "fewshot", "language", "ridge", "quadratic")
+    for label in load(name).estimators
+]
 
 
 @pytest.mark.parametrize(("name", "label"), BUILT_IN)
@@ -150,16 +166,26 @@ def test_a_forecast_leaves_the_real_world_alone():
     forecast(quadratic_case())
     after = measure(quadratic_case(), repeats=1)
     assert torch.equal(before, torch.get_rng_state())
-    assert (real.program_relative_error, real.peak_tensor_bytes) == (after.program_relative_error, after.peak_tensor_bytes)
+    assert (real.program_relative_error, real.peak_tensor_bytes) == (
+        after.program_relative_error,
+        after.peak_tensor_bytes,
+    )
 
 
 def test_random_numbers_in_the_loss_are_no_obstacle():
     def setup(device):
-        call, inner = bl.functional(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Dropout(), torch.nn.Linear(64, 4)))
+        call, inner = bl.functional(
+            torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Dropout(), torch.nn.Linear(64, 4))
+        )
         x, y = torch.randn(128, 64), torch.randint(0, 4, (128,))
         loss = torch.nn.functional.cross_entropy
         weighted = lambda w, v, b: (v.sigmoid() * loss(call(w, x), y, reduction="none")).mean()  # noqa: E731
-        return bl.Problem(weighted, lambda w, v, b: loss(call(w, x), y)), torch.zeros(128), inner, bl.Batches(None, None)
+        return (
+            bl.Problem(weighted, lambda w, v, b: loss(call(w, x), y)),
+            torch.zeros(128),
+            inner,
+            bl.Batches(None, None),
+        )
 
     for keep in ("graph", "iterates", "segments"):
         same(quadratic_case(setup=setup, estimator=bl.Unrolled(keep=keep)))
@@ -169,7 +195,12 @@ def test_nothing_is_allocated():
     def setup(device):
         inner = torch.zeros(2**36, device=device)  # 256 GiB
         outer = torch.zeros((), device=device)
-        return bl.Problem(lambda y, x, b: ((y - x) ** 2).mean(), lambda y, x, b: (y**2).mean()), outer, inner, bl.Batches(None, None)
+        return (
+            bl.Problem(lambda y, x, b: ((y - x) ** 2).mean(), lambda y, x, b: (y**2).mean()),
+            outer,
+            inner,
+            bl.Batches(None, None),
+        )
 
     found = forecast(quadratic_case(setup=setup))
     assert found.base_tensor_bytes == 2**38 + 4 + 12  # y; x; the two moments and the step count of Adam
@@ -181,7 +212,9 @@ def test_a_function_that_has_nothing_to_do_with_bilevel():
     assert (found.case, found.estimator, found.source) == ("functions", "doubled", "forecast")
     assert found.peak_tensor_bytes == 2**37
     real = torch.ones(1000)
-    assert forecast(lambda: real + 1).peak_tensor_bytes == measure(lambda: real + 1, repeats=1).peak_tensor_bytes == 4000
+    assert (
+        forecast(lambda: real + 1).peak_tensor_bytes == measure(lambda: real + 1, repeats=1).peak_tensor_bytes == 4000
+    )
 
 
 def complex_products():

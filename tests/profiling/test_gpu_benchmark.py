@@ -1,4 +1,5 @@
-"""benchmarks/gpu.py on a CPU: the code that a GPU runs, at small sizes, and its arithmetic on records made up for the purpose."""
+"""benchmarks/gpu.py on a CPU: the code that a GPU runs, at small sizes, and its arithmetic on records made up for the
+purpose."""
 
 import importlib
 import json
@@ -28,13 +29,32 @@ def quick(gpu, monkeypatch):
 
     def measured(case, **_):
         k = case.solver.max_steps
-        cuda = {"cuda_requested_bytes": (9 + k) * MIB, "cuda_allocated_bytes": (10 + k) * MIB, "cuda_reserved_bytes": 22 * MIB}
-        return Record(case=case.name, estimator=case.label, wall_seconds=0.5, outer_size=256, base_tensor_bytes=0, peak_tensor_bytes=k * MIB, **cuda)
+        cuda = {
+            "cuda_requested_bytes": (9 + k) * MIB,
+            "cuda_allocated_bytes": (10 + k) * MIB,
+            "cuda_reserved_bytes": 22 * MIB,
+        }
+        return Record(
+            case=case.name,
+            estimator=case.label,
+            wall_seconds=0.5,
+            outer_size=256,
+            base_tensor_bytes=0,
+            peak_tensor_bytes=k * MIB,
+            **cuda,
+        )
 
     def forecast(case):
         k = case.solver.max_steps
         cuda = {"cuda_requested_bytes": k * MIB, "cuda_allocated_bytes": k * MIB + 512}
-        return Record(case=case.name, estimator=case.label, source="forecast", base_tensor_bytes=0, peak_tensor_bytes=k * MIB, **cuda)
+        return Record(
+            case=case.name,
+            estimator=case.label,
+            source="forecast",
+            base_tensor_bytes=0,
+            peak_tensor_bytes=k * MIB,
+            **cuda,
+        )
 
     monkeypatch.setattr(gpu, "measure", measured)
     monkeypatch.setattr(gpu, "forecast", forecast)
@@ -48,7 +68,23 @@ def read(path):
 
 def test_a_rehearsal_on_the_cpu_finds_forecasts_exact(gpu, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
-    assert gpu.main(["--device", "cpu", "--inner-steps", "1", "--estimators", "implicit CG", "--out", str(out), "--budget-seconds", "60"]) == 0
+    assert (
+        gpu.main(
+            [
+                "--device",
+                "cpu",
+                "--inner-steps",
+                "1",
+                "--estimators",
+                "implicit CG",
+                "--out",
+                str(out),
+                "--budget-seconds",
+                "60",
+            ]
+        )
+        == 0
+    )
     rows = read(out)
     assert [row["kind"] for row in rows] == ["environment"] + ["cell"] * 3 + ["growth"] * 3 + ["left out"]
     for row in rows[1:4]:
@@ -81,7 +117,23 @@ def test_the_sweep_of_a_kept_graph_is_timed_once_and_by_the_step(gpu):
 
 def test_nothing_is_started_without_time_and_what_was_left_out_is_said(gpu, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
-    assert gpu.main(["--device", "cpu", "--models", "perceptron", "--inner-steps", "1,2", "--out", str(out), "--budget-seconds", "0"]) == 0
+    assert (
+        gpu.main(
+            [
+                "--device",
+                "cpu",
+                "--models",
+                "perceptron",
+                "--inner-steps",
+                "1,2",
+                "--out",
+                str(out),
+                "--budget-seconds",
+                "0",
+            ]
+        )
+        == 0
+    )
     rows = read(out)
     assert [row["kind"] for row in rows] == ["environment", "left out"]
     assert rows[-1]["cells"][0] == ["perceptron", "unrolled", 1]
@@ -99,7 +151,9 @@ def test_a_cell_that_would_take_too_long_is_left_out(quick, monkeypatch):
                 "cell_seconds": case.solver.max_steps}  # fmt: skip
 
     monkeypatch.setattr(quick, "cell", cell)
-    rows = quick.run("cpu", quick.SIZES["cpu"], ["perceptron"], ["unrolled", "implicit CG"], (1, 10), 15, lambda row: None)
+    rows = quick.run(
+        "cpu", quick.SIZES["cpu"], ["perceptron"], ["unrolled", "implicit CG"], (1, 10), 15, lambda row: None
+    )
     assert [(row["estimator"], row["inner_steps"]) for row in rows if row["kind"] == "cell"] == [
         ("unrolled", 1), ("implicit CG", 1), ("unrolled", 10),
     ]  # fmt: skip
@@ -107,7 +161,8 @@ def test_a_cell_that_would_take_too_long_is_left_out(quick, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(torch.OutOfMemoryError("CUDA out of memory"), "OUT_OF_MEMORY"), (RuntimeError("no kernel image"), "ERROR")]
+    ("error", "status"),
+    [(torch.OutOfMemoryError("CUDA out of memory"), "OUT_OF_MEMORY"), (RuntimeError("no kernel image"), "ERROR")],
 )
 def test_what_a_cell_raises_is_its_row(quick, monkeypatch, error, status, capsys):
     def fails(case, **_):
@@ -129,14 +184,18 @@ def test_differences_growth_and_margin(quick):
     assert {row["requested_difference"] for row in cells} == {9 * MIB}
     assert {row["allocated_difference"] for row in cells} == {10 * MIB - 512}
     growth = next(row for row in rows if row["kind"] == "growth")
-    assert (growth["measured"]["kind"], growth["measured"]["per_step"], growth["forecast"]["at_zero"]) == ("linear", MIB, 0)
+    assert (growth["measured"]["kind"], growth["measured"]["per_step"], growth["forecast"]["at_zero"]) == (
+        "linear",
+        MIB,
+        0,
+    )
     margin = next(row for row in rows if row["kind"] == "margin")
     assert margin["requested_difference"] == margin["requested_difference_least"] == 9 * MIB
     assert margin["reserved_ratio"] == pytest.approx(22 * MIB / (2 * MIB + 512))
     text = quick.tables.gpu(rows)
     assert (
-        "| perceptron | unrolled | 8 | 17.0 | 8.0 | +9,437,184 | 18.0 | 8.0 | +10,485,248 | 2.75 | 1 MiB per inner step + 9 MiB | 500.0 | 5.0 |"
-        in text
+        "| perceptron | unrolled | 8 | 17.0 | 8.0 | +9,437,184 | 18.0 | 8.0 | +10,485,248 | 2.75 | 1 MiB per inner "
+        "step + 9 MiB | 500.0 | 5.0 |" in text
     )
     assert "| perceptron | hvp | unrolled, kept graph | 250.000 | 2.50 |" in text
     assert "Margin of a forecast, over 3 cells" in text

@@ -59,7 +59,10 @@ def test_a_process_can_be_given_so_much_memory_and_no_more():
     assert run(bytearray, 2**20, time_limit=60, memory_limit=256 * MIB).failure is None
     failure = run(bytearray, 2**30, time_limit=60, memory_limit=256 * MIB).failure
     assert failure.status == "OUT_OF_MEMORY"
-    assert failure.reason == "The run was given 256 MiB beyond what torch itself had taken, and asked for more: MemoryError"
+    assert (
+        failure.reason
+        == "The run was given 256 MiB beyond what torch itself had taken, and asked for more: MemoryError"
+    )
     failure = run(torch.ones, 2**28, time_limit=60, memory_limit=256 * MIB).failure
     assert failure.status == "OUT_OF_MEMORY"
     assert "you tried to allocate 1073741824 bytes" in failure.reason

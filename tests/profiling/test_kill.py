@@ -1,7 +1,7 @@
 """kill -9 in the middle of a comparison, at random moments: no finished row is lost, and --resume completes.
 
-Three times in a test run, one comparison. Twenty times, most of them followed by --resume to the end, with a line for each:
-`BILEVEL_KILLS=20 pytest -s tests/profiling/test_kill.py`.
+Three times in a test run, one comparison. Twenty times, most of them followed by --resume to the end, with a line for
+each: `BILEVEL_KILLS=20 pytest -s tests/profiling/test_kill.py`.
 """
 
 import dataclasses
@@ -48,7 +48,9 @@ def start(case: Path, out: Path) -> subprocess.Popen:
         "--device",
         "cpu",
     ]
-    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def alive(group: int) -> list[int]:
@@ -73,7 +75,9 @@ def until(deadline: float, true) -> bool:
 
 def whole(path: Path) -> dict[tuple, bytes]:
     """The finished rows of a file, as they are written."""
-    return {(row.record.estimator, row.record.inner_steps): row.text for row in scan(path).rows} if path.exists() else {}
+    return (
+        {(row.record.estimator, row.record.inner_steps): row.text for row in scan(path).rows} if path.exists() else {}
+    )
 
 
 def unlooped(text: bytes) -> Record:
@@ -112,7 +116,8 @@ class Attempt:
 
 
 def attempt(case: Path, out: Path, number: int, rng: random.Random) -> Attempt:
-    """Begin or continue a comparison, and kill it: at any time, or when the file has just been written, the moment that matters most."""
+    """Begin or continue a comparison, and kill it: at any time, or when the file has just been written, the moment that
+    matters most."""
     running, begun, records = start(case, out), time.monotonic(), out / "records.jsonl"
 
     def ended() -> bool:
@@ -133,7 +138,9 @@ def attempt(case: Path, out: Path, number: int, rng: random.Random) -> Attempt:
         (os.kill if alone else os.killpg)(running.pid, signal.SIGKILL)  # alone: its processes notice that it is gone
     seconds = time.monotonic() - begun
     errors = running.communicate(timeout=60)[1]
-    assert until(time.monotonic() + 20, lambda: not alive(running.pid)), f"processes outlive the comparison: {alive(running.pid)}"
+    assert until(time.monotonic() + 20, lambda: not alive(running.pid)), (
+        f"processes outlive the comparison: {alive(running.pid)}"
+    )
     assert not done or running.returncode == 0, errors
     return Attempt(seen, done, seconds, errors, "the command" if alone else "the group")
 
@@ -156,12 +163,19 @@ def test_kill_9_at_random_moments_loses_no_finished_row(tmp_path):
         assert all(each.torn for each in damage)
         halves, drafts = halves + len(damage), drafts + len(list(out.rglob("*.tmp")))
         said = f"{tried.seconds:5.2f} s after the start, {tried.who:<11}: {len(tried.seen)} rows seen before, {len(kept)} in the file"
-        finishing = kills == KILLS or (KILLS > 3 and kills % 4 > 0)  # else the next kill falls into the comparison that is continued
-        print(f"kill {kills:2d}  {said}{', half a line' if damage else ''}{'; resumed and completed' if finishing else ''}")
+        finishing = kills == KILLS or (
+            KILLS > 3 and kills % 4 > 0
+        )  # else the next kill falls into the comparison that is continued
+        print(
+            f"kill {kills:2d}  {said}{', half a line' if damage else ''}{'; resumed and completed' if finishing else ''}"
+        )
         if finishing:
             errors = start(case, out).communicate(timeout=300)[1]
             check_kept(seen, whole(out / "records.jsonl"))
             assert f"continuing with {len(seen)} finished row" in errors or not seen
             check_complete(out)
             completed, seen = completed + 1, {}
-    print(f"{kills} kills, {completed} comparisons completed, {halves} half lines and {drafts} drafts left by kills, no row lost")
+    print(
+        f"{kills} kills, {completed} comparisons completed, {halves} half lines and {drafts} drafts left by kills, no "
+        f"row lost"
+    )

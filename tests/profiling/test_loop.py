@@ -14,7 +14,9 @@ from bilevel.problems import quadratic
 
 
 def definition(**overrides):
-    return Definition(name="quadratic", setup=quadratic.setup, optimizer=bl.SGD(lr=1.0), outer_optimizer=sgd, **overrides)
+    return Definition(
+        name="quadratic", setup=quadratic.setup, optimizer=bl.SGD(lr=1.0), outer_optimizer=sgd, **overrides
+    )
 
 
 def sgd(tensors):
@@ -24,7 +26,11 @@ def sgd(tensors):
 def run(case_of=None, steps=4, estimator=None, lr=1.0, **overrides):
     defined = definition(**overrides)
     solver = bl.Descent(bl.SGD(lr=lr), 5)
-    return outer_loop(Case(quadratic.setup, solver=solver, estimator=estimator or bl.Unrolled(), outer_optimizer=sgd, seed=3), defined, steps)
+    return outer_loop(
+        Case(quadratic.setup, solver=solver, estimator=estimator or bl.Unrolled(), outer_optimizer=sgd, seed=3),
+        defined,
+        steps,
+    )
 
 
 def test_each_iteration_is_recorded_and_is_that_of_iterate():
@@ -68,7 +74,9 @@ def test_batches_and_metrics_are_asked_for_in_order_and_with_the_seed():
     found = run(batches=batches, evaluate=evaluate)
     # the two metered iterations come first, in a loop of their own
     assert asked == [(0, "cpu", 3), (1, "cpu", 3), *((step, "cpu", 3) for step in range(4))]
-    assert found.metrics_before["objective"] == pytest.approx(quadratic.random(seed=3).value(quadratic.setup(seed=3)[1]).item())
+    assert found.metrics_before["objective"] == pytest.approx(
+        quadratic.random(seed=3).value(quadratic.setup(seed=3)[1]).item()
+    )
     assert found.metrics["objective"] < found.metrics_before["objective"]
 
 
@@ -119,7 +127,11 @@ def test_a_thinned_timeline_keeps_the_ends_and_the_peak_of_every_phase(stretches
     ("plans", "error", "message"),
     [
         ([Plan("quadratic", labels=["nobody"])], CaseError, "there is no estimator 'nobody': quadratic has unrolled"),
-        ([Plan("quadratic", labels=["first-order"]), Plan("ridge", labels=["first-order"])], CaseError, "case ridge has none"),
+        (
+            [Plan("quadratic", labels=["first-order"]), Plan("ridge", labels=["first-order"])],
+            CaseError,
+            "case ridge has none",
+        ),
         ([Plan("quadratic"), Plan("quadratic")], CaseError, "two cases are called quadratic"),
         ([Plan("quadratic", {"inner_steps": (-1,)})], CaseError, "integers of at least 0"),
         ([Plan("quadratic", {"estimators": {}})], CaseError, "at least one entry"),
@@ -140,7 +152,9 @@ def test_what_a_plan_refuses(plans, error, message):
 
 
 def test_a_label_may_belong_to_one_of_several_cases():
-    found = settle([Plan("quadratic", labels=["implicit CG", "first-order"]), Plan("ridge", labels=["implicit CG", "first-order"])])
+    found = settle(
+        [Plan("quadratic", labels=["implicit CG", "first-order"]), Plan("ridge", labels=["implicit CG", "first-order"])]
+    )
     assert [each.labels for each in found] == [("implicit CG", "first-order"), ("implicit CG",)]
 
 
@@ -165,7 +179,9 @@ def test_a_case_file_that_cannot_be_used_is_told_why(text, tmp_path):
 
 def test_a_case_file_may_import_its_neighbors_and_leave_nearly_everything_out(tmp_path):
     (tmp_path / "neighbor_of_mine.py").write_text("LR = 0.25")
-    (tmp_path / "mine.py").write_text('"""Mine.\n\nMore."""\nimport neighbor_of_mine\ndef setup(device): ...\nINNER_STEPS = range(1, 4)')
+    (tmp_path / "mine.py").write_text(
+        '"""Mine.\n\nMore."""\nimport neighbor_of_mine\ndef setup(device): ...\nINNER_STEPS = range(1, 4)'
+    )
     found = load(str(tmp_path / "mine.py"))
     assert (found.name, found.title, found.inner_steps, found.outer_steps) == ("mine", "Mine.", (1, 2, 3), 0)
     assert "unrolled" in found.estimators
@@ -180,4 +196,7 @@ def test_lines_of_progress_say_how_far_and_how_long(capsys):
         progress.finish(task, "1.0 MiB")
     progress.stop()
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["[1/3, 0:00, about 0:00 left]  toy: K = 0: 1.0 MiB", "[2/3, 0:00, about 0:00 left]  toy: K = 1: 1.0 MiB"]
+    assert lines == [
+        "[1/3, 0:00, about 0:00 left]  toy: K = 0: 1.0 MiB",
+        "[2/3, 0:00, about 0:00 left]  toy: K = 1: 1.0 MiB",
+    ]

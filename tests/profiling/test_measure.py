@@ -41,7 +41,12 @@ class Hoarding(Estimator):
 
 
 def quick(estimator, steps=5, **options):
-    return measure(Case(quadratic.setup, solver=bl.Descent(bl.SGD(lr=1.0), steps), estimator=estimator), repeats=1, errors=False, **options)
+    return measure(
+        Case(quadratic.setup, solver=bl.Descent(bl.SGD(lr=1.0), steps), estimator=estimator),
+        repeats=1,
+        errors=False,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("estimator", LIBRARY, ids=repr)
@@ -54,16 +59,22 @@ def test_a_leaking_twin_is_caught_by_what_it_keeps_and_by_its_slope():
     for steps in (5, 40):
         assert quick(Hoarding(bl.Implicit(bl.CG(6))), steps).kept_tensor_bytes == steps * inner_bytes
     honest = quick(bl.Implicit(bl.CG(6)), 40).peak_tensor_bytes - quick(bl.Implicit(bl.CG(6)), 5).peak_tensor_bytes
-    leaking = quick(Hoarding(bl.Implicit(bl.CG(6))), 40).peak_tensor_bytes - quick(Hoarding(bl.Implicit(bl.CG(6))), 5).peak_tensor_bytes
+    leaking = (
+        quick(Hoarding(bl.Implicit(bl.CG(6))), 40).peak_tensor_bytes
+        - quick(Hoarding(bl.Implicit(bl.CG(6))), 5).peak_tensor_bytes
+    )
     assert honest == 0
     assert leaking >= 35 * inner_bytes
 
 
 def test_the_phases_of_a_case_add_up():
     found = quick(bl.FirstOrderCorrected())
-    # The inner phase runs twice in one call: counts are sums, peaks are maxima, and no phase takes longer than the whole.
+    # The inner phase runs twice in one call: counts are sums, peaks are maxima, and no phase takes longer than the
+    # whole.
     assert found.phases["inner"].calls == {"inner_gradient": 10, "outer_gradient": 10}
-    assert {name: sum(phase.calls.get(name, 0) for phase in found.phases.values()) for name in found.calls} == found.calls
+    assert {
+        name: sum(phase.calls.get(name, 0) for phase in found.phases.values()) for name in found.calls
+    } == found.calls
     assert found.peak_tensor_bytes == max(phase.peak_tensor_bytes for phase in found.phases.values())
     assert sum(phase.wall_seconds for phase in found.phases.values()) <= found.wall_seconds
     assert sum(phase.matmul_flops for phase in found.phases.values()) <= found.matmul_flops
@@ -82,7 +93,12 @@ class Failing:
                 raise self.error
             return (y**2).sum()
 
-        return bl.Problem(lambda y, x, b: ((y - x) ** 2).sum(), outer_loss), torch.ones(3), torch.zeros(3), bl.Batches(None, None)
+        return (
+            bl.Problem(lambda y, x, b: ((y - x) ** 2).sum(), outer_loss),
+            torch.ones(3),
+            torch.zeros(3),
+            bl.Batches(None, None),
+        )
 
     def case(self):
         return Case(self.setup, solver=bl.Descent(bl.SGD(lr=0.25), 2), estimator=bl.Unrolled())
@@ -146,7 +162,9 @@ def test_measuring_leaves_no_trace():
 def test_tasks_are_compared_with_the_mean_over_tasks():
     def setup(device):
         targets = torch.linspace(-1, 1, 3)
-        problem = bl.Problem(lambda y, x, b: ((y - b) ** 2).sum(), lambda y, x, b: ((y - 2 * b) ** 2).sum(), init=lambda x, b: x)
+        problem = bl.Problem(
+            lambda y, x, b: ((y - b) ** 2).sum(), lambda y, x, b: ((y - 2 * b) ** 2).sum(), init=lambda x, b: x
+        )
         return bl.proximal(problem, 1.0), torch.ones(4), None, bl.Batches(inner=targets, outer=targets)
 
     case = Case(setup, solver=bl.Descent(bl.SGD(lr=0.1), 3), estimator=bl.TaskMean(bl.Unrolled()))
@@ -176,7 +194,12 @@ def test_a_reference_that_cannot_be_made_is_a_note(setup, note):
 
 
 def test_a_solution_that_is_not_reached_is_no_reference():
-    case = Case(quadratic.setup, solver=SOLVER, estimator=bl.Unrolled(), solution=bl.Converge(bl.SGD(lr=1.0), tol=1e-12, max_steps=3))
+    case = Case(
+        quadratic.setup,
+        solver=SOLVER,
+        estimator=bl.Unrolled(),
+        solution=bl.Converge(bl.SGD(lr=1.0), tol=1e-12, max_steps=3),
+    )
     found = references.of_case(case)
     assert found.solution.grad is None
     assert "INNER_MAX_STEPS" in found.solution.note

@@ -111,7 +111,9 @@ SCALAR = bl.Problem(lambda y, x, _: (y**2 - x * y).sum(), lambda y, x, _: (y**2)
 
 def hypergradient(estimator, steps=6):
     y, x = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-    return bl.hypergradient(SCALAR, x, y, bl.Batches(None, None), solver=bl.Descent(bl.SGD(0.25), steps), estimator=estimator)
+    return bl.hypergradient(
+        SCALAR, x, y, bl.Batches(None, None), solver=bl.Descent(bl.SGD(0.25), steps), estimator=estimator
+    )
 
 
 @pytest.mark.parametrize(

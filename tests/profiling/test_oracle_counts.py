@@ -1,4 +1,5 @@
-"""What each estimator asks of a problem, with the formula written out: the tables in bilevel/estimators, held to the number."""
+"""What each estimator asks of a problem, with the formula written out: the tables in bilevel/estimators, held to the
+number."""
 
 import math
 
@@ -11,7 +12,8 @@ from bilevel.estimators.reverse.unrolled import shrinking
 from bilevel.problems import quadratic
 
 M = 3
-"""Products of the iterative linear solvers: fewer than the P = 6 after which conjugate gradients would be done and stop by themselves."""
+"""Products of the iterative linear solvers: fewer than the P = 6 after which conjugate gradients would be done and stop
+by themselves."""
 P = 6
 STEPS = (0, 1, 5, 12)
 RATE = 0.3
@@ -91,7 +93,11 @@ def test_segments_cost_about_what_the_table_says(steps):
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_memory_reduced_asks_one_product_more_when_the_adjoint_is_warm(steps):
-    for warm, extra in (({"warm_inner": True}, 0), ({"warm_adjoint": True}, 1), ({"warm_inner": True, "warm_adjoint": True}, 1)):
+    for warm, extra in (
+        ({"warm_inner": True}, 0),
+        ({"warm_adjoint": True}, 1),
+        ({"warm_inner": True, "warm_adjoint": True}, 1),
+    ):
         estimator = bl.MemoryReduced(steps=M, **warm)
         cold, _, first = run(estimator, descent(steps))
         again, _, _ = run(estimator, descent(steps), first.state)
@@ -107,7 +113,8 @@ def test_conjugate_gradients_stop_when_they_are_done():
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_of_a_solver_that_stops_by_itself(name):
-    """To learn K costs K + 1 gradients. Implicit estimators go on from there; the others run the K-step program again."""
+    """To learn K costs K + 1 gradients. Implicit estimators go on from there; the others run the K-step program
+    again."""
     estimator, formula = FORMULAS[name]
     found, _, hg = run(estimator, bl.Converge(bl.SGD(1.0), tol=1e-2, max_steps=500))
     steps = hg.stats["inner_steps"] // (2 if "corrected" in name else 1)
@@ -128,7 +135,9 @@ def tasks():
     target, penalty = batches.outer
     many = [leaf.expand(TASKS, *leaf.shape) for leaf in (hessian, coupling)]
     targets = torch.stack([target + shift for shift in range(TASKS)])
-    split = bl.Problem(lambda y, x, b: problem.inner_loss(y, x, b), lambda y, x, b: problem.outer_loss(y, x, (b[0], penalty)))
+    split = bl.Problem(
+        lambda y, x, b: problem.inner_loss(y, x, b), lambda y, x, b: problem.outer_loss(y, x, (b[0], penalty))
+    )
     return split, outer, inner.expand(TASKS, -1), bl.Batches(many, [targets])
 
 
@@ -146,7 +155,9 @@ def test_features_and_a_start_add_no_calls():
     """They are not oracles of the inner or outer loss."""
     problem, outer, inner, batches = quadratic.setup()
     with_features = bl.Problem(problem.inner_loss, problem.outer_loss, features=lambda x, b: b)
-    started = bl.Problem(problem.inner_loss, problem.outer_loss, init=lambda x, b: torch.zeros(P, dtype=x.dtype) + 0 * x.sum())
+    started = bl.Problem(
+        problem.inner_loss, problem.outer_loss, init=lambda x, b: torch.zeros(P, dtype=x.dtype) + 0 * x.sum()
+    )
     for name in ("graph", "iterates", "segments"):
         estimator, formula = FORMULAS[name]
         assert run(estimator, descent(5), problem=(with_features, outer, inner, batches))[0] == formula(5)
@@ -170,5 +181,12 @@ def test_calls_before_an_error_are_counted():
 
     problem, outer, inner, batches = quadratic.setup()
     with pytest.raises(KeyError), Oracles() as meter:
-        bl.hypergradient(bl.Problem(problem.inner_loss, outer_loss), outer, inner, batches, solver=descent(4), estimator=bl.Implicit(bl.CG(2)))
+        bl.hypergradient(
+            bl.Problem(problem.inner_loss, outer_loss),
+            outer,
+            inner,
+            batches,
+            solver=descent(4),
+            estimator=bl.Implicit(bl.CG(2)),
+        )
     assert meter.figures()["calls"] == counts(4, 1, 0, 0)

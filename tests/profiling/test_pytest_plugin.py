@@ -13,7 +13,8 @@ from bilevel_profiling.record import Alive
 pytest_plugins = ["pytester"]
 
 PLUGIN = "bilevel_profiling.pytest_plugin"
-# Runs in this process forget the modules they imported; torch's compiler, which a dispatch mode loads, cannot be imported twice.
+# Runs in this process forget the modules they imported; torch's compiler, which a dispatch mode loads, cannot be
+# imported twice.
 PeakMemory().of(lambda: torch.ones(1))
 KIB = 256  # float32 numbers
 
@@ -137,7 +138,10 @@ def test_memory_that_grows_with_a_parameter_is_a_failure_with_its_values(run, ve
     result.assert_outcomes(passed=5, failed=1)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(
-        ["peak memory grows with inner_steps: 5: 5.0 KiB, 20: 20.0 KiB, 50: 50.0 KiB (1.0 KiB per inner_steps); flat_in allows no difference"]
+        [
+            "peak memory grows with inner_steps: 5: 5.0 KiB, 20: 20.0 KiB, 50: 50.0 KiB (1.0 KiB per inner_steps); "
+            "flat_in allows no difference"
+        ]
     )
     result.stdout.fnmatch_lines(["FAILED test_it.py::test_memory[[]flat_in=inner_steps[]]*"])
     result.stdout.no_fnmatch_line("*not judged*")
@@ -154,7 +158,9 @@ def test_memory(steps):
     run(source.format(180)).assert_outcomes(passed=2)
     result = run(source.format(179))
     result.assert_outcomes(passed=2, failed=1)
-    result.stdout.fnmatch_lines(["peak memory grows with steps: 5: 1.0 KiB, 50: 1.2 KiB (4 B per steps); flat_in allows a difference of 179 B"])
+    result.stdout.fnmatch_lines(
+        ["peak memory grows with steps: 5: 1.0 KiB, 50: 1.2 KiB (4 B per steps); flat_in allows a difference of 179 B"]
+    )
 
 
 def test_a_slope_can_be_limited_instead(run):
@@ -167,7 +173,9 @@ def test_memory(steps):
     run(source.format("1 KiB")).assert_outcomes(passed=3)
     result = run(source.format("1000 B"))
     result.assert_outcomes(passed=3, failed=1)
-    result.stdout.fnmatch_lines(["peak memory grows by 1.0 KiB per steps between 5 and 50: 5: 5.0 KiB, *; max_slope allows 1000 B"])
+    result.stdout.fnmatch_lines(
+        ["peak memory grows by 1.0 KiB per steps between 5 and 50: 5: 5.0 KiB, *; max_slope allows 1000 B"]
+    )
 
 
 def test_other_parameters_make_groups_of_their_own(run):
@@ -205,7 +213,9 @@ def test_memory(dtype):
     torch.ones(256, dtype=dtype)
 """)
     result.assert_outcomes(passed=2, failed=1)
-    result.stdout.fnmatch_lines(["peak memory changes with dtype: torch.float32: 1.0 KiB, torch.float64: 2.0 KiB; flat_in allows no difference"])
+    result.stdout.fnmatch_lines(
+        ["peak memory changes with dtype: torch.float32: 1.0 KiB, torch.float64: 2.0 KiB; flat_in allows no difference"]
+    )
 
 
 @pytest.mark.parametrize("selection", [("-k", "50"), ("test_it.py::test_memory[50]",)], ids=["-k", "by name"])
@@ -213,7 +223,9 @@ def test_one_value_alone_is_not_judged_and_that_is_said(run, selection):
     result = run(GROWING.partition("def test_flat")[0].rpartition("@pytest.mark.peak")[0], *selection)
     result.assert_outcomes(passed=1, deselected=2 if selection[0] == "-k" else 0)
     assert result.ret == 0
-    result.stdout.fnmatch_lines(["*peak memory: not judged*", "*only inner_steps=50 (50.0 KiB) was measured; two values are needed*"])
+    result.stdout.fnmatch_lines(
+        ["*peak memory: not judged*", "*only inner_steps=50 (50.0 KiB) was measured; two values are needed*"]
+    )
 
 
 def test_values_whose_test_failed_are_left_out(run):
@@ -237,7 +249,9 @@ def test_half(steps):
 def test_a_run_that_stops_early_does_not_judge(run):
     result = run(GROWING + "\ndef test_last():\n    raise KeyError\n\ndef test_never():\n    pass\n", "-x")
     result.assert_outcomes(passed=5, failed=1)
-    result.stdout.fnmatch_lines(["*peak memory: not judged*", "*was measured; the run was stopped before the last test*"])
+    result.stdout.fnmatch_lines(
+        ["*peak memory: not judged*", "*was measured; the run was stopped before the last test*"]
+    )
 
 
 def test_the_failure_is_in_the_junit_file_and_forgotten_by_lf_once_it_is_gone(run, pytester):
@@ -323,7 +337,9 @@ def test_both(peak_memory):
     assert peak_memory.of(lambda: torch.ones(256)) == 1024
 """)
     result.assert_outcomes(passed=4, failed=1)
-    result.stdout.fnmatch_lines([">*with peak_memory(max_bytes=*", "E*Failed: peak memory is 1,028 B, above max_bytes = 1,024 B"])
+    result.stdout.fnmatch_lines(
+        [">*with peak_memory(max_bytes=*", "E*Failed: peak memory is 1,028 B, above max_bytes = 1,024 B"]
+    )
     result.stdout.no_fnmatch_line("*pytest_plugin.py*")
 
 
@@ -336,15 +352,26 @@ def test_the_plugin_alone_imports_no_torch(pytester):
 
 def test_marks_are_shown_by_pytest_markers(run):
     result = run("", "--markers")
-    result.stdout.fnmatch_lines(["@pytest.mark.peak_memory(max_bytes=..., flat_in=..., tolerance=..., max_slope=...): limits *"])
+    result.stdout.fnmatch_lines(
+        ["@pytest.mark.peak_memory(max_bytes=..., flat_in=..., tolerance=..., max_slope=...): limits *"]
+    )
 
 
 def test_it_works_across_processes(run):
     pytest.importorskip("xdist")
     result = run(GROWING, "-p", "xdist.plugin", "-n", "2", subprocess=True)
     result.assert_outcomes(passed=5, failed=1)
-    result.stdout.fnmatch_lines(["peak memory grows with inner_steps: 5: 5.0 KiB, 20: 20.0 KiB, 50: 50.0 KiB (1.0 KiB per inner_steps)*"])
-    result = run("@pytest.mark.peak_memory(flat_in='K')\ndef test_it():\n    pass", "-p", "xdist.plugin", "-n", "1", subprocess=True)
+    result.stdout.fnmatch_lines(
+        ["peak memory grows with inner_steps: 5: 5.0 KiB, 20: 20.0 KiB, 50: 50.0 KiB (1.0 KiB per inner_steps)*"]
+    )
+    result = run(
+        "@pytest.mark.peak_memory(flat_in='K')\ndef test_it():\n    pass",
+        "-p",
+        "xdist.plugin",
+        "-n",
+        "1",
+        subprocess=True,
+    )
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(["test_it.py::test_it: the mark peak_memory was given flat_in='K', but *"])
 
@@ -353,7 +380,11 @@ def test_it_works_across_processes(run):
 
 
 def test_peaks_that_fall_and_rise_change_and_do_not_grow():
-    assert Growth("K", tolerance=0).broken_by([(5, 2048), (50, 1024), (20, 4096)]).startswith("peak memory changes with K: 5: 2.0 KiB, 20: 4.0 KiB,")
+    assert (
+        Growth("K", tolerance=0)
+        .broken_by([(5, 2048), (50, 1024), (20, 4096)])
+        .startswith("peak memory changes with K: 5: 2.0 KiB, 20: 4.0 KiB,")
+    )
     assert Growth("K", tolerance=3072).broken_by([(5, 2048), (50, 1024), (20, 4096)]) == ""
 
 
@@ -365,13 +396,24 @@ def test_the_steepest_stretch_counts_for_a_slope():
 
 
 def test_a_contract_takes_everything_together():
-    stated = contract((), {"max_bytes": "1 MiB", "flat_in": "K", "tolerance": "1 KiB", "max_slope": {"T": 512}}, {"K": 5, "T": 2.0})
+    stated = contract(
+        (), {"max_bytes": "1 MiB", "flat_in": "K", "tolerance": "1 KiB", "max_slope": {"T": 512}}, {"K": 5, "T": 2.0}
+    )
     assert stated.max_bytes == 2**20
     assert stated.growths == (Growth("K", tolerance=1024), Growth("T", slope=512))
 
 
 def test_origins_are_told_with_what_is_known():
-    full = Alive(bytes=2048, count=2, operator="aten.mm", line="net.py:3", module="Net.0", phase="inner", span="hvp", backward=True)
+    full = Alive(
+        bytes=2048,
+        count=2,
+        operator="aten.mm",
+        line="net.py:3",
+        module="Net.0",
+        phase="inner",
+        span="hvp",
+        backward=True,
+    )
     text = above(4096, 1024, [full, *[Alive(bytes=100, count=1, operator="aten.add")] * 9, Alive(bytes=48, count=5)])
     assert "  2.0 KiB  2 x aten.mm  backward of net.py:3  Net.0  inner/hvp\n" in text
     assert text.endswith("    248 B  the rest")

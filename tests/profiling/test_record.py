@@ -1,4 +1,5 @@
-"""Files of records: what is written comes back, what is damaged is said, and a process that is killed loses nothing it had finished."""
+"""Files of records: what is written comes back, what is damaged is said, and a process that is killed loses nothing it
+had finished."""
 
 import dataclasses
 import json
@@ -77,7 +78,19 @@ def test_what_is_no_record_is_refused_with_the_place(change, message):
 
 
 @pytest.mark.parametrize(
-    "line", ["", "{", "[]", "3", "null", '{"case": "c"}', "[" * 100_000, '{"iteration": 3}', '{"iteration": {"index": "x"}}', "\0\0"]
+    "line",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "null",
+        '{"case": "c"}',
+        "[" * 100_000,
+        '{"iteration": 3}',
+        '{"iteration": {"index": "x"}}',
+        "\0\0",
+    ],
 )
 def test_what_is_no_line_of_a_record_is_a_value_error(line):
     with pytest.raises(ValueError):
@@ -90,9 +103,14 @@ def test_the_iterations_of_a_run_join_the_record_before_them(tmp_path):
         for name in ("first", "second"):
             stream.write(Record(case="runs", estimator=name).to_json() + "\n")
             for index in range(3):
-                append_iteration(Iteration(index=index, outer_loss=1 / (index + 1), metrics={"name": float(index)}), stream)
+                append_iteration(
+                    Iteration(index=index, outer_loss=1 / (index + 1), metrics={"name": float(index)}), stream
+                )
     found = read(path)
-    assert [(record.estimator, [each.index for each in record.iterations]) for record in found] == [("first", [0, 1, 2]), ("second", [0, 1, 2])]
+    assert [(record.estimator, [each.index for each in record.iterations]) for record in found] == [
+        ("first", [0, 1, 2]),
+        ("second", [0, 1, 2]),
+    ]
     assert found[0].iterations[1].metrics == {"name": 1.0}
     assert b"".join(row.text for row in scan(path).rows) == path.read_bytes()
 
@@ -114,7 +132,9 @@ def test_every_cut_of_a_file_is_seen_and_costs_only_the_last_line(tmp_path):
     path = tmp_path / "r.jsonl"
     lines = [Record(case="c", estimator=name).to_json().encode() + b"\n" for name in ("one", "two", "drei ü")]
     whole = b"".join(lines)
-    for size in sorted({*range(0, len(whole), 17), *range(len(lines[0]) - 2, len(lines[0]) + 3), len(whole) - 1, len(whole)}):
+    for size in sorted(
+        {*range(0, len(whole), 17), *range(len(lines[0]) - 2, len(lines[0]) + 3), len(whole) - 1, len(whole)}
+    ):
         path.write_bytes(whole[:size])
         found = scan(path)
         complete = whole[:size].count(b"\n")
@@ -158,7 +178,11 @@ def test_a_disk_that_is_full_takes_no_half_line(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    for change in (lambda: rows.append(FULL), lambda: rows.replace(0, dataclasses.replace(FULL, case="other")), lambda: write([], rows.path)):
+    for change in (
+        lambda: rows.append(FULL),
+        lambda: rows.replace(0, dataclasses.replace(FULL, case="other")),
+        lambda: write([], rows.path),
+    ):
         with pytest.raises(OSError, match="No space left"):
             change()
         assert rows.path.read_bytes() == before

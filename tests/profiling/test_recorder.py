@@ -57,7 +57,10 @@ def test_the_file_is_a_record_and_a_line_for_each_iteration(path):
     assert [line["iteration"]["index"] for line in rest] == [0, 1, 2]
     (found,) = scan(path).records
     assert found == recorder.record
-    assert all(step.wall_seconds > 0 and step.status == "OK" and step.calls == {} and step.phases == {} for step in found.iterations)
+    assert all(
+        step.wall_seconds > 0 and step.status == "OK" and step.calls == {} and step.phases == {}
+        for step in found.iterations
+    )
 
 
 def test_each_line_is_there_before_the_next_iteration_begins(path):
@@ -128,7 +131,8 @@ def test_the_highest_peak_is_told_by_origin(path):
 
 
 def test_a_compiled_function_is_compiled_once_its_bytes_are_not_counted(path):
-    """torch gives up on a function for good whose first call is under a dispatch mode, unless it is told to run it as it is."""
+    """torch gives up on a function for good whose first call is under a dispatch mode, unless it is told to run it as
+    it is."""
     compiled, at = [], []
 
     def backend(graph, inputs):
@@ -141,7 +145,9 @@ def test_a_compiled_function_is_compiled_once_its_bytes_are_not_counted(path):
         at.append(item)
         assert torch.equal(step(torch.zeros(4)), torch.ones(4).cos())
 
-    peaks = [it.peak_tensor_bytes is not None for it in recorded(path, range(5), body, tensors_every=4).record.iterations]
+    peaks = [
+        it.peak_tensor_bytes is not None for it in recorded(path, range(5), body, tensors_every=4).record.iterations
+    ]
     assert peaks == [True, True, False, False, True]
     assert compiled == [2]
 
@@ -154,7 +160,9 @@ def loop(steps, lr=0.25, estimator=None):
     problem = bl.Problem(lambda y, x, b: ((y - x) ** 2).sum(), lambda y, x, b: ((y - 3) ** 2).sum())
     batches = itertools.repeat(bl.Batches(None, None), steps)
     solver, optimizer = bl.Descent(bl.SGD(lr=lr), steps=5), torch.optim.SGD([x], lr=0.25)
-    return bl.iterate(problem, x, torch.zeros(2), batches, solver=solver, estimator=estimator or bl.Unrolled(), optimizer=optimizer)
+    return bl.iterate(
+        problem, x, torch.zeros(2), batches, solver=solver, estimator=estimator or bl.Unrolled(), optimizer=optimizer
+    )
 
 
 def test_a_step_of_iterate_says_more(path):
@@ -223,7 +231,10 @@ def test_logged_numbers_are_in_their_iteration(path):
     assert third["accuracy"] == 0.5
 
 
-@pytest.mark.parametrize(("value", "given"), [(torch.ones(3), "a tensor of shape (3,)"), ("0.5", "a str"), (None, "a NoneType"), ([1], "a list")])
+@pytest.mark.parametrize(
+    ("value", "given"),
+    [(torch.ones(3), "a tensor of shape (3,)"), ("0.5", "a str"), (None, "a NoneType"), ([1], "a list")],
+)
 def test_what_is_no_number_is_refused(path, value, given):
     with pytest.raises(TypeError) as caught:
         logged(path, loss=value)
@@ -252,7 +263,13 @@ def test_a_break_ends_an_iteration_like_any_other(path):
         for item in recorder.watch("ab"):
             recorder.log(item=ord(item))
     steps = recorder.record.iterations
-    assert [(step.index, step.metrics["item"]) for step in steps] == [(0, 0), (1, 1), (2, 2), (3, ord("a")), (4, ord("b"))]
+    assert [(step.index, step.metrics["item"]) for step in steps] == [
+        (0, 0),
+        (1, 1),
+        (2, 2),
+        (3, ord("a")),
+        (4, ord("b")),
+    ]
     assert {step.status for step in steps} == {"OK"}
     assert steps[2].wall_seconds < 0.1
     assert torch.utils._python_dispatch._len_torch_dispatch_stack() == 0
@@ -262,7 +279,10 @@ class Stop(BaseException):
     """Like KeyboardInterrupt, which pytest would take for itself."""
 
 
-@pytest.mark.parametrize(("error", "status"), [(KeyError("x"), "ERROR"), (torch.OutOfMemoryError("CUDA"), "OUT_OF_MEMORY"), (Stop(), "INTERRUPTED")])
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyError("x"), "ERROR"), (torch.OutOfMemoryError("CUDA"), "OUT_OF_MEMORY"), (Stop(), "INTERRUPTED")],
+)
 @pytest.mark.parametrize("inside", ["the body", "a function", "making the item"])
 def test_an_exception_is_passed_on_and_ends_its_iteration_with_a_status(path, error, status, inside):
     def fail(item):
@@ -444,7 +464,8 @@ ENDLESS = """
 
 def test_a_run_can_be_read_while_it_runs_and_after_kill_9(path):
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(ENDLESS), str(path)], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        [sys.executable, "-c", textwrap.dedent(ENDLESS), str(path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     try:
         seen = []
@@ -503,9 +524,19 @@ def test_a_loop_on_a_gpu(path):
 
 
 def run_of(name="run", **fields):
-    figures = {"wall_seconds": 0.5, "calls": {"hvp": 3}, "phases": {"inner": Phase(wall_seconds=0.25)}, "metrics": {"loss": 2.0}}
-    steps = (Iteration(index=0, **figures), Iteration(index=1, outer_loss=float("nan"), status="NONFINITE", metrics={"loss": 1.0}))
-    return Record(case=name, estimator=fields.pop("estimator", ""), iterations=fields.pop("iterations", steps), **fields)
+    figures = {
+        "wall_seconds": 0.5,
+        "calls": {"hvp": 3},
+        "phases": {"inner": Phase(wall_seconds=0.25)},
+        "metrics": {"loss": 2.0},
+    }
+    steps = (
+        Iteration(index=0, **figures),
+        Iteration(index=1, outer_loss=float("nan"), status="NONFINITE", metrics={"loss": 1.0}),
+    )
+    return Record(
+        case=name, estimator=fields.pop("estimator", ""), iterations=fields.pop("iterations", steps), **fields
+    )
 
 
 class Writer:

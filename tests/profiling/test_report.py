@@ -1,4 +1,5 @@
-"""Reports are functions of records: golden text for what people read, structure and safety for the page, and no input that breaks them.
+"""Reports are functions of records: golden text for what people read, structure and safety for the page, and no input
+that breaks them.
 
 To accept changed text: UPDATE_GOLDEN=1 python -m pytest tests/profiling/test_report.py, then read the diff.
 """
@@ -106,12 +107,28 @@ def _evil() -> list[Record]:
             calls={EVIL: 3},
             phases={EVIL: Phase(peak_tensor_bytes=3)},
             iterations=tuple(
-                Iteration(index=n, outer_loss=1 / (n + 1), status=EVIL if n % 9 == 0 else "OK", wall_seconds=0.1, peak_tensor_bytes=10**12)
+                Iteration(
+                    index=n,
+                    outer_loss=1 / (n + 1),
+                    status=EVIL if n % 9 == 0 else "OK",
+                    wall_seconds=0.1,
+                    peak_tensor_bytes=10**12,
+                )
                 for n in range(500)
             ),
             timeline=((0, 0, EVIL, EVIL, EVIL), (5, 3 * 2**20, "inner", EVIL, EVIL), (9, 0, "outer", "", "")),
             alive=tuple(
-                Alive(bytes=2**20, count=2, phase=EVIL, span=EVIL, operator=EVIL, module=EVIL, line=EVIL, backward=n % 2 == 0) for n in range(12)
+                Alive(
+                    bytes=2**20,
+                    count=2,
+                    phase=EVIL,
+                    span=EVIL,
+                    operator=EVIL,
+                    module=EVIL,
+                    line=EVIL,
+                    backward=n % 2 == 0,
+                )
+                for n in range(12)
             ),
             notes=(EVIL, f"{EVIL} {number}"),
             source="measured" if k == 1 else EVIL,
@@ -138,7 +155,10 @@ def _nonfinite() -> list[Record]:
             program_relative_error=math.nan if label == "a" else math.inf,
             program_cosine=math.nan,
             solution_relative_error=0.0,
-            iterations=(Iteration(index=0, outer_loss=math.nan, status="NONFINITE"), Iteration(index=1, outer_loss=math.inf)),
+            iterations=(
+                Iteration(index=0, outer_loss=math.nan, status="NONFINITE"),
+                Iteration(index=1, outer_loss=math.inf),
+            ),
             metrics={"accuracy": math.nan},
             metrics_before={"accuracy": math.inf},
             timeline=((0, 0, "inner", "", ""),),
@@ -158,12 +178,28 @@ PARTIAL = {
     "holes": [record for place, record in enumerate(RECORDS) if place % 3 != 1],
     "all failed": [Record(case="c", estimator=e, inner_steps=k, status="OUT_OF_MEMORY") for e in "ab" for k in (1, 2)],
     "not finite": _nonfinite(),
-    "zeros": [Record(case="c", estimator=e, inner_steps=k, peak_tensor_bytes=b, wall_seconds=0.0) for e, b in (("a", 0), ("b", 9)) for k in (0, 5)],
+    "zeros": [
+        Record(case="c", estimator=e, inner_steps=k, peak_tensor_bytes=b, wall_seconds=0.0)
+        for e, b in (("a", 0), ("b", 9))
+        for k in (0, 5)
+    ],
     "any callable": [Record(case="f", estimator=e, peak_tensor_bytes=5000, wall_seconds=1e-5) for e in "fg"],
-    "many": [dataclasses.replace(RECORDS[2], estimator=f"number {n}", inner_steps=k, seed=s) for n in range(19) for k in (10, 200) for s in (0, 1)],
-    "long names": [dataclasses.replace(RECORDS[2], case="y" * 300, estimator="x" * 200, metrics={f"metric {n}": 0.1 * n for n in range(30)})],
+    "many": [
+        dataclasses.replace(RECORDS[2], estimator=f"number {n}", inner_steps=k, seed=s)
+        for n in range(19)
+        for k in (10, 200)
+        for s in (0, 1)
+    ],
+    "long names": [
+        dataclasses.replace(
+            RECORDS[2], case="y" * 300, estimator="x" * 200, metrics={f"metric {n}": 0.1 * n for n in range(30)}
+        )
+    ],
     "odd text": [Record(case="\ud800x", estimator="é漢字", inner_steps=3, peak_tensor_bytes=4, kept_tensor_bytes=10)],
-    "two devices": [dataclasses.replace(r, device="cuda", cuda_allocated_bytes=r.peak_tensor_bytes, peak_tensor_bytes=None) for r in RECORDS[:9]]
+    "two devices": [
+        dataclasses.replace(r, device="cuda", cuda_allocated_bytes=r.peak_tensor_bytes, peak_tensor_bytes=None)
+        for r in RECORDS[:9]
+    ]
     + RECORDS[:9],
     "hostile": _evil(),
     "much memory": [
@@ -180,10 +216,21 @@ PARTIAL = {
         for k in (1, 10, 100)
     ],
     "nothing alive": [
-        Record(case="c", estimator="a", inner_steps=1, peak_tensor_bytes=0, alive=(Alive(bytes=0, count=0),), timeline=((3, 0, "", "", ""),))
+        Record(
+            case="c",
+            estimator="a",
+            inner_steps=1,
+            peak_tensor_bytes=0,
+            alive=(Alive(bytes=0, count=0),),
+            timeline=((3, 0, "", "", ""),),
+        )
     ],
     "a training run": [
-        Record(case="run", estimator="", iterations=tuple(Iteration(index=n, metrics={"loss": 1 / (n + 1), EVIL: math.inf}) for n in range(500)))
+        Record(
+            case="run",
+            estimator="",
+            iterations=tuple(Iteration(index=n, metrics={"loss": 1 / (n + 1), EVIL: math.inf}) for n in range(500)),
+        )
     ],
     "CUDA": [
         Record(
@@ -204,7 +251,12 @@ PARTIAL = {
 
 
 def test_markdown_is_the_golden_text() -> None:
-    _golden("report.md", markdown.render(RECORDS, COMMAND, {"fewshot": [("Peak memory against inner steps", "figures/fewshot-memory.svg")]}))
+    _golden(
+        "report.md",
+        markdown.render(
+            RECORDS, COMMAND, {"fewshot": [("Peak memory against inner steps", "figures/fewshot-memory.svg")]}
+        ),
+    )
 
 
 @pytest.mark.parametrize("width", [60, 100, 180])
@@ -229,7 +281,9 @@ def test_page_shows_every_case_estimator_and_failure_and_needs_nothing_from_outs
     assert sum(tag == "svg" and name == "aria-labelledby" for tag, name, _ in found.attributes) == len(figures)
     assert found.counts["desc"] == len(figures)
     assert len(found.ids) == len(set(found.ids))
-    assert {value for _, name, value in found.attributes if name in ("src", "href")} <= {f"#{anchor}" for anchor in found.ids}
+    assert {value for _, name, value in found.attributes if name in ("src", "href")} <= {
+        f"#{anchor}" for anchor in found.ids
+    }
     assert not re.search(r"url\(|@import|https?:|srcset|<link|<iframe|<img", text)
     assert len(text) < 600_000
 
@@ -328,7 +382,14 @@ def test_baseline_is_the_first_exact_unroll_and_ratios_are_taken_at_the_same_k()
 
 def test_an_inexact_or_truncated_unroll_is_no_baseline() -> None:
     def of(label: str, settings: str, error: float | None) -> Record:
-        return Record(case="c", estimator=label, settings=settings, inner_steps=5, peak_tensor_bytes=9, program_relative_error=error)
+        return Record(
+            case="c",
+            estimator=label,
+            settings=settings,
+            inner_steps=5,
+            peak_tensor_bytes=9,
+            program_relative_error=error,
+        )
 
     def baseline(*records: Record) -> str | None:
         return groups.group(records)[0].baseline
@@ -351,7 +412,10 @@ def test_growth_is_told_as_a_law_and_a_broken_contract_in_every_view() -> None:
     sentence = "promises no growth with K; its peak memory is 205 KiB per inner step + 44.2 MiB."
     assert laws.broken(shots) == [("first-order corrected", sentence)]
     assert f"**CONTRACT BROKEN: first-order corrected** {sentence}" in markdown.render(RECORDS)
-    assert f'class="alert" role="alert"><strong>Contract broken: first-order corrected</strong> {sentence}' in page.render(RECORDS)
+    assert (
+        f'class="alert" role="alert"><strong>Contract broken: first-order corrected</strong> {sentence}'
+        in page.render(RECORDS)
+    )
     for width in (40, 100):
         assert "CONTRACT BROKEN first-order corrected" in " ".join(_printed(RECORDS, width).split())
 
@@ -364,13 +428,33 @@ def _small() -> list[Record]:
         inner_steps=9,
         peak_tensor_bytes=12 * 2**20,
         wall_seconds=9e-3,
-        timeline=((0, 0, "", "", ""), (4, 12 * 2**20, "inner", "hvp", "aten.mm<float>"), (7, 3 * 2**20, "outer", "", "aten.add_")),
+        timeline=(
+            (0, 0, "", "", ""),
+            (4, 12 * 2**20, "inner", "hvp", "aten.mm<float>"),
+            (7, 3 * 2**20, "outer", "", "aten.add_"),
+        ),
         alive=(
-            Alive(bytes=9 * 2**20, count=3, phase="inner", span="hvp", operator="aten.mm<float>", module="Net.0", line="a&b.py:3", backward=True),
+            Alive(
+                bytes=9 * 2**20,
+                count=3,
+                phase="inner",
+                span="hvp",
+                operator="aten.mm<float>",
+                module="Net.0",
+                line="a&b.py:3",
+                backward=True,
+            ),
             Alive(bytes=3 * 2**20, count=40),
         ),
         iterations=(
-            Iteration(index=0, outer_loss=1.5, gradient_norm=0.2, wall_seconds=0.02, peak_tensor_bytes=2**20, metrics={"l<r": 0.1}),
+            Iteration(
+                index=0,
+                outer_loss=1.5,
+                gradient_norm=0.2,
+                wall_seconds=0.02,
+                peak_tensor_bytes=2**20,
+                metrics={"l<r": 0.1},
+            ),
             Iteration(index=1, outer_loss=math.nan, status="NON<FINITE"),
         ),
         **shared,
@@ -397,7 +481,11 @@ def _fragments() -> dict[str, str]:
 def test_each_view_is_the_golden_fragment(name: str) -> None:
     fragment = _fragments()[name]
     Page(fragment)
-    _golden(f"{name}.html", re.sub(r"(?=<(?:tr|svg|g|p|h4|text|div|details|ul|table|thead|tbody|figcaption)\b)", "\n", fragment).strip() + "\n")
+    _golden(
+        f"{name}.html",
+        re.sub(r"(?=<(?:tr|svg|g|p|h4|text|div|details|ul|table|thead|tbody|figcaption)\b)", "\n", fragment).strip()
+        + "\n",
+    )
 
 
 def test_what_was_alive_is_the_golden_text_and_as_wide_as_the_terminal() -> None:
@@ -429,7 +517,14 @@ def test_a_timeline_carries_what_its_script_reads() -> None:
 
 def test_a_plain_call_without_k_is_shown_and_is_not_called_an_estimator() -> None:
     points = tuple((n, n % 5 * 2**20, "", "", f"aten.op{n}") for n in range(600))
-    record = Record(case="functions", estimator="train", peak_tensor_bytes=4 * 2**20, wall_seconds=0.01, timeline=points, alive=RECORDS[0].alive)
+    record = Record(
+        case="functions",
+        estimator="train",
+        peak_tensor_bytes=4 * 2**20,
+        wall_seconds=0.01,
+        timeline=points,
+        alive=RECORDS[0].alive,
+    )
     text = page.render([record])
     words = " ".join(Page(text).text)
     assert "Hypergradient" not in words
@@ -452,19 +547,25 @@ def test_forecasts_are_never_taken_for_measurements() -> None:
     alone = groups.group([record for record in RECORDS if record.source == "forecast"])
     assert [each.title for each in alone] == ["fewshot: forecast"]
     assert alone[0].estimators == ("unrolled",)
-    assert "from a forecast: the case was not run" in "".join("".join(sentence) for sentence in summary.sentences(alone[0]))
+    assert "from a forecast: the case was not run" in "".join(
+        "".join(sentence) for sentence in summary.sentences(alone[0])
+    )
 
 
 def test_no_estimator_is_called_the_fastest_where_times_overlap() -> None:
     def of(label: str, low: float, middle: float, high: float) -> Record:
         times = {"wall_seconds_low": low, "wall_seconds": middle, "wall_seconds_high": high}
-        return Record(case="c", estimator=label, inner_steps=5, peak_tensor_bytes=9, program_relative_error=0.0, **times)
+        return Record(
+            case="c", estimator=label, inner_steps=5, peak_tensor_bytes=9, program_relative_error=0.0, **times
+        )
 
     overlapping = groups.group([of("a", 1.0, 1.1, 1.2), of("b", 1.15, 1.3, 2.0), of("c", 3.0, 3.1, 3.2)])[0]
     text = "".join("".join(sentence) for sentence in summary.sentences(overlapping))
     assert "which is the fastest cannot be told, the times of a and b overlap" in text
     assert "the fastest (" not in text
-    assert [fact.detail for fact in summary.facts(overlapping) if fact.title == "Fastest exact"] == ["not told apart from b: their times overlap"]
+    assert [fact.detail for fact in summary.facts(overlapping) if fact.title == "Fastest exact"] == [
+        "not told apart from b: their times overlap"
+    ]
     apart = groups.group([of("a", 1.0, 1.1, 1.2), of("c", 3.0, 3.1, 3.2)])[0]
     assert "the fastest" in "".join("".join(sentence) for sentence in summary.sentences(apart))
     assert [footnotes.wide(record) for record in overlapping.rows] == [False, True, False]
@@ -513,7 +614,9 @@ def test_summary_speaks_of_the_k_at_which_most_finished() -> None:
     shots = groups.group(RECORDS)[1]
     assert shots.focus == 50
     text = " ".join("".join(sentence) for sentence in summary.sentences(shots))
-    assert text.startswith("At K = 50, first-order needs the least memory: 38.4 MiB, against 233 MiB for unrolled (0.16x)")
+    assert text.startswith(
+        "At K = 50, first-order needs the least memory: 38.4 MiB, against 233 MiB for unrolled (0.16x)"
+    )
     assert "2 of 27 runs failed: OUT_OF_MEMORY (1), TIMEOUT (1)." in text
 
 

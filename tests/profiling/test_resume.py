@@ -1,4 +1,5 @@
-"""Continuing a comparison: finished rows stay, what is missing is measured, and what does not belong together is refused by name."""
+"""Continuing a comparison: finished rows stay, what is missing is measured, and what does not belong together is
+refused by name."""
 
 import json
 import os
@@ -99,7 +100,22 @@ def test_only_what_is_missing_is_measured(case, out, capsys):
     # more labels, more K, another case: the old rows stay, byte for byte
     before = (out / "records.jsonl").read_bytes()
     assert (
-        main(["compare", str(case), "--out", str(out), *QUICK, "--resume", "--estimators", "unrolled", "--inner-steps", "3", "--outer-steps", "0"])
+        main(
+            [
+                "compare",
+                str(case),
+                "--out",
+                str(out),
+                *QUICK,
+                "--resume",
+                "--estimators",
+                "unrolled",
+                "--inner-steps",
+                "3",
+                "--outer-steps",
+                "0",
+            ]
+        )
         == 0
     )
     assert (out / "records.jsonl").read_bytes().startswith(before)
@@ -115,7 +131,10 @@ def test_only_what_is_missing_is_measured(case, out, capsys):
         (["--outer-steps", "5"], "number of outer steps 2, and this is 5"),
         (("lr=0.25", "lr=0.5"), "inner optimizer SGD(lr=0.25"),
         (("(y ** 2).sum()", "(y ** 4).sum()"), "other code than it has now"),
-        (('"unrolled": bl.Unrolled()', '"unrolled": bl.Unrolled(keep="iterates")'), "unrolled, K = 1 has estimator Unrolled(keep='graph'"),
+        (
+            ('"unrolled": bl.Unrolled()', '"unrolled": bl.Unrolled(keep="iterates")'),
+            "unrolled, K = 1 has estimator Unrolled(keep='graph'",
+        ),
         (("# nothing", ""), None),
     ],
     ids=str,
@@ -127,7 +146,9 @@ def test_what_was_measured_otherwise_is_refused_by_name(case, out, capsys, chang
     if isinstance(change, list):
         command += change
     else:
-        case.write_text(case.read_text().replace(*change) + "\n# a comment\nLABELS = None\n".replace("LABELS = None", ""))
+        case.write_text(
+            case.read_text().replace(*change) + "\n# a comment\nLABELS = None\n".replace("LABELS = None", "")
+        )
     status = main(command)
     said = capsys.readouterr().err
     assert (out / "records.jsonl").read_bytes() == before
@@ -165,7 +186,8 @@ def test_without_its_plan_a_file_is_checked_by_what_the_rows_say(case, out, caps
 
 
 @pytest.mark.parametrize(
-    ("line", "message"), [(b"{oh no}\n", "line 2: not a record: invalid JSON"), (b'{"case":"c","estimator":"e","schema":9}\n', "schema 9")]
+    ("line", "message"),
+    [(b"{oh no}\n", "line 2: not a record: invalid JSON"), (b'{"case":"c","estimator":"e","schema":9}\n', "schema 9")],
 )
 def test_a_file_that_is_damaged_within_is_left_alone(case, out, capsys, line, message):
     _finished(case, out)
@@ -180,7 +202,21 @@ def test_a_file_that_is_damaged_within_is_left_alone(case, out, capsys, line, me
 def test_rows_that_are_not_continued_are_kept_aside(case, out, capsys):
     _finished(case, out)
     (out / "records.jsonl").write_bytes(old := (out / "records.jsonl").read_bytes() + b"and some damage")
-    command = ["compare", str(case), "--out", str(out), *QUICK, "--estimators", "unrolled", "--inner-steps", "1", "--outer-steps", "0", "--seed", "7"]
+    command = [
+        "compare",
+        str(case),
+        "--out",
+        str(out),
+        *QUICK,
+        "--estimators",
+        "unrolled",
+        "--inner-steps",
+        "1",
+        "--outer-steps",
+        "0",
+        "--seed",
+        "7",
+    ]
     for count in (1, 2):
         assert main(command) == 0
         assert len(read(out / "records.jsonl")) == 1
@@ -214,7 +250,9 @@ def test_failures_stay_until_they_are_to_be_tried_again(case, out, capsys):
     again = rows(out)
     assert [len(r.iterations) for r in again.values()] == [2] * 2
     assert not any(note.startswith("The outer loop") for r in again.values() for note in r.notes)
-    assert [r.wall_seconds for r in again.values()] == [r.wall_seconds for r in found.values()]  # only the loops were run
+    assert [r.wall_seconds for r in again.values()] == [
+        r.wall_seconds for r in found.values()
+    ]  # only the loops were run
     assert list(again) == list(found)
 
 
@@ -222,7 +260,9 @@ def test_compare_resumes_with_functions(tmp_path):
     """In a process of its own, as a script would."""
     known = {"optimizer": bl.SGD(lr=1.0), "inner_steps": [2], "repeats": 1, "outer_steps": 0, "out": tmp_path / "r"}
     (first,) = compare(quadratic.setup, {"unrolled": bl.Unrolled()}, **known)
-    found = compare(quadratic.setup, {"unrolled": bl.Unrolled(), "implicit": bl.Implicit(bl.CG(2))}, resume=True, **known)
+    found = compare(
+        quadratic.setup, {"unrolled": bl.Unrolled(), "implicit": bl.Implicit(bl.CG(2))}, resume=True, **known
+    )
     assert found[0] == first
     assert [record.estimator for record in found] == ["unrolled", "implicit"]
     with pytest.raises(ValueError, match="has estimator Unrolled"):
@@ -261,13 +301,18 @@ def test_names_of_files():
     names = ["a/b", "a b", "a\nb", 'a"b', "../b", "..", "", ".", "ä", "\udce4", "x" * 300, "x" * 301, "a-b", "CON:"]
     made = [filename(name) for name in names]
     assert len(set(made)) == len(names)
-    assert all(name and "/" not in name and not name.startswith(".") and len(name) < 130 and name.isascii() for name in made)
+    assert all(
+        name and "/" not in name and not name.startswith(".") and len(name) < 130 and name.isascii() for name in made
+    )
 
 
 def test_labels_may_hold_anything(tmp_path, capsys):
     labels = ["a/b", "a b", 'quote " and <b>', "line\nbreak", "../../up", "[red]rich"]
     case = tmp_path / "odd 'name'.py"
-    case.write_text(CASE + f"ESTIMATORS = {{label: bl.Unrolled() for label in {labels!r}}}\nESTIMATORS['bad/one'] = bl.FirstOrder()\n")
+    case.write_text(
+        CASE
+        + f"ESTIMATORS = {{label: bl.Unrolled() for label in {labels!r}}}\nESTIMATORS['bad/one'] = bl.FirstOrder()\n"
+    )
     out = tmp_path / "deep" / "report"
     assert main(["compare", str(case), "--out", str(out), *QUICK, "--inner-steps", "1"]) == 0
     assert [record.estimator for record in read(out / "records.jsonl")] == [*labels, "bad/one"]

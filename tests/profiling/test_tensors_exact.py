@@ -185,7 +185,15 @@ def conjugated():
 
 
 PROGRAMS = {
-    "nothing but views": lambda: (W.t(), W[3], W.view(-1), W.expand(4, SIDE, SIDE), W.detach(), W.unfold(0, 3, 1), W.diagonal()),
+    "nothing but views": lambda: (
+        W.t(),
+        W[3],
+        W.view(-1),
+        W.expand(4, SIDE, SIDE),
+        W.detach(),
+        W.unfold(0, 3, 1),
+        W.diagonal(),
+    ),
     "elementwise": lambda: ((W * 2 + V).sin() / W).sum(),
     "products": lambda: (W @ V) @ (V @ W),
     "in place": in_place,
@@ -251,7 +259,11 @@ def trained_attention():
 
 UNSEEN_COPIES = {"deepcopy": lambda: copy.deepcopy(W) * V, "pickle": lambda: pickle.loads(PICKLED()) * V}
 CALLS = {**PROGRAMS, **ODD, **UNSEEN_COPIES}
-CASES = [*PROGRAMS, *ODD, *(pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=COPIED)) for name in UNSEEN_COPIES)]
+CASES = [
+    *PROGRAMS,
+    *ODD,
+    *(pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=COPIED)) for name in UNSEEN_COPIES),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -284,7 +296,10 @@ def allocated():
             with record_function(f"program {name}"):
                 call()
     events = found.profiler.kineto_results.events()
-    memory = sorted(((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"), key=lambda entry: entry[0])
+    memory = sorted(
+        ((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"),
+        key=lambda entry: entry[0],
+    )
     peaks = {}
     for event in events:
         if event.name().startswith("program "):
@@ -303,7 +318,9 @@ def test_the_peak_is_that_of_the_allocator(name, allocated):
     with no_collections(), Tensors() as meter:
         call()
     assert meter.live_bytes == 0
-    assert 0 <= allocated[name] - meter.peak_bytes <= NUMBERS, f"{meter.peak_bytes / UNIT:.3f} units metered, {allocated[name] / UNIT:.3f} allocated"
+    assert 0 <= allocated[name] - meter.peak_bytes <= NUMBERS, (
+        f"{meter.peak_bytes / UNIT:.3f} units metered, {allocated[name] / UNIT:.3f} allocated"
+    )
     assert sum(entry.bytes for entry in meter.alive()) == meter.peak_bytes
 
 
@@ -349,7 +366,10 @@ def test_a_leak_is_seen_by_both_witnesses():
         (lambda: W.clone().t().contiguous(), 2),
         (lambda: torch.add(W, V, out=torch.empty(SIDE, SIDE)), 1),
         (lambda: once(X.sin()), 3),  # the sine, its cosine, and the product: the weights are an input
-        (lambda: once((X * W).sin() + X), 4),  # the product, the sum, the cosine of the product, the gradient of the sine
+        (
+            lambda: once((X * W).sin() + X),
+            4,
+        ),  # the product, the sum, the cosine of the product, the gradient of the sine
         (lambda: once(X * W), 2),
     ],
 )
@@ -500,18 +520,27 @@ def test_a_generator_that_outlives_the_block_is_metered_where_it_runs():
 def test_the_meter_changes_no_result():
     plain = [torch.autograd.grad(net_loss(X), X)[0], torch.func.hessian(lambda row: torch.tanh(row @ W).sum())(D[0])]
     with Tensors():
-        metered_ = [torch.autograd.grad(net_loss(X), X)[0], torch.func.hessian(lambda row: torch.tanh(row @ W).sum())(D[0])]
+        metered_ = [
+            torch.autograd.grad(net_loss(X), X)[0],
+            torch.func.hessian(lambda row: torch.tanh(row @ W).sum())(D[0]),
+        ]
     assert all(torch.equal(a, b) for a, b in zip(plain, metered_, strict=True))
 
 
-@pytest.mark.parametrize("name", ["elementwise", "products", "gradients meet", "double backward", "func.grad", "vmap of grad", "grown", "in place"])
+@pytest.mark.parametrize(
+    "name",
+    ["elementwise", "products", "gradients meet", "double backward", "func.grad", "vmap of grad", "grown", "in place"],
+)
 def test_a_timeline_reaches_the_peak_and_not_beyond(name):
     with Tensors() as meter:
         PROGRAMS[name]()
     assert max(point[1] for point in meter.figures()["timeline"]) == meter.peak_bytes
 
 
-@pytest.mark.xfail(strict=True, reason="a gradient that a backward of one's own keeps is added to out of place; that last sum is missed")
+@pytest.mark.xfail(
+    strict=True,
+    reason="a gradient that a backward of one's own keeps is added to out of place; that last sum is missed",
+)
 def test_a_timeline_reaches_a_peak_that_is_found_after_the_last_operator():
     kept = []
 
@@ -548,11 +577,17 @@ class TestForecast:
     def test_operators_on_real_tensors(self, call):
         assert forecast(call).peak_tensor_bytes == metered(call)
 
-    @pytest.mark.parametrize("call", [lambda: W.t() @ V, lambda: F.linear(W, V), lambda: W[:4] + 1, lambda: W.detach()], ids=range(4))
+    @pytest.mark.parametrize(
+        "call", [lambda: W.t() @ V, lambda: F.linear(W, V), lambda: W[:4] + 1, lambda: W.detach()], ids=range(4)
+    )
     def test_views_of_real_tensors(self, call):
         assert forecast(call).peak_tensor_bytes == metered(call)
 
     def test_a_forecast_leaves_real_parameters_alone_or_says_so(self):
         net = nn.Linear(4, 4)
         record = forecast(lambda: net(torch.ones(2, 4)).sum().backward())
-        assert type(net.weight.grad) is torch.Tensor or net.weight.grad is None or any("without data" in note for note in record.notes)
+        assert (
+            type(net.weight.grad) is torch.Tensor
+            or net.weight.grad is None
+            or any("without data" in note for note in record.notes)
+        )

@@ -1,4 +1,5 @@
-"""trace(): a file that viewers open, with the library's spans inside each other, and a clock that says when it cannot tell."""
+"""trace(): a file that viewers open, with the library's spans inside each other, and a clock that says when it cannot
+tell."""
 
 import gzip
 import json
@@ -16,14 +17,25 @@ STEPS = 4
 def hypergradient():
     problem = bl.Problem(lambda y, x, _: (y**2 - x * y).sum(), lambda y, x, _: (y**2).sum() / 2)
     y, x = torch.zeros(3), torch.ones(3)
-    return bl.hypergradient(problem, x, y, bl.Batches(None, None), solver=bl.Descent(bl.SGD(0.25), STEPS), estimator=bl.Implicit(bl.Neumann(5, 0.2)))
+    return bl.hypergradient(
+        problem,
+        x,
+        y,
+        bl.Batches(None, None),
+        solver=bl.Descent(bl.SGD(0.25), STEPS),
+        estimator=bl.Implicit(bl.Neumann(5, 0.2)),
+    )
 
 
 def spans(path):
     """(name, start, end) of the library's spans, in µs."""
     text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
     events = json.loads(text)["traceEvents"]
-    return [(e["name"], e["ts"], e["ts"] + e["dur"]) for e in events if e.get("ph") == "X" and e["name"].startswith("bilevel.")]
+    return [
+        (e["name"], e["ts"], e["ts"] + e["dur"])
+        for e in events
+        if e.get("ph") == "X" and e["name"].startswith("bilevel.")
+    ]
 
 
 @pytest.mark.parametrize("name", ["trace.json", "deep/er/trace.json.gz"])
@@ -36,7 +48,9 @@ def test_the_spans_lie_inside_each_other(tmp_path, name):
         (around,) = [span for span in written if span[0] == outer]
         return [span for span in written if span[0] == inner and around[1] <= span[1] and span[2] <= around[2]]
 
-    counts = {name: sum(span[0] == f"bilevel.{name}" for span in written) for name in ("inner_gradient", "hvp", "mixed")}
+    counts = {
+        name: sum(span[0] == f"bilevel.{name}" for span in written) for name in ("inner_gradient", "hvp", "mixed")
+    }
     assert counts == {name: found.stats["calls"][name] for name in counts}
     assert len(inside("bilevel.inner", "bilevel.inner_gradient")) == STEPS
     assert inside("bilevel.inner", "bilevel.hvp") == []
@@ -54,7 +68,11 @@ def test_memory_is_drawn_as_a_curve(tmp_path, name):
     path = tmp_path / name
     trace(lambda: torch.ones(1000) + 1, path, memory=True)
     text = gzip.decompress(path.read_bytes()).decode() if name.endswith(".gz") else path.read_text()
-    curve = [event for event in json.loads(text)["traceEvents"] if event.get("ph") == "C" and event["name"] == "allocated on CPU"]
+    curve = [
+        event
+        for event in json.loads(text)["traceEvents"]
+        if event.get("ph") == "C" and event["name"] == "allocated on CPU"
+    ]
     assert max(event["args"]["bytes"] for event in curve) >= 8000
     assert all({"pid", "ts"} <= set(event) for event in curve)
 

@@ -27,7 +27,9 @@ def passes(net, *inputs, order):
     if order > 0:
         gradients = torch.autograd.grad(loss, leaves, create_graph=order > 1, allow_unused=True)
     if order > 1:
-        torch.autograd.grad(sum(gradient.pow(2).sum() for gradient in gradients if gradient is not None), leaves, allow_unused=True)
+        torch.autograd.grad(
+            sum(gradient.pow(2).sum() for gradient in gradients if gradient is not None), leaves, allow_unused=True
+        )
 
 
 CALLS = {
@@ -48,7 +50,9 @@ CALLS = {
     "vmap": lambda: torch.func.vmap(lambda a: a @ a)(torch.ones(3, 4, 4)),
     "vmap of grad": lambda: torch.func.vmap(torch.func.grad(lambda a: (a @ a).sum()))(torch.ones(3, 4, 4)),
     "jvp": lambda: torch.func.jvp(lambda a: a @ a, (torch.ones(4, 4),), (torch.ones(4, 4),)),
-    "checkpoint": lambda: torch.utils.checkpoint.checkpoint(PERCEPTRON, torch.randn(7, 10), use_reentrant=False).sum().backward(),
+    "checkpoint": lambda: (
+        torch.utils.checkpoint.checkpoint(PERCEPTRON, torch.randn(7, 10), use_reentrant=False).sum().backward()
+    ),
     "half": lambda: torch.ones(3, 4, dtype=torch.bfloat16) @ torch.ones(4, 5, dtype=torch.bfloat16),
     "empty": lambda: torch.ones(0, 4) @ torch.ones(4, 5),
     "elementwise": lambda: torch.ones(100).sin() + 1,
@@ -70,7 +74,8 @@ def test_flops_are_those_of_torchs_counter(name):
 
 
 def test_flops_by_hand():
-    """7 x 10 x 20 and 7 x 20 x 3 multiply-adds, forward; each layer twice more backward, but for the gradient of the input."""
+    """7 x 10 x 20 and 7 x 20 x 3 multiply-adds, forward; each layer twice more backward, but for the gradient of the
+    input."""
     forward = 2 * 7 * (10 * 20 + 20 * 3)
     assert worked(CALLS["perceptron, order 0"]).figures()["matmul_flops"] == forward
     assert worked(CALLS["perceptron, order 1"]).figures()["matmul_flops"] == 3 * forward - 2 * 7 * 10 * 20
@@ -87,18 +92,32 @@ def test_flops_in_inference_mode():
     assert worked(call).figures()["matmul_flops"] == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("estimator", [bl.Unrolled(), bl.Unrolled("segments"), bl.Implicit(bl.CG(2)), bl.FirstOrderCorrected()], ids=repr)
+@pytest.mark.parametrize(
+    "estimator", [bl.Unrolled(), bl.Unrolled("segments"), bl.Implicit(bl.CG(2)), bl.FirstOrderCorrected()], ids=repr
+)
 def test_phases_add_up_to_the_total(estimator):
     call, inner = bl.functional(PERCEPTRON)
     x, y = torch.randn(7, 10), torch.randint(0, 3, (7,))
     problem = bl.Problem(
-        lambda w, v, b: (v.exp() * F.cross_entropy(call(w, x), y, reduction="none")).sum(), lambda w, v, b: F.cross_entropy(call(w, x), y)
+        lambda w, v, b: (v.exp() * F.cross_entropy(call(w, x), y, reduction="none")).sum(),
+        lambda w, v, b: F.cross_entropy(call(w, x), y),
     )
     with FlopCounterMode(display=False) as counter, Work() as meter:
-        bl.hypergradient(problem, torch.zeros(7), inner, bl.Batches(None, None), solver=bl.Descent(bl.SGD(0.1), 3), estimator=estimator)
+        bl.hypergradient(
+            problem,
+            torch.zeros(7),
+            inner,
+            bl.Batches(None, None),
+            solver=bl.Descent(bl.SGD(0.1), 3),
+            estimator=estimator,
+        )
     phases = meter.phases()
     assert set(phases) == {"inner", "hypergradient"}
-    assert sum(phase["matmul_flops"] for phase in phases.values()) == meter.figures()["matmul_flops"] == counter.get_total_flops()
+    assert (
+        sum(phase["matmul_flops"] for phase in phases.values())
+        == meter.figures()["matmul_flops"]
+        == counter.get_total_flops()
+    )
 
 
 A, B, C = torch.ones(100), torch.ones(100), torch.ones(10, 10)
@@ -151,7 +170,11 @@ def test_views_move_nothing(view):
 @pytest.mark.parametrize(
     ("call", "numbers"),
     [
-        pytest.param(lambda: torch.ones(2, 3, 4) @ torch.ones(4, 5), 24 + 20 + 24 + 20 + 30, id="a batched product: _unsafe_view copies nothing"),
+        pytest.param(
+            lambda: torch.ones(2, 3, 4) @ torch.ones(4, 5),
+            24 + 20 + 24 + 20 + 30,
+            id="a batched product: _unsafe_view copies nothing",
+        ),
         pytest.param(lambda: C @ C, 200, id="an input that is given twice"),
         pytest.param(lambda: A[:1].expand(100) + 1, 101, id="an expanded input"),
         pytest.param(lambda: torch.empty(100), 0, id="nothing is written"),

@@ -20,7 +20,9 @@ from bilevel.space.tree import Leaves, PartialLeaves, Tree
 
 @dataclasses.dataclass(frozen=True)
 class Adjoint:
-    """The implicit hypergradient (None where x enters neither f nor g), the solve behind it, and the losses at the point."""
+    """The implicit hypergradient (None where x enters neither f nor g), the solve behind it, and the losses at the
+    point.
+    """
 
     grad: PartialLeaves
     linear: LinearSolution
@@ -28,10 +30,19 @@ class Adjoint:
     inner_loss: Tensor
 
 
-def adjoint(problem: Problem, inner: Tree, outer: Tree, batches: Batches, steps: int, linear: LinearSolver, start: Leaves | None = None) -> Adjoint:
+def adjoint(
+    problem: Problem,
+    inner: Tree,
+    outer: Tree,
+    batches: Batches,
+    steps: int,
+    linear: LinearSolver,
+    start: Leaves | None = None,
+) -> Adjoint:
     """Solve the adjoint system at `inner`, found after `steps` inner steps.
 
-    Costs 1 outer gradient, 1 inner gradient, the solver's products, and 1 mixed product, which yields H v as well: the true residual is free.
+    Costs 1 outer gradient, 1 inner gradient, the solver's products, and 1 mixed product, which yields H v as well: the
+    true residual is free.
     """
     outer_loss, b, direct = oracles.outer_gradient(problem, inner, outer, batches.outer)
     at = oracles.Linearization(problem, inner, outer, batches.at_solution(steps))

@@ -6,8 +6,10 @@
 | --- | --- | --- | --- | --- |
 | Implicit(linear) | K + 1 | m, the solver's products | 1 | the solver's vectors + one retained graph of a gradient, independent of K |
 
-References: Bengio 2000; Lorraine et al. 2020, arXiv 1911.02590; iMAML, arXiv 1909.04630, is `proximal(problem, strength)` with this estimator.
-Differences from peers: the residual is the true one (the mixed product yields H v in the same sweep), and an indefinite Hessian is a status.
+References: Bengio 2000; Lorraine et al. 2020, arXiv 1911.02590; iMAML, arXiv 1909.04630, is `proximal(problem,
+    strength)` with this estimator.
+Differences from peers: the residual is the true one (the mixed product yields H v in the same sweep), and an indefinite
+    Hessian is a status.
 """
 
 import dataclasses
@@ -26,12 +28,14 @@ from bilevel.outcome import worst
 class Implicit(Estimator):
     """Implicit function theorem at the inner solution; never keeps a trajectory.
 
-    Bias: exact at y*, with an exact solve. Otherwise c1 |y_K - y*| + c2 |residual|, both geometric in their steps for a strongly convex inner loss.
+    Bias: exact at y*, with an exact solve. Otherwise c1 |y_K - y*| + c2 |residual|, both geometric in their steps for a
+        strongly convex inner loss.
 
     Args:
         linear: solver of the adjoint system: CG, Neumann, Dense.
 
-    Memory: independent of K and of the number of products; P-sized vectors of the solver (CG 4 P), one graph, Q for the result; linear in T.
+    Memory: independent of K and of the number of products; P-sized vectors of the solver (CG 4 P), one graph, Q for the
+        result; linear in T.
 
     Raises:
         TypeError: `linear` is no linear solver.
@@ -51,7 +55,8 @@ class Implicit(Estimator):
     def __post_init__(self) -> None:
         if not isinstance(self.linear, LinearSolver):
             raise TypeError(
-                f"Implicit was given {type(self.linear).__name__}; a linear solver was needed, such as Implicit(bilevel.CG(max_steps=10))"
+                f"Implicit was given {type(self.linear).__name__}; a linear solver was needed, such as "
+                f"Implicit(bilevel.CG(max_steps=10))"
             )
 
     @property
@@ -68,8 +73,12 @@ class Implicit(Estimator):
             at = adjoint(instance.problem, found.inner, instance.outer, instance.batches, found.steps, self.linear)
         refuse_blind(self, instance, at.grad, AT_SOLUTION, UNROLL_OR_PROXIMAL)
         comparable = not isinstance(instance.batches.inner, PerStep)
-        inner_loss = at.inner_loss if instance.batches.curvature is None else instance.inner_loss(found.inner, found.steps)
-        code = worst(found.code, health(found.inner, found.first_loss, inner_loss, comparable=comparable), at.linear.code)
+        inner_loss = (
+            at.inner_loss if instance.batches.curvature is None else instance.inner_loss(found.inner, found.steps)
+        )
+        code = worst(
+            found.code, health(found.inner, found.first_loss, inner_loss, comparable=comparable), at.linear.code
+        )
         stats = {"inner_steps": found.steps, "inner_residual": found.residual}
         stats |= {"linear_residual": at.linear.residual, "linear_steps": at.linear.steps}
         return Estimate(at.grad, found.inner, at.outer_loss, inner_loss, code, stats)

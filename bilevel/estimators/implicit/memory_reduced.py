@@ -1,15 +1,17 @@
 """Memory-reduced bilevel optimization without historical iterates.
 
-    K steps on y without a trajectory;  CG on H v = df/dy;  dF/dx = df/dx - M v          (Algorithm 1 and its Subroutine 1)
+    K steps on y without a trajectory;  CG on H v = df/dy;  dF/dx = df/dx - M v          (Algorithm 1 and its Subroutine
+    1)
 
 | | inner gradients | HVPs | mixed products | memory |
 | --- | --- | --- | --- | --- |
 | MemoryReduced(steps=m) | K + 1 | at most m (one more when v is warm) | 1 | y, v, r, p, Hp: 5 P + one graph; independent of K |
 
-Reference: Yang, Ma and Yu 2024, arXiv 2412.12030. Differences from the released code: features that do not involve y are computed once and
-without a graph when the problem declares them (`Problem.features`), and the mixed product passes them as one plain backward; the code
-re-runs the extractor with a graph at every inner step, also in its baselines. Warm starts of y and v are options (the released code
-stores but never uses them); curvature and residual are reported.
+Reference: Yang, Ma and Yu 2024, arXiv 2412.12030. Differences from the released code: features that do not involve y
+    are computed once and
+without a graph when the problem declares them (`Problem.features`), and the mixed product passes them as one plain
+backward; the code re-runs the extractor with a graph at every inner step, also in its baselines. Warm starts of y and v
+are options (the released code stores but never uses them); curvature and residual are reported.
 """
 
 import dataclasses
@@ -30,25 +32,28 @@ from bilevel.space import tree
 class MemoryReduced(Estimator):
     """Algorithm 1 of 2412.12030: no historical iterates, conjugate gradients for the adjoint.
 
-    Bias: as Implicit: c1 |y_K - y*| + c2 |residual|. With warm starts and a slowly moving x both go to zero even for K = 1.
+    Bias: as Implicit: c1 |y_K - y*| + c2 |residual|. With warm starts and a slowly moving x both go to zero even for K
+        = 1.
 
     Args:
         steps: the most CG products (the released code uses 20).
         tol: on the relative residual of the adjoint system (1e-8 there, on the absolute one).
-        damping: solves (H + damping I) v = df/dy. A softmax head has a singular Hessian (adding one vector to all class rows changes
-            nothing); 1e-3 to 1e-2 helps in float32.
+        damping: solves (H + damping I) v = df/dy. A softmax head has a singular Hessian (adding one vector to all class
+            rows changes nothing); 1e-3 to 1e-2 helps in float32.
         warm_inner: start y from the y of the state instead of `inner` or Problem.init.
         warm_adjoint: start v from the v of the state.
-        cache_features: run `Problem.features` once per call instead of once per inner step and product. False re-runs it, as the released
-            code does, for comparison. No effect on a problem without features.
+        cache_features: run `Problem.features` once per call instead of once per inner step and product. False re-runs
+            it, as the released code does, for comparison. No effect on a problem without features.
 
-    State: {"inner": y_K, "adjoint": v} when a warm start is asked for, else None. With TaskMean the state is by position, so tasks
+    State: {"inner": y_K, "adjoint": v} when a warm start is asked for, else None. With TaskMean the state is by
+        position, so tasks
     must come back in the same order.
 
     Memory: independent of K and of `steps`; linear in T.
 
     Raises:
-        ValueError: an argument is out of range, the state does not fit, or x enters only through Problem.init or a hyper-parameter.
+        ValueError: an argument is out of range, the state does not fit, or x enters only through Problem.init or a
+            hyper-parameter.
 
     Example:
         >>> import torch, bilevel as bl
@@ -89,8 +94,12 @@ class MemoryReduced(Estimator):
             at = adjoint(instance.problem, found.inner, instance.outer, instance.batches, found.steps, linear, v0)
         refuse_blind(self, instance, at.grad, AT_SOLUTION, UNROLL_OR_PROXIMAL)
         comparable = not isinstance(instance.batches.inner, PerStep)
-        inner_loss = at.inner_loss if instance.batches.curvature is None else instance.inner_loss(found.inner, found.steps)
-        code = worst(found.code, health(found.inner, found.first_loss, inner_loss, comparable=comparable), at.linear.code)
+        inner_loss = (
+            at.inner_loss if instance.batches.curvature is None else instance.inner_loss(found.inner, found.steps)
+        )
+        code = worst(
+            found.code, health(found.inner, found.first_loss, inner_loss, comparable=comparable), at.linear.code
+        )
         stats = {"inner_steps": found.steps, "inner_residual": found.residual}
         stats |= {"linear_residual": at.linear.residual, "linear_steps": at.linear.steps}
         keep = self.warm_inner or self.warm_adjoint
@@ -101,14 +110,21 @@ class MemoryReduced(Estimator):
         if state is None:
             return None, None
         if not isinstance(state, dict) or set(state) != {"inner", "adjoint"}:
-            raise ValueError(f"MemoryReduced was given a state of type {type(state).__name__}; the state of its own last call was needed (hg.state)")
+            raise ValueError(
+                f"MemoryReduced was given a state of type {type(state).__name__}; the state of its own last call was "
+                f"needed (hg.state)"
+            )
         start = instance.start()
         for name, value in state.items():
             if [leaf.shape for leaf in tree.tensors(value)] != [leaf.shape for leaf in tree.tensors(start)]:
                 raise ValueError(
-                    f"MemoryReduced was given a state whose {name!r} does not have the shapes of the inner variable; pass state=None to start afresh"
+                    f"MemoryReduced was given a state whose {name!r} does not have the shapes of the inner variable; "
+                    f"pass state=None to start afresh"
                 )
-        return (tree.detach(state["inner"]) if self.warm_inner else None, tuple(tree.tensors(state["adjoint"])) if self.warm_adjoint else None)
+        return (
+            tree.detach(state["inner"]) if self.warm_inner else None,
+            tuple(tree.tensors(state["adjoint"])) if self.warm_adjoint else None,
+        )
 
 
 def _without_features(problem: Any) -> Any:

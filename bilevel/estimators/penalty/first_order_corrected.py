@@ -9,11 +9,15 @@
 | "symmetric" | 2 K + 2 | 2 K + 2 | 0 | O(nu^2) + O(delta / nu) | 3 P + 2 Q + one graph, independent of K |
 | "forward" | 2 K + 2 | K + 2 | 0 | O(nu) + O(delta / nu) | the same |
 
-delta: distance of the inner iterates from their minimizers. Both sides start alike, take the same number of steps, see the same batches and
-draw the same random numbers, so that delta is nearly common to both and cancels; with different budgets the error blows up like delta / nu.
+delta: distance of the inner iterates from their minimizers. Both sides start alike, take the same number of steps, see
+    the same batches and
+draw the same random numbers, so that delta is nearly common to both and cancels; with different budgets the error blows
+up like delta / nu.
 
-References: Chayti and Jaggi 2024, arXiv 2409.03682 (proximal MAML, in which case this is strength (y_-nu - y_nu) / (2 nu)); the general form
-after Chen et al., Faster Gradient Methods for Highly-Smooth Stochastic Bilevel Optimization. With nu = 1 / penalty the forward scheme is F2SA.
+References: Chayti and Jaggi 2024, arXiv 2409.03682 (proximal MAML, in which case this is strength (y_-nu - y_nu) / (2
+    nu)); the general form
+after Chen et al., Faster Gradient Methods for Highly-Smooth Stochastic Bilevel Optimization. With nu = 1 / penalty the
+forward scheme is F2SA.
 """
 
 import dataclasses
@@ -40,11 +44,12 @@ class FirstOrderCorrected(Estimator):
     """Finite difference of the perturbed value function, with common random numbers and equal budgets.
 
     Args:
-        nu: the perturbation; None picks `default_nu` by dtype and scheme. -nu must leave the inner problem convex: nu < mu / L_f. Rounding adds an
-            error of order eps / nu, truncation one of order nu^2 (nu for "forward").
+        nu: the perturbation; None picks `default_nu` by dtype and scheme. -nu must leave the inner problem convex: nu <
+            mu / L_f. Rounding adds an error of order eps / nu, truncation one of order nu^2 (nu for "forward").
         scheme: "symmetric" or "forward".
 
-    The adapted `hg.inner` is y_0 for "forward" and (y_nu + y_-nu) / 2, within O(nu^2) of it, for "symmetric"; the losses are those at `hg.inner`.
+    The adapted `hg.inner` is y_0 for "forward" and (y_nu + y_-nu) / 2, within O(nu^2) of it, for "symmetric"; the
+    losses are those at `hg.inner`.
 
     Memory: independent of K; linear in T.
 
@@ -67,7 +72,10 @@ class FirstOrderCorrected(Estimator):
         if self.nu is not None and (not isinstance(self.nu, (int, float)) or not 0 < self.nu < float("inf")):
             raise ValueError(f"FirstOrderCorrected was given nu={self.nu!r}; None or a positive number was needed")
         if self.scheme not in _SCHEMES:
-            raise ValueError(f"FirstOrderCorrected was given scheme={self.scheme!r}; one of {', '.join(map(repr, _SCHEMES))} was needed")
+            raise ValueError(
+                f"FirstOrderCorrected was given scheme={self.scheme!r}; one of {', '.join(map(repr, _SCHEMES))} was "
+                f"needed"
+            )
 
     @property
     def memory_growth(self) -> str:
@@ -83,7 +91,8 @@ class FirstOrderCorrected(Estimator):
         sides = (nu, -nu) if self.scheme == "symmetric" else (0.0, nu)
         code: Tensor | int = 0
         if not instance.solver.fixed:
-            # Two sides that stop at different steps would have that difference divided by nu: learn K first, then give both sides K steps.
+            # Two sides that stop at different steps would have that difference divided by nu: learn K first, then give
+            # both sides K steps.
             unperturbed = instance.solve()
             code = unperturbed.code
             instance = dataclasses.replace(instance, solver=Descent(instance.solver.optimizer, unperturbed.steps))
@@ -110,7 +119,10 @@ class FirstOrderCorrected(Estimator):
             *(
                 code
                 for side in (one, other)
-                for code in (side.found.code, health(side.found.inner, side.found.first_loss, side.found.last_loss, comparable=comparable))
+                for code in (
+                    side.found.code,
+                    health(side.found.inner, side.found.first_loss, side.found.last_loss, comparable=comparable),
+                )
             ),
         ]
         stats = {"inner_steps": one.found.steps + other.found.steps, "nu": nu, "inner_residual": one.found.residual}
@@ -120,7 +132,8 @@ class FirstOrderCorrected(Estimator):
 def default_nu(dtype: torch.dtype, scheme: str) -> float:
     """The perturbation that balances truncation and rounding for losses and gradients of order one.
 
-    Symmetric eps^(1/3) and forward eps^(1/2), rounded up to a power of ten, because noise from an inexact inner solve grows faster below than
+    Symmetric eps^(1/3) and forward eps^(1/2), rounded up to a power of ten, because noise from an inexact inner solve
+    grows faster below than
     truncation does above: 1e-5 and 1e-7 in float64, 1e-2 and 1e-3 in float32, 0.1 in 16 bits.
     tests/bilevel/test_conformance.py holds them to the best of a grid.
     """

@@ -6,7 +6,8 @@
 | --- | --- | --- | --- | --- |
 | FirstOrder() | K | 1 | 0 | 2 P + one graph, independent of K |
 
-Reference: Finn et al. 2017, arXiv 1703.03400, section 5.2. The bias does not shrink with K or with the step size of the outer loop: it takes every
+Reference: Finn et al. 2017, arXiv 1703.03400, section 5.2. The bias does not shrink with K or with the step size of the
+    outer loop: it takes every
 factor I - lr H of the ordered product for I, a relative error of order K lr |H|.
 """
 
@@ -29,7 +30,8 @@ class FirstOrder(Estimator):
     Memory: that of plain training, independent of K; linear in T.
 
     Raises:
-        ValueError: (when used) x enters only through the inner loss or a hyper-parameter, which this estimator cannot see.
+        ValueError: (when used) x enters only through the inner loss or a hyper-parameter, which this estimator cannot
+            see.
 
     Example:
         >>> import torch, bilevel as bl
@@ -65,4 +67,11 @@ class FirstOrder(Estimator):
         refuse_blind(self, instance, grad, "the start of the inner loop and the outer loss", remedy)
         comparable = not isinstance(batches.inner, PerStep)
         code = worst(found.code, health(found.inner, found.first_loss, inner_loss, comparable=comparable))
-        return Estimate(grad, found.inner, outer_loss, inner_loss, code, {"inner_steps": found.steps, "inner_residual": found.residual})
+        return Estimate(
+            grad,
+            found.inner,
+            outer_loss,
+            inner_loss,
+            code,
+            {"inner_steps": found.steps, "inner_residual": found.residual},
+        )

@@ -8,11 +8,12 @@
 | "iterates" | 2 K | K | K S + one tape |
 | "segments" | about 3 K - sqrt(2 K) | K | sqrt(2 K) S + one tape |
 
-References: Maclaurin et al. 2015, arXiv 1502.03492; Franceschi et al. 2017, arXiv 1703.01785; multi-step MAML, arXiv 2002.07836, section 2.2
-(the ordered product of I - alpha H); segments after Chen et al. 2016, arXiv 1604.06174. Differences from peers: one step is split into
-the gradient and the optimizer's algebra, so a rebuilt step holds no copy of the update; segments shrink towards the end of the loop (as
-snapshots pile up), which needs sqrt(2K) iterates at once instead of 2 sqrt(K), and the last one is never recomputed; random numbers
-are replayed.
+References: Maclaurin et al. 2015, arXiv 1502.03492; Franceschi et al. 2017, arXiv 1703.01785; multi-step MAML, arXiv
+    2002.07836, section 2.2
+(the ordered product of I - alpha H); segments after Chen et al. 2016, arXiv 1604.06174. Differences from peers: one
+step is split into the gradient and the optimizer's algebra, so a rebuilt step holds no copy of the update; segments
+shrink towards the end of the loop (as snapshots pile up), which needs sqrt(2K) iterates at once instead of 2 sqrt(K),
+and the last one is never recomputed; random numbers are replayed.
 """
 
 import dataclasses
@@ -39,21 +40,23 @@ _KEEPS = ("graph", "iterates", "segments")
 class Unrolled(Estimator):
     """Backpropagate through the inner loop.
 
-    The three ways of keeping the trajectory give the same gradient to rounding; they trade memory for compute. Which of "graph" and
-    "iterates" is smaller depends on the tape of a step against its S numbers: forecast, or measure.
+    The three ways of keeping the trajectory give the same gradient to rounding; they trade memory for compute. Which of
+    "graph" and "iterates" is smaller depends on the tape of a step against its S numbers: forecast, or measure.
 
     Args:
-        keep: "graph" keeps the tape of every step; "iterates" keeps the iterates and rebuilds one step's graph at a time; "segments" keeps
-            about sqrt(2 K) iterates and recomputes the others once.
-        segment: a uniform segment length for keep="segments"; None for lengths that shrink towards the end, the least memory for one
-            recomputation.
-        last: backpropagate through the last steps only; None for all. Truncation drops everything that acted before: biased, with an
-            error that decays like (1 - lr mu)^last for a mu-strongly convex inner loss, and it cannot see Problem.init.
+        keep: "graph" keeps the tape of every step; "iterates" keeps the iterates and rebuilds one step's graph at a
+            time; "segments" keeps about sqrt(2 K) iterates and recomputes the others once.
+        segment: a uniform segment length for keep="segments"; None for lengths that shrink towards the end, the least
+            memory for one recomputation.
+        last: backpropagate through the last steps only; None for all. Truncation drops everything that acted before:
+            biased, with an error that decays like (1 - lr mu)^last for a mu-strongly convex inner loss, and it cannot
+            see Problem.init.
 
     Memory: see the table in `bilevel.estimators.reverse.unrolled`; independent of Q but for one copy, linear in T.
 
     Raises:
-        ValueError: an argument is out of range, or (when used) x enters only through Problem.init and `last` cuts that path.
+        ValueError: an argument is out of range, or (when used) x enters only through Problem.init and `last` cuts that
+            path.
 
     Example:
         >>> import torch, bilevel as bl
@@ -76,7 +79,9 @@ class Unrolled(Estimator):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"Unrolled was given {name}={value!r}; None or an integer of at least 1 was needed")
         if self.segment is not None and self.keep != "segments":
-            raise ValueError(f'Unrolled was given segment={self.segment} with keep={self.keep!r}; write Unrolled(keep="segments", segment=...)')
+            raise ValueError(
+                f'Unrolled was given segment={self.segment} with keep={self.keep!r}; write Unrolled(keep="segments", segment=...)'
+            )
 
     @property
     def memory_growth(self) -> str:
@@ -86,21 +91,32 @@ class Unrolled(Estimator):
 
     @property
     def bias(self) -> str:
-        return "" if self.last is None else f"truncated to the last {self.last} steps: an error that decays like (1 - lr mu)^{self.last}"
+        return (
+            ""
+            if self.last is None
+            else f"truncated to the last {self.last} steps: an error that decays like (1 - lr mu)^{self.last}"
+        )
 
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         code: Tensor | int = 0
         if not instance.solver.fixed:
-            # A solver that stops by itself runs once to learn K; then the program is K plain steps, whichever way they are kept.
+            # A solver that stops by itself runs once to learn K; then the program is K plain steps, whichever way they
+            # are kept.
             found = instance.solve()
             code = found.code
             instance = dataclasses.replace(instance, solver=Descent(instance.solver.optimizer, found.steps))
         steps = instance.solver.max_steps
         first = 0 if self.last is None else max(steps - self.last, 0)
-        result = _through_graph(instance, first) if self.keep == "graph" else _through_iterates(instance, first, self._starts(first, steps))
+        result = (
+            _through_graph(instance, first)
+            if self.keep == "graph"
+            else _through_iterates(instance, first, self._starts(first, steps))
+        )
         if first > 0:
             sees = f"the last {steps - first} of {steps} inner steps and the outer loss"
-            refuse_blind(self, instance, result.grad, sees, "Write Unrolled(last=None), which backpropagates to the start.")
+            refuse_blind(
+                self, instance, result.grad, sees, "Write Unrolled(last=None), which backpropagates to the start."
+            )
         return dataclasses.replace(result, code=worst(code, result.code))
 
     def _starts(self, first: int, steps: int) -> list[int]:
@@ -116,7 +132,8 @@ class Unrolled(Estimator):
 def shrinking(count: int) -> list[int]:
     """Segment lengths M, M-1, ... that add up to `count`, with M as small as possible.
 
-    When segment j is recomputed, j + 1 snapshots and its own iterates are alive: j + (M - j) = M throughout, with M = sqrt(2 count).
+    When segment j is recomputed, j + 1 snapshots and its own iterates are alive: j + (M - j) = M throughout, with M =
+    sqrt(2 count).
 
     Example:
         >>> shrinking(10), shrinking(12)
@@ -166,8 +183,12 @@ def _through_graph(instance: Instance, first: int) -> Estimate:
 
 
 def _attached(value: Tree) -> Tree:
-    """Leaves that carry a graph get a node of their own (init may return x itself, or one tensor twice), the others become graph leaves."""
-    return tree.tree_map(lambda leaf: leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_(), value)
+    """Leaves that carry a graph get a node of their own (init may return x itself, or one tensor twice), the others
+    become graph leaves.
+    """
+    return tree.tree_map(
+        lambda leaf: leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_(), value
+    )
 
 
 def _through_iterates(instance: Instance, first: int, starts: list[int]) -> Estimate:
@@ -217,14 +238,18 @@ def _through_iterates(instance: Instance, first: int, starts: list[int]) -> Esti
         if to_start:
             count = len(tree.tensors(y_end))
             before_start.seek(0)
-            total = tree.accumulate(total, oracles.start_vjp(problem, instance.outer, batches.inner_at(0), cotangents[:count]))
+            total = tree.accumulate(
+                total, oracles.start_vjp(problem, instance.outer, batches.inner_at(0), cotangents[:count])
+            )
         replay.end()
         inner_loss = instance.inner_loss(y_end, steps)
     code = health(y_end, first_loss, inner_loss, comparable=comparable)
     return Estimate(total, y_end, outer_loss, inner_loss, code, {"inner_steps": steps})
 
 
-def _recompute(instance: Instance, gradient: Gradient, replay: Replay, snapshot: tuple[Tree, Any], begin: int, end: int) -> list[tuple[Tree, Any]]:
+def _recompute(
+    instance: Instance, gradient: Gradient, replay: Replay, snapshot: tuple[Tree, Any], begin: int, end: int
+) -> list[tuple[Tree, Any]]:
     """The iterates of a segment, from its first."""
     kept = [snapshot]
     for step in range(begin, end - 1):

@@ -1,9 +1,11 @@
-"""Few-shot learning: an initialization from which K steps on a few images each of 5 characters tell them apart (MAML, 2 tasks at a time).
+"""Few-shot learning: an initialization from which K steps on a few images each of 5 characters tell them apart (MAML, 2
+tasks at a time).
 
-    inner   cross-entropy on the support images + strength/2 |y - x|^2        outer   cross-entropy on the query images        x = the start of y
+    inner   cross-entropy on the support images + strength/2 |y - x|^2        outer   cross-entropy on the query images
+          x = the start of y
 
-The proximal term makes the initialization part of the inner loss, so that implicit and corrected estimators see it too (iMAML). `accuracy` is that on
-characters never seen in the loop, after plain gradient descent from x.
+The proximal term makes the initialization part of the inner loss, so that implicit and corrected estimators see it too
+(iMAML). `accuracy` is that on characters never seen in the loop, after plain gradient descent from x.
 """
 
 import functools
@@ -17,15 +19,16 @@ import bilevel as bl
 from bilevel.problems import fewshot
 
 TASKS, SHOT, QUERY, WIDTH, STRENGTH = 2, 5, 5, 16, 0.5
-# Half the usual step: batch normalization gives an untrained net a Hessian with eigenvalues from -40 to 30, and with steps of 0.1 (and more of them)
-# its inner loop is chaotic at first, so that float32 loses digits and no estimator but unrolling points anywhere near the gradient.
+# Half the usual step: batch normalization gives an untrained net a Hessian with eigenvalues from -40 to 30, and with
+# steps of 0.1 (and more of them) its inner loop is chaotic at first, so that float32 loses digits and no estimator but
+# unrolling points anywhere near the gradient.
 LR = fewshot.INNER_LR / 2
 OPTIMIZER = bl.SGD(lr=LR)
 INNER_STEPS = [1, 3, 5]
 OUTER_STEPS = 15
 
-# So few steps leave the Hessian indefinite. With less damping conjugate gradients meet negative curvature; with this much the direction is fair
-# (a cosine of 0.6 to 0.9) and the length is not, which Adam makes up for.
+# So few steps leave the Hessian indefinite. With less damping conjugate gradients meet negative curvature; with this
+# much the direction is fair (a cosine of 0.6 to 0.9) and the length is not, which Adam makes up for.
 DAMPING = 30.0
 
 
@@ -45,7 +48,9 @@ ESTIMATORS = {
 }
 
 
-def setup(device: str, seed: int = 0, *, tasks: int = TASKS, shot: int = SHOT, query: int = QUERY, width: int = WIDTH) -> Any:
+def setup(
+    device: str, seed: int = 0, *, tasks: int = TASKS, shot: int = SHOT, query: int = QUERY, width: int = WIDTH
+) -> Any:
     """The problem, with the tasks of the first outer step."""
     problem, outer, inner, batches = fewshot.setup(device, seed, tasks=tasks, shot=shot, query=query, width=width)
     return bl.proximal(problem, STRENGTH), outer, inner, batches
@@ -59,7 +64,9 @@ def outer_optimizer(tensors: Sequence[Tensor]) -> torch.optim.Optimizer:
 def batches(step: int, device: str, seed: int = 0) -> bl.Batches:
     """The tasks of an outer step: fresh ones for each."""
     data = _characters(seed)
-    return next(fewshot.stream(data, steps=1, tasks=TASKS, shot=SHOT, query=QUERY, seed=seed + 1_000_003 * step, device=device))
+    return next(
+        fewshot.stream(data, steps=1, tasks=TASKS, shot=SHOT, query=QUERY, seed=seed + 1_000_003 * step, device=device)
+    )
 
 
 @functools.cache

@@ -1,9 +1,10 @@
 """Data hyper-cleaning: a weight for each of 1000 digits, 40 % of them mislabelled; K steps on a perceptron 64-128-10.
 
-    inner   weighted cross-entropy on the mislabelled training set        outer   cross-entropy on a clean validation set
+    inner   weighted cross-entropy on the mislabelled training set        outer   cross-entropy on a clean validation
+    set
 
-The loop should leave the mislabelled examples with lower weights (`corruption_auc`), so that a net trained with them does better than one trained
-without (`test_accuracy` against `baseline_test_accuracy`).
+The loop should leave the mislabelled examples with lower weights (`corruption_auc`), so that a net trained with them
+does better than one trained without (`test_accuracy` against `baseline_test_accuracy`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,8 @@ INNER_STEPS = [5, 20, 50]
 OUTER_STEPS = 15
 PRELOAD = ("sklearn.datasets", "sklearn.model_selection", "sklearn.metrics")
 
-# The net is not converged after K steps and its Hessian is indefinite: undamped, CG stops at once (NEGATIVE_CURVATURE) and Neumann's series grows.
+# The net is not converged after K steps and its Hessian is indefinite: undamped, CG stops at once (NEGATIVE_CURVATURE)
+# and Neumann's series grows.
 DAMPING = 0.2
 
 ESTIMATORS = {
@@ -33,7 +35,8 @@ ESTIMATORS = {
     "implicit Neumann": bl.Implicit(bl.Neumann(steps=20, step_size=0.3, damping=DAMPING)),
     "memory-reduced": bl.MemoryReduced(tol=1e-3, damping=DAMPING),
     "first-order corrected": bl.FirstOrderCorrected(),
-    # No FirstOrder: the weights act through the inner loss alone, which it does not differentiate, so it refuses the problem.
+    # No FirstOrder: the weights act through the inner loss alone, which it does not differentiate, so it refuses the
+    # problem.
 }
 
 

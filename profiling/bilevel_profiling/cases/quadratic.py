@@ -18,6 +18,7 @@ ESTIMATORS = {
     "implicit Neumann": bl.Implicit(bl.Neumann(steps=10, step_size=1.0)),
     "memory-reduced": bl.MemoryReduced(),
     "first-order corrected": bl.FirstOrderCorrected(),
-    # It sees x only in the outer loss and at the start of the inner loop, so nearly all of the hypergradient escapes it.
+    # It sees x only in the outer loss and at the start of the inner loop, so nearly all of the hypergradient escapes
+    # it.
     "first-order": bl.FirstOrder(),
 }

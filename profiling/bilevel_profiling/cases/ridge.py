@@ -1,4 +1,6 @@
-"""Ridge regression on the diabetes data in float64: one penalty for each of ten features, learned on validation data; exact hypergradient known."""
+"""Ridge regression on the diabetes data in float64: one penalty for each of ten features, learned on validation data;
+exact hypergradient known.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,6 +1,7 @@
 """The command `bilevel`. Each verb is a module with `add`, which says what it takes, and `run`, which does it.
 
-Exit status: 0 when the work was done (failed cells are rows, not failures of the command), 1 when no cell of a comparison finished or when `diff`
+Exit status: 0 when the work was done (failed cells are rows, not failures of the command), 1 when no cell of a
+    comparison finished or when `diff`
 found something worse, 2 for what the user can put right (said in a sentence), 130 after Ctrl-C.
 """
 
@@ -43,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bilevel", description="What hypergradients cost, measured or forecast: memory, time, compute and error.")
+    parser = argparse.ArgumentParser(
+        prog="bilevel", description="What hypergradients cost, measured or forecast: memory, time, compute and error."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     for verb in VERBS:
         verb.add(verbs).set_defaults(run=verb.run)

@@ -17,22 +17,95 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
         epilog="Example: bilevel compare hypercleaning fewshot --out report. Interrupted, or killed? The same with --resume.",
     )
     add = parser.add_argument
-    add("cases", nargs="+", metavar="CASE", help="a built-in case (see: bilevel list), or the path of a Python file that defines setup(device)")
-    add("--estimators", type=types.labels, metavar="A,B", help="only these, by their labels in the case, separated by commas; default: all")
-    add("--inner-steps", type=types.numbers, metavar="1,5,20", help="the numbers of inner steps K to compare at; default: the case's own")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run; auto takes CUDA when there is one (default)")
-    add("--outer-steps", type=types.count, metavar="N", help="outer steps of each loop, at the largest K; 0 for none; default: the case's own")
+    add(
+        "cases",
+        nargs="+",
+        metavar="CASE",
+        help="a built-in case (see: bilevel list), or the path of a Python file that defines setup(device)",
+    )
+    add(
+        "--estimators",
+        type=types.labels,
+        metavar="A,B",
+        help="only these, by their labels in the case, separated by commas; default: all",
+    )
+    add(
+        "--inner-steps",
+        type=types.numbers,
+        metavar="1,5,20",
+        help="the numbers of inner steps K to compare at; default: the case's own",
+    )
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to run; auto takes CUDA when there is one (default)",
+    )
+    add(
+        "--outer-steps",
+        type=types.count,
+        metavar="N",
+        help="outer steps of each loop, at the largest K; 0 for none; default: the case's own",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of data, initialization and random losses (default 0)")
-    add("--repeats", type=types.positive, default=5, metavar="N", help="how often each call is timed, at most (default 5; slow calls fewer times)")
-    add("--time-limit", type=types.seconds, default=300.0, metavar="S", help="seconds after which a run is stopped: a row TIMEOUT (default 300)")
-    add("--memory-limit", type=types.size, metavar="4GiB", help="what a run may take beyond torch itself; more is a row OUT_OF_MEMORY (CPU, Linux)")
-    add("--threads", type=types.positive, default=1, metavar="N", help="of torch in each run (default 1, the most repeatable)")
-    add("--out", default="report", metavar="DIR", help="folder of the report, made if missing; earlier rows in it are kept aside (default: report)")
-    add("--resume", action="store_true", help="keep the finished rows in that folder, failures too, and measure only what is missing")
-    add("--retry-failed", action="store_true", help="--resume, and measure anew what ended with ERROR, CRASHED, TIMEOUT or OUT_OF_MEMORY")
-    add("--trace", action="store_true", help="also write a trace of each run for https://ui.perfetto.dev, into DIR/traces")
-    add("--snapshot", action="store_true", help="on CUDA: also write a snapshot of each run for https://pytorch.org/memory_viz, into DIR/snapshots")
-    add("--json", action="store_true", help="print the records as JSON lines on standard output; everything else goes to standard error")
+    add(
+        "--repeats",
+        type=types.positive,
+        default=5,
+        metavar="N",
+        help="how often each call is timed, at most (default 5; slow calls fewer times)",
+    )
+    add(
+        "--time-limit",
+        type=types.seconds,
+        default=300.0,
+        metavar="S",
+        help="seconds after which a run is stopped: a row TIMEOUT (default 300)",
+    )
+    add(
+        "--memory-limit",
+        type=types.size,
+        metavar="4GiB",
+        help="what a run may take beyond torch itself; more is a row OUT_OF_MEMORY (CPU, Linux)",
+    )
+    add(
+        "--threads",
+        type=types.positive,
+        default=1,
+        metavar="N",
+        help="of torch in each run (default 1, the most repeatable)",
+    )
+    add(
+        "--out",
+        default="report",
+        metavar="DIR",
+        help="folder of the report, made if missing; earlier rows in it are kept aside (default: report)",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="keep the finished rows in that folder, failures too, and measure only what is missing",
+    )
+    add(
+        "--retry-failed",
+        action="store_true",
+        help="--resume, and measure anew what ended with ERROR, CRASHED, TIMEOUT or OUT_OF_MEMORY",
+    )
+    add(
+        "--trace",
+        action="store_true",
+        help="also write a trace of each run for https://ui.perfetto.dev, into DIR/traces",
+    )
+    add(
+        "--snapshot",
+        action="store_true",
+        help="on CUDA: also write a snapshot of each run for https://pytorch.org/memory_viz, into DIR/snapshots",
+    )
+    add(
+        "--json",
+        action="store_true",
+        help="print the records as JSON lines on standard output; everything else goes to standard error",
+    )
     return parser
 
 
@@ -82,7 +155,10 @@ def run(options: argparse.Namespace) -> int:
         status = DONE if any(record.peak_tensor_bytes is not None for record in comparison.records) else NOTHING
     except KeyboardInterrupt:
         count = len(comparison.records)
-        say(f"interrupted; {count} finished row{'' if count == 1 else 's'} kept in {comparison.out / 'records.jsonl'}; --resume goes on")
+        say(
+            f"interrupted; {count} finished row{'' if count == 1 else 's'} kept in {comparison.out / 'records.jsonl'}; "
+            f"--resume goes on"
+        )
         status = INTERRUPTED
     except OSError as error:
         return unwritable(options.out, error)
@@ -102,5 +178,7 @@ def chosen_device(asked: str) -> str:
     from bilevel_profiling.case_file import CaseError
 
     if asked == "cuda" and not torch.cuda.is_available():
-        raise CaseError("--device cuda was given, but torch finds no CUDA device here; leave it out, or write --device cpu")
+        raise CaseError(
+            "--device cuda was given, but torch finds no CUDA device here; leave it out, or write --device cpu"
+        )
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked

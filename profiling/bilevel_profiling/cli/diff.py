@@ -25,14 +25,27 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
         "diff",
         help="say what got better or worse between two files of records",
         description="Match the rows of two files and say what got better or worse: status, memory, oracle calls, FLOPs, errors; and times, where the "
-        "ranges of the repeats do not overlap. Exit status 0: nothing is worse; 1: something is, or a row is missing; 2: a file cannot be used.",
+        "ranges of the repeats do not overlap. Exit status 0: nothing is worse; 1: something is, or a row is missing; "
+        "2: a file cannot be used.",
         epilog="Example: bilevel diff baseline.jsonl report",
     )
     add = parser.add_argument
     add("old", metavar="OLD", help="a records.jsonl, or the folder that holds one")
     add("new", metavar="NEW", help="the same, to be judged against OLD")
-    add("--memory-tolerance", type=types.share, default=0.001, metavar="P%", help="change of peak memory that does not count (default 0.1%%)")
-    add("--time-tolerance", type=types.share, default=0.1, metavar="P%", help="change of time that does not count (default 10%%)")
+    add(
+        "--memory-tolerance",
+        type=types.share,
+        default=0.001,
+        metavar="P%",
+        help="change of peak memory that does not count (default 0.1%%)",
+    )
+    add(
+        "--time-tolerance",
+        type=types.share,
+        default=0.1,
+        metavar="P%",
+        help="change of time that does not count (default 10%%)",
+    )
     add("--allow-missing", action="store_true", help="rows of OLD that are not in NEW are no reason for exit status 1")
     add("--json", action="store_true", help="print one JSON object on standard output, and nothing else there")
     return parser
@@ -79,15 +92,37 @@ def _table(differences: "Sequence[Difference]") -> list[list[str]]:
     def text(value: float | str | None, figure: str) -> str:
         if value is None or isinstance(value, str):
             return value or "-"
-        return (units.size if figure.endswith("_bytes") else units.count if isinstance(value, int) else formats.get(figure, units.significant))(value)
+        return (
+            units.size
+            if figure.endswith("_bytes")
+            else units.count
+            if isinstance(value, int)
+            else formats.get(figure, units.significant)
+        )(value)
 
-    extra = [name for name in ("device", "seed", "dtype", "source") if len({getattr(each.key, name) for each in differences}) > 1]
+    extra = [
+        name
+        for name in ("device", "seed", "dtype", "source")
+        if len({getattr(each.key, name) for each in differences}) > 1
+    ]
     rows = [["", "case", "estimator", "K", *extra, "figure", "old", "new", "new / old"]]
     for each in differences:
         key = each.key
-        which = [key.case, key.estimator, "-" if key.inner_steps is None else str(key.inner_steps), *(str(getattr(key, name)) for name in extra)]
+        which = [
+            key.case,
+            key.estimator,
+            "-" if key.inner_steps is None else str(key.inner_steps),
+            *(str(getattr(key, name)) for name in extra),
+        ]
         change = "" if each.ratio is None else f"{each.ratio:.3f}x"
-        cells = [each.verdict.value, *which, each.figure, text(each.old, each.figure), text(each.new, each.figure), change]
+        cells = [
+            each.verdict.value,
+            *which,
+            each.figure,
+            text(each.old, each.figure),
+            text(each.new, each.figure),
+            change,
+        ]
         rows.append([progress.one_line(cell) for cell in cells])
     return rows
 
@@ -103,7 +138,11 @@ def _print(rows: list[list[str]]) -> None:
     except ImportError:
         say('rich would set this better: pip install "bilevel[profiling]"')
         widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-        print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows))
+        print(
+            "\n".join(
+                "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+            )
+        )
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in rows[0]:

@@ -18,9 +18,25 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
     )
     add_case(parser)
     add = parser.add_argument
-    add("--budget", type=types.size, required=True, metavar="24GiB", help="memory of the device, for data, variables and all that a step adds")
-    add("--over", default="inner_steps", metavar="NAME", help="inner_steps (default), chunk (of a TaskMean), or a parameter of the case's setup()")
-    add("--inner-steps", type=types.positive, metavar="K", help="where something else is varied; default: the case's largest")
+    add(
+        "--budget",
+        type=types.size,
+        required=True,
+        metavar="24GiB",
+        help="memory of the device, for data, variables and all that a step adds",
+    )
+    add(
+        "--over",
+        default="inner_steps",
+        metavar="NAME",
+        help="inner_steps (default), chunk (of a TaskMean), or a parameter of the case's setup()",
+    )
+    add(
+        "--inner-steps",
+        type=types.positive,
+        metavar="K",
+        help="where something else is varied; default: the case's largest",
+    )
     add("--at-most", type=types.positive, default=256, metavar="N", help="the largest value to look at (default 256)")
     return parser
 
@@ -39,16 +55,22 @@ def run(options: argparse.Namespace) -> int:
     refused: dict[str, list[str]] = {}
     for case in cases_of(definition, options, (options.inner_steps or max(definition.inner_steps),)):
         try:
-            found = fit(case, options.budget, options.over, at_most=options.at_most, told=looked(case.label, options.over))
+            found = fit(
+                case, options.budget, options.over, at_most=options.at_most, told=looked(case.label, options.over)
+            )
         except (ValueError, ForecastError) as error:
             refused.setdefault(str(error), []).append(case.label)
             continue
-        rows.append([case.label, largest_text(found), found.text, "" if found.record is None else dominant(found.record)])
+        rows.append(
+            [case.label, largest_text(found), found.text, "" if found.record is None else dominant(found.record)]
+        )
     for message, labels in refused.items():
         say(message if len(labels) == len(definition.estimators) else f"{', '.join(labels)}: {message}")
     if not rows:
         return WRONG
     print_rows(
-        f"{definition.name} in {sizes.text(options.budget)}", ["estimator", f"largest {options.over}", "", "what holds most at the peak"], rows
+        f"{definition.name} in {sizes.text(options.budget)}",
+        ["estimator", f"largest {options.over}", "", "what holds most at the peak"],
+        rows,
     )
     return DONE if any(row[1] != "none" for row in rows) else NOTHING

@@ -1,4 +1,6 @@
-"""`bilevel forecast`: what the estimators of a case would cost, and which of them fit a memory budget, without running them."""
+"""`bilevel forecast`: what the estimators of a case would cost, and which of them fit a memory budget, without running
+them.
+"""
 
 import argparse
 import dataclasses
@@ -23,18 +25,39 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
         "forecast",
         help="say what the estimators of a case would cost, without running them",
         description="Forecast memory, FLOPs and oracle calls of every estimator of a case on tensors without data: nothing is allocated, and no "
-        "GPU is needed. With --budget also which of them fit, the largest number of inner steps at which each does, and which to take.",
+        "GPU is needed. With --budget also which of them fit, the largest number of inner steps at which each does, "
+        "and which to take.",
         epilog="Example: bilevel forecast language --set width=2048 --set layers=20 --set heads=16 --set context=512 --budget 80GiB --on a100",
     )
     add_case(parser)
     add = parser.add_argument
-    add("--inner-steps", type=types.numbers, metavar="1,5,20", help="the numbers of inner steps K to forecast; default: the case's own")
-    add("--budget", type=types.size, metavar="24GiB", help="memory of the device, for data, variables and all that a step adds")
-    add("--at-most", type=types.positive, default=256, metavar="N", help="the largest K that the search for the budget looks at (default 256)")
+    add(
+        "--inner-steps",
+        type=types.numbers,
+        metavar="1,5,20",
+        help="the numbers of inner steps K to forecast; default: the case's own",
+    )
+    add(
+        "--budget",
+        type=types.size,
+        metavar="24GiB",
+        help="memory of the device, for data, variables and all that a step adds",
+    )
+    add(
+        "--at-most",
+        type=types.positive,
+        default=256,
+        metavar="N",
+        help="the largest K that the search for the budget looks at (default 256)",
+    )
     add("--on", metavar="DEVICE", help="a GPU for lower bounds on the time, such as a100 or h100 (see: bilevel list)")
     add("--alive", action="store_true", help="also print what would be alive at each peak")
     add("--out", metavar="DIR", help="also write the records and a report there")
-    add("--json", action="store_true", help="print the records as JSON lines on standard output; everything else goes to standard error")
+    add(
+        "--json",
+        action="store_true",
+        help="print the records as JSON lines on standard output; everything else goes to standard error",
+    )
     return parser
 
 
@@ -72,10 +95,31 @@ def run(options: argparse.Namespace) -> int:
 def add_case(parser: argparse.ArgumentParser) -> None:
     """The options that say which case, and with what sizes."""
     add = parser.add_argument
-    add("case", metavar="CASE", help="a built-in case (see: bilevel list), or the path of a Python file that defines setup(device)")
-    add("--set", type=types.setting, action="append", default=[], metavar="NAME=VALUE", help="a parameter of the case's setup(), such as width=2048")
-    add("--estimators", type=types.labels, metavar="A,B", help="only these, by their labels in the case, separated by commas; default: all")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="to forecast for; none has to be there (auto: cuda if there is one)")
+    add(
+        "case",
+        metavar="CASE",
+        help="a built-in case (see: bilevel list), or the path of a Python file that defines setup(device)",
+    )
+    add(
+        "--set",
+        type=types.setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a parameter of the case's setup(), such as width=2048",
+    )
+    add(
+        "--estimators",
+        type=types.labels,
+        metavar="A,B",
+        help="only these, by their labels in the case, separated by commas; default: all",
+    )
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="to forecast for; none has to be there (auto: cuda if there is one)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="given to the case's setup() (default 0)")
 
 
@@ -100,7 +144,9 @@ def defined(options: argparse.Namespace) -> "Definition":
             raise CaseError(f"case {found.name} has no parameter {name!r}: {has}")
     unknown = [label for label in options.estimators or () if label not in found.estimators]
     if unknown:
-        raise CaseError(f"there is no estimator {' or '.join(map(repr, unknown))}: {found.name} has {', '.join(found.estimators)}")
+        raise CaseError(
+            f"there is no estimator {' or '.join(map(repr, unknown))}: {found.name} has {', '.join(found.estimators)}"
+        )
     labels = options.estimators or list(found.estimators)
     setup = functools.partial(found.setup, **settings) if settings else found.setup
     return dataclasses.replace(found, setup=setup, estimators={label: found.estimators[label] for label in labels})
@@ -135,7 +181,10 @@ def _forecasts(cases: "list[Case]", options: argparse.Namespace) -> list[Record]
     from bilevel_profiling.forecasting import forecast
 
     watcher = progress.chosen()
-    tasks = [progress.Task(case.name, f"{case.label}, K = {case.solver.max_steps}", 5 + case.solver.max_steps) for case in cases]
+    tasks = [
+        progress.Task(case.name, f"{case.label}, K = {case.solver.max_steps}", 5 + case.solver.max_steps)
+        for case in cases
+    ]
     records = []
     watcher.start(tasks)
     try:
@@ -175,7 +224,9 @@ def _written(records: list[Record], options: argparse.Namespace) -> Any:
         folder.release()
 
 
-def _print_budget(definition: "Definition", cases: "list[Case]", records: list[Record], options: argparse.Namespace) -> None:
+def _print_budget(
+    definition: "Definition", cases: "list[Case]", records: list[Record], options: argparse.Namespace
+) -> None:
     from bilevel_profiling import sizes
     from bilevel_profiling.forecasting import NotMonotone, fit, recommend
     from bilevel_profiling.forecasting.search import needed
@@ -185,9 +236,23 @@ def _print_budget(definition: "Definition", cases: "list[Case]", records: list[R
         if record.peak_tensor_bytes is None:
             continue
         needs, fits = needed(record), "yes" if needed(record) <= options.budget else "no"
-        rows.append([case.label, f"{record.inner_steps:,}", sizes.text(needs), f"{needs / options.budget:.0%}", fits, dominant(record)])
+        rows.append(
+            [
+                case.label,
+                f"{record.inner_steps:,}",
+                sizes.text(needs),
+                f"{needs / options.budget:.0%}",
+                fits,
+                dominant(record),
+            ]
+        )
     title = f"{definition.name} in {sizes.text(options.budget)}"
-    print_rows(title, ["estimator", "K", "needs", "of budget", "fits", "what holds most at the peak"], rows, stderr=options.json)
+    print_rows(
+        title,
+        ["estimator", "K", "needs", "of budget", "fits", "what holds most at the peak"],
+        rows,
+        stderr=options.json,
+    )
     largest = []
     for case in {case.label: case for case in cases}.values():
         if any(record.estimator == case.label and record.peak_tensor_bytes is not None for record in records):
@@ -197,7 +262,9 @@ def _print_budget(definition: "Definition", cases: "list[Case]", records: list[R
                 largest.append([case.label, "-", str(error)])
                 continue
             largest.append([case.label, largest_text(found), found.text])
-    print_rows(f"largest K in {sizes.text(options.budget)}", ["estimator", "largest K", ""], largest, stderr=options.json)
+    print_rows(
+        f"largest K in {sizes.text(options.budget)}", ["estimator", "largest K", ""], largest, stderr=options.json
+    )
     chosen = recommend(cases[-1], options.budget, estimators=definition.estimators, on=options.on or "a100")
     advice = [[str(place), each.label, each.sentence] for place, each in enumerate(chosen, start=1)]
     steps = cases[-1].solver.max_steps

@@ -9,7 +9,9 @@ from bilevel_profiling.cli.output import DONE
 def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
     """Say what it takes: nothing."""
     return verbs.add_parser(
-        "list", help="list what there is to compare", description="List the built-in cases, and the estimators and solvers of the library."
+        "list",
+        help="list what there is to compare",
+        description="List the built-in cases, and the estimators and solvers of the library.",
     )
 
 
@@ -20,10 +22,19 @@ def run(options: argparse.Namespace) -> int:
     from bilevel_profiling.case_file import builtin_titles
     from bilevel_profiling.devices import DEVICES
 
-    kinds = {"estimators": bl.Estimator, "inner solvers": bl.InnerSolver, "inner optimizers": bl.Optimizer, "linear solvers": bl.LinearSolver}
+    kinds = {
+        "estimators": bl.Estimator,
+        "inner solvers": bl.InnerSolver,
+        "inner optimizers": bl.Optimizer,
+        "linear solvers": bl.LinearSolver,
+    }
     parts: dict[str, dict[str, str]] = {"cases": builtin_titles()}
     for title, kind in kinds.items():
-        found = {name: value for name, value in vars(bl).items() if isinstance(value, type) and issubclass(value, kind) and value is not kind}
+        found = {
+            name: value
+            for name, value in vars(bl).items()
+            if isinstance(value, type) and issubclass(value, kind) and value is not kind
+        }
         parts[title] = {name: (value.__doc__ or "").strip().partition("\n")[0] for name, value in sorted(found.items())}
     parts["devices for --on"] = {
         name: f"{device.name}: {device.flops['float32'] / 1e12:g} TFLOP/s float32, {device.bandwidth / 1e9:,.0f} GB/s, {sizes.text(device.memory)}"

@@ -20,8 +20,14 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
         description="Print the tables of records that compare wrote. Lines that are damaged are said, and the others printed; exit status 2.",
     )
     parser.add_argument("records", metavar="RECORDS", help="a records.jsonl, or the folder that holds one")
-    parser.add_argument("--html", action="store_true", help="also write the report (index.html, report.md, figures) anew, beside the records")
-    parser.add_argument("--json", action="store_true", help="print the records as JSON lines on standard output, and nothing else there")
+    parser.add_argument(
+        "--html",
+        action="store_true",
+        help="also write the report (index.html, report.md, figures) anew, beside the records",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the records as JSON lines on standard output, and nothing else there"
+    )
     return parser
 
 
@@ -37,7 +43,11 @@ def run(options: argparse.Namespace) -> int:
     say_damage(path, found)
     records = found.records
     if not records:
-        return DONE if options.json and not found.damage else wrong(f"{path} holds no records" + (" that can be read" if found.damage else ""))
+        return (
+            DONE
+            if options.json and not found.damage
+            else wrong(f"{path} holds no records" + (" that can be read" if found.damage else ""))
+        )
     print_records(records, as_json=options.json)
     if options.html:
         command = next((record.environment["command"] for record in records if record.environment.get("command")), "")

@@ -1,4 +1,6 @@
-"""What a run would cost, found on tensors without data: nothing is allocated, nothing computed, and no GPU is needed."""
+"""What a run would cost, found on tensors without data: nothing is allocated, nothing computed, and no GPU is
+needed.
+"""
 
 from bilevel_profiling.forecasting.advice import Advice as Advice
 from bilevel_profiling.forecasting.advice import recommend as recommend

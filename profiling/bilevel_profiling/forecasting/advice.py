@@ -47,13 +47,15 @@ def recommend(
 ) -> list[Advice]:
     """Rank estimators on a case within a memory budget, without running any.
 
-    Those that fit come first. Among them the more exact one: by the error that was measured, in powers of ten, where `records` have it for all of
-    them; else those without bias before those with. Ties go to the one with less compute: the lower bound on its time on the device `on`.
+    Those that fit come first. Among them the more exact one: by the error that was measured, in powers of ten, where
+    `records` have it for all of them; else those without bias before those with. Ties go to the one with less compute:
+    the lower bound on its time on the device `on`.
 
     Args:
         case: the problem and the inner solver; its own estimator does not matter.
         budget: of device memory for everything, such as "24GiB".
-        estimators: the candidates by label; by default those that a case without a list is compared with, under a TaskMean if the case has one.
+        estimators: the candidates by label; by default those that a case without a list is compared with, under a
+            TaskMean if the case has one.
         records: of an earlier comparison of the same case with the same K, for measured errors.
         on: the device that compute is judged by, in roofline time.
 
@@ -81,10 +83,15 @@ def recommend(
     with without_data():
         here(case).pose()  # an error of setup is the user's, and no estimator's refusal
     candidates = _candidates(case) if estimators is None else estimators
-    found = [_judged(case, label, estimator, limit, _error(case, label, estimator, records), on) for label, estimator in candidates.items()]
+    found = [
+        _judged(case, label, estimator, limit, _error(case, label, estimator, records), on)
+        for label, estimator in candidates.items()
+    ]
     fitting = [advice for advice in found if advice.fits]
     measured = all(advice.error is not None for advice in fitting)
-    fitting.sort(key=lambda advice: (_magnitude(advice.error) if measured else advice.estimator.bias != "", _compute(advice)))
+    fitting.sort(
+        key=lambda advice: (_magnitude(advice.error) if measured else advice.estimator.bias != "", _compute(advice))
+    )
     others = sorted((advice for advice in found if not advice.fits), key=lambda advice: advice.needed_bytes or math.inf)
     return [dataclasses.replace(advice, sentence=_sentence(advice, fitting, limit)) for advice in (*fitting, *others)]
 
@@ -97,10 +104,15 @@ def _candidates(case: Case) -> dict[str, bl.Estimator]:
     return plain
 
 
-def _judged(case: Case, label: str, estimator: bl.Estimator, limit: int, error: float | None, on: Device | str) -> Advice:
+def _judged(
+    case: Case, label: str, estimator: bl.Estimator, limit: int, error: float | None, on: Device | str
+) -> Advice:
     try:
         record = forecast(dataclasses.replace(case, estimator=estimator, label=label), on=on)
-    except (ValueError, bl.NotTwiceDifferentiableError) as refusal:  # an estimator that is blind to how x acts here says so
+    except (
+        ValueError,
+        bl.NotTwiceDifferentiableError,
+    ) as refusal:  # an estimator that is blind to how x acts here says so
         return Advice(label, estimator, False, None, error, " ".join(str(refusal).split()), None)
     return Advice(label, estimator, needed(record) <= limit, needed(record), error, "", record)
 
@@ -108,8 +120,17 @@ def _judged(case: Case, label: str, estimator: bl.Estimator, limit: int, error: 
 def _error(case: Case, label: str, estimator: bl.Estimator, records: Sequence[Record]) -> float | None:
     """The error against the hypergradient at the solution if it was measured, else that against the K-step program."""
     for record in records:
-        if (record.case, record.estimator, record.inner_steps, record.settings) == (case.name, label, case.solver.max_steps, repr(estimator)):
-            return record.program_relative_error if record.solution_relative_error is None else record.solution_relative_error
+        if (record.case, record.estimator, record.inner_steps, record.settings) == (
+            case.name,
+            label,
+            case.solver.max_steps,
+            repr(estimator),
+        ):
+            return (
+                record.program_relative_error
+                if record.solution_relative_error is None
+                else record.solution_relative_error
+            )
     return None
 
 
@@ -131,7 +152,13 @@ def _sentence(advice: Advice, fitting: Sequence[Advice], limit: int) -> str:
     used = f"{sizes.text(advice.needed_bytes)} of {sizes.text(limit)}"
     if not advice.fits:
         return f"Does not fit: needs {used}."
-    known = f"measured error {advice.error:.1e}" if advice.error is not None else advice.estimator.bias or "the exact gradient of the K-step program"
+    known = (
+        f"measured error {advice.error:.1e}"
+        if advice.error is not None
+        else advice.estimator.bias or "the exact gradient of the K-step program"
+    )
     least = min(_compute(other) for other in fitting)
     ratio = _compute(advice) / least if least else 1.0
-    return f"Fits ({used}); {known}; " + ("the least time at best of those that fit." if ratio == 1 else f"{ratio:.1f}x the least time at best.")
+    return f"Fits ({used}); {known}; " + (
+        "the least time at best of those that fit." if ratio == 1 else f"{ratio:.1f}x the least time at best."
+    )

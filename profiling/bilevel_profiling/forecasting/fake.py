@@ -1,7 +1,8 @@
 """forecast(): the record of a run, without the run.
 
-The same code runs as in `measure`, under torch's FakeTensorMode: tensors have shapes, dtypes and sized storages, but no data. The live bytes of every
-operation are therefore those of the real run, to the byte; times and errors are not there, since nothing is computed.
+The same code runs as in `measure`, under torch's FakeTensorMode: tensors have shapes, dtypes and sized storages, but no
+data. The live bytes of every operation are therefore those of the real run, to the byte; times and errors are not
+there, since nothing is computed.
 """
 
 import contextlib
@@ -33,35 +34,44 @@ from bilevel_profiling.meters.work import Work
 from bilevel_profiling.record import Record
 
 NOT_SEEN = (
-    "A forecast counts tensors. On top of them come what cuBLAS and cuDNN take as workspaces, and what the allocator's cache loses to fragmentation "
-    "(reserved memory)."
+    "A forecast counts tensors. On top of them come what cuBLAS and cuDNN take as workspaces, and what the allocator's "
+    "cache loses to fragmentation (reserved memory)."
 )
 LEFT_OVER = (
-    "{} of tensors without data outlive the function: it put them into an optimizer's state, a module or a list of yours, where they are of no use. "
-    "Make everything inside the function, or make these objects anew before you go on."
+    "{} of tensors without data outlive the function: it put them into an optimizer's state, a module or a list of "
+    "yours, where they are of no use. Make everything inside the function, or make these objects anew before you go on."
 )
-OTHER_KERNELS = "No CUDA device here: the forecast follows the CPU's operators, and a GPU may run others for a few of them."
+OTHER_KERNELS = (
+    "No CUDA device here: the forecast follows the CPU's operators, and a GPU may run others for a few of them."
+)
 
 
-def forecast(what: Case | Callable[[], object], *, name: str = "", on: Device | str | None = None, command: str = "") -> Record:
+def forecast(
+    what: Case | Callable[[], object], *, name: str = "", on: Device | str | None = None, command: str = ""
+) -> Record:
     """Say what something would cost, without running it.
 
-    The figures are those of `measure`: peak and kept tensor bytes, by phase, with a timeline and what is alive at the peak; FLOPs; oracle calls. For
-    a case on "cuda" also what the allocator would be asked for: requested (exact), and allocated (each tensor in blocks of 512 bytes).
+    The figures are those of `measure`: peak and kept tensor bytes, by phase, with a timeline and what is alive at the
+    peak; FLOPs; oracle calls. For a case on "cuda" also what the allocator would be asked for: requested (exact), and
+    allocated (each tensor in blocks of 512 bytes).
 
     Cost: about 0.1 ms an operation, whatever the sizes; a few KiB of memory for each tensor that the run would hold.
 
     Args:
-        what: a `Case`, whose `setup` is called under fake tensors too; or any function without arguments. Tensors that exist already can be used.
+        what: a `Case`, whose `setup` is called under fake tensors too; or any function without arguments. Tensors that
+            exist already can be used.
         name: of a function in the record.
-        on: a `Device`, or the name of one in `bilevel_profiling.devices.DEVICES`, for a lower bound on its time (`roofline_seconds`).
+        on: a `Device`, or the name of one in `bilevel_profiling.devices.DEVICES`, for a lower bound on its time
+            (`roofline_seconds`).
         command: kept in the record's environment.
 
     Returns:
-        A record with source="forecast". Its notes say what could not be seen: a solver that stops on a tolerance is forecast at its step limit.
+        A record with source="forecast". Its notes say what could not be seen: a solver that stops on a tolerance is
+        forecast at its step limit.
 
     Raises:
-        ForecastError: the code reads a tensor's value (`.item()`, `if tensor:`, a boolean mask); it names the line and the remedy.
+        ForecastError: the code reads a tensor's value (`.item()`, `if tensor:`, a boolean mask); it names the line and
+            the remedy.
         ValueError: there is no such device.
         Exception: whatever `setup`, a loss or the function raises.
 
@@ -77,7 +87,9 @@ def forecast(what: Case | Callable[[], object], *, name: str = "", on: Device | 
         True
     """
     if not isinstance(what, Case) and not callable(what):
-        raise TypeError(f"forecast() was given a {type(what).__name__}; a Case or a function without arguments was needed")
+        raise TypeError(
+            f"forecast() was given a {type(what).__name__}; a Case or a function without arguments was needed"
+        )
     device = on if isinstance(on, Device) or on is None else _device(on)
     with own_random_state(), frozen_heap(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=STEPPED_THROUGH)
@@ -86,12 +98,17 @@ def forecast(what: Case | Callable[[], object], *, name: str = "", on: Device | 
 
 def _device(name: str) -> Device:
     if name not in DEVICES:
-        raise ValueError(f"there is no device {name!r}; write one of {', '.join(DEVICES)}, or give a bilevel_profiling.devices.Device")
+        raise ValueError(
+            f"there is no device {name!r}; write one of {', '.join(DEVICES)}, or give a "
+            f"bilevel_profiling.devices.Device"
+        )
     return DEVICES[name]
 
 
 def _of_call(call: Callable[[], object], name: str, device: Device | None, command: str) -> Record:
-    record = Record(case="functions", estimator=name or name_of(call), source="forecast", environment=environment(command))
+    record = Record(
+        case="functions", estimator=name or name_of(call), source="forecast", environment=environment(command)
+    )
     with without_data() as shapes:
         figures, notes, _ = _metered(call, device, shapes)
     if figures.fields["kept_tensor_bytes"]:
@@ -102,7 +119,9 @@ def _of_call(call: Callable[[], object], name: str, device: Device | None, comma
 
 def _of_case(case: Case, device: Device | None, command: str) -> Record:
     cuda, known = torch.device(case.device).type == "cuda", here(case)
-    record = dataclasses.replace(described(case, command), source="forecast", reference_note="none: a forecast computes nothing.")
+    record = dataclasses.replace(
+        described(case, command), source="forecast", reference_note="none: a forecast computes nothing."
+    )
     with without_data() as shapes:
         trial = Trial(known)
         trial.prime()
@@ -120,7 +139,9 @@ def _of_case(case: Case, device: Device | None, command: str) -> Record:
             notes += [OTHER_KERNELS]
         else:
             facts["cuda_workspace_bytes"] = workspace_bytes(case.device)
-            notes += [f"Of these, cuBLAS keeps {sizes.text(facts['cuda_workspace_bytes'])} on this GPU, as measured now."]
+            notes += [
+                f"Of these, cuBLAS keeps {sizes.text(facts['cuda_workspace_bytes'])} on this GPU, as measured now."
+            ]
     return dataclasses.replace(figures.record(record), **facts, notes=tuple(notes))
 
 
@@ -131,7 +152,9 @@ def here(case: Case) -> Case:
 
 
 def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> tuple[Figures, list[str], int]:
-    """One call under all meters: its figures, what must be said of them, and its peak in the CUDA allocator's blocks."""
+    """One call under all meters: its figures, what must be said of them, and its peak in the CUDA allocator's
+    blocks.
+    """
     figures, unread, tensors = Figures(), _Unread(), Tensors(shapes.stand_in)
     meters: list[Meter] = [Oracles(), Work(device), tensors]  # the last is asked first, and sees what the code calls
     gc.collect()
@@ -142,7 +165,11 @@ def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> 
             around.enter_context(meter)
         result = call()
     if isinstance(result, bl.Hypergradient):
-        figures.fields |= {"inner_size": tree.size(result.inner), "outer_size": tree.size(result.grad), "tasks": result.stats.get("tasks")}
+        figures.fields |= {
+            "inner_size": tree.size(result.inner),
+            "outer_size": tree.size(result.grad),
+            "tasks": result.stats.get("tasks"),
+        }
     del result
     if isinstance(call, Trial):
         call.tidy()
@@ -156,7 +183,9 @@ def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> 
 
 @contextlib.contextmanager
 def _few_full_collections() -> Iterator[None]:
-    """Young garbage is collected as ever; walking all fake tensors of a long loop again and again takes a third of its time and finds nothing."""
+    """Young garbage is collected as ever; walking all fake tensors of a long loop again and again takes a third of its
+    time and finds nothing.
+    """
     before = gc.get_threshold()
     gc.set_threshold(before[0], before[1], 10**6)
     try:
@@ -190,7 +219,9 @@ class _Unread:
         self._listening.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._listening.__exit__(None, None, None)
 
     def enter(self, name: str, count: int) -> None:
@@ -201,4 +232,7 @@ class _Unread:
     def notes(self) -> list[str]:
         if not self._count:
             return []
-        return ["A solver that stops on a tolerance is forecast at its step limit: its compute is an upper bound, and its memory that of the limit."]
+        return [
+            "A solver that stops on a tolerance is forecast at its step limit: its compute is an upper bound, and its "
+            "memory that of the limit."
+        ]

@@ -11,7 +11,8 @@ _SIZE = 512
 
 @functools.cache
 def workspace_bytes(device: str) -> int:
-    """What cuBLAS keeps in the allocator once it has made products with and without a bias, and batched ones, on this device.
+    """What cuBLAS keeps in the allocator once it has made products with and without a bias, and batched ones, on this
+    device.
 
     cuDNN's workspaces come and go with a call, and depend on its shapes: they are not in this figure.
 

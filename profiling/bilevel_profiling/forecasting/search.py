@@ -2,8 +2,8 @@
 
     largest v with base(v) + peak(v) <= budget
 
-Found by bisection on exact forecasts, guided by the line through them, so v fits and v + 1 does not, both forecast. That is the answer if memory
-grows with v; all forecasts made on the way are checked for it.
+Found by bisection on exact forecasts, guided by the line through them, so v fits and v + 1 does not, both forecast.
+That is the answer if memory grows with v; all forecasts made on the way are checked for it.
 """
 
 import dataclasses
@@ -51,7 +51,9 @@ class Fit:
 
     @property
     def constant(self) -> bool:
-        """Whether memory is the same to the byte at all values looked at from the second on (the first may lack what later ones add once)."""
+        """Whether memory is the same to the byte at all values looked at from the second on (the first may lack what
+        later ones add once).
+        """
         seen = [needed(record) for _, record in sorted(self.forecasts.items())][1:]
         return len(seen) > 1 and len(set(seen)) == 1
 
@@ -68,7 +70,11 @@ class Fit:
             return f"does not fit: {self.over} = 1 needs {sizes.text(least)} of {sizes.text(self.budget_bytes)}"
         used = f"{sizes.text(needed(self.forecasts[self.value]))} of {sizes.text(self.budget_bytes)}"
         if self.capped:
-            why = f"memory does not grow with {self.over}" if self.constant else f"no more than {self.at_most:,} was looked at"
+            why = (
+                f"memory does not grow with {self.over}"
+                if self.constant
+                else f"no more than {self.at_most:,} was looked at"
+            )
             return f"{self.over} = {self.value:,} fits ({used}); {why}"
         more = needed(self.forecasts[self.value + 1])
         too_many = f"is {more - self.budget_bytes:,} bytes too many"
@@ -81,9 +87,11 @@ def largest_fit(case: Case, budget: str | int, over: str = INNER_STEPS, *, at_mo
 
     Args:
         case: what is to fit; its own value of `over` does not matter.
-        budget: of device memory, for everything: data, variables, and what the call adds. A size such as "24GiB", or bytes. For a case on "cuda"
-            each tensor counts in the allocator's blocks of 512 bytes; leave room for workspaces and fragmentation.
-        over: "inner_steps"; "chunk", of a TaskMean; or the name of any whole-number parameter of the case's `setup`, such as "batch".
+        budget: of device memory, for everything: data, variables, and what the call adds. A size such as "24GiB", or
+            bytes. For a case on "cuda" each tensor counts in the allocator's blocks of 512 bytes; leave room for
+            workspaces and fragmentation.
+        over: "inner_steps"; "chunk", of a TaskMean; or the name of any whole-number parameter of the case's `setup`,
+            such as "batch".
         at_most: where the search ends: the largest value that is looked at.
 
     Returns:
@@ -105,7 +113,14 @@ def largest_fit(case: Case, budget: str | int, over: str = INNER_STEPS, *, at_mo
     return fit(case, budget, over, at_most=at_most).value
 
 
-def fit(case: Case, budget: str | int, over: str = INNER_STEPS, *, at_most: int = 256, told: Callable[[int, Record], None] | None = None) -> Fit:
+def fit(
+    case: Case,
+    budget: str | int,
+    over: str = INNER_STEPS,
+    *,
+    at_most: int = 256,
+    told: Callable[[int, Record], None] | None = None,
+) -> Fit:
     """As `largest_fit`, with the forecasts that were made.
 
     Args:
@@ -139,7 +154,9 @@ def fit(case: Case, budget: str | int, over: str = INNER_STEPS, *, at_most: int 
 
 
 def needed(record: Record) -> int:
-    """Bytes of a device's memory that a forecast asks for, what was there before included, and cuBLAS's workspaces where they are known."""
+    """Bytes of a device's memory that a forecast asks for, what was there before included, and cuBLAS's workspaces
+    where they are known.
+    """
     if record.cuda_allocated_bytes is not None:
         return record.cuda_allocated_bytes + (record.cuda_workspace_bytes or 0)
     return (record.base_tensor_bytes or 0) + (record.peak_tensor_bytes or 0)
@@ -162,11 +179,16 @@ def with_value(case: Case, over: str, value: int) -> Case:
         *([CHUNK] if isinstance(case.estimator, bl.TaskMean) else []),
         *parameters(case.setup),
     ]
-    raise ValueError(f"case {case.name} cannot be varied over {over!r}; " + (f"it can be over {', '.join(known)}" if known else "nothing in it can"))
+    raise ValueError(
+        f"case {case.name} cannot be varied over {over!r}; "
+        + (f"it can be over {', '.join(known)}" if known else "nothing in it can")
+    )
 
 
 def parameters(setup: Callable[..., Any]) -> list[str]:
-    """The parameters of a setup function that are whole numbers, by their defaults or annotations; "seed" is none to vary."""
+    """The parameters of a setup function that are whole numbers, by their defaults or annotations; "seed" is none to
+    vary.
+    """
     try:
         found = inspect.signature(setup).parameters.values()
     except (TypeError, ValueError):  # some callables have no signature to look at
@@ -183,7 +205,8 @@ def parameters(setup: Callable[..., Any]) -> list[str]:
 def _next(low: int, high: int, limit: int, known: dict[int, int]) -> int:
     """Where to look next, strictly between `low`, which fits, and `high`, which does not or is past the end.
 
-    The line through two values tells where the budget ends: exactly, for memory that grows by the same bytes each time. Every second look halves the
+    The line through two values tells where the budget ends: exactly, for memory that grows by the same bytes each time.
+        Every second look halves the
     bracket, so that no other growth takes many.
     """
     begun = next((value for value in (1, 2, 4) if value not in known and low < value < high), None)
@@ -204,6 +227,7 @@ def _check_monotone(over: str, forecasts: dict[int, Record]) -> None:
     for (small, less), (large, more) in itertools.pairwise(pairs):
         if more < less:
             raise NotMonotone(
-                f"memory falls as {over} grows: {small:,} needs {sizes.text(less)}, {large:,} needs {sizes.text(more)}. There is no single largest "
-                f"value that fits; forecast the values that you are interested in, one by one"
+                f"memory falls as {over} grows: {small:,} needs {sizes.text(less)}, {large:,} needs "
+                f"{sizes.text(more)}. There is no single largest value that fits; forecast the values that you are "
+                f"interested in, one by one"
             )

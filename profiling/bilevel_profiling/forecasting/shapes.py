@@ -1,8 +1,9 @@
 """Shapes: torch's FakeTensorMode with a short way for what an inner loop does over and over.
 
-torch derives the result of each operation anew, or looks it up in a cache whose key takes longer than all the rest. Here an operation whose inputs
-have been seen before, in shape, strides and dtype, gets its result from a smaller key, and a view is taken of the storage at once. Whatever is not
-plain (operators that write, alias or read; complex or sparse tensors; tensors whose values are known) goes torch's own way.
+torch derives the result of each operation anew, or looks it up in a cache whose key takes longer than all the rest.
+Here an operation whose inputs have been seen before, in shape, strides and dtype, gets its result from a smaller key,
+and a view is taken of the storage at once. Whatever is not plain (operators that write, alias or read; complex or
+sparse tensors; tensors whose values are known) goes torch's own way.
 """
 
 import weakref
@@ -46,7 +47,9 @@ class Shapes(FakeTensorMode):
                 tensor.grad = gradient
         self._doubles.clear()
 
-    def dispatch(self, func: OpOverload, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def dispatch(
+        self, func: OpOverload, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         """One operation."""
         kwargs = kwargs or {}
         kind = _kinds.get(func)
@@ -56,7 +59,11 @@ class Shapes(FakeTensorMode):
             device = args[0].fake_device
             with in_kernel_invocation_manager(self):
                 seen = func(*args, **kwargs)
-            return FakeTensor(self, seen, device) if isinstance(seen, Tensor) else [FakeTensor(self, part, device) for part in seen]
+            return (
+                FakeTensor(self, seen, device)
+                if isinstance(seen, Tensor)
+                else [FakeTensor(self, part, device) for part in seen]
+            )
         key = _key(func, args, kwargs) if kind == _FRESH else None
         if key is None:
             return super().dispatch(func, types, args, kwargs)
@@ -69,8 +76,13 @@ class Shapes(FakeTensorMode):
             return super().dispatch(func, types, args, kwargs)
         several, outputs = made
         with in_kernel_invocation_manager(self):
-            bare = [None if out is None else torch.empty_strided(out[0], out[1], dtype=out[2], device="meta") for out in outputs]
-        tensors = [None if empty is None else FakeTensor(self, empty, out[3]) for empty, out in zip(bare, outputs, strict=True)]
+            bare = [
+                None if out is None else torch.empty_strided(out[0], out[1], dtype=out[2], device="meta")
+                for out in outputs
+            ]
+        tensors = [
+            None if empty is None else FakeTensor(self, empty, out[3]) for empty, out in zip(bare, outputs, strict=True)
+        ]
         return several(tensors) if several else tensors[0]
 
 
@@ -88,7 +100,9 @@ def _kind(func: OpOverload) -> int:
 
 
 def _plain(tensor: Any) -> bool:
-    """Whether a tensor is what it looks like: shape, strides and dtype, with no value, conjugation or negation to remember."""
+    """Whether a tensor is what it looks like: shape, strides and dtype, with no value, conjugation or negation to
+    remember.
+    """
     if type(tensor) is not FakeTensor or tensor.constant is not None or tensor.layout is not torch.strided:
         return False
     return not (tensor.dtype.is_complex or tensor.is_neg())
@@ -97,7 +111,9 @@ def _plain(tensor: Any) -> bool:
 def _key(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """All that shapes, strides and dtypes of the outputs can depend on; None for what is not plain."""
     found: list[Any] = [func, torch.get_default_dtype()]
-    if not (_describe(args, found) and (not kwargs or _describe([part for item in kwargs.items() for part in item], found))):
+    if not (
+        _describe(args, found) and (not kwargs or _describe([part for item in kwargs.items() for part in item], found))
+    ):
         return None
     return tuple(found)
 
@@ -134,10 +150,17 @@ def _described(output: Any, args: Sequence[Any]) -> Any:
         if part is None:
             described.append(None)
             continue
-        if type(part) is not FakeTensor or part.constant is not None or part.layout is not torch.strided or part.storage_offset():
+        if (
+            type(part) is not FakeTensor
+            or part.constant is not None
+            or part.layout is not torch.strided
+            or part.storage_offset()
+        ):
             return _NONE
         storage = part.untyped_storage()
-        size = (sum((n - 1) * step for n, step in zip(part.shape, part.stride(), strict=True)) + 1 if part.numel() else 0) * part.itemsize
+        size = (
+            sum((n - 1) * step for n, step in zip(part.shape, part.stride(), strict=True)) + 1 if part.numel() else 0
+        ) * part.itemsize
         if storage._cdata in storages or storage.nbytes() != size:
             return _NONE
         storages.add(storage._cdata)

@@ -36,11 +36,13 @@ def explained() -> Iterator[None]:
     except Exception as error:
         what = _reads(error)
         if what is None:
-            error.add_note("This happened in a forecast, which runs on tensors without data; measure() runs on real ones.")
+            error.add_note(
+                "This happened in a forecast, which runs on tensors without data; measure() runs on real ones."
+            )
             raise
         raise ForecastError(
-            f"{_where(error)} {what}, and a forecast runs on tensors without data. {_REMEDIES.get(what, 'Use another operator')}; or use measure(), "
-            f"which runs on real data."
+            f"{_where(error)} {what}, and a forecast runs on tensors without data. "
+            f"{_REMEDIES.get(what, 'Use another operator')}; or use measure(), which runs on real data."
         ) from error
 
 
@@ -55,7 +57,9 @@ def _reads(error: Exception) -> str | None:
         return "uses a custom operator that says nothing about shapes (torch.library.register_fake tells them)"
     if isinstance(error, fake_tensor.DataDependentOutputException):
         return _VALUE
-    if isinstance(error, RuntimeError) and (".numpy() is not supported for tensor subclasses" in text or "vmap over calling .item()" in text):
+    if isinstance(error, RuntimeError) and (
+        ".numpy() is not supported for tensor subclasses" in text or "vmap over calling .item()" in text
+    ):
         return _VALUE
     return _VALUE if isinstance(error, TypeError) and "FakeTensor" in text else None
 

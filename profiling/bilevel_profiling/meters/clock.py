@@ -13,7 +13,8 @@ from bilevel_profiling.meters.phases import OUTSIDE, Phases
 from bilevel_profiling.record import SPREADS
 
 LOW, HIGH = 0.1, 0.9
-"""The quantiles reported beside the median (between the order statistics, as numpy does; with two repeats close to the extremes)."""
+"""The quantiles reported beside the median (between the order statistics, as numpy does; with two repeats close to the
+extremes)."""
 WIDE = 0.25
 """A spread above which two medians cannot be told apart by looking at them; on a quiet machine it is a few percent."""
 FEW = 3
@@ -23,10 +24,12 @@ FEW = 3
 class Clock(Meter):
     """Each `with` block is one repeat; the figures are over all of them.
 
-    The device is waited for at both ends of the block and never between, so that phases are timed as they overlap with the host: on CUDA by
+    The device is waited for at both ends of the block and never between, so that phases are timed as they overlap with
+        the host: on CUDA by
     events in its stream.
 
-    When a comparison of times would mean little, because the repeats are few or spread widely, a sentence in `figures()["notes"]` says so.
+    When a comparison of times would mean little, because the repeats are few or spread widely, a sentence in
+    `figures()["notes"]` says so.
 
     Args:
         device: where the work runs.
@@ -60,7 +63,9 @@ class Clock(Meter):
         self._start = time.perf_counter()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._phases.__exit__(None, None, None)
         self._synchronize()
         self.seconds.append(time.perf_counter() - self._start)
@@ -104,11 +109,17 @@ class Clock(Meter):
         if spread is None or spread <= WIDE:
             return ()
         width = spread * statistics.median(self.seconds)
-        return (f"{SPREADS} by {spread:.0%} of the median ({count} repeats): time differences below {width:.2g} s mean nothing.",)
+        return (
+            f"{SPREADS} by {spread:.0%} of the median ({count} repeats): time differences below {width:.2g} s mean "
+            f"nothing.",
+        )
 
     def phases(self) -> dict[str, dict[str, Any]]:
         names = dict.fromkeys(name for spent in self._by_phase for name in spent if name != OUTSIDE)
-        return {name: {"wall_seconds": statistics.median(spent.get(name, 0.0) for spent in self._by_phase)} for name in names}
+        return {
+            name: {"wall_seconds": statistics.median(spent.get(name, 0.0) for spent in self._by_phase)}
+            for name in names
+        }
 
     def _ended(self, phase: str) -> None:
         self._marks.append((phase, self._now()))

@@ -1,10 +1,13 @@
-"""The CUDA caching allocator, as `torch.cuda.memory_stats` reports it: peaks, what is no tensor, and how often it ran dry.
+"""The CUDA caching allocator, as `torch.cuda.memory_stats` reports it: peaks, what is no tensor, and how often it ran
+dry.
 
-Three kinds of bytes are in the allocator and in no tensor. cuBLAS keeps a workspace for each handle and stream from its first product on (some MiB;
-CUBLAS_WORKSPACE_CONFIG sets the size). cuDNN, and other kernels, take theirs from the allocator for one call and give it back: such a workspace is in
-the peak, but nothing names it. And each block is rounded up. So, with base and peak tensor bytes of the `tensors` meter,
+Three kinds of bytes are in the allocator and in no tensor. cuBLAS keeps a workspace for each handle and stream from its
+first product on (some MiB; CUBLAS_WORKSPACE_CONFIG sets the size). cuDNN, and other kernels, take theirs from the
+allocator for one call and give it back: such a workspace is in the peak, but nothing names it. And each block is
+    rounded up. So, with base and peak tensor bytes of the `tensors` meter,
 
-    requested peak - base - tensors - cuBLAS workspaces = temporary workspaces that were alive at the peak, cuDNN's above all,
+    requested peak - base - tensors - cuBLAS workspaces = temporary workspaces that were alive at the peak, cuDNN's
+    above all,
 
 and allocated - requested is the rounding.
 """
@@ -30,20 +33,24 @@ _MOST_EVENTS = 100_000
 
 
 class Cuda(Meter):
-    """The allocator's peaks, what was there before included: to be compared with base + peak tensor bytes. Without CUDA every figure is None.
+    """The allocator's peaks, what was there before included: to be compared with base + peak tensor bytes. Without CUDA
+    every figure is None.
 
-    The allocator counts on the host at the moment of a request, so phases need no synchronization. Allocated is rounded up to blocks of 512 bytes,
-    requested is not, reserved is what the process holds from the driver. Entering resets torch's own peaks (`torch.cuda.max_memory_allocated`).
+    The allocator counts on the host at the moment of a request, so phases need no synchronization. Allocated is rounded
+    up to blocks of 512 bytes, requested is not, reserved is what the process holds from the driver. Entering resets
+    torch's own peaks (`torch.cuda.max_memory_allocated`).
 
-    Retries are requests that were served only after the allocator gave its cache back to the driver, which is slow; out-of-memory events are requests
-    that failed. Both are counted inside the block alone.
+    Retries are requests that were served only after the allocator gave its cache back to the driver, which is slow;
+    out-of-memory events are requests that failed. Both are counted inside the block alone.
 
     Args:
         device: the GPU; None for the current one.
-        workspaces: whether to free cuBLAS's workspaces after the block, and to report what that gave back. They are part of the three peaks, also
-            where they were taken before the block. The next product takes them again; a CUDA graph captured with them must not be replayed.
-        snapshot: where to write what https://pytorch.org/memory_viz opens: every request of the block (the last 100,000) with its stack. It is
-            written also when the block raises, and a recording of the allocator's history that was on before is ended. Recording takes time.
+        workspaces: whether to free cuBLAS's workspaces after the block, and to report what that gave back. They are
+            part of the three peaks, also where they were taken before the block. The next product takes them again; a
+            CUDA graph captured with them must not be replayed.
+        snapshot: where to write what https://pytorch.org/memory_viz opens: every request of the block (the last
+            100,000) with its stack. It is written also when the block raises, and a recording of the allocator's
+            history that was on before is ended. Recording takes time.
 
     Raises:
         ValueError: `snapshot` where there is no CUDA device to take it from.
@@ -58,12 +65,21 @@ class Cuda(Meter):
 
     perturbs = False
 
-    def __init__(self, device: torch.device | str | None = None, *, workspaces: bool = False, snapshot: str | Path | None = None) -> None:
+    def __init__(
+        self, device: torch.device | str | None = None, *, workspaces: bool = False, snapshot: str | Path | None = None
+    ) -> None:
         self._device = None if device is None else torch.device(device)
         self._on = torch.cuda.is_available() and (self._device is None or self._device.type == "cuda")
         if snapshot is not None and not self._on:
-            where = "CUDA is not available" if device is None or torch.device(device).type == "cuda" else f"the device is {device}"
-            raise ValueError(f"Cuda() was given snapshot={str(snapshot)!r}, but {where}; a snapshot is of the CUDA allocator: leave it out")
+            where = (
+                "CUDA is not available"
+                if device is None or torch.device(device).type == "cuda"
+                else f"the device is {device}"
+            )
+            raise ValueError(
+                f"Cuda() was given snapshot={str(snapshot)!r}, but {where}; a snapshot is of the CUDA allocator: leave "
+                f"it out"
+            )
         self._workspaces = workspaces
         self._snapshot = None if snapshot is None else Path(snapshot)
         self._phases = Phases(self._ended)
@@ -78,11 +94,15 @@ class Cuda(Meter):
             self._before = {field: stats.get(name, 0) for field, name in _COUNTS.items()}
             torch.cuda.reset_peak_memory_stats(self._device)
             if self._snapshot is not None:
-                torch.cuda.memory._record_memory_history(max_entries=_MOST_EVENTS, device=self._device, clear_history=True)
+                torch.cuda.memory._record_memory_history(
+                    max_entries=_MOST_EVENTS, device=self._device, clear_history=True
+                )
         self._phases.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         try:
             self._phases.__exit__(None, None, None)
             if self._on:
@@ -122,7 +142,9 @@ class Cuda(Meter):
 
 
 def _freed_workspaces(device: torch.device | None) -> int | None:
-    """Bytes that cuBLAS held in the allocator until now; None where torch cannot free them (a build without CUDA, or a later torch)."""
+    """Bytes that cuBLAS held in the allocator until now; None where torch cannot free them (a build without CUDA, or a
+    later torch).
+    """
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
     if clear is None:
         return None

@@ -1,4 +1,6 @@
-"""What was alive at the peak: every storage made and freed is booked on its origin, and the books are added up to the moment of the peak."""
+"""What was alive at the peak: every storage made and freed is booked on its origin, and the books are added up to the
+moment of the peak.
+"""
 
 import array
 import collections
@@ -43,9 +45,11 @@ class Ledger:
         self._marked = len(self._of)
 
     def alive(self, most: int) -> tuple[Alive, ...]:
-        """What was alive at the mark, by origin, the largest first; what exceeds `most` entries is added up in a last one.
+        """What was alive at the mark, by origin, the largest first; what exceeds `most` entries is added up in a last
+        one.
 
-        The same place in modules that differ by their numbers only, such as the layers of a net, is one entry: Net.layers.*.
+        The same place in modules that differ by their numbers only, such as the layers of a net, is one entry:
+            Net.layers.*.
         """
         sizes: collections.Counter[int] = collections.Counter()
         counts: collections.Counter[int] = collections.Counter()

@@ -37,7 +37,9 @@ class Oracles(Meter):
         self._listening.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._listening.__exit__(None, None, None)
         self._phases.__exit__(None, None, None)
 

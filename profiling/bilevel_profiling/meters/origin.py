@@ -1,7 +1,9 @@
-"""Who made a tensor: the operator, the innermost module, and the line of code. In a backward pass: those of the forward operation it belongs to.
+"""Who made a tensor: the operator, the innermost module, and the line of code. In a backward pass: those of the forward
+operation it belongs to.
 
-Autograd numbers its nodes in the order in which they are made, so the node that a backward pass is at leads back to the operation that made it; a
-node made during a backward pass (a double backward) leads back the same way, down to the user's own line.
+Autograd numbers its nodes in the order in which they are made, so the node that a backward pass is at leads back to the
+operation that made it; a node made during a backward pass (a double backward) leads back the same way, down to the
+user's own line.
 """
 
 import os
@@ -52,7 +54,9 @@ class Places:
         ]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         for hook in self._hooks:
             hook.remove()
         self._of_node.clear()
@@ -68,7 +72,8 @@ class Places:
         else:
             made = self._of_node.get(node)
             place = Place("", _line(), True) if made is None else made._replace(backward=True)
-        # The node of this operation was made just before the operation ran; later operations of the same node find the entry taken.
+        # The node of this operation was made just before the operation ran; later operations of the same node find the
+        # entry taken.
         number = torch._C._autograd._get_sequence_nr() - 1
         if number >= self._first:  # else it was made before the block, and nobody knows where
             self._of_node.setdefault(number, place)
@@ -101,7 +106,9 @@ def node() -> Any:
 
 
 def of_the_engine() -> bool:
-    """Whether the operator that runs is autograd's own, and not in a user's backward or hook that the backward pass calls."""
+    """Whether the operator that runs is autograd's own, and not in a user's backward or hook that the backward pass
+    calls.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "_engine_run_backward":
@@ -116,7 +123,9 @@ def operator_name(operator: Any) -> str:
     """The name of an operator without its overload, such as aten.mm."""
     name = _operators.get(operator)
     if name is None:
-        name = _operators[operator] = operator._schema.name.replace("::", ".") if hasattr(operator, "_schema") else str(operator)
+        name = _operators[operator] = (
+            operator._schema.name.replace("::", ".") if hasattr(operator, "_schema") else str(operator)
+        )
     return name
 
 
@@ -147,7 +156,9 @@ def _line() -> str:
 
 
 def users_file(name: str) -> str:
-    """How a file is shown; "" when it is torch's, the profiler's, or one of ours that stands between a user's function and the operator."""
+    """How a file is shown; "" when it is torch's, the profiler's, or one of ours that stands between a user's function
+    and the operator.
+    """
     if name.startswith(_BETWEEN):
         # What a doctest or an interactive session runs is the user's.
         return name if name.startswith(("<stdin>", "<doctest", "<ipython", "<string>", "<console>", "<input")) else ""

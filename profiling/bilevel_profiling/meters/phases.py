@@ -15,7 +15,8 @@ OUTSIDE = ""
 class Phases:
     """Follows the phases inside a `with` block and calls `ended(phase)` at the end of every stretch.
 
-    A phase may run in several stretches (once a task, or twice for a symmetric difference); between them the phase is `OUTSIDE`.
+    A phase may run in several stretches (once a task, or twice for a symmetric difference); between them the phase is
+    `OUTSIDE`.
 
     Args:
         ended: called with the name of the phase that ran until now, at each boundary and at the end of the block.
@@ -48,7 +49,9 @@ class Phases:
         self._listening.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._listening.__exit__(None, None, None)
         self._ended(self.current)
 

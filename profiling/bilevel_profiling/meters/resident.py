@@ -1,10 +1,11 @@
 """Resident memory of another process, sampled by memory-profiler.
 
-Resident memory is what the kernel gave a process, and holds what the C heap did not give back: up to eleven times the tensor bytes on a CPU. It says
+Resident memory is what the kernel gave a process, and holds what the C heap did not give back: up to eleven times the
+    tensor bytes on a CPU. It says
 what a machine must have, not what an algorithm costs.
 
-memory-profiler is asked about a process id, from outside. Its other form, memory_usage(function), calls a short function several times and returns
-absolute numbers, interpreter and torch included.
+memory-profiler is asked about a process id, from outside. Its other form, memory_usage(function), calls a short
+function several times and returns absolute numbers, interpreter and torch included.
 """
 
 import contextlib
@@ -44,7 +45,9 @@ class Resident(Meter):
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._done.set()
         self._thread.join()
 

@@ -1,15 +1,20 @@
-"""Live tensor bytes: what the storages made inside the block weigh together, at most, at one time. On any device, real or fake.
+"""Live tensor bytes: what the storages made inside the block weigh together, at most, at one time. On any device, real
+or fake.
 
-Every operator that reaches the dispatcher is seen: forward, backward, double backward, and what torch.func does. An operator's outputs are counted by
-their storage, each storage once, and given up when the last tensor on it dies, which a weak reference tells. Scratch memory inside a kernel is
-not seen, nor is what an allocator adds by rounding and caching (`cuda` sees both).
+Every operator that reaches the dispatcher is seen: forward, backward, double backward, and what torch.func does. An
+    operator's outputs are counted by
+their storage, each storage once, and given up when the last tensor on it dies, which a weak reference tells. Scratch
+memory inside a kernel is not seen, nor is what an allocator adds by rounding and caching (`cuda` sees both).
 
-Autograd works out of place in some spots because a dispatch mode is on: where two gradients of one tensor meet, and in the backward of gather, topk,
-max(dim), x[index] and their kin, which write into zeros. Their results are counted in the place of what dies with them; without that, a product with
-the Hessian of a small net weighs a fifth more than in the allocator's own record, with it the same to the byte. Not mended: the backward of prod,
-cumprod, amax, and of max() without a dimension. Not seen: operators on other threads, tensors from copy.deepcopy or pickle.
+Autograd works out of place in some spots because a dispatch mode is on: where two gradients of one tensor meet, and in
+    the backward of gather, topk,
+max(dim), x[index] and their kin, which write into zeros. Their results are counted in the place of what dies with them;
+without that, a product with the Hessian of a small net weighs a fifth more than in the allocator's own record, with it
+the same to the byte. Not mended: the backward of prod, cumprod, amax, and of max() without a dimension. Not seen:
+operators on other threads, tensors from copy.deepcopy or pickle.
 
-torch.distributed._tools.MemTracker works in the same way but refuses to run a module twice, which every inner loop does.
+torch.distributed._tools.MemTracker works in the same way but refuses to run a module twice, which every inner loop
+does.
 """
 
 import collections
@@ -41,14 +46,17 @@ _lift_fresh = torch.ops.aten.lift_fresh.default
 
 
 class Tensors(Meter):
-    """Peak of live tensor bytes, in total and by phase, with a timeline and who held them. Meters may be nested; each counts from its own start.
+    """Peak of live tensor bytes, in total and by phase, with a timeline and who held them. Meters may be nested; each
+    counts from its own start.
 
-    Inputs of an operator are older than its outputs: an output on an input's storage is a view, and is not counted. A storage that grows later
+    Inputs of an operator are older than its outputs: an output on an input's storage is a view, and is not counted. A
+        storage that grows later
     (`resize_`, `out=`) counts with its new size, and an older one with its growth.
 
     After the block `live_bytes` goes on falling as tensors die: read when the result is dropped, it is what leaked.
 
-    Backward passes inside the block run on the calling thread, also on a GPU, so that they are attributed to the operations they belong to.
+    Backward passes inside the block run on the calling thread, also on a GPU, so that they are attributed to the
+    operations they belong to.
 
     Args:
         stand_in: what to give to operators in place of a real tensor, under fake tensors.
@@ -73,7 +81,8 @@ class Tensors(Meter):
     def __init__(self, stand_in: Callable[[Tensor], Tensor] | None = None) -> None:
         self._stand_in = stand_in
         self._counted: dict[int, _Counted] = {}
-        # Weak references call back at any moment, on any thread: they only append here, and the sums are made between operators.
+        # Weak references call back at any moment, on any thread: they only append here, and the sums are made between
+        # operators.
         self._dead: collections.deque[_Counted] = collections.deque()
         self._live = self._blocks = 0
         self._peak = self._peak_blocks = 0
@@ -93,7 +102,9 @@ class Tensors(Meter):
         self._inside.enter_context(Operators(self.run))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._settle()
         self._note()
         self._timeline.end(self._live, (self._phases.current, "", ""))
@@ -158,25 +169,39 @@ class Tensors(Meter):
                 self._resized(key, storage, 0, known.origin)
         running = node()
         at = None if running is None else running._sequence_nr()
-        in_place_otherwise = at is not None and operator in _OUT_OF_PLACE and self._in_place_otherwise(operator, args[0], running)
+        in_place_otherwise = (
+            at is not None and operator in _OUT_OF_PLACE and self._in_place_otherwise(operator, args[0], running)
+        )
         place = self._places.here(at)
         output = operator(*args, **kwargs)
         self._settle()
         before, name, number = self._live, operator_name(operator), -1
         for key, size in sizes.items():
             if inputs[key].nbytes() != size:
-                self._resized(key, inputs[key], size, self._ledger.number((self._phases.current, self._phases.span, name, place)))
+                self._resized(
+                    key, inputs[key], size, self._ledger.number((self._phases.current, self._phases.span, name, place))
+                )
         for storage in _storages((output,)):
             if storage._cdata not in inputs and storage._cdata not in self._counted and _weighs(operator, output):
-                number = self._ledger.number((self._phases.current, self._phases.span, name, place)) if number < 0 else number
+                number = (
+                    self._ledger.number((self._phases.current, self._phases.span, name, place))
+                    if number < 0
+                    else number
+                )
                 self._count(storage, storage.nbytes(), 0, number, at)
-        if not in_place_otherwise:  # else the next operator notes what is left, the gradient included if it is still held
+        if (
+            not in_place_otherwise
+        ):  # else the next operator notes what is left, the gradient included if it is still held
             self._note()
-        self._timeline.add(before if in_place_otherwise else self._live, (self._phases.current, self._phases.span, name))
+        self._timeline.add(
+            before if in_place_otherwise else self._live, (self._phases.current, self._phases.span, name)
+        )
         return output
 
     def _in_place_otherwise(self, operator: Any, first: Any, node: Any) -> bool:
-        """Whether autograd would write into the first argument if no dispatch mode were on. With create_graph it never does."""
+        """Whether autograd would write into the first argument if no dispatch mode were on. With create_graph it never
+        does.
+        """
         if torch.is_grad_enabled() or not isinstance(first, Tensor) or first.layout != torch.strided:
             return False
         known = self._counted.get(first.untyped_storage()._cdata)
@@ -185,7 +210,8 @@ class Tensors(Meter):
         own = known.node == node._sequence_nr()
         if operator is not torch.ops.aten.add.Tensor:
             return own  # zeros that the same node has made
-        # Two gradients of one tensor: from two nodes, or both from this one. A view's storage is held by its base as well, and is not written to.
+        # Two gradients of one tensor: from two nodes, or both from this one. A view's storage is held by its base as
+        # well, and is not written to.
         twice = len(set(node.next_functions)) < len(node.next_functions)
         return (not own or twice) and not first._is_view() and of_the_engine()
 
@@ -195,14 +221,24 @@ class Tensors(Meter):
             return leaves
         assert self._stand_in is not None
         found = [
-            self._stand_in(leaf) if type(leaf) in (Tensor, torch.nn.Parameter) else self._stood_in(leaf) if isinstance(leaf, (list, tuple)) else leaf
+            self._stand_in(leaf)
+            if type(leaf) in (Tensor, torch.nn.Parameter)
+            else self._stood_in(leaf)
+            if isinstance(leaf, (list, tuple))
+            else leaf
             for leaf in leaves
         ]
         return found if isinstance(leaves, list) else tuple(found)
 
     def _count(self, storage: UntypedStorage, size: int, older: int, origin: int, node: int | None) -> None:
         counted = _Counted(storage, self._dead.append)
-        counted.key, counted.size, counted.older, counted.origin, counted.node = storage._cdata, size, older, origin, node
+        counted.key, counted.size, counted.older, counted.origin, counted.node = (
+            storage._cdata,
+            size,
+            older,
+            origin,
+            node,
+        )
         self._counted[counted.key] = counted
         self._book(origin, size)
 
@@ -242,7 +278,9 @@ class Tensors(Meter):
 
 
 class _Counted(weakref.ref[UntypedStorage]):
-    """A storage that is counted with `size` bytes; `older` bytes of it were there before. `origin` made it, in the backward pass of `node`."""
+    """A storage that is counted with `size` bytes; `older` bytes of it were there before. `origin` made it, in the
+    backward pass of `node`.
+    """
 
     __slots__ = ("key", "node", "older", "origin", "size")
     key: int
@@ -253,10 +291,16 @@ class _Counted(weakref.ref[UntypedStorage]):
 
 
 def _weighs(operator: Any, output: Any) -> bool:
-    """Whether what an operator made takes memory: zeros that are never written down do not, nor do tensors on the meta device."""
+    """Whether what an operator made takes memory: zeros that are never written down do not, nor do tensors on the meta
+    device.
+    """
     if operator is torch.ops.aten._efficientzerotensor.default:
         return False
-    first = output if isinstance(output, Tensor) else next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+    first = (
+        output
+        if isinstance(output, Tensor)
+        else next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+    )
     device = first.fake_device if isinstance(first, FakeTensor) else None if first is None else first.device
     return device is None or device.type != "meta"
 
@@ -265,7 +309,9 @@ def _views(operator: Any) -> bool:
     """Whether all that an operator returns is views: not so for composite ones, which may copy."""
     found = _viewing.get(operator)
     if found is None:
-        found = _viewing[operator] = isinstance(operator, OpOverload) and operator.is_view and not operator._can_decompose()
+        found = _viewing[operator] = (
+            isinstance(operator, OpOverload) and operator.is_view and not operator._can_decompose()
+        )
     return found
 
 
@@ -284,7 +330,13 @@ _mutating: dict[Any, bool] = {}
 _aten = torch.ops.aten
 _OUT_OF_PLACE = {
     _aten.add.Tensor,
-    *(_aten.scatter_add.default, _aten.scatter.src, _aten.scatter.value, _aten.index_add.default, _aten.index_copy.default),
+    *(
+        _aten.scatter_add.default,
+        _aten.scatter.src,
+        _aten.scatter.value,
+        _aten.index_add.default,
+        _aten.index_copy.default,
+    ),
     *(_aten.index_put.default, _aten._unsafe_index_put.default, _aten.put.default),
 }
 """Operators that autograd calls in place of their twins that write, because a dispatch mode is on."""

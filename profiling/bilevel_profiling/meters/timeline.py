@@ -32,8 +32,8 @@ class Timeline:
         return len(self._bytes)
 
     def points(self, most: int = _MOST_POINTS) -> tuple[Point, ...]:
-        """At most `most` points: the ends, the peak of every phase, the changes of phase while they fit, and between these the lowest and the
-        highest operation of equal stretches, so that no spike is lost.
+        """At most `most` points: the ends, the peak of every phase, the changes of phase while they fit, and between
+        these the lowest and the highest operation of equal stretches, so that no spike is lost.
         """
         count = len(self._bytes)
         kept = range(count) if count <= most else sorted(self._chosen(count, most))

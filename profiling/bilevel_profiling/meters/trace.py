@@ -1,8 +1,10 @@
-"""trace(): one call as a timeline that chrome://tracing and https://ui.perfetto.dev open, with the library's spans in it.
+"""trace(): one call as a timeline that chrome://tracing and https://ui.perfetto.dev open, with the library's spans in
+it.
 
-The spans are `torch.profiler` ranges already, so any torch trace shows them: bilevel.inner, bilevel.hypergradient and bilevel.outer, with
-bilevel.inner_gradient, bilevel.outer_gradient, bilevel.hvp and bilevel.mixed inside. This is the shortest way to such a trace. It is no meter:
-profiling slows the call down, and its numbers are for looking, not for a record.
+The spans are `torch.profiler` ranges already, so any torch trace shows them: bilevel.inner, bilevel.hypergradient and
+bilevel.outer, with bilevel.inner_gradient, bilevel.outer_gradient, bilevel.hvp and bilevel.mixed inside. This is the
+shortest way to such a trace. It is no meter: profiling slows the call down, and its numbers are for looking, not for a
+record.
 """
 
 import gzip
@@ -18,14 +20,17 @@ Result = TypeVar("Result")
 
 
 def trace(call: Callable[[], Result], path: str | Path, *, memory: bool = False) -> Result:
-    """Run `call` once under torch.profiler and write what happened as a Chrome trace (JSON; gzipped when `path` ends with .gz).
+    """Run `call` once under torch.profiler and write what happened as a Chrome trace (JSON; gzipped when `path` ends
+    with .gz).
 
-    On a machine with CUDA the kernels are in it, too. The trace is written also when the call raises. torch puts the machine's name into it.
+    On a machine with CUDA the kernels are in it, too. The trace is written also when the call raises. torch puts the
+    machine's name into it.
 
     Args:
         call: a function without arguments.
         path: the file; it is replaced, its folder is made.
-        memory: also draw a curve of the bytes that torch's allocators have given out, for each device; on the CPU counted from the call's start.
+        memory: also draw a curve of the bytes that torch's allocators have given out, for each device; on the CPU
+            counted from the call's start.
 
     Returns:
         What `call` returned.
@@ -45,7 +50,10 @@ def trace(call: Callable[[], Result], path: str | Path, *, memory: bool = False)
         tensor(3.)
     """
     if not callable(call):
-        raise TypeError(f"trace() was given a {type(call).__name__}; a function without arguments was needed: trace(lambda: step(batch), path)")
+        raise TypeError(
+            f"trace() was given a {type(call).__name__}; a function without arguments was needed: trace(lambda: "
+            f"step(batch), path)"
+        )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -75,4 +83,10 @@ def _draw_memory(path: Path) -> None:
 def _counter(event: dict[str, Any]) -> dict[str, Any]:
     args = event["args"]
     device = "CPU" if args.get("Device Type") == 0 else f"GPU {args.get('Device Id')}"
-    return {"ph": "C", "name": f"allocated on {device}", "pid": event["pid"], "ts": event["ts"], "args": {"bytes": args["Total Allocated"]}}
+    return {
+        "ph": "C",
+        "name": f"allocated on {device}",
+        "pid": event["pid"],
+        "ts": event["ts"],
+        "args": {"bytes": args["Total Allocated"]},
+    }

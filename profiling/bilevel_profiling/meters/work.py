@@ -1,11 +1,12 @@
-"""Work: the FLOPs of matmul-class operators, the bytes that all operators move, and what both cost at least on a device of given speed.
+"""Work: the FLOPs of matmul-class operators, the bytes that all operators move, and what both cost at least on a device
+of given speed.
 
     roofline_seconds = sum over operators of max(FLOPs / peak FLOP/s, moved bytes / bandwidth)
 
-FLOPs are torch's own formulas (torch.utils.flop_counter): matrix products, convolutions and attention; elementwise work counts nothing there, and is
-bound by the bytes it moves. Moved bytes are those of an operator's inputs and outputs, each once, views not at all. It is the roofline model of
-Williams et al. 2009, one operator at a time: kernels that reach neither peak, and the launches between them, come on top; fused operators (under
-torch.compile) move less.
+FLOPs are torch's own formulas (torch.utils.flop_counter): matrix products, convolutions and attention; elementwise work
+counts nothing there, and is bound by the bytes it moves. Moved bytes are those of an operator's inputs and outputs,
+each once, views not at all. It is the roofline model of Williams et al. 2009, one operator at a time: kernels that
+reach neither peak, and the launches between them, come on top; fused operators (under torch.compile) move less.
 """
 
 import collections
@@ -55,12 +56,18 @@ class Work(Meter):
         self._inside.enter_context(Operators(self.run))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._inside.close()
 
     def figures(self) -> dict[str, Any]:
         found = {"matmul_flops": sum(self._flops.values()), "moved_bytes": self._moved}
-        return found if self._device is None else {**found, "roofline_seconds": self._seconds, "roofline_device": self._device.name}
+        return (
+            found
+            if self._device is None
+            else {**found, "roofline_seconds": self._seconds, "roofline_device": self._device.name}
+        )
 
     def phases(self) -> dict[str, dict[str, Any]]:
         return {phase: {"matmul_flops": count} for phase, count in self._flops.items() if phase != OUTSIDE}
@@ -84,7 +91,13 @@ class Work(Meter):
 
 _aten = torch.ops.aten
 _MOVES_NOTHING = {
-    *(_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default, _aten.new_empty_strided.default),
+    *(
+        _aten.empty.memory_format,
+        _aten.empty_like.default,
+        _aten.empty_strided.default,
+        _aten.new_empty.default,
+        _aten.new_empty_strided.default,
+    ),
     *(_aten._efficientzerotensor.default, _aten._unsafe_view.default, _aten._local_scalar_dense.default),
 }
 

@@ -1,6 +1,7 @@
 """Records as something to read: terminal tables, report.md, one self-contained index.html, and a PNG for a README.
 
-Everything here is a function of records alone; nothing imports torch, and rich and matplotlib are imported only when they are needed.
+Everything here is a function of records alone; nothing imports torch, and rich and matplotlib are imported only when
+they are needed.
 """
 
 import contextlib

@@ -35,7 +35,10 @@ def share(entry: Alive, record: Record) -> float:
 
 def table(record: Record) -> tuple[list[str], list[list[str]]]:
     """Header and rows; columns of text that are empty throughout are left out."""
-    rows = [[units.mebibytes(e.bytes), f"{share(e, record):.1%}", units.count(e.count), *_texts(e, e is record.alive[-1])] for e in record.alive]
+    rows = [
+        [units.mebibytes(e.bytes), f"{share(e, record):.1%}", units.count(e.count), *_texts(e, e is record.alive[-1])]
+        for e in record.alive
+    ]
     header = ["MiB", "of peak", "storages", *_TEXTS]
     kept = [place for place in range(len(header)) if place < 3 or any(row[place] != units.MISSING for row in rows)]
     return [header[place] for place in kept], [[row[place] for place in kept] for row in rows]
@@ -49,7 +52,8 @@ def headline(record: Record) -> str:
 
 
 def print_alive(record: Record, console: "Console | None" = None) -> None:
-    """Print what was alive at the record's peak on `console` (by default a new one on standard output), at most as wide as it is.
+    """Print what was alive at the record's peak on `console` (by default a new one on standard output), at most as wide
+    as it is.
 
     Raises:
         ImportError: rich is not installed.
@@ -68,9 +72,18 @@ def print_alive(record: Record, console: "Console | None" = None) -> None:
         return
     console.print(Text(f"{headline(record)}."))
     header, rows = _fitting(*table(record), console.width)
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True, header_style="bold")
+    made = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        collapse_padding=True,
+        header_style="bold",
+    )
     for name in header:
-        made.add_column(Text(name), justify="left" if name in _TEXTS else "right", no_wrap=name not in _TEXTS, overflow="fold")
+        made.add_column(
+            Text(name), justify="left" if name in _TEXTS else "right", no_wrap=name not in _TEXTS, overflow="fold"
+        )
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     console.print(made)

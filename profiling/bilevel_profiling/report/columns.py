@@ -25,7 +25,9 @@ Cell = Callable[[Record], str]
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One column. `section` is the heading it stands under; `rank` says how early a narrow terminal gives it up (0: never)."""
+    """One column. `section` is the heading it stands under; `rank` says how early a narrow terminal gives it up (0:
+    never).
+    """
 
     header: str
     section: str
@@ -45,7 +47,10 @@ class Column:
 def columns(group: Group) -> list[Column]:
     """The columns that say something about this group: those measured in at least one of its rows."""
     numbers = [*_memory(group), *_time(group), *_work(group), *_errors()]
-    return [*_identity(group), *(column for column in numbers if any(column.cell(record) != units.MISSING for record in group.rows))]
+    return [
+        *_identity(group),
+        *(column for column in numbers if any(column.cell(record) != units.MISSING for record in group.rows)),
+    ]
 
 
 def phases(group: Group) -> tuple[list[str], list[list[str]]]:
@@ -88,17 +93,31 @@ def _memory(group: Group) -> list[Column]:
             "peak MiB",
             "memory",
             lambda r: units.mebibytes(r.peak_tensor_bytes),
-            "peak_tensor_bytes: the most bytes of tensors that the call itself made and that were alive at once, in MiB (2**20 bytes)",
+            "peak_tensor_bytes: the most bytes of tensors that the call itself made and that were alive at once, in "
+            "MiB (2**20 bytes)",
         ),
-        Column("x base", "memory", lambda r: units.ratio(group.ratio(r, field)), f"{group.measure.name} over that of {base} at the same K", rank=1),
+        Column(
+            "x base",
+            "memory",
+            lambda r: units.ratio(group.ratio(r, field)),
+            f"{group.measure.name} over that of {base} at the same K",
+            rank=1,
+        ),
         Column(
             "before MiB",
             "memory",
             lambda r: units.mebibytes(r.base_tensor_bytes),
-            "base_tensor_bytes: tensors that were there before the call (data, variables); before + peak is what an allocator's peak compares with",
+            "base_tensor_bytes: tensors that were there before the call (data, variables); before + peak is what an "
+            "allocator's peak compares with",
             rank=9,
         ),
-        Column("CUDA MiB", "memory", lambda r: units.mebibytes(r.cuda_allocated_bytes), "peak of the CUDA allocator, requests rounded up", rank=6),
+        Column(
+            "CUDA MiB",
+            "memory",
+            lambda r: units.mebibytes(r.cuda_allocated_bytes),
+            "peak of the CUDA allocator, requests rounded up",
+            rank=6,
+        ),
         Column(
             "CUDA reserved MiB",
             "memory",
@@ -124,7 +143,8 @@ def _memory(group: Group) -> list[Column]:
             "CUDA retries",
             "memory",
             lambda r: units.count(r.cuda_retries),
-            "how often the CUDA allocator had to give its cache back before it could serve a request: above 0, times are not to be trusted",
+            "how often the CUDA allocator had to give its cache back before it could serve a request: above 0, times "
+            "are not to be trusted",
             rank=7,
         ),
         Column(
@@ -138,7 +158,8 @@ def _memory(group: Group) -> list[Column]:
             "RSS MiB",
             "memory",
             lambda r: units.mebibytes(r.resident_bytes),
-            "peak growth of the process's resident memory: includes heap fragmentation, so never the cost of the algorithm alone",
+            "peak growth of the process's resident memory: includes heap fragmentation, so never the cost of the "
+            "algorithm alone",
             rank=9,
         ),
         Column(
@@ -156,10 +177,20 @@ def _time(group: Group) -> list[Column]:
     base = "the baseline" if group.baseline is None else clean(group.baseline)
     return [
         Column(
-            "ms", "time", _time_cell, f"median wall time of one hypergradient, device synchronized; {WIDE}: the calls spread by over {SPREAD:.0%}"
+            "ms",
+            "time",
+            _time_cell,
+            f"median wall time of one hypergradient, device synchronized; {WIDE}: the calls spread by over "
+            f"{SPREAD:.0%}",
         ),
         Column("spread ms", "time", _spread, "lowest to highest of the repeated calls", short="spread", rank=5),
-        Column("x base", "time", lambda r: units.ratio(group.ratio(r, "wall_seconds")), f"time over that of {base} at the same K", rank=1),
+        Column(
+            "x base",
+            "time",
+            lambda r: units.ratio(group.ratio(r, "wall_seconds")),
+            f"time over that of {base} at the same K",
+            rank=1,
+        ),
         *_roofline(group),
     ]
 
@@ -171,7 +202,16 @@ def _roofline(group: Group) -> list[Column]:
     made = []
     for device in devices:
         name = clean(device) or "a device without a name"
-        made.append(Column(f"bound ms, {name}", "time", _bound(device), f"{said} {name}", short=f"bound ms {clean(device)}".strip(), rank=4))
+        made.append(
+            Column(
+                f"bound ms, {name}",
+                "time",
+                _bound(device),
+                f"{said} {name}",
+                short=f"bound ms {clean(device)}".strip(),
+                rank=4,
+            )
+        )
     return made
 
 
@@ -194,7 +234,14 @@ def _work(group: Group) -> list[Column]:
     return [
         *made,
         Column("matmul GFLOP", "calls", lambda r: units.gigaflop(r.matmul_flops), explanation, short="GFLOP", rank=3),
-        Column("moved GiB", "calls", lambda r: units.significant(_ratio(r.moved_bytes, 2**30)), moved, short="GiB moved", rank=8),
+        Column(
+            "moved GiB",
+            "calls",
+            lambda r: units.significant(_ratio(r.moved_bytes, 2**30)),
+            moved,
+            short="GiB moved",
+            rank=8,
+        ),
     ]
 
 
@@ -203,10 +250,19 @@ def _errors() -> list[Column]:
     exact = "the float64 gradient of the program that takes K inner steps"
     limit = "the float64 hypergradient at a converged inner solution (a different quantity: an exact unroll has an error here too)"
     return [
-        Column("rel. error", program, lambda r: units.significant(r.program_relative_error), f"|estimate - exact| / |exact|, exact = {exact}"),
+        Column(
+            "rel. error",
+            program,
+            lambda r: units.significant(r.program_relative_error),
+            f"|estimate - exact| / |exact|, exact = {exact}",
+        ),
         Column("cosine", program, lambda r: units.cosine(r.program_cosine), f"cosine of the angle to {exact}", rank=4),
-        Column("rel. error", solution, lambda r: units.significant(r.solution_relative_error), f"the same against {limit}"),
-        Column("cosine", solution, lambda r: units.cosine(r.solution_cosine), "cosine of the angle to the same", rank=4),
+        Column(
+            "rel. error", solution, lambda r: units.significant(r.solution_relative_error), f"the same against {limit}"
+        ),
+        Column(
+            "cosine", solution, lambda r: units.cosine(r.solution_cosine), "cosine of the angle to the same", rank=4
+        ),
     ]
 
 
@@ -216,7 +272,14 @@ def folded_calls(group: Group) -> Column | None:
     if not made:
         return None
     header = "/".join(column.brief for column in made)
-    return Column("calls", "calls", lambda r: "/".join(c.cell(r) for c in made) if r.calls else units.MISSING, header, short=header, rank=2)
+    return Column(
+        "calls",
+        "calls",
+        lambda r: "/".join(c.cell(r) for c in made) if r.calls else units.MISSING,
+        header,
+        short=header,
+        rank=2,
+    )
 
 
 def _counter(name: str) -> Cell:
@@ -244,7 +307,11 @@ def _time_cell(record: Record) -> str:
 
 def _spread(record: Record) -> str:
     low, high = record.wall_seconds_low, record.wall_seconds_high
-    return units.MISSING if not (units.finite(low) and units.finite(high)) else f"{units.milliseconds(low)}-{units.milliseconds(high)}"
+    return (
+        units.MISSING
+        if not (units.finite(low) and units.finite(high))
+        else f"{units.milliseconds(low)}-{units.milliseconds(high)}"
+    )
 
 
 def sections(chosen: Sequence[Column]) -> list[tuple[str, int]]:

@@ -26,7 +26,10 @@ def marker(record: Record, group: Group) -> str:
 
 def reasons(group: Group) -> list[tuple[str, Record]]:
     """(marker, record) of every row that is not OK, in the order of the rows."""
-    return [(f"{'failed' if failed(r) else 'note'} [{n}]", r) for n, r in enumerate((r for r in group.rows if r.status != "OK"), start=1)]
+    return [
+        (f"{'failed' if failed(r) else 'note'} [{n}]", r)
+        for n, r in enumerate((r for r in group.rows if r.status != "OK"), start=1)
+    ]
 
 
 def reason(record: Record) -> str:
@@ -35,7 +38,9 @@ def reason(record: Record) -> str:
 
 
 def notes(group: Group) -> list[tuple[str, str]]:
-    """(letter, sentence) of every note of the records, each once; without a letter where it is on every row that did not fail."""
+    """(letter, sentence) of every note of the records, each once; without a letter where it is on every row that did
+    not fail.
+    """
     done = [record for record in group.rows if not failed(record)]
     said = [clean(note) for record in group.rows for note in record.notes if not note.startswith(SPREADS)]
     found = dict.fromkeys(text for text in said if text)
@@ -47,7 +52,13 @@ def notes(group: Group) -> list[tuple[str, str]]:
 def wide(record: Record) -> bool:
     """Whether the clock spread so far that small differences mean nothing."""
     low, high, middle = record.wall_seconds_low, record.wall_seconds_high, record.wall_seconds
-    return units.finite(low) and units.finite(high) and units.finite(middle) and middle > 0 and (high - low) / middle > SPREAD
+    return (
+        units.finite(low)
+        and units.finite(high)
+        and units.finite(middle)
+        and middle > 0
+        and (high - low) / middle > SPREAD
+    )
 
 
 def spread(group: Group) -> str:

@@ -1,4 +1,6 @@
-"""What all views share: records grouped by case, measured ones apart from forecasts, the baseline row, ratios, and the Pareto front."""
+"""What all views share: records grouped by case, measured ones apart from forecasts, the baseline row, ratios, and the
+Pareto front.
+"""
 
 import dataclasses
 import functools
@@ -9,7 +11,8 @@ from ..record import Record
 from .units import finite
 
 EXACT = 1e-3
-"""Largest relative error at which an estimate counts as the gradient of the K-step program (it leaves room for float32 rounding)."""
+"""Largest relative error at which an estimate counts as the gradient of the K-step program (it leaves room for float32
+rounding)."""
 
 _ROUNDING = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 MEASURED = "measured"
@@ -26,9 +29,17 @@ class Measure:
 
 
 MEASURES = (
-    Measure("peak_tensor_bytes", "peak memory", "the most bytes of tensors made by the call and alive at once (base memory not included)"),
+    Measure(
+        "peak_tensor_bytes",
+        "peak memory",
+        "the most bytes of tensors made by the call and alive at once (base memory not included)",
+    ),
     Measure("cuda_allocated_bytes", "peak CUDA memory", "the peak of the CUDA allocator during the call"),
-    Measure("resident_bytes", "peak RSS", "the peak growth of the process, heap fragmentation included: not the cost of the algorithm alone"),
+    Measure(
+        "resident_bytes",
+        "peak RSS",
+        "the peak growth of the process, heap fragmentation included: not the cost of the algorithm alone",
+    ),
 )
 
 
@@ -52,7 +63,11 @@ class Group:
     def rows(self) -> tuple[Record, ...]:
         """Records by K, then in the order of the estimators."""
         order = {label: place for place, label in enumerate(self.estimators)}
-        return tuple(sorted(self.records, key=lambda r: (-1 if r.inner_steps is None else r.inner_steps, order[r.estimator], r.seed)))
+        return tuple(
+            sorted(
+                self.records, key=lambda r: (-1 if r.inner_steps is None else r.inner_steps, order[r.estimator], r.seed)
+            )
+        )
 
     @functools.cached_property
     def steps(self) -> tuple[int | None, ...]:
@@ -86,17 +101,25 @@ class Group:
         return max(self.steps, key=weight)
 
     def chosen(self, has: Callable[[Record], object]) -> dict[str, Record]:
-        """For each estimator the first record that `has` accepts at the focus K, or else at the largest K that has one."""
+        """For each estimator the first record that `has` accepts at the focus K, or else at the largest K that has
+        one.
+        """
         found: dict[str, Record] = {}
         for record in self.rows:
             held = found.get(record.estimator)
-            if has(record) and (held is None or (held.inner_steps != self.focus and held.inner_steps != record.inner_steps)):
+            if has(record) and (
+                held is None or (held.inner_steps != self.focus and held.inner_steps != record.inner_steps)
+            ):
                 found[record.estimator] = record
         return {label: found[label] for label in self.estimators if label in found}
 
     def value(self, estimator: str, k: int | None, field: str) -> float | None:
-        """Median of a field over the runs (seeds) of an estimator at K that did not fail; None if there is no finite one."""
-        found = (getattr(r, field) for r in self.records if r.estimator == estimator and r.inner_steps == k and not failed(r))
+        """Median of a field over the runs (seeds) of an estimator at K that did not fail; None if there is no finite
+        one.
+        """
+        found = (
+            getattr(r, field) for r in self.records if r.estimator == estimator and r.inner_steps == k and not failed(r)
+        )
         values = [float(value) for value in found if finite(value)]
         return statistics.median(values) if values else None
 
@@ -112,8 +135,14 @@ class Group:
 
     @functools.cached_property
     def baseline(self) -> str | None:
-        """The estimator that ratios refer to: the first exact unroll of the comparison, else the first that was measured to be exact."""
-        unrolls = {r.estimator for r in self.records if r.settings.startswith("Unrolled(") or (not r.settings and "unroll" in r.estimator.lower())}
+        """The estimator that ratios refer to: the first exact unroll of the comparison, else the first that was
+        measured to be exact.
+        """
+        unrolls = {
+            r.estimator
+            for r in self.records
+            if r.settings.startswith("Unrolled(") or (not r.settings and "unroll" in r.estimator.lower())
+        }
         cut = {r.estimator for r in self.records if "trunc" in (r.estimator + r.settings).lower()}
         seen = [e for e in self.estimators if self._exact_everywhere(e)]
         unmeasured = [e for e in self.estimators if e not in cut and not self._errors(e)]
@@ -145,9 +174,11 @@ def failed(record: Record) -> bool:
 
 
 def group(records: Iterable[Record]) -> list[Group]:
-    """Records by case, device and dtype, in order of first appearance; the title says more than the case only where it must.
+    """Records by case, device and dtype, in order of first appearance; the title says more than the case only where it
+    must.
 
-    Figures that were not measured never share a label with those that were: beside measured records of the case, the estimator's label says
+    Figures that were not measured never share a label with those that were: beside measured records of the case, the
+        estimator's label says
     what they are; where all of a case are of one kind, its title does.
     """
     found: dict[tuple[str, str, str], list[Record]] = {}
@@ -161,7 +192,10 @@ def group(records: Iterable[Record]) -> list[Group]:
         if len(sources) == 1:
             title += "" if sources == {MEASURED} else f": {members[0].source}"
         else:
-            members = [r if r.source == MEASURED else dataclasses.replace(r, estimator=f"{r.estimator} ({r.source})") for r in members]
+            members = [
+                r if r.source == MEASURED else dataclasses.replace(r, estimator=f"{r.estimator} ({r.source})")
+                for r in members
+            ]
         groups.append(Group(title, tuple(members)))
     return groups
 

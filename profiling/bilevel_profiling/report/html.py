@@ -1,4 +1,6 @@
-"""Records as one self-contained index.html: no network, no other file, readable without JavaScript, on a phone, in the dark and on paper."""
+"""Records as one self-contained index.html: no network, no other file, readable without JavaScript, on a phone, in the
+dark and on paper.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -72,20 +74,32 @@ def _head(records: Sequence[Record], groups: Sequence[Group], keys: Sequence[str
     lede += f"; {lost:,} of them failed." if lost else "."
     links = [tag("a", each.title, href=f"#{key}") for each, key in zip(groups, keys, strict=True)]
     nav = tag("nav", *links, aria_label="Cases") if len(links) > 1 else ""
-    return join(tag("p", "bilevel", class_="kicker"), tag("h1", _title(groups)), tag("p", lede if records else "No records.", class_="lede"), nav)
+    return join(
+        tag("p", "bilevel", class_="kicker"),
+        tag("h1", _title(groups)),
+        tag("p", lede if records else "No records.", class_="lede"),
+        nav,
+    )
 
 
 def _case(each: Group, looks: Mapping[str, Style], key: str) -> Markup:
     first = each.records[0]
     sizes = (("P", first.inner_size, "inner"), ("Q", first.outer_size, "outer"), ("T", first.tasks, "tasks"))
     known = [f"{name} = {size:,} {what}" for name, size, what in sizes if size is not None]
-    paragraph = [tag("strong", part) if isinstance(part, Name) else part for sentence in sentences(each) for part in (*sentence, " ")]
+    paragraph = [
+        tag("strong", part) if isinstance(part, Name) else part
+        for sentence in sentences(each)
+        for part in (*sentence, " ")
+    ]
     figures = case_figures(each, looks, key)
     parts = [
         tag("h2", each.title),
         tag("p", "  ·  ".join([clean(first.device), clean(first.dtype), *known]), class_="sizes"),
         tag("p", *paragraph, class_="summary"),
-        *(tag("p", tag("strong", "Contract broken: ", label), " ", rest, class_="alert", role="alert") for label, rest in broken(each)),
+        *(
+            tag("p", tag("strong", "Contract broken: ", label), " ", rest, class_="alert", role="alert")
+            for label, rest in broken(each)
+        ),
         tag("dl", *(_fact(fact, looks) for fact in facts(each)), class_="facts"),
         _legend(each, looks) if figures and len(each.estimators) > 1 else "",
         tag("div", *(_figure(figure) for figure in figures if not figure.panels), class_="figures"),
@@ -103,25 +117,45 @@ def _fact(fact: Fact, looks: Mapping[str, Style]) -> Markup:
 
 def _legend(each: Group, looks: Mapping[str, Style]) -> Markup:
     settings = {record.estimator: clean(record.settings) for record in each.records}
-    items = [tag("li", tables.glyph(looks[e]), e, data_for=looks[e].place, title=settings[e] or None, tabindex=0) for e in each.estimators]
+    items = [
+        tag("li", tables.glyph(looks[e]), e, data_for=looks[e].place, title=settings[e] or None, tabindex=0)
+        for e in each.estimators
+    ]
     return tag("ul", *items, class_="legend", aria_label="Estimators")
 
 
 def _figure(figure: Figure) -> Markup:
-    return tag("figure", tag("h3", figure.title), figure.drawing or "", tag("figcaption", figure.note) if figure.note else "")
+    return tag(
+        "figure", tag("h3", figure.title), figure.drawing or "", tag("figcaption", figure.note) if figure.note else ""
+    )
 
 
 def _panels(figure: Figure) -> Markup:
-    panels = [tag("div", tag("h4", panel.name), panel.drawing, _readout(panel), class_="timeline", data_points=panel.data) for panel in figure.panels]
-    phases = [tag("li", tag("span", class_=f"swatch {phase}" if phase in PHASES else "swatch"), phase) for phase in figure.legend]
+    panels = [
+        tag("div", tag("h4", panel.name), panel.drawing, _readout(panel), class_="timeline", data_points=panel.data)
+        for panel in figure.panels
+    ]
+    phases = [
+        tag("li", tag("span", class_=f"swatch {phase}" if phase in PHASES else "swatch"), phase)
+        for phase in figure.legend
+    ]
     legend = tag("ul", *phases, class_="legend phases", aria_label="Phases") if phases else ""
     hint = tag("span", " Point at a panel, or focus it and use the arrow keys, to read it.", class_="hint")
     few = "panels few" if len(panels) <= 2 else "panels"
-    return tag("figure", tag("h3", figure.title), legend, tag("div", *panels, class_=few), tag("figcaption", figure.note, hint), class_="wide")
+    return tag(
+        "figure",
+        tag("h3", figure.title),
+        legend,
+        tag("div", *panels, class_=few),
+        tag("figcaption", figure.note, hint),
+        class_="wide",
+    )
 
 
 def _readout(panel: Panel) -> Markup:
-    return tag("p", tag("b", panel.value), tag("span", panel.place), tag("span", panel.where, class_="where"), class_="readout")
+    return tag(
+        "p", tag("b", panel.value), tag("span", panel.place), tag("span", panel.where, class_="where"), class_="readout"
+    )
 
 
 def _reading(groups: Sequence[Group]) -> Markup:
@@ -134,9 +168,10 @@ def _reading(groups: Sequence[Group]) -> Markup:
         lines["x base"] = "memory or time over that of the case's baseline (named below its table) at the same K"
     pairs = [part for name, text in lines.items() for part in (tag("dt", name), tag("dd", text))]
     notes = (
-        f"An estimator is called exact here if its relative error against the K-step program is at most {EXACT:g}. The two references are different "
-        "quantities: the gradient of the program that takes K inner steps, and the hypergradient at a converged inner solution. An exact unroll "
-        f"has no error against the first and, at small K, a large one against the second. {GROWTH}"
+        f"An estimator is called exact here if its relative error against the K-step program is at most {EXACT:g}. The "
+        f"two references are different quantities: the gradient of the program that takes K inner steps, and the "
+        f"hypergradient at a converged inner solution. An exact unroll has no error against the first and, at small K, "
+        f"a large one against the second. {GROWTH}"
     )
     return tag(
         "section",

@@ -6,8 +6,8 @@ from .groups import Group
 from .text import clean
 
 GROWTH = (
-    "Growth with K is a law that the measured points follow: constant, a line (to 2 percent of the growth), or the root of K (to 5 percent, as "
-    "whole iterates are kept). Two K tell neither. "
+    "Growth with K is a law that the measured points follow: constant, a line (to 2 percent of the growth), or the "
+    "root of K (to 5 percent, as whole iterates are kept). Two K tell neither. "
     "A contract is an upper bound that the estimator promises; memory that does not grow keeps every one."
 )
 _HELD_AGAINST = ("peak_tensor_bytes", "cuda_allocated_bytes")
@@ -37,7 +37,9 @@ def broken(group: Group) -> list[tuple[str, str]]:
     found = []
     for label in group.estimators:
         if judged(group, label) is Verdict.BROKEN and (measured := law(group, label)):
-            how = {"sqrt": "growth with the root of K at most"}.get(contract(group, label), f"{contract(group, label)} growth at most")
+            how = {"sqrt": "growth with the root of K at most"}.get(
+                contract(group, label), f"{contract(group, label)} growth at most"
+            )
             how = "no growth with K" if contract(group, label) == "constant" else how
             found.append((label, f"promises {how}; its {group.measure.name} is {measured.said(units.size)}."))
     return found
@@ -56,4 +58,12 @@ def table(group: Group) -> tuple[list[str], list[list[str]]]:
         off = units.MISSING if found.kind == "trend" else units.size(found.worst_residual)
         promised = clean(contract(group, label)) or units.MISSING
         rows.append([clean(label), promised, told, found.said(units.size), holds, off, units.milliseconds(pace)])
-    return ["estimator", "contract", "verdict", group.measure.name, "holds for", "off by at most", "ms per inner step"], rows
+    return [
+        "estimator",
+        "contract",
+        "verdict",
+        group.measure.name,
+        "holds for",
+        "off by at most",
+        "ms per inner step",
+    ], rows

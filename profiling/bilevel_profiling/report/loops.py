@@ -14,9 +14,20 @@ def outcome(group: Group) -> tuple[list[str], list[list[str]]]:
     """Header and rows of what the outer loop reached; no rows where no record has an outer loop."""
     runs = [r for r in group.rows if r.iterations or r.metrics or r.metrics_before]
     names = list(dict.fromkeys(name for r in runs for name in (*r.metrics, *r.metrics_before)))
-    header = ["estimator", "K", "outer steps" if group.bilevel else "steps", "outer loss", *(clean(name) for name in names)]
-    rows = [[clean(r.estimator), units.count(r.inner_steps), _length(r), _losses(r), *(_change(r, n) for n in names)] for r in runs]
-    kept = [place for place in range(len(header)) if place in (0, 2) or any(row[place] != units.MISSING for row in rows)]
+    header = [
+        "estimator",
+        "K",
+        "outer steps" if group.bilevel else "steps",
+        "outer loss",
+        *(clean(name) for name in names),
+    ]
+    rows = [
+        [clean(r.estimator), units.count(r.inner_steps), _length(r), _losses(r), *(_change(r, n) for n in names)]
+        for r in runs
+    ]
+    kept = [
+        place for place in range(len(header)) if place in (0, 2) or any(row[place] != units.MISSING for row in rows)
+    ]
     return [header[place] for place in kept], [[row[place] for place in kept] for row in rows]
 
 
@@ -32,15 +43,31 @@ def shown(group: Group) -> dict[str, Record]:
 
 
 def iterations(record: Record) -> tuple[list[str], list[list[str]], int]:
-    """Header and rows, and how many rows are left out in the middle: the first and last hundred are kept. Empty columns are left out."""
+    """Header and rows, and how many rows are left out in the middle: the first and last hundred are kept. Empty columns
+    are left out.
+    """
     entries = record.iterations
     hidden = max(0, len(entries) - _MOST_ROWS)
     if hidden:
         entries = (*entries[: _MOST_ROWS // 2], *entries[-(_MOST_ROWS // 2) :])
     names = logged(record)
-    header = ["step", "outer loss", "inner loss", "gradient norm", *map(clean, names), "ms", "peak MiB", "CUDA MiB", "status"]
+    header = [
+        "step",
+        "outer loss",
+        "inner loss",
+        "gradient norm",
+        *map(clean, names),
+        "ms",
+        "peak MiB",
+        "CUDA MiB",
+        "status",
+    ]
     rows = [_iteration(entry, names) for entry in entries]
-    kept = [place for place in range(len(header)) if header[place] in ("step", "status") or any(row[place] != units.MISSING for row in rows)]
+    kept = [
+        place
+        for place in range(len(header))
+        if header[place] in ("step", "status") or any(row[place] != units.MISSING for row in rows)
+    ]
     return [header[place] for place in kept], [[row[place] for place in kept] for row in rows], hidden
 
 
@@ -58,7 +85,13 @@ def troubles(record: Record) -> dict[str, int]:
 def _iteration(entry: Iteration, names: Sequence[str]) -> list[str]:
     losses = (entry.outer_loss, entry.inner_loss, entry.gradient_norm, *map(entry.metrics.get, names))
     sizes = units.mebibytes(entry.peak_tensor_bytes), units.mebibytes(entry.cuda_allocated_bytes)
-    return [units.count(entry.index), *map(units.significant, losses), units.milliseconds(entry.wall_seconds), *sizes, clean(entry.status)]
+    return [
+        units.count(entry.index),
+        *map(units.significant, losses),
+        units.milliseconds(entry.wall_seconds),
+        *sizes,
+        clean(entry.status),
+    ]
 
 
 def _length(record: Record) -> str:

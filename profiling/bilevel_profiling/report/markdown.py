@@ -1,4 +1,6 @@
-"""Records as report.md: the tables, how to read them, growth of memory, what was alive at the peak, failures, environment and the exact command."""
+"""Records as report.md: the tables, how to read them, growth of memory, what was alive at the peak, failures,
+environment and the exact command.
+"""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +17,9 @@ PLAIN_TITLE = "Memory and time, measured"
 TITLE = "Hypergradient estimators: memory, time and error"
 
 
-def render(records: Iterable[Record], command: str = "", figures: Mapping[str, Sequence[tuple[str, str]]] | None = None) -> str:
+def render(
+    records: Iterable[Record], command: str = "", figures: Mapping[str, Sequence[tuple[str, str]]] | None = None
+) -> str:
     """The whole document.
 
     Args:
@@ -46,7 +50,11 @@ def escape(text: str) -> str:
 
 def _case(each: Group, figures: Sequence[tuple[str, str]]) -> list[str]:
     first = each.records[0]
-    sizes = (("P", first.inner_size, "numbers in the inner variable"), ("Q", first.outer_size, "in the outer variable"), ("T", first.tasks, "tasks"))
+    sizes = (
+        ("P", first.inner_size, "numbers in the inner variable"),
+        ("Q", first.outer_size, "in the outer variable"),
+        ("T", first.tasks, "tasks"),
+    )
     known = [f"{name} = {size:,} {what}" for name, size, what in sizes if size is not None]
     parts = [
         f"## {escape(each.title)}",
@@ -99,7 +107,12 @@ def _alive(each: Group) -> list[str]:
         header, rows = alive.table(record)
         steps = "" if record.inner_steps is None else f", K = {record.inner_steps:,}"
         more = f"{plural(len(rows) - _MOST_ALIVE, 'more row')} in index.html." if len(rows) > _MOST_ALIVE else ""
-        parts += [f"#### {escape(label)}{steps}", f"{escape(alive.headline(record))}.", _table(header, rows[:_MOST_ALIVE], left=0), more]
+        parts += [
+            f"#### {escape(label)}{steps}",
+            f"{escape(alive.headline(record))}.",
+            _table(header, rows[:_MOST_ALIVE], left=0),
+            more,
+        ]
     return ["### What was alive at the peak", *parts] if parts else []
 
 
@@ -120,8 +133,9 @@ def _reading(groups: Sequence[Group]) -> str:
     reading = [f"- **{escape(name)}**: {text if name == 'x base' else escape(text)}" for name, text in lines.items()]
     notes = [
         f"An estimator is called exact here if its relative error against the K-step program is at most {EXACT:g}.",
-        "The two references are different quantities: the gradient of the program that takes K inner steps, and the hypergradient at a converged "
-        "inner solution. An exact unroll has no error against the first and, at small K, a large one against the second.",
+        "The two references are different quantities: the gradient of the program that takes K inner steps, and the "
+        "hypergradient at a converged inner solution. An exact unroll has no error against the first and, at small K, "
+        "a large one against the second.",
         GROWTH,
     ]
     return "\n".join([*reading, "", *notes] if any(each.bilevel for each in groups) else reading)

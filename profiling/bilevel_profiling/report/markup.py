@@ -23,8 +23,12 @@ def join(*parts: object) -> Markup:
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Markup:
-    """An element. Attributes: `class_` is class, `_` becomes `-`, None and False are left out, True stands alone, floats get one decimal."""
-    opening = name + "".join(_attribute(key, value) for key, value in attributes.items() if value is not None and value is not False)
+    """An element. Attributes: `class_` is class, `_` becomes `-`, None and False are left out, True stands alone,
+    floats get one decimal.
+    """
+    opening = name + "".join(
+        _attribute(key, value) for key, value in attributes.items() if value is not None and value is not False
+    )
     if name in _EMPTY and not children:
         return Markup(f"<{opening}/>")
     if name in _VOID:

@@ -66,7 +66,10 @@ def facts(group: Group) -> list[Fact]:
 
 def _alone(group: Group, label: str) -> list[Fact]:
     found = []
-    for title, field, write in ((group.measure.name, group.measure.field, units.size), ("time", "wall_seconds", units.duration)):
+    for title, field, write in (
+        (group.measure.name, group.measure.field, units.size),
+        ("time", "wall_seconds", units.duration),
+    ):
         if (value := group.value(label, group.focus, field)) is not None:
             found.append(Fact(f"{title[0].upper()}{title[1:]}", write(value), label, at(group)))
     return found
@@ -100,7 +103,11 @@ def _lightest(group: Group) -> Sentence:
     sentence: Sentence = [start, Name(label), f" needs the least memory: {units.size(memory[label])}"]
     base = group.baseline
     if base in memory and base != label and memory[label] > 0:
-        sentence += [f", against {units.size(memory[base])} for ", Name(base), f" ({units.ratio(memory[label] / memory[base])})"]
+        sentence += [
+            f", against {units.size(memory[base])} for ",
+            Name(base),
+            f" ({units.ratio(memory[label] / memory[base])})",
+        ]
     program = group.value(label, group.focus, "program_relative_error")
     solution = group.value(label, group.focus, "solution_relative_error")
     errors = []
@@ -127,7 +134,10 @@ def _exact(group: Group) -> Sentence:
             f" ({units.significant(errors[label])}).",
         ]
     verb = "reproduces" if len(exact) == 1 else "reproduce"
-    sentence: Sentence = [*_names(exact), f" {verb} the gradient of the K-step program (relative error at most {EXACT:g})"]
+    sentence: Sentence = [
+        *_names(exact),
+        f" {verb} the gradient of the K-step program (relative error at most {EXACT:g})",
+    ]
     memory = {e: v for e in exact if (v := group.value(e, k, group.measure.field)) is not None}
     times = {e: v for e in exact if (v := group.value(e, k, "wall_seconds")) is not None}
     if len(exact) == 1 or not memory:
@@ -141,7 +151,12 @@ def _exact(group: Group) -> Sentence:
         return [*sentence, "."]
     fast, rivals = _fastest(group, times)
     if rivals:
-        return [*sentence, "; which is the fastest cannot be told, the times of ", *_names([fast, *rivals]), " overlap."]
+        return [
+            *sentence,
+            "; which is the fastest cannot be told, the times of ",
+            *_names([fast, *rivals]),
+            " overlap.",
+        ]
     rest = f"{units.duration(times[fast])}" + (f", {units.size(memory[fast])}" if fast in memory else "")
     return [*sentence, *([" and the fastest."] if fast == light else [" and ", Name(fast), f" the fastest ({rest})."])]
 
@@ -180,7 +195,12 @@ def _growing(group: Group) -> Sentence:
         label = max(rising, key=lambda e: rising[e].per_step)
         sentence += ["Each inner step adds ", units.size(rising[label].per_step), " to ", Name(label)]
     if flat:
-        sentence += ["; " if rising else "", "the memory of " if rising else "The memory of ", *_names(flat), " does not grow with K"]
+        sentence += [
+            "; " if rising else "",
+            "the memory of " if rising else "The memory of ",
+            *_names(flat),
+            " does not grow with K",
+        ]
     return [*sentence, "."] if sentence else []
 
 
@@ -195,7 +215,9 @@ def _failing(group: Group) -> Sentence:
 
 
 def _leaking(group: Group) -> Sentence:
-    leaks = {r.estimator: r.kept_tensor_bytes for r in group.rows if r.kept_tensor_bytes and r.status != "OUT_OF_MEMORY"}
+    leaks = {
+        r.estimator: r.kept_tensor_bytes for r in group.rows if r.kept_tensor_bytes and r.status != "OUT_OF_MEMORY"
+    }
     if not leaks:
         return []
     label = max(leaks, key=lambda e: leaks[e])

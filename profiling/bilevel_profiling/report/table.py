@@ -1,4 +1,6 @@
-"""Records as tables in the terminal, one per case, that fold or give up their least needed columns before they grow wider than the terminal."""
+"""Records as tables in the terminal, one per case, that fold or give up their least needed columns before they grow
+wider than the terminal.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -26,7 +28,9 @@ _HEADERS = {"peak MiB": "MiB", "x base": "x", "rel. error": "error"}
 
 
 def render(records: Iterable[Record], width: int = 100) -> "RenderableType":
-    """Everything the terminal shows, at most `width` columns wide: tables, reasons of failures, the outer loop, a summary."""
+    """Everything the terminal shows, at most `width` columns wide: tables, reasons of failures, the outer loop, a
+    summary.
+    """
     from rich.console import Group as Stack
     from rich.text import Text
 
@@ -58,18 +62,26 @@ def _case(each: Group, width: int) -> "list[RenderableType]":
         label = f"{word[word.index('[') :]} {clean(record.estimator)}{steps}: "
         parts.append(Text.assemble((label, "red" if failed(record) else "yellow"), footnotes.reason(record)))
     parts += [
-        Text(f"{f'({mark}) ' if mark.isalpha() else f'{mark} ' if mark else 'All rows: '}{text}", "dim") for mark, text in footnotes.lines(each)
+        Text(f"{f'({mark}) ' if mark.isalpha() else f'{mark} ' if mark else 'All rows: '}{text}", "dim")
+        for mark, text in footnotes.lines(each)
     ]
     for header, rows in (loops.outcome(each), laws.table(each)):
         if rows:
             parts += [Text(), _plain(header, rows, width)]
-    parts += [Text.assemble(("CONTRACT BROKEN ", "bold red"), (clean(label), "bold"), f" {rest}") for label, rest in laws.broken(each)]
+    parts += [
+        Text.assemble(("CONTRACT BROKEN ", "bold red"), (clean(label), "bold"), f" {rest}")
+        for label, rest in laws.broken(each)
+    ]
     parts.append(Text())
     parts += [_sentence(sentence) for sentence in sentences(each)]
     if each.baseline is not None:
         parts.append(Text(f"x is relative to {clean(each.baseline)} at the same K.", style="dim"))
     if fold is not None and fold in shown:
-        parts.append(Text(f"{fold.header}: calls of {', '.join(column.header for column in every if column.folds)}.", style="dim"))
+        parts.append(
+            Text(
+                f"{fold.header}: calls of {', '.join(column.header for column in every if column.folds)}.", style="dim"
+            )
+        )
     hidden = [_full(column) for column in every if column not in shown and not (column.folds and fold in shown)]
     if hidden:
         parts.append(Text(f"Left out at this width: {', '.join(hidden)}.", style="dim"))
@@ -78,7 +90,11 @@ def _case(each: Group, width: int) -> "list[RenderableType]":
 
 def _sizes(each: Group) -> str:
     first = each.records[0]
-    known = [f"{name} = {size:,}" for name, size in (("P", first.inner_size), ("Q", first.outer_size), ("T", first.tasks)) if size is not None]
+    known = [
+        f"{name} = {size:,}"
+        for name, size in (("P", first.inner_size), ("Q", first.outer_size), ("T", first.tasks))
+        if size is not None
+    ]
     return ", ".join([clean(first.device), clean(first.dtype), *known])
 
 
@@ -92,10 +108,24 @@ def _frame(is_text: Sequence[bool], headings: Sequence[str], width: int) -> "Tab
     from rich.text import Text
 
     gap = 1 if width >= _ROOMY else 0
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap, 0, 0), collapse_padding=True, header_style="bold")
+    made = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, gap, 0, 0),
+        collapse_padding=True,
+        header_style="bold",
+    )
     for place, (left, heading) in enumerate(zip(is_text, headings, strict=True)):
         longest = _LABEL if place == 0 else None
-        made.add_column(Text(heading), justify="left" if left else "right", no_wrap=place > 0, overflow="fold", max_width=longest, vertical="bottom")
+        made.add_column(
+            Text(heading),
+            justify="left" if left else "right",
+            no_wrap=place > 0,
+            overflow="fold",
+            max_width=longest,
+            vertical="bottom",
+        )
     return made
 
 
@@ -114,14 +144,20 @@ def _headings(shown: Sequence[Column]) -> list[str]:
     """Two lines a heading: the section above the first of its columns."""
     names, before = [], ""
     for column in shown:
-        section = _SECTIONS.get(column.section, column.section) if column.section != before and column.header != "calls" else ""
+        section = (
+            _SECTIONS.get(column.section, column.section)
+            if column.section != before and column.header != "calls"
+            else ""
+        )
         names.append(f"{section}\n{_HEADERS.get(column.header, column.brief)}")
         before = column.section
     return names
 
 
 def _fitting(every: Sequence[Column], fold: Column | None, each: Group, width: int) -> list[Column]:
-    """The columns that fit: call counts fold into one column first; then, while needed, those of the highest rank go together."""
+    """The columns that fit: call counts fold into one column first; then, while needed, those of the highest rank go
+    together.
+    """
     if _width(every, each, width) <= width:
         return list(every)
     shown = [column for column in every if not column.folds]

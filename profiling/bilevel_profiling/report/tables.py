@@ -41,7 +41,10 @@ def growth(each: Group) -> Markup:
     header, rows = laws.table(each)
     if not rows:
         return Markup()
-    shown = [[tag("span", cell, class_="status bad") if cell == Verdict.BROKEN.upper() else cell for cell in row] for row in rows]
+    shown = [
+        [tag("span", cell, class_="status bad") if cell == Verdict.BROKEN.upper() else cell for cell in row]
+        for row in rows
+    ]
     return _fold("Growth with K", plain("Growth with K", header, shown, class_="laws"), opened=True)
 
 
@@ -53,10 +56,18 @@ def alive_table(record: Record) -> Markup:
     lines = []
     for row, share in zip(rows, shares, strict=True):
         cells = [tag("td", row[0]), tag("td", row[1], class_="gauge", style=share)]
-        cells += [tag("td", cell, class_=_class(cell, text=place >= numbers)) for place, cell in enumerate(row[2:], start=2)]
+        cells += [
+            tag("td", cell, class_=_class(cell, text=place >= numbers)) for place, cell in enumerate(row[2:], start=2)
+        ]
         lines.append(tag("tr", *cells))
     names = [
-        tag("th", name, scope="col", class_="text" if place >= numbers else None, style=f"width:{_WIDTHS[name]}em" if name in _WIDTHS else None)
+        tag(
+            "th",
+            name,
+            scope="col",
+            class_="text" if place >= numbers else None,
+            style=f"width:{_WIDTHS[name]}em" if name in _WIDTHS else None,
+        )
         for place, name in enumerate(header)
     ]
     head = tag("thead", tag("tr", *names))
@@ -77,10 +88,23 @@ def iterations_table(record: Record) -> Markup:
             said = f"{plural(hidden, 'step')} left out; records.jsonl has them all"
             lines.append(tag("tr", tag("td", said, colspan=len(header), class_="text none")))
         lost = row[-1] != "OK"
-        lines.append(tag("tr", *(tag("td", cell) for cell in row[:-1]), tag("td", row[-1], class_="text status bad" if lost else "text")))
+        lines.append(
+            tag(
+                "tr",
+                *(tag("td", cell) for cell in row[:-1]),
+                tag("td", row[-1], class_="text status bad" if lost else "text"),
+            )
+        )
     names = [tag("th", name, scope="col", class_="text" if name == "status" else None) for name in header]
     table = tag("table", tag("thead", tag("tr", *names)), tag("tbody", *lines))
-    return tag("div", table, class_="scroll tall", tabindex=0, role="region", aria_label=f"Outer steps of {clean(record.estimator)}")
+    return tag(
+        "div",
+        table,
+        class_="scroll tall",
+        tabindex=0,
+        role="region",
+        aria_label=f"Outer steps of {clean(record.estimator)}",
+    )
 
 
 def glyph(style: Style) -> Markup:
@@ -118,7 +142,13 @@ def _alive_of_all(each: Group, looks: Mapping[str, Style]) -> Markup:
     for label, record in runs.items():
         at_k = f", K = {record.inner_steps:,}" if record.inner_steps is not None and len(steps) > 1 else ""
         head = tag("span", glyph(looks[label]), label, at_k, class_="who")
-        parts.append(_fold(tag("span", head, tag("span", alive.headline(record), class_="detail")), alive_table(record), opened=len(runs) == 1))
+        parts.append(
+            _fold(
+                tag("span", head, tag("span", alive.headline(record), class_="detail")),
+                alive_table(record),
+                opened=len(runs) == 1,
+            )
+        )
     title = "What was alive at the peak" + (f", K = {steps.pop():,}" if len(steps) == 1 and None not in steps else "")
     return tag("div", tag("h3", title), *parts, class_="folds")
 
@@ -137,12 +167,24 @@ def _loops_of_all(each: Group, looks: Mapping[str, Style]) -> Markup:
 
 def _runs(each: Group, looks: Mapping[str, Style], key: str) -> Markup:
     shown = columns.columns(each)
-    top = [tag("th", section, colspan=width, scope="colgroup" if section else None) for section, width in columns.sections(shown)]
-    names = [tag("th", column.header, scope="col", title=column.explanation, class_="text" if column.text else None) for column in shown]
+    top = [
+        tag("th", section, colspan=width, scope="colgroup" if section else None)
+        for section, width in columns.sections(shown)
+    ]
+    names = [
+        tag("th", column.header, scope="col", title=column.explanation, class_="text" if column.text else None)
+        for column in shown
+    ]
     longest = {column.header: _longest(each, column.header) for column in shown}
     bodies, rows = [], []
     for place, record in enumerate(each.rows):
-        rows.append(tag("tr", *(_cell(column, record, each, looks, key, longest) for column in shown), class_="lost" if failed(record) else None))
+        rows.append(
+            tag(
+                "tr",
+                *(_cell(column, record, each, looks, key, longest) for column in shown),
+                class_="lost" if failed(record) else None,
+            )
+        )
         if place + 1 == len(each.rows) or each.rows[place + 1].inner_steps != record.inner_steps:
             bodies.append(tag("tbody", *rows))
             rows = []
@@ -155,17 +197,30 @@ def _longest(each: Group, header: str) -> float:
     return max((float(value) for r in each.rows if field and units.finite(value := getattr(r, field))), default=0.0)
 
 
-def _cell(column: columns.Column, record: Record, each: Group, looks: Mapping[str, Style], key: str, longest: Mapping[str, float]) -> Markup:
+def _cell(
+    column: columns.Column,
+    record: Record,
+    each: Group,
+    looks: Mapping[str, Style],
+    key: str,
+    longest: Mapping[str, float],
+) -> Markup:
     text = column.cell(record)
     if column.header == "estimator":
         return tag("th", glyph(looks[record.estimator]), text, scope="row", title=clean(record.settings) or None)
     if column.header == "status" and record.status != "OK":
         number = text[text.index("[") + 1 : text.index("]")]
-        return tag("td", tag("a", text, href=f"#{key}-reason-{number}"), class_="text status " + ("bad" if failed(record) else "note"))
+        return tag(
+            "td",
+            tag("a", text, href=f"#{key}-reason-{number}"),
+            class_="text status " + ("bad" if failed(record) else "note"),
+        )
     value = {"peak MiB": record.peak_tensor_bytes, "ms": record.wall_seconds}.get(column.header)
     share = value / longest[column.header] if units.finite(value) and longest[column.header] > 0 else None
     style = f"--w:{share:.3f}" if share is not None else None
-    classes = " ".join(name for name, on in (("text", column.text), ("gauge", style), ("none", text == units.MISSING)) if on)
+    classes = " ".join(
+        name for name, on in (("text", column.text), ("gauge", style), ("none", text == units.MISSING)) if on
+    )
     return tag("td", text, class_=classes or None, style=style)
 
 
@@ -175,7 +230,18 @@ def _reasons(each: Group, key: str) -> Markup:
         steps = "" if record.inner_steps is None else f", K = {record.inner_steps:,}"
         kind = "bad" if failed(record) else "note"
         head = tag("span", word, class_=f"status {kind}")
-        items.append(tag("li", head, " ", tag("strong", record.estimator), steps, ": ", footnotes.reason(record), id=f"{key}-reason-{number}"))
+        items.append(
+            tag(
+                "li",
+                head,
+                " ",
+                tag("strong", record.estimator),
+                steps,
+                ": ",
+                footnotes.reason(record),
+                id=f"{key}-reason-{number}",
+            )
+        )
     for mark, text in footnotes.lines(each):
         items.append(tag("li", tag("strong", f"({mark})" if mark.isalpha() else mark or "All rows:"), " ", text))
     return tag("ul", *items, class_="reasons") if items else Markup()

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 
 
 def clean(text: str) -> str:
-    """`text` on one line: control characters become spaces and halves of surrogate pairs U+FFFD, so that no view can be derailed."""
-    kept = (" " if unicodedata.category(c) == "Cc" else "\ufffd" if unicodedata.category(c) == "Cs" else c for c in text)
+    """`text` on one line: control characters become spaces and halves of surrogate pairs U+FFFD, so that no view can be
+    derailed.
+    """
+    kept = (
+        " " if unicodedata.category(c) == "Cc" else "\ufffd" if unicodedata.category(c) == "Cs" else c for c in text
+    )
     return " ".join("".join(kept).split())
 
 

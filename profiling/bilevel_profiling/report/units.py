@@ -1,4 +1,6 @@
-"""How numbers are written: MiB = 2**20 bytes, milliseconds, GFLOP; three significant digits; a dash for what was not measured."""
+"""How numbers are written: MiB = 2**20 bytes, milliseconds, GFLOP; three significant digits; a dash for what was not
+measured.
+"""
 
 import math
 from typing import TypeGuard
@@ -13,7 +15,9 @@ def finite(value: object) -> TypeGuard[int | float]:
 
 
 def significant(value: float | None) -> str:
-    """Three significant digits without an exponent where that is readable: 1,234, 22.1, 3.45, 0.0314, 1.2e-07 (two where there is an exponent)."""
+    """Three significant digits without an exponent where that is readable: 1,234, 22.1, 3.45, 0.0314, 1.2e-07 (two
+    where there is an exponent).
+    """
     if value is None:
         return MISSING
     if not math.isfinite(value):

@@ -1,4 +1,6 @@
-"""The figures of a report, written as SVG by hand: small, without a plotting library, and following the reader's light or dark scheme."""
+"""The figures of a report, written as SVG by hand: small, without a plotting library, and following the reader's light
+or dark scheme.
+"""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +16,10 @@ from .palette import DARK, LIGHT, Style, styles
 __all__ = ["Figure", "case_figures", "standalone", "styles", "stylesheet"]
 
 _MARGIN = 14.0
-_ERRORS = (("program", "program_relative_error", "K-step program"), ("solution", "solution_relative_error", "converged solution"))
+_ERRORS = (
+    ("program", "program_relative_error", "K-step program"),
+    ("solution", "solution_relative_error", "converged solution"),
+)
 
 
 def case_figures(group: Group, styles: Mapping[str, Style], key: str) -> list[Figure]:

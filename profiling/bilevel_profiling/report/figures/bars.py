@@ -15,10 +15,14 @@ _TOP, _HEAD = 30.0, 10.0
 _MOST_METRICS = 4
 
 
-def bars(group: Group, styles: Mapping[str, Style], key: str, field: str, name: str, unit: str, factor: float) -> Figure | None:
+def bars(
+    group: Group, styles: Mapping[str, Style], key: str, field: str, name: str, unit: str, factor: float
+) -> Figure | None:
     """One bar an estimator at the one K there is; None where nothing was measured."""
     k = group.focus
-    values = {label: value / factor for label in group.estimators if (value := group.value(label, k, field)) is not None}
+    values = {
+        label: value / factor for label in group.estimators if (value := group.value(label, k, field)) is not None
+    }
     lost = {r.estimator: clean(r.status) for r in group.failures if r.inner_steps == k}
     labels = [label for label in group.estimators if label in values or label in lost]
     if not values or len(labels) < 2:
@@ -32,15 +36,23 @@ def bars(group: Group, styles: Mapping[str, Style], key: str, field: str, name: 
         if label in values:
             said = units.significant(values[label])
             tip = tag("title", f"{clean(label)}: {said} {unit}")
-            content.append(tag("rect", tip, x=left, y=y, width=max(1.0, x(values[label]) - left), height=_ROW - 9, class_="bar"))
+            content.append(
+                tag("rect", tip, x=left, y=y, width=max(1.0, x(values[label]) - left), height=_ROW - 9, class_="bar")
+            )
             content.append(svg.text(max(left + 1, x(values[label])) + 6, y + 12, said, "value"))
         else:
-            content += [svg.cross(left + 8, y + 8, lost[label]), svg.text(left + 18, y + 12, lost[label].lower().replace("_", " "), "tick")]
+            content += [
+                svg.cross(left + 8, y + 8, lost[label]),
+                svg.text(left + 18, y + 12, lost[label].lower().replace("_", " "), "tick"),
+            ]
         parts.append(svg.series(styles[label], *content))
     height = _TOP + len(labels) * _ROW + 4
     parts.append(tag("path", d=f"M{decimal(left)} {decimal(_TOP - 6)}V{decimal(height - 6)}", class_="axis"))
     title = f"{name[:1].upper()}{name[1:]}"
-    told = svg.described((clean(label), f"{units.significant(values[label])} {unit}" if label in values else lost[label]) for label in labels)
+    told = svg.described(
+        (clean(label), f"{units.significant(values[label])} {unit}" if label in values else lost[label])
+        for label in labels
+    )
     drawing = svg.figure(key, title, told, height, *parts)
     return Figure(key, title, f"K = {k:,}." if k is not None else "", drawing)
 
@@ -54,11 +66,22 @@ def metrics(group: Group, styles: Mapping[str, Style], key: str) -> list[Figure]
         after = {label: float(v) for label, r in runs.items() if units.finite(v := r.metrics.get(name))}
         before = {label: float(v) for label in after if units.finite(v := runs[label].metrics_before.get(name))}
         steps = {runs[label].inner_steps for label in after} - {None}
-        figures.append(_change(f"{key}-{number}", clean(name), after, before, styles, f"K = {steps.pop():,}." if len(steps) == 1 else ""))
+        figures.append(
+            _change(
+                f"{key}-{number}",
+                clean(name),
+                after,
+                before,
+                styles,
+                f"K = {steps.pop():,}." if len(steps) == 1 else "",
+            )
+        )
     return figures
 
 
-def _change(key: str, name: str, after: dict[str, float], before: dict[str, float], styles: Mapping[str, Style], note: str) -> Figure:
+def _change(
+    key: str, name: str, after: dict[str, float], before: dict[str, float], styles: Mapping[str, Style], note: str
+) -> Figure:
     left, right = svg.label_room(after), svg.WIDTH - 58
     height = _HEAD + len(after) * _ROW + 30
     x = scales.linear([*after.values(), *before.values()], left + 8, right, ticks=4, from_zero=False)
@@ -80,7 +103,9 @@ def _change(key: str, name: str, after: dict[str, float], before: dict[str, floa
         content.append(svg.text(side, y + 4, units.significant(after[label]), "value"))
         parts.append(svg.series(style, *content))
     starts = {label: f"from {units.significant(value)} to " for label, value in before.items()}
-    told = svg.described((clean(label), starts.get(label, "") + units.significant(value)) for label, value in after.items())
+    told = svg.described(
+        (clean(label), starts.get(label, "") + units.significant(value)) for label, value in after.items()
+    )
     how = "Ring: before the outer loop; filled: after it. " if before else "After the outer loop. "
     drawing = svg.figure(key, f"{name} before and after the outer loop", told, height, *parts)
     return Figure(key, f"{name[:1].upper()}{name[1:]}".replace("_", " "), (how + note).strip(), drawing)

@@ -20,7 +20,9 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One figure: its drawing (SVG), the heading above and the note below; `panels` are small drawings under one heading."""
+    """One figure: its drawing (SVG), the heading above and the note below; `panels` are small drawings under one
+    heading.
+    """
 
     key: str
     title: str

@@ -1,4 +1,6 @@
-"""Figures against K: one line an estimator, named at its end, with the law that was fitted to it; bars where there is one K only."""
+"""Figures against K: one line an estimator, named at its end, with the law that was fitted to it; bars where there is
+one K only.
+"""
 
 from collections.abc import Mapping
 
@@ -18,16 +20,29 @@ _CURVE = 48
 
 
 def against_k(
-    group: Group, styles: Mapping[str, Style], key: str, field: str, name: str, unit: str, factor: float, laws: Mapping[str, Law] | None = None
+    group: Group,
+    styles: Mapping[str, Style],
+    key: str,
+    field: str,
+    name: str,
+    unit: str,
+    factor: float,
+    laws: Mapping[str, Law] | None = None,
 ) -> Figure | None:
     """`field` / `factor`, in `unit`, against K, with thin curves for `laws`; None where it was never measured."""
-    lines = {label: points for label in group.estimators if (points := [(k, v / factor) for k, v in group.points(label, field)])}
+    lines = {
+        label: points
+        for label in group.estimators
+        if (points := [(k, v / factor) for k, v in group.points(label, field)])
+    }
     steps = sorted({k for points in lines.values() for k, _ in points})
     if len(steps) < 2:
         return bars(group, styles, key, field, name, unit, factor)
     lost = [r for r in group.failures if r.inner_steps is not None]
     frame = svg.Frame(46, svg.WIDTH - svg.label_room(lines), 34, 258)
-    x = scales.at_values(sorted({*steps, *(r.inner_steps for r in lost if r.inner_steps is not None)}), frame.left + 8, frame.right - 4)
+    x = scales.at_values(
+        sorted({*steps, *(r.inner_steps for r in lost if r.inner_steps is not None)}), frame.left + 8, frame.right - 4
+    )
     y = scales.choose([v for points in lines.values() for _, v in points], frame.bottom, frame.top, spread=12)
     parts: list[Markup] = []
     ends = []
@@ -46,7 +61,10 @@ def against_k(
         if label in lines and (law.kind == "sqrt" or (law.kind == "linear" and (x.log or y.log)))
     ]
     title = f"{name[:1].upper()}{name[1:]} against inner steps"
-    told = svg.described((clean(label), ", ".join(f"{units.significant(v)} at K = {k:,}" for k, v in points)) for label, points in lines.items())
+    told = svg.described(
+        (clean(label), ", ".join(f"{units.significant(v)} at K = {k:,}" for k, v in points))
+        for label, points in lines.items()
+    )
     drawing = svg.figure(
         key,
         title,

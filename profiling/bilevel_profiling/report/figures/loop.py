@@ -1,4 +1,6 @@
-"""Figures over the outer loop: one line an estimator, at the largest K at which it ran one; steps that did not end OK are crossed out."""
+"""Figures over the outer loop: one line an estimator, at the largest K at which it ran one; steps that did not end OK
+are crossed out.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -19,10 +21,14 @@ _MOST_LOGGED = 4
 
 def losses(group: Group, styles: Mapping[str, Style], key: str) -> list[Figure]:
     """The outer loss and the first few of the numbers that the user logged, over the outer loop."""
-    names = list(dict.fromkeys(name for record in loops.shown(group).values() for name in loops.logged(record)))[:_MOST_LOGGED]
+    names = list(dict.fromkeys(name for record in loops.shown(group).values() for name in loops.logged(record)))[
+        :_MOST_LOGGED
+    ]
     found = [over_iterations(group, styles, f"{key}-loss", lambda entry: entry.outer_loss, "outer loss")]
     for number, name in enumerate(names):
-        found.append(over_iterations(group, styles, f"{key}-logged-{number}", _logged(name), clean(name).replace("_", " ")))
+        found.append(
+            over_iterations(group, styles, f"{key}-logged-{number}", _logged(name), clean(name).replace("_", " "))
+        )
     return [figure for figure in found if figure is not None]
 
 
@@ -31,7 +37,9 @@ def costs(group: Group, styles: Mapping[str, Style], key: str) -> list[Figure]:
     entries = [entry for record in group.records for entry in record.iterations]
     cuda = all(entry.peak_tensor_bytes is None for entry in entries)
     found = [
-        over_iterations(group, styles, f"{key}-steptime", lambda entry: entry.wall_seconds, "time of a step", "ms", 1e-3),
+        over_iterations(
+            group, styles, f"{key}-steptime", lambda entry: entry.wall_seconds, "time of a step", "ms", 1e-3
+        ),
         over_iterations(
             group,
             styles,
@@ -50,15 +58,25 @@ def _logged(name: str) -> Callable[[Iteration], float | None]:
 
 
 def over_iterations(
-    group: Group, styles: Mapping[str, Style], key: str, measured: Callable[[Iteration], float | None], name: str, unit: str = "", factor: float = 1.0
+    group: Group,
+    styles: Mapping[str, Style],
+    key: str,
+    measured: Callable[[Iteration], float | None],
+    name: str,
+    unit: str = "",
+    factor: float = 1.0,
 ) -> Figure | None:
-    """What was `measured` in the iterations / `factor`, in `unit`, over the outer loop; a cost where it has a unit. None where it never was."""
+    """What was `measured` in the iterations / `factor`, in `unit`, over the outer loop; a cost where it has a unit.
+    None where it never was.
+    """
 
     def value(entry: Iteration) -> float | None:
         found = measured(entry)
         return float(found) / factor if units.finite(found) else None
 
-    runs = {label: r for label, r in loops.shown(group).items() if any(value(entry) is not None for entry in r.iterations)}
+    runs = {
+        label: r for label, r in loops.shown(group).items() if any(value(entry) is not None for entry in r.iterations)
+    }
     if not runs:
         return None
     steps = {record.inner_steps for record in runs.values()}
@@ -74,20 +92,28 @@ def over_iterations(
         placed = [(x(float(n)), y(v)) if v is not None else None for n, v in thinned(record.iterations, value)]
         known = [point for point in placed if point is not None]
         middle = known[:: max(1, len(known) // 4)][1:4]
-        marks = [svg.marker(style, px, py, tip, 3.4) for px, py in ([known[-1]] if len(known) < 8 else [*middle, known[-1]])]
+        marks = [
+            svg.marker(style, px, py, tip, 3.4) for px, py in ([known[-1]] if len(known) < 8 else [*middle, known[-1]])
+        ]
         parts.append(svg.series(style, svg.line(placed, style), *marks, _crosses(record, value, x, y, frame)))
         ends.append((names[label], style, *known[-1]))
     title = f"{name[:1].upper()}{name[1:]} over the {'outer loop' if group.bilevel else 'loop'}"
     told = svg.described((clean(label), _range(record, value, unit)) for label, record in runs.items())
-    axes = svg.axes(frame, x, y, "outer iteration" if group.bilevel else "iteration", f"{name}, {unit}" if unit else name)
+    axes = svg.axes(
+        frame, x, y, "outer iteration" if group.bilevel else "iteration", f"{name}, {unit}" if unit else name
+    )
     drawing = svg.figure(key, title, told, 306, axes, *parts, svg.end_labels(frame, ends))
     shared = next(iter(steps)) if len(steps) == 1 else None
     note = [f"K = {shared:,}." if shared is not None else "", "Logarithmic scale." if y.log else "", _told(runs)]
     return Figure(key, title, " ".join(filter(None, note)), drawing)
 
 
-def thinned(iterations: tuple[Iteration, ...], value: Callable[[Iteration], float | None]) -> list[tuple[int, float | None]]:
-    """(index, value) in order, not more than about 150, the lowest and highest of every stretch kept; None where it is not finite."""
+def thinned(
+    iterations: tuple[Iteration, ...], value: Callable[[Iteration], float | None]
+) -> list[tuple[int, float | None]]:
+    """(index, value) in order, not more than about 150, the lowest and highest of every stretch kept; None where it is
+    not finite.
+    """
     pairs = [(entry.index, float(v) if units.finite(v := value(entry)) else None) for entry in iterations]
     if len(pairs) <= _MOST_POINTS:
         return pairs
@@ -100,7 +126,9 @@ def thinned(iterations: tuple[Iteration, ...], value: Callable[[Iteration], floa
     return [pairs[place] for place in sorted(kept)]
 
 
-def _crosses(record: Record, value: Callable[[Iteration], float | None], x: scales.Scale, y: scales.Scale, frame: svg.Frame) -> Markup:
+def _crosses(
+    record: Record, value: Callable[[Iteration], float | None], x: scales.Scale, y: scales.Scale, frame: svg.Frame
+) -> Markup:
     """On the line, or on the upper edge where there is no value; of very many, evenly spaced ones."""
     bad = [entry for entry in record.iterations if entry.status != "OK"]
     bad = bad[:: -(-len(bad) // _MOST_CROSSES)] if bad else []
@@ -117,7 +145,9 @@ def _told(runs: Mapping[str, Record]) -> str:
     found = []
     for label, record in runs.items():
         if bad := loops.troubles(record):
-            found.append(f"{clean(label)} ({', '.join(f'{number:,} {clean(status)}' for status, number in bad.items())})")
+            found.append(
+                f"{clean(label)} ({', '.join(f'{number:,} {clean(status)}' for status, number in bad.items())})"
+            )
     return f"Crosses: steps that did not end OK, {'; '.join(found)}." if found else ""
 
 

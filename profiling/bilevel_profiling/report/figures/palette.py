@@ -1,7 +1,7 @@
 """One color, marker and dash for each estimator, the same in every figure of a report.
 
-Eight colors told apart by color-blind readers (Okabe and Ito, darkened for white paper, lightened for black), eight markers and four
-dashes; where the colors come round again, the marker does not.
+Eight colors told apart by color-blind readers (Okabe and Ito, darkened for white paper, lightened for black), eight
+markers and four dashes; where the colors come round again, the marker does not.
 """
 
 import dataclasses
@@ -58,6 +58,19 @@ def outline(shape: str, x: float, y: float, r: float) -> str:
     if shape in corners:
         points = [(x + r * dx, y + r * dy) for dx, dy in corners[shape]]
     else:
-        cross = ((-t, -h), (t, -h), (t, -t), (h, -t), (h, t), (t, t), (t, h), (-t, h), (-t, t), (-h, t), (-h, -t), (-t, -t))
+        cross = (
+            (-t, -h),
+            (t, -h),
+            (t, -t),
+            (h, -t),
+            (h, t),
+            (t, t),
+            (t, h),
+            (-t, h),
+            (-t, t),
+            (-h, t),
+            (-h, -t),
+            (-t, -t),
+        )
         points = [(x + dx, y + dy) for dx, dy in cross]
     return "M" + "L".join(f"{decimal(px)} {decimal(py)}" for px, py in points) + "z"

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SHAPES = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D", "wedge": "v", "plus": "P", "hexagon": "h", "bar": "_"}
+_SHAPES = {
+    "circle": "o",
+    "square": "s",
+    "triangle": "^",
+    "diamond": "D",
+    "wedge": "v",
+    "plus": "P",
+    "hexagon": "h",
+    "bar": "_",
+}
 _DASHES: dict[str, Any] = {"": "-", "7 3": "--", "2 2.5": ":", "9 3 2 3": "-.", palette.DOTS: (0, (1, 3))}
 _GREY = "#5d636b"
 _LEAST = 1e-16
@@ -36,7 +45,11 @@ def write_png(records: Iterable[Record], path: Path) -> None:
         raise ImportError("write_png needs matplotlib: pip install matplotlib") from error
     groups = group(records)
     styles = palette.styles(estimators(groups))
-    groups = [each for each in groups if any(each.value(e, k, each.measure.field) is not None for e in each.estimators for k in each.steps)]
+    groups = [
+        each
+        for each in groups
+        if any(each.value(e, k, each.measure.field) is not None for e in each.estimators for k in each.steps)
+    ]
     if not groups:
         raise ValueError("write_png needs at least one record that finished with its memory measured")
     figure = Figure(figsize=(11, 4.2 * len(groups)), dpi=160, layout="constrained", facecolor="white")
@@ -55,13 +68,22 @@ def write_png(records: Iterable[Record], path: Path) -> None:
 
 
 def _memory(axes: "Axes", each: Group, styles: dict[str, palette.Style]) -> None:
-    lines = {e: [(k, value / 2**20) for k, value in points] for e in each.estimators if (points := each.points(e, each.measure.field))}
+    lines = {
+        e: [(k, value / 2**20) for k, value in points]
+        for e in each.estimators
+        if (points := each.points(e, each.measure.field))
+    }
     _dress(axes, "inner steps K", f"{each.measure.name}, MiB")
     if not lines:
         axes.text(0.5, 0.5, "K was not recorded", ha="center", va="center", transform=axes.transAxes, color=_GREY)
         return
     for label, points in lines.items():
-        axes.plot(*zip(*points, strict=True), label=_text(label), linestyle=_DASHES[styles[label].dash], **_look(styles[label]))
+        axes.plot(
+            *zip(*points, strict=True),
+            label=_text(label),
+            linestyle=_DASHES[styles[label].dash],
+            **_look(styles[label]),
+        )
     steps = sorted({k for points in lines.values() for k, _ in points})
     _scale(axes, "x", scales.at_values(steps, 0, 400))
     _scale(axes, "y", scales.choose([value for points in lines.values() for _, value in points], 0, 200, spread=12))
@@ -70,7 +92,9 @@ def _memory(axes: "Axes", each: Group, styles: dict[str, palette.Style]) -> None
     axes.legend(fontsize=8, frameon=False)
 
 
-def _errors(axes: "Axes", each: Group, styles: dict[str, palette.Style]) -> tuple[dict[str, tuple[float, float]], set[str]]:
+def _errors(
+    axes: "Axes", each: Group, styles: dict[str, palette.Style]
+) -> tuple[dict[str, tuple[float, float]], set[str]]:
     """Draw the points; what `_name` needs to name them once the layout is settled."""
     field, said = "program_relative_error", "K-step program"
     points = scatter.front_points(each, field, scatter.memory(each))
@@ -87,7 +111,14 @@ def _errors(axes: "Axes", each: Group, styles: dict[str, palette.Style]) -> tupl
     for label, (memory, error) in points.items():
         style = {"fillstyle": "full" if label in front else "none", "markersize": 8, "linestyle": ""}
         axes.plot([memory], [error], **(_look(styles[label]) | style))
-    axes.step(*zip(*(points[label] for label in front), strict=True), where="post", color=_GREY, linewidth=1, linestyle=":", zorder=1)
+    axes.step(
+        *zip(*(points[label] for label in front), strict=True),
+        where="post",
+        color=_GREY,
+        linewidth=1,
+        linestyle=":",
+        zorder=1,
+    )
     _scale(axes, "x", scales.choose([memory for memory, _ in points.values()], 0, 400, spread=8))
     _scale(axes, "y", scales.choose([error for _, error in points.values()], 0, 200, spread=12))
     axes.margins(x=0.16, y=0.14)
@@ -102,7 +133,9 @@ def _name(figure: "Figure", axes: "Axes", points: dict[str, tuple[float, float]]
     left, bottom, right, top = (edge / unit for edge in axes.get_window_extent().extents)
     places = {label: axes.transData.transform(point) / unit for label, point in points.items()}
     frame = svg.Frame(0.0, right - left, 0.0, top - bottom)
-    placed = svg.point_labels(frame, [(label, x - left, top - y) for label, (x, y) in places.items()], limit=right - left + 8)
+    placed = svg.point_labels(
+        frame, [(label, x - left, top - y) for label, (x, y) in places.items()], limit=right - left + 8
+    )
     for (label, point), (x, y, anchor) in zip(points.items(), placed, strict=True):
         px, py = places[label]
         offset = ((x - (px - left)) * _POINTS, ((top - py) - y) * _POINTS)
@@ -128,7 +161,9 @@ def _scale(axes: "Axes", name: Literal["x", "y"], scale: scales.Scale) -> None:
     if log:
         (axes.set_xscale if name == "x" else axes.set_yscale)("log")
     if log or not scale.log:
-        (axes.set_xticks if name == "x" else axes.set_yticks)([value for value, _ in scale.ticks], [label for _, label in scale.ticks])
+        (axes.set_xticks if name == "x" else axes.set_yticks)(
+            [value for value, _ in scale.ticks], [label for _, label in scale.ticks]
+        )
         axes.minorticks_off()
 
 

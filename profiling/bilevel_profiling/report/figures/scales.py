@@ -11,7 +11,8 @@ from .. import units
 class Scale:
     """Maps [low, high] onto [start, end], linearly or by logarithm; values outside land on the nearest end.
 
-    With `zero`, values of 0 and below stand at the very start of a logarithmic scale, and the scale proper begins a little further on.
+    With `zero`, values of 0 and below stand at the very start of a logarithmic scale, and the scale proper begins a
+    little further on.
     """
 
     low: float
@@ -26,12 +27,16 @@ class Scale:
         start = self.start + (self.end - self.start) * 0.09 if self.zero else self.start
         if self.log and value <= 0:
             return self.start
-        low, high, value = (math.log(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        low, high, value = (
+            (math.log(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        )
         share = (value - low) / (high - low)
         return start + (self.end - start) * min(1.0, max(0.0, share))
 
 
-def choose(values: Iterable[float], start: float, end: float, *, spread: float = 20.0, ticks: int = 5, from_zero: bool = True) -> Scale:
+def choose(
+    values: Iterable[float], start: float, end: float, *, spread: float = 20.0, ticks: int = 5, from_zero: bool = True
+) -> Scale:
     """A logarithmic scale where positive values differ by more than the factor `spread`, else a linear one."""
     values = list(values)
     positive = [value for value in values if value > 0]
@@ -40,8 +45,12 @@ def choose(values: Iterable[float], start: float, end: float, *, spread: float =
     return linear(values, start, end, ticks=ticks, from_zero=from_zero)
 
 
-def linear(values: Iterable[float], start: float, end: float, *, ticks: int = 5, from_zero: bool = True, tight: bool = False) -> Scale:
-    """A linear scale with ticks at multiples of 1, 2, 2.5 or 5; it ends on ticks, or, if `tight`, on the lowest and highest value."""
+def linear(
+    values: Iterable[float], start: float, end: float, *, ticks: int = 5, from_zero: bool = True, tight: bool = False
+) -> Scale:
+    """A linear scale with ticks at multiples of 1, 2, 2.5 or 5; it ends on ticks, or, if `tight`, on the lowest and
+    highest value.
+    """
     values = list(values) or [0.0]
     low, high = min(values), max(values)
     if from_zero:
@@ -69,10 +78,16 @@ def logarithmic(values: Iterable[float], start: float, end: float, *, most: int 
     if len(marks) > most:
         decades = [10.0**n for n in range(first, last + 1) if low <= 10.0**n <= high]
         every = math.ceil(len(decades) / most)
-        marks = [mark for mark in decades if round(math.log10(mark)) % every == 0] if len(decades) > 1 else marks[:: math.ceil(len(marks) / most)]
+        marks = (
+            [mark for mark in decades if round(math.log10(mark)) % every == 0]
+            if len(decades) > 1
+            else marks[:: math.ceil(len(marks) / most)]
+        )
     zero = any(value <= 0 for value in values)
     powers = any("⁻" in units.tick(mark) for mark in marks)
-    labels = ([(0.0, "0")] if zero else []) + [(mark, units.power_of_ten(mark) if powers else units.tick(mark)) for mark in marks]
+    labels = ([(0.0, "0")] if zero else []) + [
+        (mark, units.power_of_ten(mark) if powers else units.tick(mark)) for mark in marks
+    ]
     return Scale(low, high, start, end, log=True, zero=zero, ticks=tuple(labels))
 
 

@@ -35,19 +35,26 @@ def memory(group: Group) -> Axis:
     return Axis("", group.measure.name, group.measure.field, "MiB", 2.0**20)
 
 
-def error_against(group: Group, styles: Mapping[str, Style], key: str, field: str, reference: str, axis: Axis) -> Figure | None:
+def error_against(
+    group: Group, styles: Mapping[str, Style], key: str, field: str, reference: str, axis: Axis
+) -> Figure | None:
     """`field` (an error) against memory or time at the group's focus K; None where no estimator has both."""
     points = front_points(group, field, axis)
     if not points:
         return None
     ranges = _ranges(group, axis, points)
     x = scales.choose(
-        [*(m for m, _ in points.values()), *(edge for pair in ranges.values() for edge in pair)], _FRAME.left + 14, _FRAME.right - 40, spread=8
+        [*(m for m, _ in points.values()), *(edge for pair in ranges.values() for edge in pair)],
+        _FRAME.left + 14,
+        _FRAME.right - 40,
+        spread=8,
     )
     y = scales.choose([e for _, e in points.values()], _FRAME.bottom - 6, _FRAME.top + 6, spread=12)
     front = front_of(points, group.rounding)
     corners = _steps([(x(points[label][0]), y(points[label][1])) for label in front])
-    blocked = [(min(a, c) - 1, min(b, d) - 1, max(a, c) + 1, max(b, d) + 1) for (a, b), (c, d) in itertools.pairwise(corners)]
+    blocked = [
+        (min(a, c) - 1, min(b, d) - 1, max(a, c) + 1, max(b, d) + 1) for (a, b), (c, d) in itertools.pairwise(corners)
+    ]
     band = _rounding(group.rounding, y)
     if band:
         blocked.append((_FRAME.left, _FRAME.bottom - 16, _FRAME.left + 66, _FRAME.bottom))
@@ -56,23 +63,49 @@ def error_against(group: Group, styles: Mapping[str, Style], key: str, field: st
     for (label, (cost, error)), (tx, ty, anchor) in zip(points.items(), labels, strict=True):
         tip = f"{clean(label)}: {units.significant(cost)} {axis.unit}, relative error {units.significant(error)}"
         on_front = label in front
-        mark = svg.marker(styles[label], x(cost), y(error), tip, 5.2 if on_front else 4.4, "mark" if on_front else "mark hollow")
+        mark = svg.marker(
+            styles[label], x(cost), y(error), tip, 5.2 if on_front else 4.4, "mark" if on_front else "mark hollow"
+        )
         far = abs(ty - 4 - y(error)) > 11 and anchor != "middle"
-        tie = tag("path", d=f"M{decimal(x(cost))} {decimal(y(error))}L{decimal(tx)} {decimal(ty - 4)}", class_="leader") if far else ""
+        tie = (
+            tag("path", d=f"M{decimal(x(cost))} {decimal(y(error))}L{decimal(tx)} {decimal(ty - 4)}", class_="leader")
+            if far
+            else ""
+        )
         low, high = ranges.get(label, (cost, cost))
-        whisker = tag("path", d=f"M{decimal(x(low))} {decimal(y(error))}H{decimal(x(high))}", class_="whisker") if low < high else ""
+        whisker = (
+            tag("path", d=f"M{decimal(x(low))} {decimal(y(error))}H{decimal(x(high))}", class_="whisker")
+            if low < high
+            else ""
+        )
         parts.append(
-            svg.series(styles[label], whisker, tie, mark, svg.text(tx, ty, svg.clip(label), "label strong" if on_front else "label", anchor))
+            svg.series(
+                styles[label],
+                whisker,
+                tie,
+                mark,
+                svg.text(tx, ty, svg.clip(label), "label strong" if on_front else "label", anchor),
+            )
         )
     title = f"Error against {'time' if axis is TIME else 'memory'}, {reference}"
-    told = svg.described((clean(label), f"{units.significant(m)} {axis.unit}, {units.significant(e)}") for label, (m, e) in points.items())
+    told = svg.described(
+        (clean(label), f"{units.significant(m)} {axis.unit}, {units.significant(e)}")
+        for label, (m, e) in points.items()
+    )
     drawing = svg.figure(
-        key, title, told, 306, svg.axes(_FRAME, x, y, f"{axis.name}, {axis.unit}", f"relative error against the {reference}"), *parts
+        key,
+        title,
+        told,
+        306,
+        svg.axes(_FRAME, x, y, f"{axis.name}, {axis.unit}", f"relative error against the {reference}"),
+        *parts,
     )
     k = f"K = {group.focus:,}. " if group.focus is not None else ""
     equal = f" Errors below {units.tick(group.rounding)} are {clean(group.records[0].dtype).removeprefix('torch.')} rounding and count as equal."
     note = f"{k}Lower left is better. Filled, on the line: the Pareto front, which nothing beats in both."
-    note += " Thin bars: the fastest to the slowest call; where they overlap, the order means nothing." if ranges else ""
+    note += (
+        " Thin bars: the fastest to the slowest call; where they overlap, the order means nothing." if ranges else ""
+    )
     return Figure(key, title, note + (equal if min(e for _, e in points.values()) < group.rounding else ""), drawing)
 
 
@@ -123,5 +156,7 @@ def _rounding(limit: float, y: scales.Scale) -> Markup:
     if not y.log or y.low >= limit:
         return Markup()
     top = y(limit)
-    band = tag("rect", x=_FRAME.left, y=top, width=_FRAME.right - _FRAME.left, height=_FRAME.bottom - top, class_="band")
+    band = tag(
+        "rect", x=_FRAME.left, y=top, width=_FRAME.right - _FRAME.left, height=_FRAME.bottom - top, class_="band"
+    )
     return tag("g", band, svg.text(_FRAME.left + 6, _FRAME.bottom - 6, "rounding", "tick"))

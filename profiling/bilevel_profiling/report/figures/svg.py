@@ -40,7 +40,9 @@ def figure(key: str, title: str, description: str, height: float, *parts: object
 
 
 def axes(frame: Frame, x: Scale, y: Scale, x_label: str, y_label: str) -> Markup:
-    """Horizontal grid lines with the values of y, ticks of x, and what both mean (the meaning of y stands above the axis)."""
+    """Horizontal grid lines with the values of y, ticks of x, and what both mean (the meaning of y stands above the
+    axis).
+    """
     parts: list[Markup] = [text(0.0, frame.top - 14, y_label, "ax-name")]
     for value, label in y.ticks:
         place = y(value)
@@ -99,9 +101,13 @@ def label_room(labels: Iterable[str]) -> float:
 
 
 def end_labels(frame: Frame, ends: Sequence[tuple[str, Style, float, float]]) -> Markup:
-    """Labels to the right of the frame, each tied to the end (x, y) of its line, moved apart where they would overlap."""
+    """Labels to the right of the frame, each tied to the end (x, y) of its line, moved apart where they would
+    overlap.
+    """
     lowest = frame.bottom + 4
-    places = spread([y for _, _, _, y in ends], min(LINE, (lowest - frame.top + 8) / max(1, len(ends))), frame.top - 4, lowest)
+    places = spread(
+        [y for _, _, _, y in ends], min(LINE, (lowest - frame.top + 8) / max(1, len(ends))), frame.top - 4, lowest
+    )
     parts = []
     for (label, style, x, y), place in zip(ends, places, strict=True):
         tie = f"M{decimal(x + 6)} {decimal(y)}L{decimal(frame.right + 6)} {decimal(y)}L{decimal(frame.right + 14)} {decimal(place)}"
@@ -133,10 +139,11 @@ Box = tuple[float, float, float, float]
 def point_labels(
     frame: Frame, points: Sequence[tuple[str, float, float]], lines: Sequence[Box] = (), limit: float = WIDTH
 ) -> list[tuple[float, float, str]]:
-    """(x, y, anchor) of a label for each point: of several places around it, a near one that covers no point and no other label.
+    """(x, y, anchor) of a label for each point: of several places around it, a near one that covers no point and no
+    other label.
 
-    Labels end before `limit`. Covering one of `lines` is not forbidden but costs as much as standing a line of text further away. Labels
-    are placed one by one, then each is placed anew a few times, as the others now stand.
+    Labels end before `limit`. Covering one of `lines` is not forbidden but costs as much as standing a line of text
+    further away. Labels are placed one by one, then each is placed anew a few times, as the others now stand.
     """
     marks = [(x - 6, y - 6, x + 6, y + 6) for _, x, y in points]
     placed: dict[int, tuple[tuple[float, float, str], Box]] = {}
@@ -153,7 +160,11 @@ def point_labels(
 
 def _cost(box: Box, frame: Frame, limit: float, others: Sequence[Box], lines: Sequence[Box]) -> float:
     outside = box[0] < frame.left or box[2] > limit or box[1] < frame.top - 12 or box[3] > frame.bottom + 2
-    return 1000 * outside + 100 * sum(_overlap(box, other) for other in others) + 7 * any(_overlap(box, other) for other in lines)
+    return (
+        1000 * outside
+        + 100 * sum(_overlap(box, other) for other in others)
+        + 7 * any(_overlap(box, other) for other in lines)
+    )
 
 
 _PLACES = [

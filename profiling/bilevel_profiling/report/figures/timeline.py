@@ -1,6 +1,7 @@
 """Bytes alive over the operations of one call, colored by phase: a panel an estimator, all on one scale of memory.
 
-A panel is a static picture that tells its peak. What a script needs to tell any other point lies beside it as JSON: see `_data` and page.js.
+A panel is a static picture that tells its peak. What a script needs to tell any other point lies beside it as JSON: see
+`_data` and page.js.
 """
 
 import json
@@ -23,7 +24,9 @@ _MOST_POINTS = 200
 
 
 def timelines(group: Group, key: str) -> Figure | None:
-    """One panel an estimator at the group's focus K, or at the largest at which it has a timeline; None where no record has one."""
+    """One panel an estimator at the group's focus K, or at the largest at which it has a timeline; None where no record
+    has one.
+    """
     runs = group.chosen(lambda record: record.timeline)
     if not runs:
         return None
@@ -34,15 +37,27 @@ def timelines(group: Group, key: str) -> Figure | None:
     y = scales.linear([0.0, top], frame.bottom, frame.top, ticks=3 if len(runs) > 2 else 5)
     panels = []
     for number, (label, record) in enumerate(runs.items()):
-        name = clean(label) if len(steps) == 1 or record.inner_steps is None else f"{clean(label)}, K = {record.inner_steps:,}"
+        name = (
+            clean(label)
+            if len(steps) == 1 or record.inner_steps is None
+            else f"{clean(label)}, K = {record.inner_steps:,}"
+        )
         panels.append(_panel(record, frame, y, f"{key}-{number}", name, (width, height)))
     first = next(iter(steps))
-    note = (f"K = {first:,}. " if len(steps) == 1 and first is not None else "") + "MiB of tensors made by the call and alive, against operations."
+    note = (
+        f"K = {first:,}. " if len(steps) == 1 and first is not None else ""
+    ) + "MiB of tensors made by the call and alive, against operations."
     note += " All panels share one scale of memory; each has its own of operations." if len(runs) > 1 else ""
     seen = {point[2] for record in runs.values() for point in record.timeline}
     legend = tuple(phase for phase in PHASES if phase in seen)
     title = "Memory over one step" if legend else "Memory over one call"
-    return Figure(key, title, note, panels=tuple(panels), legend=legend + (("outside of the phases",) if legend and seen - set(PHASES) else ()))
+    return Figure(
+        key,
+        title,
+        note,
+        panels=tuple(panels),
+        legend=legend + (("outside of the phases",) if legend and seen - set(PHASES) else ()),
+    )
 
 
 def thinned(timeline: Sequence[Point], most: int = _MOST_POINTS) -> list[Point]:
@@ -81,7 +96,9 @@ def _panel(record: Record, frame: svg.Frame, y: scales.Scale, key: str, name: st
     tip = f"peak {said} at operation {peak[0]:,}" + (f": {at}" if at else "")
     parts.append(tag("circle", tag("title", tip), cx=px, cy=py, r=3.0, class_="peak"))
     right = px > (frame.left + frame.right) / 2
-    parts.append(svg.text(px + (-7 if right else 7), max(12.0, py - 6), said, "label strong", "end" if right else "start"))
+    parts.append(
+        svg.text(px + (-7 if right else 7), max(12.0, py - 6), said, "label strong", "end" if right else "start")
+    )
     parts.append(svg.text(frame.right, frame.bottom + 17, f"{last - first:,} operations", "tick", "end"))
     line = tag("path", d=f"M0 {decimal(frame.top)}V{decimal(frame.bottom)}")
     parts.append(tag("g", line, tag("circle", cx=0.0, cy=0.0, r=3.6), class_="cursor"))
@@ -91,7 +108,9 @@ def _panel(record: Record, frame: svg.Frame, y: scales.Scale, key: str, name: st
 
 
 def _data(points: Sequence[Point], x: Sequence[float], y: Sequence[float]) -> str:
-    """The drawn points as JSON: the axes (start, end, low, high), operations, bytes, and for each point its place in the list of names."""
+    """The drawn points as JSON: the axes (start, end, low, high), operations, bytes, and for each point its place in
+    the list of names.
+    """
     names = list(dict.fromkeys(where(point) for point in points))
     place = {name: number for number, name in enumerate(names)}
     content = {
@@ -106,7 +125,9 @@ def _data(points: Sequence[Point], x: Sequence[float], y: Sequence[float]) -> st
 
 
 def _areas(points: Sequence[Point], x: scales.Scale, y: scales.Scale) -> list[Markup]:
-    """One filled area for each stretch of a phase; it reaches to the next stretch's first point, so that there are no gaps."""
+    """One filled area for each stretch of a phase; it reaches to the next stretch's first point, so that there are no
+    gaps.
+    """
     areas, start = [], 0
     for end in range(1, len(points) + 1):
         if end < len(points) and points[end][2] == points[start][2]:
