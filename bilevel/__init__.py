@@ -3,6 +3,13 @@
 The problem is written once, every estimator of the hypergradient is one argument. See `hypergradient`.
 """
 
+from bilevel import estimators as estimators
+from bilevel import inner as inner
+from bilevel import linear as linear
+from bilevel import optim as optim
+from bilevel import outer as outer
+from bilevel import tasks as tasks
+from bilevel.adapt import adapt as adapt
 from bilevel.batches import Batches as Batches
 from bilevel.batches import PerStep as PerStep
 from bilevel.estimators import Estimator as Estimator
@@ -10,6 +17,7 @@ from bilevel.estimators import FirstOrder as FirstOrder
 from bilevel.estimators import FirstOrderCorrected as FirstOrderCorrected
 from bilevel.estimators import Implicit as Implicit
 from bilevel.estimators import MemoryReduced as MemoryReduced
+from bilevel.estimators import Path as Path
 from bilevel.estimators import Unrolled as Unrolled
 from bilevel.functional import functional as functional
 from bilevel.hypergradient import hypergradient as hypergradient
@@ -27,6 +35,7 @@ from bilevel.optim import SGD as SGD
 from bilevel.optim import Adam as Adam
 from bilevel.optim import AdamW as AdamW
 from bilevel.optim import Optimizer as Optimizer
+from bilevel.outcome import Adapted as Adapted
 from bilevel.outcome import BilevelError as BilevelError
 from bilevel.outcome import Hypergradient as Hypergradient
 from bilevel.outcome import LinearSolution as LinearSolution

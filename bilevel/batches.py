@@ -62,8 +62,12 @@ class Batches:
         inner: one batch that every inner step sees (any object: a DataLoader's list `[x, y]` is one batch), or
             `PerStep(batches)`.
         outer: the batch of the outer loss.
-        curvature: the inner batch at which implicit and corrected estimators take derivatives of g at the solution.
-            None: `inner` itself, or the last batch of `PerStep`, which the solution has seen least of.
+        curvature: the inner batch at which implicit and corrected estimators take derivatives of g at the solution: one
+            batch, or `PerStep`, of which they take the batch of the last step. None: `inner` itself, or the last batch
+            of `PerStep`, which the solution has seen least of. `Unrolled` differentiates the steps that ran, without it.
+        index: the identity of the batch (rows of a data set, an epoch and a position, ...): any object, handed on to
+            whoever needs it; losses do not see it.
+        task_ids: with `TaskMean`, the identity of each task: a tensor or list of length T, sliced with the tasks.
 
     Example:
         >>> import bilevel as bl
@@ -74,11 +78,19 @@ class Batches:
     inner: Any
     outer: Any
     curvature: Any = None
+    index: Any = None
+    task_ids: Any = None
 
     def inner_at(self, step: int) -> Any:
         """The inner batch of a step."""
         return self.inner[step] if isinstance(self.inner, PerStep) else self.inner
 
+    def curvature_at(self, step: int) -> Any:
+        """The batch of derivatives at the point that a step ends at."""
+        if self.curvature is None:
+            return self.inner_at(step)
+        return self.curvature[step] if isinstance(self.curvature, PerStep) else self.curvature
+
     def at_solution(self, steps: int) -> Any:
         """The inner batch for derivatives at the solution found after `steps` steps."""
-        return self.curvature if self.curvature is not None else self.inner_at(max(steps - 1, 0))
+        return self.curvature_at(max(steps - 1, 0))

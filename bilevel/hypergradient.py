@@ -1,6 +1,9 @@
 """hypergradient(): the one entry point. Arguments are checked here and nowhere deeper."""
 
+import contextlib
+import dataclasses
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +12,8 @@ from torch import Tensor
 from bilevel.batches import Batches, PerStep
 from bilevel.engine import autodiff, spans
 from bilevel.estimators.base import Estimator, Instance
+from bilevel.estimators.run import estimated
+from bilevel.estimators.state import State
 from bilevel.inner.base import InnerSolver
 from bilevel.outcome import Hypergradient, Status, code_if, worst
 from bilevel.problem import Problem
@@ -58,45 +63,80 @@ def hypergradient(
         >>> hg.grad
         {'target': tensor([1., 1.])}
     """
-    _check_parts(problem, batches, solver, estimator)
-    _check_variables(outer, inner, problem)
-    _check_steps(batches, solver)
+    check_arguments("hypergradient", problem, outer, inner, batches, solver)
+    _check_kind("hypergradient", "estimator", estimator, Estimator, "bilevel.Implicit(bilevel.CG(max_steps=10))")
     instance = Instance(problem, tree.detach(outer), None if inner is None else tree.detach(inner), batches, solver)
     calls = spans.Calls()
-    with torch.enable_grad(), spans.listen(calls):
-        estimate = estimator.estimate(instance, state)
-    xs, names = tree.tensors(instance.outer), tree.names(instance.outer)
-    unused = [name for name, leaf in zip(names, estimate.grad, strict=True) if leaf is None]
-    if unused:
+    with prepared(), spans.listen(calls):
+        estimate = estimated(estimator, instance, state)
+    names = tree.names(instance.outer)
+    if estimate.unused:
         warnings.warn(
-            f"outer variable {', '.join(unused)} influences neither loss: its hypergradient is zero. Is it used in "
-            f"inner_loss or outer_loss, from the `outer` argument and not from a copy of it?",
+            f"outer variable {', '.join(names[i] for i in sorted(estimate.unused))} influences neither loss: its "
+            f"hypergradient is zero. Is it used in inner_loss or outer_loss, from the `outer` argument and not from a "
+            f"copy of it?",
             stacklevel=2,
         )
-    given = {leaf.untyped_storage()._cdata for leaf in (*xs, *tree.tensors(instance.inner))}
-    grad = _owned([leaf.detach() for leaf in autodiff.filled(estimate.grad, xs)], given)
+    xs = tree.tensors(instance.outer)
+    own = Owned([*xs, *tree.tensors(instance.inner)])
+    grad = own.leaves([leaf.detach() for leaf in autodiff.filled(estimate.grad, xs)])
     sound = tree.finite([*grad, estimate.outer_loss, estimate.inner_loss])
     return Hypergradient(
         grad=tree.like(instance.outer, grad),
-        inner=tree.like(estimate.inner, _owned(tree.tensors(estimate.inner), given)),
-        outer_loss=estimate.outer_loss,
-        inner_loss=estimate.inner_loss.detach(),
-        state=estimate.state,
+        inner=own.tree(estimate.inner),
+        outer_loss=own.tensor(estimate.outer_loss.detach().mean()),
+        inner_loss=own.tensor(estimate.inner_loss.detach().mean()),
+        state=None if estimate.state is None else own.state(estimate.state),
+        next_inner=None if estimate.next_inner is None else own.tree(tree.detach(estimate.next_inner)),
         stats={"calls": calls.calls, **{name: value for name, value in estimate.stats.items() if value is not None}},
         code=_most_telling(estimate.code, code_if(~sound, Status.NONFINITE)),
     )
 
 
-def _owned(leaves: list[Tensor], given: set[int]) -> list[Tensor]:
-    """Tensors that may be changed in place: autograd returns expanded tensors and the same tensor twice, zero steps
-    return the start itself.
+@contextlib.contextmanager
+def prepared() -> Iterator[None]:
+    """The modes in which derivatives are taken, whatever the caller's are.
+
+    Inside an open autocast its cache of cast leaves is off: it would keep every y_k until the user's block ends.
     """
-    seen, owned = set(given), list[Tensor]()
-    for leaf in leaves:
-        shared = leaf.untyped_storage()._cdata in seen or not leaf.is_contiguous()
-        owned.append(leaf.clone(memory_format=torch.contiguous_format) if shared else leaf)
-        seen.add(owned[-1].untyped_storage()._cdata)
-    return owned
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+class Owned:
+    """Tensors that may be changed in place: no result shares memory with an argument or with another result.
+
+    autograd returns expanded tensors and the same tensor twice, zero steps return the start itself, a state holds the
+    inner variable that is returned beside it.
+    """
+
+    def __init__(self, given: Sequence[Tensor]) -> None:
+        self._seen = {leaf.untyped_storage()._cdata for leaf in given}
+
+    def tensor(self, leaf: Tensor) -> Tensor:
+        """The tensor, or a copy."""
+        shared = leaf.untyped_storage()._cdata in self._seen or not leaf.is_contiguous()
+        owned = leaf.clone(memory_format=torch.contiguous_format) if shared else leaf
+        self._seen.add(owned.untyped_storage()._cdata)
+        return owned
+
+    def leaves(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """Likewise for several."""
+        return [self.tensor(leaf) for leaf in leaves]
+
+    def tree(self, value: Tree) -> Tree:
+        """Likewise for the tensors of a tree."""
+        return tree.tree_map(lambda leaf: self.tensor(leaf) if isinstance(leaf, Tensor) else leaf, value)
+
+    def state(self, state: State) -> State:
+        """Likewise for the fields of a state."""
+        fields = {field.name: self.tree(getattr(state, field.name)) for field in dataclasses.fields(state)}
+        return dataclasses.replace(state, **fields)
 
 
 def set_grad(outer: Tree, grad: Tree) -> None:
@@ -148,27 +188,41 @@ def _most_telling(code: Tensor | int, nonfinite: Tensor) -> Tensor:
     return torch.where(code >= Status.NOT_CONTRACTIVE.code, code, worst(code, nonfinite))
 
 
-def _check_parts(problem: Any, batches: Any, solver: Any, estimator: Any) -> None:
-    for name, value, kind, write in (
-        ("problem", problem, Problem, "bilevel.Problem(inner_loss, outer_loss)"),
-        ("batches", batches, Batches, "bilevel.Batches(inner=..., outer=...)"),
-        ("solver", solver, InnerSolver, "bilevel.Descent(bilevel.SGD(lr=0.1), steps=20)"),
-        ("estimator", estimator, Estimator, "bilevel.Implicit(bilevel.CG(max_steps=10))"),
-    ):
-        if not isinstance(value, kind):
-            given = f"the class {value.__name__} itself" if isinstance(value, type) else f"a {type(value).__name__}"
-            raise TypeError(f"hypergradient() was given {given} as {name}; {write} was needed")
+def check_arguments(who: str, problem: Any, outer: Tree, inner: Tree | None, batches: Any, solver: Any) -> None:
+    """Raise TypeError or ValueError unless these arguments describe a bilevel problem that can be solved."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(f"{who}() was called under torch.inference_mode(), where nothing has a gradient. Leave it out")
+    _check_kind(who, "problem", problem, Problem, "bilevel.Problem(inner_loss, outer_loss)")
+    _check_kind(who, "batches", batches, Batches, "bilevel.Batches(inner=..., outer=...)")
+    _check_kind(who, "solver", solver, InnerSolver, "bilevel.Descent(bilevel.SGD(lr=0.1), steps=20)")
+    _check_variables(who, outer, inner, problem)
+    for name, batch in (("Batches.inner", batches.inner), ("Batches.outer", batches.outer)):
+        if any(leaf.is_inference() for leaf in tree.tensors(batch)):
+            raise ValueError(_INFERENCE.format(name=name))
+    _check_steps(batches, solver)
 
 
-def _check_variables(outer: Tree, inner: Tree | None, problem: Problem) -> None:
+_INFERENCE = (
+    "{name} was made under torch.inference_mode(), and such tensors cannot take part in derivatives. Make it under "
+    "torch.no_grad() instead, or pass {name}.clone()"
+)
+
+
+def _check_kind(who: str, name: str, value: Any, kind: type, write: str) -> None:
+    if not isinstance(value, kind):
+        given = f"the class {value.__name__} itself" if isinstance(value, type) else f"a {type(value).__name__}"
+        raise TypeError(f"{who}() was given {given} as {name}; {write} was needed")
+
+
+def _check_variables(who: str, outer: Tree, inner: Tree | None, problem: Problem) -> None:
     if inner is None and problem.init is None:
         raise ValueError(
-            "hypergradient() was given inner=None and a problem without init, so y has no start. Pass the start as "
+            f"{who}() was given inner=None and a problem without init, so y has no start. Pass the start as "
             "inner, or write Problem(..., init=lambda outer, batch: ...)"
         )
     if inner is not None and problem.init is not None:
         raise ValueError(
-            "hypergradient() was given inner and a problem with init, which is one start too many. Pass inner=None, or "
+            f"{who}() was given inner and a problem with init, which is one start too many. Pass inner=None, or "
             "leave init out"
         )
     seen: dict[tuple[torch.device, torch.dtype], str] = {}
@@ -197,6 +251,12 @@ def _check_variables(outer: Tree, inner: Tree | None, problem: Problem) -> None:
                 raise TypeError(
                     f"{variable} {name} has dtype {leaf.dtype}; only floating tensors can be differentiated. Convert "
                     f"it with .float(), or pass it in the batch"
+                )
+            if leaf.is_inference():
+                raise ValueError(_INFERENCE.format(name=f"{variable} {name}"))
+            if leaf.layout is not torch.strided:
+                raise TypeError(
+                    f"{variable} {name} is a sparse tensor ({leaf.layout}); dense tensors were needed. Write .to_dense()"
                 )
             seen.setdefault((leaf.device, leaf.dtype), f"{variable} {name}")
     if len(seen) > 1:

@@ -1,6 +1,7 @@
 """iterate(): the optional outer loop, as a generator, so that the loop body stays the user's."""
 
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -78,7 +79,7 @@ def iterate(
         ValueError: `optimizer` holds none of the tensors of `outer`.
 
     Warns:
-        UserWarning: a tolerated failure.
+        UserWarning: a tolerated failure, each time; an unstable inner loop, once.
 
     Example:
         >>> import itertools, torch, bilevel as bl
@@ -95,6 +96,12 @@ def iterate(
             f"iterate() was given a {type(optimizer).__name__} as optimizer; a torch.optim optimizer over outer was "
             f"needed, such as torch.optim.Adam(outer.values(), lr=0.01) (bilevel.SGD and its kin are for the inner "
             f"variable)"
+        )
+    if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
+        raise TypeError(
+            f"iterate() was given {type(optimizer).__name__} as optimizer, whose step needs a closure that evaluates "
+            f"the loss again; iterate() makes one hypergradient a step. Use torch.optim.Adam or SGD, or call "
+            f"hypergradient() and set_grad() in a closure of your own"
         )
     check_movable(outer)
     held = {id(x) for group in optimizer.param_groups for x in group["params"]}
@@ -118,6 +125,7 @@ def _steps(
     state: Any,
     tolerate: Collection[Status],
 ) -> Iterator[Step]:
+    warned = False
     for index, batches in enumerate(loader):
         if not isinstance(batches, Batches):
             raise TypeError(
@@ -136,11 +144,12 @@ def _steps(
                 raise BilevelError(
                     f"outer step {index}: {status.name}: {status.value} The outer variable was not moved by this step."
                 )
-            if status.failed:
+            if status.failed or (status is Status.INNER_UNSTABLE and not warned):
                 warnings.warn(f"iterate() stepped through {status.name}: {status.value}", stacklevel=2)
+                warned = True
             set_grad(outer, found.grad)
             optimizer.step()
         state = found.state
         if carry and problem.init is None:
-            inner = tree.detach(found.inner)
+            inner = tree.detach(found.inner if found.next_inner is None else found.next_inner)
         yield Step(index, found)

@@ -31,6 +31,11 @@ class Status(enum.Enum):
         "The inner loss ended at more than twice its starting value: the inner loop is moving away from a solution. "
         "Lower the step size of the inner optimizer, or take fewer steps."
     )
+    INNER_UNSTABLE = (
+        "The inner loop is unstable: its loss rose over many of its steps, or errors grow so much along its trajectory that "
+        "few digits of the hypergradient are left: see stats['inner_rise'] and stats['digits']. Lower the step size of the "
+        "inner optimizer, take fewer steps, or compute in float64."
+    )
     MAX_STEPS = (
         "The linear solver used all its steps before the residual met its tolerance, so the hypergradient is "
         "approximate: see stats['linear_residual']. Give it more steps, a larger tol, or some damping."
@@ -48,6 +53,11 @@ class Status(enum.Enum):
         "there, so y is not a minimizer and the implicit hypergradient is not defined. The solver stopped at its last "
         "safe iterate. Take more inner steps, add damping or a proximal term, or use Unrolled or FirstOrderCorrected, "
         "which do not need a definite Hessian."
+    )
+    STOPPED_EARLY = (
+        "The inner solver stopped after so few steps that backpropagating through them does not see how the solution "
+        "depends on the outer variable: see stats['cotangent_left']. Use Implicit or FirstOrderCorrected, which "
+        "differentiate the solution itself, or Descent with a fixed number of steps."
     )
     BREAKDOWN = "The linear system is singular to working precision. Add damping, or a regularizer to the inner loss."
     UNSOLVED = (
@@ -113,8 +123,9 @@ class Solution:
     """What an inner solver found.
 
     `inner` has the structure of the start; `steps` counts updates made; `first_loss`, `last_loss` are the inner loss at
-    the first and at the last point where a gradient was taken (None for zero steps); `residual` is the gradient norm
-    there (one number a task), for solvers that look at it.
+    the first and at the last point where a gradient was taken, per task (None for zero steps); `residual` is the norm of
+    the stationarity there per task, for solvers that look at it; `rise` is the part of all the motion of the inner loss
+    that went up, per task, and `unsteady` whether that says that the steps are too long.
     """
 
     inner: Tree
@@ -123,6 +134,8 @@ class Solution:
     first_loss: Tensor | None = None
     last_loss: Tensor | None = None
     residual: Tensor | None = None
+    rise: Tensor | None = None
+    unsteady: Tensor | None = None
 
     @property
     def status(self) -> Status:
@@ -160,6 +173,7 @@ class Hypergradient:
         inner_loss: g at `inner` on the last inner batch, a 0-dim tensor (the mean over tasks).
         state: what the estimator carries to the next call (warm starts); pass it back as `state=`. None if it carries
             nothing.
+        next_inner: where the next call's inner loop is to start; None where that is at `inner`.
         stats: `calls` (oracle calls by name), `inner_steps`, and, where they apply, `linear_residual`, `linear_steps`,
             `inner_residual`, ... as numbers or tensors.
         code: the status as an integer tensor, not yet waited for.
@@ -172,6 +186,7 @@ class Hypergradient:
     state: Any = None
     stats: dict[str, Any] = dataclasses.field(default_factory=dict)
     code: Tensor | int = 0
+    next_inner: Tree | None = None
 
     @property
     def status(self) -> Status:
@@ -187,6 +202,37 @@ class Hypergradient:
         Raises:
             BilevelError: with the sentence of the status.
         """
-        status = self.status
-        if status.failed or (strict and status is not Status.OK):
-            raise BilevelError(f"{status.name}: {status.value}")
+        _raise_if_failed(self.status, strict=strict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """The result of `adapt`.
+
+    Attributes:
+        inner: the adapted inner variable, detached; with tasks, every tensor has a leading task dimension.
+        inner_loss: g at `inner` on the last inner batch, per task: a 0-dim tensor, or of shape (T,).
+        outer_loss: f at `inner` likewise; None if it was not asked for.
+        stats: `calls` (oracle calls by name), `inner_steps`, and, where they apply, `inner_residual`, `inner_rise`.
+        code: the status as an integer tensor, not yet waited for.
+    """
+
+    inner: Tree
+    inner_loss: Tensor
+    outer_loss: Tensor | None
+    stats: dict[str, Any] = dataclasses.field(default_factory=dict)
+    code: Tensor | int = 0
+
+    @property
+    def status(self) -> Status:
+        """How the computation ended; waits for the GPU."""
+        return status_of(self.code)
+
+    def raise_if_failed(self, *, strict: bool = False) -> None:
+        """Raise BilevelError if the inner variable must not be used; `strict`: also when a tolerance was not met."""
+        _raise_if_failed(self.status, strict=strict)
+
+
+def _raise_if_failed(status: Status, *, strict: bool) -> None:
+    if status.failed or (strict and status is not Status.OK):
+        raise BilevelError(f"{status.name}: {status.value}")

@@ -57,7 +57,8 @@ def grad(
     except (RuntimeError, NotImplementedError) as error:
         raise _explained(error) from error
     for i, gradient in zip(wanted, gradients, strict=True):
-        found[i] = gradient
+        # An embedding with sparse=True; optimizers and products are written for dense ones.
+        found[i] = gradient.to_dense() if gradient is not None and gradient.layout is not torch.strided else gradient
     return tuple(found)
 
 
@@ -83,22 +84,30 @@ _MISSING = (
 
 
 def _explained(error: Exception) -> Exception:
+    if "double backward" in str(error) and ("compile" in str(error) or "aot_autograd" in str(error)):
+        return not_twice_differentiable("torch.compile", compiled=True)
     for pattern in _MISSING:
         match = pattern.search(str(error))
         if match:
-            name = match["name"]
-            if "attention" in name:
-                remedy = (
-                    "    from torch.nn.attention import SDPBackend, sdpa_kernel\n"
-                    "    with sdpa_kernel(SDPBackend.MATH): hg = bilevel.hypergradient(...)"
-                )
-            elif "rnn" in name:
-                remedy = "    with torch.backends.cudnn.flags(enabled=False): hg = bilevel.hypergradient(...)"
-            else:
-                remedy = "    replace the operator in the loss by one made of differentiable torch operations"
-            return NotTwiceDifferentiableError(
-                f"the operator {name} has no second derivative, and this estimator needs one. Either take an estimator "
-                f"that needs no double backward, estimator=bilevel.FirstOrderCorrected() or bilevel.FirstOrder(), or "
-                f"switch the operator off:\n{remedy}"
-            )
+            return not_twice_differentiable(match["name"])
     return error
+
+
+def not_twice_differentiable(name: str, *, compiled: bool = False) -> NotTwiceDifferentiableError:
+    """The error for an operator without a second derivative, with the estimators that need none and the remedy."""
+    if compiled:
+        remedy = "    write the loss with the module or function that was given to torch.compile, not with its result"
+    elif "attention" in name:
+        remedy = (
+            "    from torch.nn.attention import SDPBackend, sdpa_kernel\n"
+            "    with sdpa_kernel(SDPBackend.MATH): hg = bilevel.hypergradient(...)"
+        )
+    elif "rnn" in name:
+        remedy = "    with torch.backends.cudnn.flags(enabled=False): hg = bilevel.hypergradient(...)"
+    else:
+        remedy = "    replace the operator in the loss by one made of differentiable torch operations"
+    return NotTwiceDifferentiableError(
+        f"the operator {name} has no second derivative, and this estimator needs one. Either take an estimator that "
+        f"needs no double backward, estimator=bilevel.FirstOrderCorrected() or bilevel.FirstOrder(), or switch the "
+        f"operator off:\n{remedy}"
+    )

@@ -1,51 +1,59 @@
-"""Replay of random numbers: a rebuilt step draws what the first pass drew.
+"""Random numbers once more: a rebuilt step draws what the first pass drew.
 
-A state is read before each step and kept only when it moved, so a loss without randomness costs one state in all.
+A generator's state is read where a step may be rebuilt, and kept with what is needed to rebuild it. A state that equals
+the one before is shared, so a loss without randomness costs one state in all.
 """
 
+import dataclasses
+
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 
-class Replay:
-    """The random states before steps 0, 1, 2, ... of one pass, on the CPU and on the device that the variables live
-    on.
+@dataclasses.dataclass(frozen=True)
+class State:
+    """The generators' states at one moment.
+
+    torch makes them below its dispatcher, where no meter sees them; `carriers` are tensors of the same size that are
+    seen. On real tensors they hold the numbers themselves, on fake ones they stand for them.
     """
+
+    numbers: tuple[Tensor, ...]
+    carriers: tuple[Tensor, ...] = ()
+
+
+class Generators:
+    """The generators that a loss draws from: the CPU's, and that of the device the variables live on."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
-        self._states: list[tuple[torch.Tensor, ...]] = []
-        self._end: tuple[torch.Tensor, ...] | None = None
 
-    def record(self) -> None:
-        """Remember the state before the next step."""
-        self._states.append(self._current(self._states[-1] if self._states else None))
-
-    def finish(self) -> None:
-        """Remember the state after the last step; `end` goes back to it."""
-        self._end = self._current(self._states[-1] if self._states else None)
-
-    def seek(self, step: int) -> None:
-        """Go to the state before `step`."""
-        self._set(self._states[step])
-
-    def end(self) -> None:
-        """Leave the random state as if nothing had been replayed."""
-        if self._end is not None:
-            self._set(self._end)
-
-    def _current(self, last: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:
-        state = (
-            (torch.get_rng_state(),)
-            if self._cuda is None
-            else (torch.get_rng_state(), torch.cuda.get_rng_state(self._cuda))
-        )
+    def peek(self) -> State:
+        """The present state, to go back to soon."""
         with _disable_current_modes():  # a state is real also where tensors are fake
-            return (
-                last if last is not None and all(torch.equal(a, b) for a, b in zip(state, last, strict=True)) else state
-            )
+            numbers = (torch.get_rng_state(),)
+            return State(numbers if self._cuda is None else (*numbers, torch.cuda.get_rng_state(self._cuda)))
 
-    def _set(self, state: tuple[torch.Tensor, ...]) -> None:
-        torch.set_rng_state(state[0])
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(state[1], self._cuda)
+    def state(self, last: State | None = None) -> State:
+        """The present state, to be kept; `last` itself if nothing was drawn since."""
+        state = self.peek()
+        if last is not None and self.same(state, last):
+            return last
+        carriers = tuple(torch.empty(number.numel(), dtype=torch.uint8) for number in state.numbers)
+        if type(carriers[0]) is not Tensor:
+            return State(state.numbers, carriers)
+        return State(tuple(carrier.copy_(number) for carrier, number in zip(carriers, state.numbers, strict=True)))
+
+    @staticmethod
+    def same(one: State, other: State) -> bool:
+        """Whether nothing was drawn between two states."""
+        with _disable_current_modes():
+            return all(torch.equal(a, b) for a, b in zip(one.numbers, other.numbers, strict=True))
+
+    def set(self, state: State) -> None:
+        """Go back to a state."""
+        with _disable_current_modes():
+            torch.set_rng_state(state.numbers[0])
+            if self._cuda is not None:
+                torch.cuda.set_rng_state(state.numbers[1], self._cuda)

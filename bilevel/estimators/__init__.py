@@ -3,8 +3,11 @@
 from bilevel.estimators.base import Estimate as Estimate
 from bilevel.estimators.base import Estimator as Estimator
 from bilevel.estimators.base import Instance as Instance
+from bilevel.estimators.base import Path as Path
 from bilevel.estimators.implicit.implicit import Implicit as Implicit
 from bilevel.estimators.implicit.memory_reduced import MemoryReduced as MemoryReduced
 from bilevel.estimators.penalty.first_order_corrected import FirstOrderCorrected as FirstOrderCorrected
 from bilevel.estimators.reverse.first_order import FirstOrder as FirstOrder
 from bilevel.estimators.reverse.unrolled import Unrolled as Unrolled
+from bilevel.estimators.state import State as State
+from bilevel.estimators.state import per_task as per_task

@@ -1,21 +1,36 @@
-"""The contract of an estimator, and what it is given."""
+"""The contract of an estimator, what it is given, and the one way in which it ends."""
 
 import abc
 import dataclasses
-from collections.abc import Callable
+import enum
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bilevel._strategy import Strategy
 from bilevel.batches import Batches, PerStep
-from bilevel.engine import autodiff, oracles, spans
-from bilevel.inner.base import Gradient, InnerSolver, Visit
-from bilevel.outcome import NotTwiceDifferentiableError, Solution
+from bilevel.engine import spans
+from bilevel.engine.base import Engine
+from bilevel.engine.oracles import At, Oracles, restless
+from bilevel.estimators.state import State, checked
+from bilevel.inner.base import InnerSolver
+from bilevel.inner.loop import Visit, run
+from bilevel.outcome import Solution, Status, code_if, worst
 from bilevel.problem import Problem
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
+
+
+class Path(enum.Enum):
+    """How an outer tensor acts. The value names the path in messages."""
+
+    INNER_LOSS = "the inner loss"
+    OUTER_LOSS = "the outer loss"
+    START = "the start of the inner loop (Problem.init)"
+    HYPERPARAMETER = "a hyper-parameter of the inner optimizer"
+    STATIONARITY = "a term that the inner optimizer adds to the inner gradient (weight decay)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,42 +42,117 @@ class Instance:
     inner: Tree | None
     batches: Batches
     solver: InnerSolver
+    tasks: int | None = None
+    engine: Engine | None = None
 
-    def start(self) -> Tree:
-        """y_0, without a graph."""
-        return oracles.start(self.problem, self.outer, self.batches.inner_at(0)) if self.inner is None else self.inner
-
-    def embedding(self) -> Callable[[int], oracles.Embedding]:
-        """The embedded batch of a step: made once when every step sees the same batch."""
-        if isinstance(self.batches.inner, PerStep):
-            return lambda step: oracles.Embedding(self.problem, self.outer, self.batches.inner_at(step))
-        once = oracles.Embedding(self.problem, self.outer, self.batches.inner)
-        return lambda step: once
-
-    def gradient(self, embedding: Callable[[int], oracles.Embedding] | None = None) -> Gradient:
-        """dg/dy at a step's batch."""
-        at = embedding or self.embedding()
-        return lambda y, step: oracles.inner_gradient(self.problem, y, self.outer, at(step).value)
+    @functools.cached_property
+    def oracles(self) -> Oracles:
+        """The oracles of this instance: made once, the only door to derivatives."""
+        return Oracles(
+            self.problem,
+            self.outer,
+            self.inner,
+            self.batches,
+            self.solver.dynamics,
+            tasks=self.tasks,
+            engine=self.engine,
+        )
 
     def solve(
-        self, start: Tree | None = None, visit: Visit | None = None, gradient: Gradient | None = None
+        self,
+        start: Tree | None = None,
+        *,
+        solver: InnerSolver | None = None,
+        at: Callable[[int], At] | None = None,
+        visit: Visit | None = None,
     ) -> Solution:
         """Run the inner solver; keeps no trajectory unless `visit` does."""
+        oracles = self.oracles
         with spans.span(spans.INNER):
-            y = self.start() if start is None else start
-            found = self.solver.solve(gradient or self.gradient(), y, self.outer, tasks=self.problem.tasks, visit=visit)
-            return dataclasses.replace(found, inner=tree.detach(found.inner))
+            y = oracles.start() if start is None else start
+            before = oracles.generators.peek()
+            found = run(solver or self.solver, oracles, y, at or oracles.point, visit=visit)
+            return self.seen(found, drew=not oracles.generators.same(before, oracles.generators.peek()))
 
-    def inner_loss(self, inner: Tree, steps: int) -> Tensor:
-        """G at the solution, without a graph."""
-        with torch.no_grad():
-            return self.problem.inner(inner, self.outer, self.batches.inner_at(max(steps - 1, 0)))
+    def seen(self, found: Solution, *, drew: bool) -> Solution:
+        """`found` without a graph; its losses say nothing about the steps where each was of another batch or noise."""
+        steady = not drew and not isinstance(self.batches.inner, PerStep)
+        return dataclasses.replace(
+            found,
+            inner=tree.detach(found.inner),
+            rise=found.rise if steady else None,
+            unsteady=found.unsteady if steady else None,
+        )
+
+    def require_rest(self, estimator: "Estimator") -> None:
+        """Raise ValueError unless the inner loop is an optimizer that says where it rests."""
+        update = self.solver.dynamics.update
+        if update is None:
+            raise ValueError(
+                f"{type(estimator).__name__} perturbs the inner loss, and {type(self.solver.dynamics).__name__} need "
+                f"not follow its gradient. Use Unrolled(), or Implicit with a linear solver for systems that are not "
+                f"symmetric"
+            )
+        start = self.oracles.start()
+        if update.stationarity(start, start, self.oracles.x) is None:
+            raise ValueError(restless(self.solver.dynamics, type(estimator).__name__))
+
+    def finish(
+        self,
+        found: Solution,
+        grad: PartialLeaves,
+        outer_loss: Tensor,
+        *,
+        inner: Tree | None = None,
+        inner_loss: Tensor | None = None,
+        codes: Sequence[Tensor | int] = (),
+        stats: dict[str, Any] | None = None,
+        state: State | None = None,
+        next_inner: Tree | None = None,
+    ) -> "Estimate":
+        """The epilogue of every estimator: health of the inner loop, losses at the solution, status and stats.
+
+        Args:
+            found: the inner solution.
+            grad: the estimate, summed over tasks; None for outer tensors that it did not reach.
+            outer_loss: f at the solution, per task.
+            inner: the adapted inner variable, if it is not `found.inner`.
+            inner_loss: g at the solution on the last inner batch, per task, if it is known.
+            codes: further statuses.
+            stats: further figures.
+            state: what is carried to the next call.
+            next_inner: where the next call's inner loop starts, if not at `inner`.
+        """
+        inner = found.inner if inner is None else inner
+        inner_loss = self.oracles.inner_loss(inner, found.steps) if inner_loss is None else inner_loss
+        figures = {"inner_steps": found.steps, "inner_residual": found.residual, "inner_rise": found.rise}
+        return Estimate(
+            grad=grad,
+            inner=inner,
+            outer_loss=outer_loss,
+            inner_loss=inner_loss,
+            code=worst(found.code, self.health(found, inner, inner_loss), *codes),
+            stats=figures | (stats or {}),
+            state=state,
+            next_inner=next_inner,
+        )
+
+    def health(self, found: Solution, inner: Tree, last_loss: Tensor | None) -> Tensor:
+        """Status code of an inner loop: DIVERGED, INNER_ROSE when a task's loss more than doubled, INNER_UNSTABLE."""
+        codes: list[Tensor | int] = [code_if(~tree.finite(inner), Status.DIVERGED)]
+        if found.first_loss is not None and last_loss is not None and not isinstance(self.batches.inner, PerStep):
+            codes.append(code_if(last_loss > found.first_loss + found.first_loss.abs(), Status.INNER_ROSE))
+        if found.unsteady is not None:
+            codes.append(code_if(found.unsteady, Status.INNER_UNSTABLE))
+        return worst(*codes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What an estimator returns: sums over tasks where the problem has tasks, and None for outer tensors that nothing
-    reached.
+    """What an estimator returns; best made by `Instance.finish`.
+
+    `grad` is summed over tasks, with None for outer tensors that nothing reached; losses are per task. `unused` names
+    the outer tensors, by position, that are known to be on no path at all.
     """
 
     grad: PartialLeaves
@@ -71,16 +161,57 @@ class Estimate:
     inner_loss: Tensor
     code: Tensor | int
     stats: dict[str, Any] = dataclasses.field(default_factory=dict)
-    state: Any = None
+    state: State | None = None
+    next_inner: Tree | None = None
+    unused: frozenset[int] = frozenset()
 
 
 class Estimator(Strategy):
-    """How dF/dx is estimated from one instance."""
+    """How dF/dx is estimated from one instance.
+
+    A subclass is a frozen dataclass with `estimate` and `sees`. `sees` has no default: a class that does not say which
+    paths of the outer variable it follows is refused when it is defined, and a problem in which x acts along other
+    paths is refused when it is used.
+
+    Example:
+        An estimator of the user's own: the direct part of the gradient, and nothing else.
+
+        >>> import dataclasses, torch, bilevel as bl
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Direct(bl.Estimator):
+        ...     sees = frozenset({bl.Path.OUTER_LOSS})
+        ...     def estimate(self, instance, state):
+        ...         found = instance.solve()
+        ...         loss, _, direct = instance.oracles.outer_gradient(found.inner)
+        ...         return instance.finish(found, direct, loss)
+        >>> problem = bl.Problem(lambda y, x, b: (y - 1) ** 2, lambda y, x, b: (y - x) ** 2)
+        >>> bl.hypergradient(problem, torch.tensor(0.0), torch.tensor(0.0), bl.Batches(None, None),
+        ...     solver=bl.Descent(bl.SGD(lr=0.5), steps=1), estimator=Direct()).grad
+        tensor(-2.)
+    """
+
+    sees: frozenset[Path]
+    """The paths of x that the estimate follows."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        abstract = any(getattr(value, "__isabstractmethod__", False) for value in vars(cls).values())
+        if not abstract and "estimate" in vars(cls) and not hasattr(cls, "sees"):
+            raise TypeError(
+                f"{cls.__name__} does not say which paths of the outer variable it sees. Write, in the class, "
+                f"sees = frozenset({{bilevel.Path.INNER_LOSS, bilevel.Path.OUTER_LOSS}}), with the paths that its "
+                f"estimate follows: {', '.join(path.name for path in Path)}"
+            )
+
+    def sees_after(self, steps: int) -> frozenset[Path]:
+        """The paths that are followed through at most `steps` inner steps."""
+        return self.sees
 
     @property
     def memory_growth(self) -> str:
-        """How peak memory grows with the inner steps K: "constant", "sqrt" or "linear"; "" promises nothing. Profilers
-        hold it to the promise.
+        """How peak memory grows with the inner steps K: "constant", "sqrt" or "linear"; "" promises nothing.
+
+        Profilers hold it to the promise.
         """
         return ""
 
@@ -89,59 +220,25 @@ class Estimator(Strategy):
         """What separates the estimate from the gradient of the K-step program, as a clause; "" when nothing does."""
         return "of unknown bias"
 
+    def init_state(self, instance: Instance) -> State | None:
+        """A state like those that this estimator returns on this instance; None if it carries nothing."""
+        return None
+
+    def admit_state(self, instance: Instance, state: Any) -> Any:
+        """`state`, or what was saved of one, if it fits this instance.
+
+        Raises:
+            ValueError: it is another estimator's or another problem's.
+        """
+        return checked(type(self).__name__, state, self.init_state(instance))
+
     @abc.abstractmethod
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         """The estimate; `state` is what the last call returned as its state, or None."""
 
 
-AT_SOLUTION = "the inner loss and the outer loss at the inner solution"
-UNROLL_OR_PROXIMAL = "Use Unrolled(), which sees every path (a start can also be made visible, with bilevel.proximal(problem, strength))."
+AT_SOLUTION = frozenset({Path.INNER_LOSS, Path.OUTER_LOSS, Path.STATIONARITY})
+"""What an estimator that differentiates the solution sees."""
+EVERYWHERE = frozenset(Path)
 
 
-def refuse_blind(estimator: Estimator, instance: Instance, grad: PartialLeaves, sees: str, remedy: str) -> None:
-    """Raise if an outer tensor that the estimator did not reach does influence the problem, along a path that the
-    estimator cannot see.
-
-    A tensor on no path at all is left to `hypergradient`, which warns.
-
-    Raises:
-        ValueError: naming the tensors, the path, what the estimator sees, and the remedy.
-    """
-    missed = [i for i, leaf in enumerate(grad) if leaf is None]
-    if not missed:
-        return
-    x = tree.attach(instance.outer)
-    names, xs, paths = tree.names(x), tree.tensors(x), dict[str, set[int]]()
-    with torch.enable_grad():
-        batch = instance.batches.inner_at(0)
-        y0 = instance.start() if instance.problem.init is None else instance.problem.start(x, batch)
-        paths["the start of the inner loop (Problem.init)"] = _reached(tree.tensors(y0), xs)
-        y = tree.attach(y0)
-        if instance.solver.optimizer.depends_on_outer():
-            # Two steps: momentum acts from the second on.
-            ones, moved, state = (
-                tree.tree_map(torch.ones_like, tree.detach(y0)),
-                tree.detach(y0),
-                instance.solver.optimizer.init(y),
-            )
-            for _ in range(2):
-                moved, state = instance.solver.optimizer.step(ones, state, moved, x)
-            paths["a hyper-parameter of the inner optimizer"] = _reached(tree.tensors(moved), xs)
-        # What moves y is dg/dy: an x that only shifts g has no influence through it.
-        loss = instance.problem.inner(y, x, batch)
-        gradient = [leaf for leaf in autodiff.grad([loss], tree.tensors(y), create_graph=True) if leaf is not None]
-        try:
-            paths["the inner loss"] = _reached(gradient, xs)
-        except NotTwiceDifferentiableError:
-            paths["the inner loss"] = _reached([instance.problem.inner(y, x, batch)], xs)
-    found = [f"{names[i]} through {path}" for path, reached in paths.items() for i in missed if i in reached]
-    if found:
-        raise ValueError(
-            f"{type(estimator).__name__} cannot see how the outer variable acts here: it sees {sees}, but x enters as "
-            f"{'; '.join(found)}. Its hypergradient would be zero, which is wrong. {remedy}"
-        )
-
-
-def _reached(outputs: list[Tensor], inputs: list[Tensor]) -> set[int]:
-    found = autodiff.grad(outputs, inputs, [torch.ones_like(output) for output in outputs])
-    return {i for i, leaf in enumerate(found) if leaf is not None}

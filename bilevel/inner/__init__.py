@@ -1,5 +1,8 @@
-"""How the inner variable is found."""
+"""How the inner variable is found: a dynamics that moves it, under a rule that says when to stop."""
 
 from bilevel.inner.base import InnerSolver as InnerSolver
 from bilevel.inner.converge import Converge as Converge
 from bilevel.inner.descent import Descent as Descent
+from bilevel.inner.dynamics import Dynamics as Dynamics
+from bilevel.inner.dynamics import Point as Point
+from bilevel.inner.gradient import GradientDynamics as GradientDynamics

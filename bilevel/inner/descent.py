@@ -1,26 +1,23 @@
-"""A fixed number of steps of an optimizer.
-
-    y_{k+1}, s_{k+1} = step(dg/dy(y_k, x), s_k, y_k, x),   k = 0 .. K-1
+"""A fixed number of steps: the K-step program.
 
 | | inner gradients | memory |
 | --- | --- | --- |
-| solve | K | 2 P + optimizer state + one graph, independent of K |
+| K steps | K | 2 P + optimizer state + one graph, independent of K |
 """
 
 import dataclasses
 
-from bilevel.inner.base import Gradient, InnerSolver, Visit, check_optimizer, move
+from bilevel.inner.base import InnerSolver, as_dynamics
+from bilevel.inner.dynamics import Dynamics
 from bilevel.optim.base import Optimizer
-from bilevel.outcome import Solution
-from bilevel.space.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True)
 class Descent(InnerSolver):
-    """K steps of an optimizer: the K-step program.
+    """K steps of an optimizer on the inner loss, or of any dynamics.
 
     Args:
-        optimizer: how a gradient moves y.
+        optimizer: how y moves: an inner optimizer, or a `Dynamics`.
         steps: K >= 0.
 
     Raises:
@@ -32,13 +29,17 @@ class Descent(InnerSolver):
         20
     """
 
-    optimizer: Optimizer
+    optimizer: Optimizer | Dynamics
     steps: int
 
     def __post_init__(self) -> None:
-        check_optimizer("Descent", self.optimizer)
-        if not isinstance(self.steps, int) or self.steps < 0:
+        as_dynamics("Descent", self.optimizer)
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 0:
             raise ValueError(f"Descent was given steps={self.steps!r}; an integer of at least 0 was needed")
+
+    @property
+    def dynamics(self) -> Dynamics:
+        return as_dynamics("Descent", self.optimizer)
 
     @property
     def max_steps(self) -> int:
@@ -47,16 +48,3 @@ class Descent(InnerSolver):
     @property
     def fixed(self) -> bool:
         return True
-
-    def solve(
-        self, gradient: Gradient, inner: Tree, outer: Tree, *, tasks: int | None = None, visit: Visit | None = None
-    ) -> Solution:
-        state = self.optimizer.init(inner)
-        first = last = None
-        for step in range(self.steps):
-            if visit is not None:
-                visit(step, inner, state)
-            last, direction = gradient(inner, step)
-            first = last if first is None else first
-            inner, state = move(self.optimizer, direction, state, inner, outer)
-        return Solution(inner, self.steps, 0, first, last)

@@ -12,13 +12,16 @@ the memory of vmap over torch.func.grad and 1.35 times as fast.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel.batches import Batches, PerStep
-from bilevel.estimators.base import Estimate, Estimator, Instance
+from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance
+from bilevel.estimators.run import estimated
+from bilevel.estimators.state import State
 from bilevel.outcome import worst
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
@@ -63,6 +66,8 @@ class TaskMean(Estimator):
         if self.chunk is not None and (not isinstance(self.chunk, int) or self.chunk < 1):
             raise ValueError(f"TaskMean was given chunk={self.chunk!r}; None or an integer of at least 1 was needed")
 
+    sees = EVERYWHERE  # the estimator of one task is asked for its own
+
     @property
     def memory_growth(self) -> str:
         return self.estimator.memory_growth
@@ -71,99 +76,164 @@ class TaskMean(Estimator):
     def bias(self) -> str:
         return self.estimator.bias
 
+    def admit_state(self, instance: Instance, state: Any) -> Any:
+        if isinstance(state, Mapping):
+            one_task = _Rows(slice(0, 1), single=True).of_instance(instance, _count(instance, None))
+            template = self.estimator.init_state(one_task)
+            return state if template is None else type(template).from_dict(state)
+        if not isinstance(state, State):
+            raise ValueError(
+                f"TaskMean was given a state of type {type(state).__name__}; the state of its own last call was needed "
+                f"(hg.state), or state=None to start afresh"
+            )
+        return state
+
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         tasks = _count(instance, state)
         size = tasks if self.chunk is None else min(self.chunk, tasks)
         total: PartialLeaves = (None,) * len(tree.tensors(instance.outer))
         parts: list[Estimate] = []
         for low in range(0, tasks, size):
-            rows = slice(low, min(low + size, tasks))
-            part = self.estimator.estimate(
-                _take(instance, rows, single=size == 1), _rows(state, rows, single=size == 1)
-            )
+            rows = _Rows(slice(low, min(low + size, tasks)), single=size == 1)
+            part = estimated(self.estimator, rows.of_instance(instance, tasks), rows.of_state(state))
+            state = _handed_on(state, part.state)
             total = tree.accumulate(total, part.grad)
             parts.append(dataclasses.replace(part, grad=()))
+        single = size == 1
         return Estimate(
             grad=tuple(None if leaf is None else leaf / tasks for leaf in total),
-            inner=_join([part.inner for part in parts], single=size == 1),
-            outer_loss=torch.stack([part.outer_loss for part in parts]).sum() / tasks,
-            inner_loss=torch.stack([part.inner_loss for part in parts]).sum() / tasks,
+            inner=_join([part.inner for part in parts], single=single),
+            outer_loss=_losses([part.outer_loss for part in parts]),
+            inner_loss=_losses([part.inner_loss for part in parts]),
             code=worst(*(part.code for part in parts)),
             stats={"tasks": tasks, **_merge([part.stats for part in parts])},
-            state=None if parts[0].state is None else _join([part.state for part in parts], single=size == 1),
+            state=_join_states([part.state for part in parts], single=single),
+            next_inner=None
+            if parts[0].next_inner is None
+            else _join([part.next_inner for part in parts], single=single),
+            unused=frozenset.intersection(*(part.unused for part in parts)),
         )
 
 
-def _count(instance: Instance, state: Any) -> int:
+def _count(instance: Instance, state: State | None) -> int:
     """T, from the leading dimensions of the batches, inner and state, which must agree."""
-    inner_batches = instance.batches.inner
-    first = inner_batches[0] if isinstance(inner_batches, PerStep) else inner_batches
-    found = {
-        name: sorted({leaf.shape[0] if leaf.dim() else 0 for leaf in tree.tensors(value)})
-        for name, value in (
-            ("Batches.inner", first),
-            ("Batches.outer", instance.batches.outer),
-            ("Batches.curvature", instance.batches.curvature),
-            ("inner", instance.inner),
-            ("state", state),
-        )
-        if tree.tensors(value)
-    }
+    batches, found = instance.batches, dict[str, list[int]]()
+    for name, value in (
+        ("Batches.inner", batches.inner_at(0)),
+        ("Batches.outer", batches.outer),
+        ("Batches.curvature", None if batches.curvature is None else batches.curvature_at(0)),
+        ("inner", instance.inner),
+        ("state", None if state is None else [getattr(state, field.name) for field in _per_task_fields(state)]),
+    ):
+        if tree.tensors(value):
+            found[name] = sorted({leaf.shape[0] if leaf.dim() else 0 for leaf in tree.tensors(value)})
+    if batches.task_ids is not None:
+        found["Batches.task_ids"] = [len(batches.task_ids)]
     sizes = {size for group in found.values() for size in group}
     if len(sizes) != 1 or 0 in sizes:
         raise ValueError(
             f"TaskMean needs one leading task dimension T on every tensor; leading sizes found: {found}. Stack the "
-            f"tasks' batches with torch.stack, and start every task alike with inner = "
-            f"{{name: y.expand(T, *y.shape) for name, y in inner.items()}}"
+            f"tasks' batches with torch.stack, and start every task alike with inner = {{name: y.expand(T, *y.shape) "
+            f"for name, y in inner.items()}}"
         )
     return sizes.pop()
 
 
-def _rows(value: Tree, rows: slice, *, single: bool) -> Tree:
-    def take(leaf: Any) -> Any:
-        return (leaf[rows.start] if single else leaf[rows]) if isinstance(leaf, Tensor) else leaf
+def _handed_on(state: State | None, after: State | None) -> State | None:
+    """The state with the fields that tasks share as a chunk left them."""
+    if state is None or after is None:
+        return state
+    shared = [field.name for field in dataclasses.fields(state) if not field.metadata.get("per_task")]
+    return dataclasses.replace(state, **{name: getattr(after, name) for name in shared})
 
-    return None if value is None else tree.tree_map(take, value)
+
+def _per_task_fields(state: State) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(state) if field.metadata.get("per_task")]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Some tasks of a whole: a slice of the leading dimension, or the one task itself, without that dimension."""
+
+    rows: slice
+    single: bool
+
+    def of(self, value: Tree) -> Tree:
+        """The rows of every tensor."""
+
+        def take(leaf: Any) -> Any:
+            return (leaf[self.rows.start] if self.single else leaf[self.rows]) if isinstance(leaf, Tensor) else leaf
+
+        return None if value is None else tree.tree_map(take, value)
+
+    def of_state(self, state: State | None) -> State | None:
+        """The rows of a state's fields per task; shared fields are everyone's."""
+        if state is None:
+            return None
+        return dataclasses.replace(
+            state, **{field.name: self.of(getattr(state, field.name)) for field in _per_task_fields(state)}
+        )
+
+    def of_batches(self, batch: Any, total: int) -> Any:
+        """The rows of a batch, or of each step's when asked for."""
+        return _TaskSteps(batch, self, total) if isinstance(batch, PerStep) else self.of(batch)
+
+    def of_instance(self, instance: Instance, total: int) -> Instance:
+        """The problem of these tasks, of `total`."""
+        batches, ids = instance.batches, instance.batches.task_ids
+        tasks = self.rows.stop - self.rows.start
+        taken = Batches(
+            inner=self.of_batches(batches.inner, total),
+            outer=self.of(batches.outer),
+            curvature=self.of_batches(batches.curvature, total),
+            index=batches.index,
+            task_ids=ids if ids is None else ids[self.rows.start] if self.single else ids[self.rows],
+        )
+        return dataclasses.replace(
+            instance, tasks=None if self.single else tasks, inner=self.of(instance.inner), batches=taken
+        )
 
 
 class _TaskSteps(PerStep):
     """The rows of each step's batch, taken when asked for."""
 
-    def __init__(self, steps: PerStep, rows: slice, *, single: bool) -> None:
-        self._steps, self._rows, self._single = steps, rows, single
+    def __init__(self, steps: PerStep, rows: _Rows, total: int) -> None:
+        self._steps, self._rows, self._total = steps, rows, total
 
     def __getitem__(self, step: int) -> Any:
         batch = self._steps[step]
         for leaf in tree.tensors(batch):
-            if leaf.dim() == 0 or leaf.shape[0] < self._rows.stop:
+            if leaf.dim() == 0 or leaf.shape[0] != self._total:
                 raise ValueError(
-                    f"batch {step} of PerStep has a tensor of shape {tuple(leaf.shape)}; a leading task dimension like "
-                    f"that of batch 0 was needed"
+                    f"batch {step} of PerStep has a tensor of shape {tuple(leaf.shape)}; a leading task dimension of "
+                    f"{self._total}, like that of batch 0, was needed"
                 )
-        return _rows(batch, self._rows, single=self._single)
+        return self._rows.of(batch)
 
     def __len__(self) -> int:
         return len(self._steps)
 
 
-def _take(instance: Instance, rows: slice, *, single: bool) -> Instance:
-    batches = instance.batches
-    inner = (
-        _TaskSteps(batches.inner, rows, single=single)
-        if isinstance(batches.inner, PerStep)
-        else _rows(batches.inner, rows, single=single)
-    )
-    taken = Batches(inner, _rows(batches.outer, rows, single=single), _rows(batches.curvature, rows, single=single))
-    problem = dataclasses.replace(instance.problem, tasks=None if single else rows.stop - rows.start)
-    return dataclasses.replace(
-        instance, problem=problem, inner=_rows(instance.inner, rows, single=single), batches=taken
-    )
+def _losses(parts: list[Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts])
 
 
 def _join(trees: list[Tree], *, single: bool) -> Tree:
     if single:
         return tree.tree_map(lambda *leaves: torch.stack(leaves), *trees)
     return trees[0] if len(trees) == 1 else tree.tree_map(lambda *leaves: torch.cat(leaves), *trees)
+
+
+def _join_states(states: list[State | None], *, single: bool) -> State | None:
+    first = states[0]
+    if first is None:
+        return None
+    fields = {
+        field.name: _join([getattr(state, field.name) for state in states], single=single)
+        for field in _per_task_fields(first)
+    }
+    # Shared fields were handed from chunk to chunk: the last has seen all.
+    return dataclasses.replace(states[-1] or first, **fields)
 
 
 def _merge(stats: list[dict[str, Any]]) -> dict[str, Any]:

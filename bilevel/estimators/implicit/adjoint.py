@@ -1,53 +1,42 @@
 """The implicit function theorem at one point.
 
-    (H + damping I) v = df/dy,    dF/dx = df/dx - M v
+    (H + damping I)' v = df/dy,    dF/dx = df/dx - M v
 
-with H = d2g/dy2 and M v = d/dx <dg/dy, v>, both at (y, x) and on one batch.
+with H = d c/dy and M v = d/dx <c, v> for the stationarity condition c (dg/dy, and what weight decay adds), both at (y, x)
+and on one batch.
 """
 
 import dataclasses
 
 from torch import Tensor
 
-from bilevel.batches import Batches
-from bilevel.engine import oracles
+from bilevel.engine.oracles import Oracles
 from bilevel.linear.base import LinearSolver
 from bilevel.outcome import LinearSolution
-from bilevel.problem import Problem
 from bilevel.space import tree
 from bilevel.space.tree import Leaves, PartialLeaves, Tree
 
 
 @dataclasses.dataclass(frozen=True)
 class Adjoint:
-    """The implicit hypergradient (None where x enters neither f nor g), the solve behind it, and the losses at the
-    point.
-    """
+    """The implicit hypergradient (None where x enters neither the condition nor f), the solve behind it, and the losses."""
 
     grad: PartialLeaves
     linear: LinearSolution
     outer_loss: Tensor
-    inner_loss: Tensor
+    inner_loss: Tensor | None
 
 
-def adjoint(
-    problem: Problem,
-    inner: Tree,
-    outer: Tree,
-    batches: Batches,
-    steps: int,
-    linear: LinearSolver,
-    start: Leaves | None = None,
-) -> Adjoint:
+def adjoint(oracles: Oracles, inner: Tree, steps: int, linear: LinearSolver, start: Leaves | None = None) -> Adjoint:
     """Solve the adjoint system at `inner`, found after `steps` inner steps.
 
     Costs 1 outer gradient, 1 inner gradient, the solver's products, and 1 mixed product, which yields H v as well: the
     true residual is free.
     """
-    outer_loss, b, direct = oracles.outer_gradient(problem, inner, outer, batches.outer)
-    at = oracles.Linearization(problem, inner, outer, batches.at_solution(steps))
-    found = linear.iterate(at.hvp, b, start, tasks=problem.tasks)
+    outer_loss, b, direct = oracles.outer_gradient(inner)
+    at = oracles.linearize(inner, steps)
+    found = linear.prepare(at, oracles.space).iterate(b, start)
     image, mixed = at.mixed(found.value)
-    found = linear.checked(found, image, b, problem.tasks)
-    grad = tree.accumulate(direct, tuple(None if leaf is None else -leaf for leaf in mixed))
-    return Adjoint(grad, found, outer_loss, at.loss)
+    found = linear.checked(found, image, b, oracles.space)
+    indirect = tuple(None if leaf is None else -leaf for leaf in mixed)
+    return Adjoint(tree.accumulate(direct, indirect), found, outer_loss, at.loss)

@@ -15,13 +15,10 @@ Differences from peers: the residual is the true one (the mixed product yields H
 import dataclasses
 from typing import Any
 
-from bilevel.batches import PerStep
 from bilevel.engine import spans
-from bilevel.estimators.base import AT_SOLUTION, UNROLL_OR_PROXIMAL, Estimate, Estimator, Instance, refuse_blind
+from bilevel.estimators.base import AT_SOLUTION, Estimate, Estimator, Instance
 from bilevel.estimators.implicit.adjoint import adjoint
-from bilevel.inner.base import health
 from bilevel.linear.base import LinearSolver
-from bilevel.outcome import worst
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +56,8 @@ class Implicit(Estimator):
                 f"Implicit(bilevel.CG(max_steps=10))"
             )
 
+    sees = AT_SOLUTION
+
     @property
     def memory_growth(self) -> str:
         return "constant"
@@ -70,15 +69,12 @@ class Implicit(Estimator):
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         found = instance.solve()
         with spans.span(spans.HYPERGRADIENT):
-            at = adjoint(instance.problem, found.inner, instance.outer, instance.batches, found.steps, self.linear)
-        refuse_blind(self, instance, at.grad, AT_SOLUTION, UNROLL_OR_PROXIMAL)
-        comparable = not isinstance(instance.batches.inner, PerStep)
-        inner_loss = (
-            at.inner_loss if instance.batches.curvature is None else instance.inner_loss(found.inner, found.steps)
-        )
-        code = worst(
-            found.code, health(found.inner, found.first_loss, inner_loss, comparable=comparable), at.linear.code
-        )
-        stats = {"inner_steps": found.steps, "inner_residual": found.residual}
-        stats |= {"linear_residual": at.linear.residual, "linear_steps": at.linear.steps}
-        return Estimate(at.grad, found.inner, at.outer_loss, inner_loss, code, stats)
+            at = adjoint(instance.oracles, found.inner, found.steps, self.linear)
+            return instance.finish(
+                found,
+                at.grad,
+                at.outer_loss,
+                inner_loss=at.inner_loss if instance.batches.curvature is None else None,
+                codes=[at.linear.code],
+                stats={"linear_residual": at.linear.residual, "linear_steps": at.linear.steps},
+            )

@@ -17,15 +17,23 @@ are options (the released code stores but never uses them); curvature and residu
 import dataclasses
 from typing import Any
 
-from bilevel.batches import PerStep
 from bilevel.engine import spans
-from bilevel.estimators.base import AT_SOLUTION, UNROLL_OR_PROXIMAL, Estimate, Estimator, Instance, refuse_blind
+from bilevel.estimators.base import AT_SOLUTION, Estimate, Estimator, Instance
 from bilevel.estimators.implicit.adjoint import adjoint
-from bilevel.inner.base import health
+from bilevel.estimators.state import State, per_task
 from bilevel.linear.base import check_number, check_steps
 from bilevel.linear.cg import CG
-from bilevel.outcome import worst
+from bilevel.problem import Problem
 from bilevel.space import tree
+from bilevel.space.tree import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStart(State):
+    """Where the next inner loop and the next linear solve begin: the last y and the last v, both like the inner variable."""
+
+    inner: Tree = per_task()
+    adjoint: Tree = per_task()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +53,7 @@ class MemoryReduced(Estimator):
         cache_features: run `Problem.features` once per call instead of once per inner step and product. False re-runs
             it, as the released code does, for comparison. No effect on a problem without features.
 
-    State: {"inner": y_K, "adjoint": v} when a warm start is asked for, else None. With TaskMean the state is by
-        position, so tasks
+    State: a `WarmStart` with y_K and v when a warm start is asked for, else None. With TaskMean it is by position, so tasks
     must come back in the same order.
 
     Memory: independent of K and of `steps`; linear in T.
@@ -60,8 +67,8 @@ class MemoryReduced(Estimator):
         >>> problem = bl.Problem(lambda y, x, b: y**2 - x * y, lambda y, x, b: y**2 / 2)
         >>> hg = bl.hypergradient(problem, torch.tensor(1.0), torch.tensor(0.0), bl.Batches(None, None),
         ...     solver=bl.Descent(bl.SGD(lr=0.25), steps=50), estimator=bl.MemoryReduced(warm_inner=True))
-        >>> hg.grad, sorted(hg.state)
-        (tensor(0.2500), ['adjoint', 'inner'])
+        >>> hg.grad, hg.state.adjoint
+        (tensor(0.2500), tensor(0.2500))
     """
 
     steps: int = 20
@@ -76,6 +83,8 @@ class MemoryReduced(Estimator):
         check_number("MemoryReduced", "tol", self.tol, 0.0)
         check_number("MemoryReduced", "damping", self.damping, 0.0)
 
+    sees = AT_SOLUTION
+
     @property
     def memory_growth(self) -> str:
         return "constant"
@@ -84,50 +93,40 @@ class MemoryReduced(Estimator):
     def bias(self) -> str:
         return "exact at the inner solution; before it, off by |y_K - y*| and by the linear residual"
 
-    def estimate(self, instance: Instance, state: Any) -> Estimate:
+    def init_state(self, instance: Instance) -> WarmStart | None:
+        if not self._warm:
+            return None
+        start = instance.oracles.start()
+        # Zeros without memory.
+        zeros = tree.tree_map(lambda leaf: leaf.new_zeros(()).expand(leaf.shape), start)
+        return WarmStart(inner=start, adjoint=zeros)
+
+    @property
+    def _warm(self) -> bool:
+        return self.warm_inner or self.warm_adjoint
+
+    def estimate(self, instance: Instance, state: WarmStart | None) -> Estimate:
         if not self.cache_features and instance.problem.features is not None:
             instance = dataclasses.replace(instance, problem=_without_features(instance.problem))
-        y0, v0 = self._warm(instance, state)
+        y0 = tree.detach(state.inner) if state is not None and self.warm_inner else None
+        v0 = tuple(tree.tensors(state.adjoint)) if state is not None and self.warm_adjoint else None
         found = instance.solve(y0)
         with spans.span(spans.HYPERGRADIENT):
             linear = CG(self.steps, self.tol, self.damping)
-            at = adjoint(instance.problem, found.inner, instance.outer, instance.batches, found.steps, linear, v0)
-        refuse_blind(self, instance, at.grad, AT_SOLUTION, UNROLL_OR_PROXIMAL)
-        comparable = not isinstance(instance.batches.inner, PerStep)
-        inner_loss = (
-            at.inner_loss if instance.batches.curvature is None else instance.inner_loss(found.inner, found.steps)
-        )
-        code = worst(
-            found.code, health(found.inner, found.first_loss, inner_loss, comparable=comparable), at.linear.code
-        )
-        stats = {"inner_steps": found.steps, "inner_residual": found.residual}
-        stats |= {"linear_residual": at.linear.residual, "linear_steps": at.linear.steps}
-        keep = self.warm_inner or self.warm_adjoint
-        carried = {"inner": found.inner, "adjoint": tree.like(found.inner, at.linear.value)} if keep else None
-        return Estimate(at.grad, found.inner, at.outer_loss, inner_loss, code, stats, carried)
-
-    def _warm(self, instance: Instance, state: Any) -> tuple[Any, Any]:
-        if state is None:
-            return None, None
-        if not isinstance(state, dict) or set(state) != {"inner", "adjoint"}:
-            raise ValueError(
-                f"MemoryReduced was given a state of type {type(state).__name__}; the state of its own last call was "
-                f"needed (hg.state)"
+            at = adjoint(instance.oracles, found.inner, found.steps, linear, v0)
+            v = tree.like(found.inner, at.linear.value)
+            return instance.finish(
+                found,
+                at.grad,
+                at.outer_loss,
+                inner_loss=at.inner_loss if instance.batches.curvature is None else None,
+                codes=[at.linear.code],
+                stats={"linear_residual": at.linear.residual, "linear_steps": at.linear.steps},
+                state=WarmStart(inner=found.inner, adjoint=v) if self._warm else None,
             )
-        start = instance.start()
-        for name, value in state.items():
-            if [leaf.shape for leaf in tree.tensors(value)] != [leaf.shape for leaf in tree.tensors(start)]:
-                raise ValueError(
-                    f"MemoryReduced was given a state whose {name!r} does not have the shapes of the inner variable; "
-                    f"pass state=None to start afresh"
-                )
-        return (
-            tree.detach(state["inner"]) if self.warm_inner else None,
-            tuple(tree.tensors(state["adjoint"])) if self.warm_adjoint else None,
-        )
 
 
-def _without_features(problem: Any) -> Any:
+def _without_features(problem: Problem) -> Problem:
     features, inner_loss, outer_loss = problem.features, problem.inner_loss, problem.outer_loss
     return dataclasses.replace(
         problem,

@@ -10,33 +10,41 @@
 | "forward" | 2 K + 2 | K + 2 | 0 | O(nu) + O(delta / nu) | the same |
 
 delta: distance of the inner iterates from their minimizers. Both sides start alike, take the same number of steps, see
-    the same batches and
-draw the same random numbers, so that delta is nearly common to both and cancels; with different budgets the error blows
-up like delta / nu.
+the same batches and draw the same random numbers, so that delta is nearly common to both and cancels; with different
+budgets the error blows up like delta / nu. Under a tolerance each side is solved to nu times that tolerance. With
+`warm_sides` each side goes on from its own last solution, which is what F2SA does: few steps a call then suffice, where
+two sides that start alike have to build up their difference anew.
 
-References: Chayti and Jaggi 2024, arXiv 2409.03682 (proximal MAML, in which case this is strength (y_-nu - y_nu) / (2
-    nu)); the general form
-after Chen et al., Faster Gradient Methods for Highly-Smooth Stochastic Bilevel Optimization. With nu = 1 / penalty the
-forward scheme is F2SA.
+References: Chayti and Jaggi 2024, arXiv 2409.03682 (proximal MAML, in which case this is strength (y_-nu - y_nu) /
+(2 nu)); the general form after Chen et al., Faster Gradient Methods for Highly-Smooth Stochastic Bilevel Optimization;
+F2SA is Kwon et al. 2023, A Fully First-Order Method for Stochastic Bilevel Optimization.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel.batches import PerStep
-from bilevel.engine import oracles, spans
-from bilevel.engine.replay import Replay
-from bilevel.estimators.base import AT_SOLUTION, UNROLL_OR_PROXIMAL, Estimate, Estimator, Instance, refuse_blind
-from bilevel.inner.base import Gradient, health
-from bilevel.inner.descent import Descent
-from bilevel.outcome import Solution, worst
+from bilevel.engine import spans
+from bilevel.engine.oracles import At, Oracles
+from bilevel.estimators.base import Estimate, Estimator, Instance, Path
+from bilevel.estimators.state import State, per_task
+from bilevel.inner.base import InnerSolver
+from bilevel.outcome import Solution
 from bilevel.space import tree
-from bilevel.space.tree import Leaves, PartialLeaves, Tree
+from bilevel.space.tree import PartialLeaves, Tree
 
 _SCHEMES = ("symmetric", "forward")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides(State):
+    """The minimizers of the two perturbed inner losses, both like the inner variable."""
+
+    one: Tree = per_task()
+    other: Tree = per_task()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +54,12 @@ class FirstOrderCorrected(Estimator):
     Args:
         nu: the perturbation; None picks `default_nu` by dtype and scheme. -nu must leave the inner problem convex: nu <
             mu / L_f. Rounding adds an error of order eps / nu, truncation one of order nu^2 (nu for "forward").
-        scheme: "symmetric" or "forward".
+        scheme: "symmetric" differences the two sides +nu and -nu, "forward" the sides 0 and nu.
+        warm_sides: each side goes on from where it ended in the state, instead of both from `inner` or Problem.init. The
+            two differ by O(nu), which a few steps from a common start do not build up; carried, they do. The forward
+            scheme then is F2SA with 1 / nu as the penalty.
+
+    State: `Sides` with the two inner variables when `warm_sides`, else None.
 
     The adapted `hg.inner` is y_0 for "forward" and (y_nu + y_-nu) / 2, within O(nu^2) of it, for "symmetric"; the
     losses are those at `hg.inner`.
@@ -67,6 +80,7 @@ class FirstOrderCorrected(Estimator):
 
     nu: float | None = None
     scheme: str = "symmetric"
+    warm_sides: bool = False
 
     def __post_init__(self) -> None:
         if self.nu is not None and (not isinstance(self.nu, (int, float)) or not 0 < self.nu < float("inf")):
@@ -77,6 +91,8 @@ class FirstOrderCorrected(Estimator):
                 f"needed"
             )
 
+    sees = frozenset({Path.INNER_LOSS, Path.OUTER_LOSS})
+
     @property
     def memory_growth(self) -> str:
         return "constant"
@@ -86,47 +102,43 @@ class FirstOrderCorrected(Estimator):
         order = "nu^2" if self.scheme == "symmetric" else "nu"
         return f"off by O({order}) from the finite difference and by |y_K - y*| / nu before the inner solution"
 
-    def estimate(self, instance: Instance, state: Any) -> Estimate:
-        nu = default_nu(tree.tensors(instance.outer)[0].dtype, self.scheme) if self.nu is None else self.nu
-        sides = (nu, -nu) if self.scheme == "symmetric" else (0.0, nu)
-        code: Tensor | int = 0
-        if not instance.solver.fixed:
-            # Two sides that stop at different steps would have that difference divided by nu: learn K first, then give
-            # both sides K steps.
-            unperturbed = instance.solve()
-            code = unperturbed.code
-            instance = dataclasses.replace(instance, solver=Descent(instance.solver.optimizer, unperturbed.steps))
-        start, gradient = instance.start(), instance.gradient()
-        replay = Replay(tree.tensors(instance.outer)[0].device)
-        replay.record()
-        one = _side(instance, sides[0], start, gradient)
-        replay.seek(0)
-        other = _side(instance, sides[1], start, gradient)
+    def init_state(self, instance: Instance) -> Sides | None:
+        start = instance.oracles.start()
+        return Sides(one=start, other=start) if self.warm_sides else None
+
+    def estimate(self, instance: Instance, state: Sides | None) -> Estimate:
+        instance.require_rest(self)
+        oracles, dtype = instance.oracles, tree.tensors(instance.outer)[0].dtype
+        nu = default_nu(dtype, self.scheme) if self.nu is None else self.nu
+        up, down = (nu, -nu) if self.scheme == "symmetric" else (0.0, nu)
+        # Each side is solved to a tolerance that dividing by nu leaves meaningful.
+        solver = instance.solver.tightened(min(nu, 1.0), floor=4 * torch.finfo(dtype).eps)
+        start = oracles.start()
+        starts = (start, start) if state is None else (tree.detach(state.one), tree.detach(state.other))
+        before = oracles.generators.peek()
+        one = _side(instance, solver, up, starts[0])
+        oracles.generators.set(before)
+        other = _side(instance, solver, down, starts[1])
         with spans.span(spans.HYPERGRADIENT):
-            grad = _combine([(1 / (sides[0] - sides[1]), one.g_x), (-1 / (sides[0] - sides[1]), other.g_x)])
+            width = up - down
+            grad = _combined([(1 / width, one.g_x), (-1 / width, other.g_x)])
             if self.scheme == "symmetric":
-                grad = tree.accumulate(grad, _combine([(0.5, one.f_x), (0.5, other.f_x)]))
+                grad = tree.accumulate(grad, _combined([(0.5, one.f_x), (0.5, other.f_x)]))
                 inner = tree.tree_map(lambda a, b: (a + b) / 2, one.found.inner, other.found.inner)
             else:
                 grad, inner = tree.accumulate(grad, other.f_x), one.found.inner
-            with torch.no_grad():
-                outer_loss = instance.problem.outer(inner, instance.outer, instance.batches.outer)
-            inner_loss = instance.inner_loss(inner, one.found.steps)
-        refuse_blind(self, instance, grad, AT_SOLUTION, UNROLL_OR_PROXIMAL)
-        comparable = not isinstance(instance.batches.inner, PerStep)
-        codes = [
-            code,
-            *(
-                code
-                for side in (one, other)
-                for code in (
-                    side.found.code,
-                    health(side.found.inner, side.found.first_loss, side.found.last_loss, comparable=comparable),
-                )
-            ),
-        ]
-        stats = {"inner_steps": one.found.steps + other.found.steps, "nu": nu, "inner_residual": one.found.residual}
-        return Estimate(grad, inner, outer_loss, inner_loss, worst(*codes), stats)
+            return instance.finish(
+                dataclasses.replace(one.found, first_loss=None),
+                grad,
+                oracles.outer_loss(inner),
+                inner=inner,
+                codes=[
+                    other.found.code,
+                    *(instance.health(side.found, side.found.inner, side.found.last_loss) for side in (one, other)),
+                ],
+                stats={"inner_steps": one.found.steps + other.found.steps, "nu": nu},
+                state=Sides(one=one.found.inner, other=other.found.inner) if self.warm_sides else None,
+            )
 
 
 def default_nu(dtype: torch.dtype, scheme: str) -> float:
@@ -150,30 +162,47 @@ class _Side:
     f_x: PartialLeaves
 
 
-def _side(instance: Instance, nu: float, start: Tree, gradient: Gradient) -> _Side:
+def _side(instance: Instance, solver: InnerSolver, nu: float, start: Tree) -> _Side:
     """Minimize g + nu f from `start` and take both partial derivatives in x there."""
-    problem, batches, x = instance.problem, instance.batches, instance.outer
-
-    def perturbed(y: Tree, step: int) -> tuple[Tensor, Leaves]:
-        loss, g = gradient(y, step)
-        if nu == 0:
-            return loss, g
-        # Two graphs one after the other, not one over both losses: the peak stays that of one gradient.
-        # f draws without moving the stream, so that g's draws are those of a side that needs no f.
-        after_g = Replay(tree.tensors(x)[0].device)
-        after_g.record()
-        f_loss, f, _ = oracles.outer_gradient(problem, y, x, batches.outer, to_outer=False)
-        after_g.seek(0)
-        return loss + nu * f_loss, tree.axpy(nu, f, g)
-
-    found = instance.solve(start, gradient=perturbed)
+    oracles = instance.oracles
+    found = instance.solve(start, solver=solver, at=_perturbed(oracles, nu))
     with spans.span(spans.HYPERGRADIENT):
-        _, g_x = oracles.inner_gradient_in_outer(problem, found.inner, x, batches.at_solution(found.steps))
-        _, f_x = oracles.outer_gradient_in_outer(problem, found.inner, x, batches.outer)
+        _, g_x = oracles.inner_gradient_in_outer(found.inner, found.steps)
+        _, f_x = oracles.outer_gradient_in_outer(found.inner)
     return _Side(found, g_x, f_x)
 
 
-def _combine(terms: list[tuple[float, PartialLeaves]]) -> PartialLeaves:
+def _perturbed(oracles: Oracles, nu: float) -> Callable[[int], At]:
+    """The inner problem of g + nu f."""
+
+    def at(step: int) -> At:
+        def gradient(inner: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
+            loss, g = oracles.inner_gradient(inner, step)
+            if nu == 0:
+                return loss, g
+            # Two graphs one after the other, not one over both losses: the peak stays that of one gradient.
+            # f draws without moving the stream, so that g's draws are those of a side that needs no f.
+            after = oracles.generators.peek()
+            f_loss, f = oracles.outer_gradient_in_inner(inner)
+            oracles.generators.set(after)
+            return loss + nu * f_loss, tuple(_plus(nu, a, b) for a, b in zip(f, g, strict=True))
+
+        def value(inner: Tree, batch: Any) -> Tensor:
+            return oracles.inner_value(inner, batch) + nu * oracles.outer_loss(inner)
+
+        return At(step, oracles.embedding(step).value, gradient, value)
+
+    return at
+
+
+def _plus(nu: float, f: Tensor | None, g: Tensor | None) -> Tensor | None:
+    """g + nu f, where None is a tensor that a loss does not use."""
+    if f is None:
+        return g
+    return nu * f if g is None else torch.add(g, f, alpha=nu)
+
+
+def _combined(terms: list[tuple[float, PartialLeaves]]) -> PartialLeaves:
     total: PartialLeaves = (None,) * len(terms[0][1])
     for weight, leaves in terms:
         total = tree.accumulate(total, tuple(None if leaf is None else weight * leaf for leaf in leaves))

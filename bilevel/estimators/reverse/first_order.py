@@ -14,12 +14,8 @@ factor I - lr H of the ordered product for I, a relative error of order K lr |H|
 import dataclasses
 from typing import Any
 
-from bilevel.batches import PerStep
-from bilevel.engine import oracles, spans
-from bilevel.engine.replay import Replay
-from bilevel.estimators.base import Estimate, Estimator, Instance, refuse_blind
-from bilevel.inner.base import health
-from bilevel.outcome import worst
+from bilevel.engine import spans
+from bilevel.estimators.base import Estimate, Estimator, Instance, Path
 from bilevel.space import tree
 
 
@@ -42,6 +38,8 @@ class FirstOrder(Estimator):
         tensor(0.5000)
     """
 
+    sees = frozenset({Path.START, Path.OUTER_LOSS})
+
     @property
     def memory_growth(self) -> str:
         return "constant"
@@ -51,27 +49,11 @@ class FirstOrder(Estimator):
         return "biased by O(K lr |H|), which no budget removes"
 
     def estimate(self, instance: Instance, state: Any) -> Estimate:
-        problem, batches = instance.problem, instance.batches
-        before_start = Replay(tree.tensors(instance.outer)[0].device)
-        before_start.record()
-        found = instance.solve(instance.start())
+        oracles = instance.oracles
+        found = instance.solve()
         with spans.span(spans.HYPERGRADIENT):
-            outer_loss, gradient, grad = oracles.outer_gradient(problem, found.inner, instance.outer, batches.outer)
-            inner_loss = instance.inner_loss(found.inner, found.steps)
-            if problem.init is not None:
-                before_start.finish()
-                before_start.seek(0)
-                grad = tree.accumulate(grad, oracles.start_vjp(problem, instance.outer, batches.inner_at(0), gradient))
-                before_start.end()
-        remedy = "Use Unrolled(), Implicit(bilevel.CG(10)) or FirstOrderCorrected()."
-        refuse_blind(self, instance, grad, "the start of the inner loop and the outer loss", remedy)
-        comparable = not isinstance(batches.inner, PerStep)
-        code = worst(found.code, health(found.inner, found.first_loss, inner_loss, comparable=comparable))
-        return Estimate(
-            grad,
-            found.inner,
-            outer_loss,
-            inner_loss,
-            code,
-            {"inner_steps": found.steps, "inner_residual": found.residual},
-        )
+            outer_loss, gradient, grad = oracles.outer_gradient(found.inner)
+            inner_loss = oracles.inner_loss(found.inner, found.steps)
+            if instance.problem.init is not None:
+                grad = tree.accumulate(grad, oracles.start_vjp(gradient))
+            return instance.finish(found, grad, outer_loss, inner_loss=inner_loss)

@@ -1,0 +1,60 @@
+"""The contract of an engine: how an oracle is computed.
+
+An engine gets pure functions of (inner, outer, batch) and returns numbers with the same meaning as any other engine's.
+`bilevel.engine.eager` is the reference that every other one is checked against.
+"""
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from bilevel._strategy import Strategy
+from bilevel.space.tree import Leaves, PartialLeaves, Tree
+
+Losses = Callable[[Tree, Tree, Any], Tensor]
+"""(inner, outer, embedded batch) -> the loss: 0-dim, or of shape (tasks,)."""
+Condition = Callable[[Tree, Tree, Any], tuple[Tensor | None, Tree]]
+"""(inner, outer, embedded batch) -> the loss if it is known, and a tree like inner, differentiable in all three."""
+
+
+class Linearized(Protocol):
+    """A condition at one point, with its graph, so that each product costs one backward."""
+
+    loss: Tensor | None
+
+    def transposed(self, v: Leaves) -> Leaves:
+        """(d condition / d inner)' v."""
+
+    def last(self, v: Leaves) -> tuple[Leaves, PartialLeaves, PartialLeaves]:
+        """The transposed products with v in inner, in outer and in the batch, in one sweep that frees the graph."""
+
+
+class Engine(Strategy):
+    """How derivatives of pure functions are computed."""
+
+    @abc.abstractmethod
+    def gradient(self, loss: Losses, inner: Tree, outer: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
+        """The loss and its gradient in inner, both without a graph."""
+
+    @abc.abstractmethod
+    def differentiable_gradient(
+        self, loss: Losses, inner: Tree, outer: Tree, batch: Any
+    ) -> tuple[Tensor, PartialLeaves]:
+        """The same of arguments as they come, with a graph."""
+
+    @abc.abstractmethod
+    def gradients(
+        self, loss: Losses, inner: Tree, outer: Tree, batch: Any, *, in_inner: bool, in_outer: bool
+    ) -> tuple[Tensor, PartialLeaves, PartialLeaves]:
+        """The loss and its gradients in inner and in outer (all None where not asked for).
+
+        `outer` is taken as it comes: attached where its gradient is wanted, detached where not.
+        """
+
+    @abc.abstractmethod
+    def linearize(
+        self, condition: Condition, inner: Tree, outer: Tree, batch: Any, batch_leaves: Sequence[Tensor]
+    ) -> Linearized:
+        """The condition at a point, with an attached `outer`; in the tensors `batch_leaves` products are wanted too."""

@@ -1,0 +1,85 @@
+"""The eager engine: torch.autograd, operator by operator.
+
+| | cost | memory |
+| --- | --- | --- |
+| gradient | 1 gradient | one graph, freed |
+| linearize | 1 gradient | its graph, kept while the object lives |
+| transposed, last | 1 product each | P; P + Q |
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from bilevel.engine import autodiff
+from bilevel.engine.base import Condition, Engine, Losses
+from bilevel.space import tree
+from bilevel.space.tree import Leaves, PartialLeaves, Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Eager(Engine):
+    """Every operator is run as it is met.
+
+    Example:
+        >>> import torch
+        >>> Eager().gradient(lambda y, x, b: (x * y**2).sum(), torch.ones(2), torch.ones(2), None)[1]
+        (tensor([2., 2.]),)
+    """
+
+    def gradient(self, loss: Losses, inner: Tree, outer: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
+        value, gradient, _ = self.gradients(loss, inner, outer, batch, in_inner=True, in_outer=False)
+        return value, gradient
+
+    def differentiable_gradient(
+        self, loss: Losses, inner: Tree, outer: Tree, batch: Any
+    ) -> tuple[Tensor, PartialLeaves]:
+        value = loss(inner, outer, batch)
+        return value.detach(), autodiff.grad([value.sum()], tree.tensors(inner), create_graph=True)
+
+    def gradients(
+        self, loss: Losses, inner: Tree, outer: Tree, batch: Any, *, in_inner: bool, in_outer: bool
+    ) -> tuple[Tensor, PartialLeaves, PartialLeaves]:
+        y = tree.attach(inner) if in_inner else tree.detach(inner)
+        value = loss(y, outer, batch)
+        ys, xs = tree.tensors(y), tree.tensors(outer)
+        found = autodiff.grad([value.sum()], [*ys, *xs] if in_outer else ys)
+        return value.detach(), found[: len(ys)], found[len(ys) :] if in_outer else (None,) * len(xs)
+
+    def linearize(
+        self, condition: Condition, inner: Tree, outer: Tree, batch: Any, batch_leaves: Sequence[Tensor]
+    ) -> "Linearization":
+        return Linearization(condition, inner, outer, batch, batch_leaves)
+
+
+class Linearization:
+    """A condition at one point, with its graph."""
+
+    def __init__(
+        self, condition: Condition, inner: Tree, outer: Tree, batch: Any, batch_leaves: Sequence[Tensor]
+    ) -> None:
+        y = tree.attach(inner)
+        self._ys, self._xs, self._batch = tree.tensors(y), tree.tensors(outer), list(batch_leaves)
+        self.loss, value = condition(y, outer, batch)
+        # Products need the condition's place in the graph, not its P numbers.
+        self._roots: list[autodiff.Root | None] | None = [
+            None if leaf is None else autodiff.root(leaf) for leaf in tree.flatten(value)[0]
+        ]
+
+    def _products(self, v: Leaves, inputs: list[Tensor], *, last: bool) -> PartialLeaves:
+        assert self._roots is not None, "the graph was freed by last()"
+        pairs = [(root, w) for root, w in zip(self._roots, v, strict=True) if root is not None]
+        return autodiff.grad([root for root, _ in pairs], inputs, [w for _, w in pairs], retain_graph=not last)
+
+    def transposed(self, v: Leaves) -> Leaves:
+        """(d condition / d inner)' v."""
+        return autodiff.filled(self._products(v, self._ys, last=False), self._ys)
+
+    def last(self, v: Leaves) -> tuple[Leaves, PartialLeaves, PartialLeaves]:
+        """The transposed products with v in inner, in outer and in the batch, in one sweep that frees the graph."""
+        count, to_outer = len(self._ys), len(self._ys) + len(self._xs)
+        found = self._products(v, [*self._ys, *self._xs, *self._batch], last=True)
+        self._roots = None
+        return autodiff.filled(found[:count], self._ys), found[count:to_outer], found[to_outer:]

@@ -1,0 +1,102 @@
+"""What a user's own optimizer says of itself, held against what it does, once a problem.
+
+The library's optimizers are tested. One that a user wrote may claim to rest where the inner gradient vanishes and yet
+move there (a hidden weight decay), or may mix tasks (a clip by the norm over all of them). Either would be a wrong
+number without a word.
+"""
+
+import torch
+from torch import Tensor
+
+from bilevel.estimators.base import Estimator, Instance, Path
+from bilevel.optim.base import Optimizer
+from bilevel.space import tree
+from bilevel.space.tree import Tree
+
+
+def check(estimator: Estimator, instance: Instance) -> None:
+    """Raise if a user's optimizer does not do what is asked of it on this instance.
+
+    Raises:
+        ValueError: it moves y where its stationarity() is zero, or it mixes tasks.
+    """
+    update = instance.solver.dynamics.update
+    if update is None or type(update).__module__.startswith("bilevel.") and not _wraps(update):
+        return
+    key = ("admitted", instance.tasks is None, bool(estimator.sees & {Path.STATIONARITY, Path.INNER_LOSS}))
+    if any(seen is update for seen in instance.problem.memo.get(key, ())):
+        return
+    oracles = instance.oracles
+    y = oracles.start()
+    if type(tree.tensors(y)[0]) is not Tensor:
+        return  # nothing can be compared on tensors without data
+    with torch.no_grad():
+        generators = oracles.generators
+        before = generators.peek()
+        _, gradient = oracles.engine.gradient(oracles.evaluation.inner, y, oracles.x, oracles.embedding(0).value)
+        generators.set(before)
+        g = tree.like(y, gradient)
+        if Path.HYPERPARAMETER not in estimator.sees:
+            _check_rest(update, g, y, oracles.x)
+        if instance.tasks is not None and instance.tasks > 1:
+            _check_tasks(update, g, y, oracles.x)
+    instance.problem.memo.setdefault(key, []).append(update)
+
+
+def _wraps(update: Optimizer) -> bool:
+    """Whether an optimizer of the library holds one that is not."""
+    return any(
+        isinstance(value, Optimizer) and not type(value).__module__.startswith("bilevel.")
+        for value in vars(update).values()
+    )
+
+
+def _check_rest(update: Optimizer, gradient: Tree, y: Tree, x: Tree) -> None:
+    """At the gradient g0 where stationarity(g0, y, x) = 0, a first step must leave y where it is."""
+    at_zero = update.stationarity(tree.tree_map(_zeros, gradient), y, x)
+    condition = update.stationarity(gradient, y, x)
+    if at_zero is None or condition is None:
+        return  # it does not say; estimators at the solution refuse it
+    name = type(update).__name__
+    for g, added, total in zip(*(tree.flatten(each)[0] for each in (gradient, at_zero, condition)), strict=True):
+        if g is not None and not torch.allclose(total - added, g, rtol=1e-3, atol=1e-6 * float(g.abs().max())):
+            raise ValueError(
+                f"{name}.stationarity() is not the inner gradient plus a term of its own, so an estimator at the "
+                f"solution cannot use it. Return grad, or grad plus what the step adds to it (weight decay), or None"
+            )
+    rest = tree.tree_map(lambda leaf: None if leaf is None else -leaf, at_zero)
+    moved, _ = update.step(rest, update.init(y), y, x)
+    free, _ = update.step(gradient, update.init(y), y, x)
+    if _distance(moved, y) > 1e-3 * _distance(free, y) + 1e-7 * _size(y):
+        raise ValueError(
+            f"{name}.step() moves y where its stationarity() is zero, so the two do not belong together: an estimator "
+            f"at the solution would miss what it adds to the gradient (weight decay, a projection, noise). Let "
+            f"stationarity(grad, inner, outer) return what step() adds too, or None, or use Unrolled()"
+        )
+
+
+def _check_tasks(update: Optimizer, gradient: Tree, y: Tree, x: Tree) -> None:
+    """One task's step must not depend on the others."""
+    alone = [tree.tree_map(lambda leaf: None if leaf is None else leaf[:1], each) for each in (gradient, y)]
+    together, _ = update.step(gradient, update.init(y), y, x)
+    single, _ = update.step(alone[0], update.init(alone[1]), alone[1], x)
+    first = tree.tree_map(lambda leaf: leaf[:1], together)
+    if _distance(first, single) > 1e-4 * _distance(single, alone[1]) + 1e-7 * _size(alone[1]):
+        raise ValueError(
+            f"{type(update).__name__}.step() mixes tasks: the step of a task depends on the others (a norm over the whole "
+            f"of y, where y has a leading task dimension). Write TaskMean(estimator, chunk=1), which takes one task "
+            f"after another"
+        )
+
+
+def _zeros(leaf: Tensor | None) -> Tensor | None:
+    return None if leaf is None else torch.zeros_like(leaf)
+
+
+def _distance(one: Tree, other: Tree) -> float:
+    pairs = zip(tree.tensors(one), tree.tensors(other), strict=True)
+    return sum(float((a - b).double().square().sum()) for a, b in pairs) ** 0.5
+
+
+def _size(value: Tree) -> float:
+    return sum(float(leaf.double().square().sum()) for leaf in tree.tensors(value)) ** 0.5

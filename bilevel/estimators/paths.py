@@ -1,0 +1,203 @@
+"""Which paths the outer variable takes through a problem, found once and remembered.
+
+    x -> y_0        x -> dg/dy        x -> the optimizer's algebra        x -> weight decay        x -> f
+
+The problem is run on tensors without data, so that looking costs no memory; where a loss cannot be run on those, on
+its own tensors.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from bilevel.batches import Batches, PerStep
+from bilevel.engine import autodiff
+from bilevel.engine.oracles import At, Oracles
+from bilevel.estimators.base import Estimator, Instance, Path
+from bilevel.outcome import NotTwiceDifferentiableError
+from bilevel.space import tree
+from bilevel.space.tree import Tree
+
+Paths = tuple[frozenset[Path], ...]
+"""The paths of each outer tensor."""
+_INDIRECT = frozenset(Path) - {Path.OUTER_LOSS}
+_LASTING = frozenset({Path.INNER_LOSS, Path.STATIONARITY})
+"""Paths that move the solution itself, not only the way there."""
+
+
+def check(estimator: Estimator, instance: Instance) -> None:
+    """Raise unless the estimator sees how each outer tensor acts.
+
+    An outer tensor that acts on y along several paths must be seen on one of them (the start and the step size of an
+    inner loop lose their influence as it converges), and an estimator at the solution must see all that move it.
+
+    Raises:
+        TypeError: `sees` is no set of paths.
+        ValueError: naming the tensors, the paths, what the estimator sees, and the remedy.
+    """
+    sees = estimator.sees_after(instance.solver.max_steps)
+    if not isinstance(sees, frozenset) or not all(isinstance(path, Path) for path in sees):
+        raise TypeError(f"{type(estimator).__name__}.sees is {sees!r}; a frozenset of bilevel.Path was needed")
+    if sees >= frozenset(Path):
+        return
+    blind = []
+    for name, taken in zip(tree.names(instance.outer), of(instance), strict=True):
+        if not instance.solver.max_steps and Path.START in sees:
+            taken = taken & {Path.START, Path.OUTER_LOSS}
+        hidden = taken & _INDIRECT - sees
+        if taken & _INDIRECT & sees:
+            hidden = hidden & _LASTING if sees & _LASTING else frozenset()
+        hidden |= taken & {Path.OUTER_LOSS} - sees
+        blind += [f"{name} through {path.value}" for path in Path if path in hidden]
+    if blind:
+        raise ValueError(_refusal(estimator, sees, blind))
+
+
+def check_unreached(estimator: Estimator, instance: Instance, missed: frozenset[int]) -> None:
+    """Raise if an outer tensor for which the estimator returned nothing does act on the problem."""
+    taken, names = of(instance), tree.names(instance.outer)
+    blind = [f"{names[i]} through {path.value}" for i in sorted(missed) for path in Path if path in taken[i]]
+    if blind and (instance.solver.max_steps or Path.START not in estimator.sees):
+        raise ValueError(_refusal(estimator, estimator.sees_after(instance.solver.max_steps), blind))
+
+
+def _refusal(estimator: Estimator, sees: frozenset[Path], blind: Sequence[str]) -> str:
+    followed = ", ".join(path.value for path in Path if path in sees) or "nothing"
+    remedy = "Use Unrolled(), which sees every path"
+    if any(Path.START.value in each for each in blind):
+        remedy = (
+            "Write Unrolled(last=None), which backpropagates to the start"
+            if Path.HYPERPARAMETER in sees
+            else "Use Unrolled(), which sees every path (a start can also be made visible, with "
+            "bilevel.proximal(problem, strength))"
+        )
+    elif Path.INNER_LOSS not in sees:
+        remedy = "Use Unrolled(), Implicit(bilevel.CG(10)) or FirstOrderCorrected()"
+    return (
+        f"{type(estimator).__name__} cannot see how the outer variable acts here: it sees {followed}, but x enters as "
+        f"{'; '.join(blind)}. Its hypergradient would be zero there, which is wrong. {remedy}."
+    )
+
+
+def of(instance: Instance) -> Paths:
+    """The paths of each outer tensor, remembered with the problem."""
+    known = instance.problem.memo.setdefault("paths", {})
+    steps = min(2, instance.solver.max_steps)  # momentum acts from the second on
+    signature = tuple(tree.names(instance.outer)), instance.inner is None, instance.tasks is None, steps
+    dynamics = instance.solver.dynamics
+    for seen, before, found in known.get(signature, ()):
+        if seen is dynamics or (type(seen) is type(dynamics) and _same(seen, dynamics)) and before:
+            return found
+    found = _probed(instance, steps)
+    known.setdefault(signature, []).append((dynamics, True, found))
+    return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except (RuntimeError, ValueError, TypeError):  # fields that are tensors have no single answer
+        return False
+
+
+def _probed(instance: Instance, steps: int) -> Paths:
+    generators = instance.oracles.generators
+    before = generators.peek()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            try:
+                with _without_data(instance) as fake:
+                    return _trace(fake, steps)
+            except Exception:  # whatever the user's functions do with numbers, they do on real ones
+                with _disable_current_modes():
+                    return _trace(instance, steps)
+    finally:
+        generators.set(before)
+
+
+@contextlib.contextmanager
+def _without_data(instance: Instance) -> Iterator[Instance]:
+    """The instance on tensors without data, unseen by meters."""
+    leaves = tree.tensors(instance.outer)
+    with _disable_current_modes():
+        mode = leaves[0].fake_mode if isinstance(leaves[0], FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
+
+        def convert(leaf: Any) -> Any:
+            return mode.from_tensor(leaf) if isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor) else leaf
+
+        def converted(value: Tree) -> Tree:
+            return None if value is None else tree.tree_map(convert, value)
+
+        batches = instance.batches
+        first = Batches(converted(batches.inner_at(0)), converted(batches.outer))
+        with mode:
+            yield dataclasses.replace(
+                instance, outer=converted(instance.outer), inner=converted(instance.inner), batches=first
+            )
+
+
+def _trace(instance: Instance, steps: int) -> Paths:
+    if isinstance(instance.batches.inner, PerStep):
+        instance = dataclasses.replace(
+            instance, batches=dataclasses.replace(instance.batches, inner=instance.batches.inner_at(0))
+        )
+    oracles, found = instance.oracles, dict[Path, frozenset[int]]()
+    with torch.enable_grad():
+        xs = tree.tensors(oracles.attached)
+        y0 = oracles.differentiable_start()
+        found[Path.START] = _reached(tree.tensors(y0), xs) if instance.problem.init is not None else frozenset()
+        y = tree.attach(y0)
+        embedded = oracles.evaluation.embed(oracles.attached, instance.batches.inner)
+        found[Path.INNER_LOSS] = _through_inner_loss(oracles, y, embedded, xs)
+        found[Path.HYPERPARAMETER] = _through_steps(oracles, y, embedded, xs, steps)
+        found[Path.STATIONARITY] = _through_stationarity(oracles, y, embedded, xs)
+        batch = oracles.evaluation.embed(oracles.attached, instance.batches.outer)
+        found[Path.OUTER_LOSS] = _reached([oracles.evaluation.outer(y, oracles.attached, batch)], xs)
+    return tuple(frozenset(path for path, reached in found.items() if i in reached) for i in range(len(xs)))
+
+
+def _through_inner_loss(oracles: Oracles, y: Tree, embedded: Any, xs: Sequence[Tensor]) -> frozenset[int]:
+    # What moves y is dg/dy: an x that only shifts g has no influence through it.
+    loss = oracles.evaluation.inner(y, oracles.attached, embedded).sum()
+    try:
+        gradient = autodiff.grad([loss], tree.tensors(y), create_graph=True)
+        return _reached([leaf for leaf in gradient if leaf is not None], xs)
+    except NotTwiceDifferentiableError:
+        return _reached([oracles.evaluation.inner(y, oracles.attached, embedded)], xs)
+
+
+def _through_steps(oracles: Oracles, y: Tree, embedded: Any, xs: Sequence[Tensor], steps: int) -> frozenset[int]:
+    """Through the steps, with the inner gradient held fixed."""
+    moved = tree.detach(y)
+    state = oracles.dynamics.init(moved, oracles.attached)
+    outputs: list[Tensor] = []
+    for step in range(steps):
+        at = At(step, embedded, _constant, oracles.differentiable_value)
+        moved, state = oracles.dynamics.step(moved, state, oracles.attached, at)
+        outputs += tree.tensors(moved)
+    return _reached(outputs, xs)
+
+
+def _through_stationarity(oracles: Oracles, y: Tree, embedded: Any, xs: Sequence[Tensor]) -> frozenset[int]:
+    at = At(0, embedded, _constant, oracles.differentiable_value)
+    condition = oracles.dynamics.stationarity(y, oracles.attached, at)
+    return frozenset() if condition is None else _reached(tree.tensors(condition), xs)
+
+
+def _constant(inner: Tree, embedded: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    leaves = tuple(torch.ones_like(leaf) for leaf in tree.tensors(tree.detach(inner)))
+    return leaves[0].new_zeros(()), leaves
+
+
+def _reached(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> frozenset[int]:
+    if not outputs:
+        return frozenset()
+    floating = [output for output in outputs if output.is_floating_point()]
+    found = autodiff.grad(floating, inputs, [torch.ones_like(output) for output in floating], retain_graph=True)
+    return frozenset(i for i, leaf in enumerate(found) if leaf is not None)

@@ -1,0 +1,160 @@
+"""The trajectory as iterates: the graph of one step at a time is rebuilt on the way back.
+
+| kept | inner gradients | HVP-class products | memory, S = P + optimizer state |
+| --- | --- | --- | --- |
+| every iterate | 2 K | K | K S + one tape |
+| segments of shrinking length | about 3 K - sqrt(2 K) | K | sqrt(2 K) S + one tape |
+
+An iterate is kept with the state of the random number generators before its step, so a rebuilt step draws what the
+first pass drew. References: Chen et al. 2016, arXiv 1604.06174. Segments shrink towards the end of the loop (as
+snapshots pile up), which needs sqrt(2 K) iterates at once instead of 2 sqrt(K), and the last one is never recomputed.
+"""
+
+import itertools
+import math
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from bilevel.batches import PerStep
+from bilevel.engine.oracles import Cotangents
+from bilevel.engine.replay import State
+from bilevel.estimators.base import Instance
+from bilevel.estimators.reverse.growth import Growth
+from bilevel.inner.base import InnerSolver
+from bilevel.inner.loop import where
+from bilevel.space import tree
+from bilevel.space.tree import PartialLeaves, Tree
+
+
+class _Kept(NamedTuple):
+    """What rebuilds a step: the iterate, the dynamics' state, and the generators' before it."""
+
+    inner: Tree
+    state: Any
+    random: State
+
+
+class Checkpoints:
+    """The inner loop with some of its iterates.
+
+    Args:
+        instance: what is solved.
+        solver: the stopping rule.
+        starts: the steps at which a segment begins; all of the last segment is kept. Steps before the first are not
+            followed.
+        steps: how many steps the rule takes.
+    """
+
+    def __init__(self, instance: Instance, solver: InnerSolver, starts: list[int], steps: int) -> None:
+        oracles = instance.oracles
+        self._oracles, self._starts, self._steps = oracles, starts, steps
+        self._snapshots, self._kept = list[_Kept](), list[_Kept]()
+        self._live: list[Tensor] = []
+        masked = not solver.fixed and oracles.space.tasks is not None
+        y0 = oracles.start()
+
+        def visit(step: int, y: Tree, s: Any, live: Tensor | None) -> None:
+            if masked and live is not None:
+                self._live.append(live)
+            if step >= starts[-1] or step in starts:
+                past = self._kept or self._snapshots
+                kept = _Kept(y, s, oracles.generators.state(past[-1].random if past else None))
+                (self._kept if step >= starts[-1] else self._snapshots).append(kept)
+
+        self.solution = instance.solve(y0, solver=solver, visit=visit)
+
+    def pull(self, cotangent: list[Tensor | None], *, to_start: bool) -> tuple[PartialLeaves, Growth]:
+        """The cotangent of y_K to one of x, along the steps and the start.
+
+        Args:
+            cotangent: what enters at y_K; emptied. The iterates are freed.
+            to_start: follow it to a start without an init, too, for the figures of `Growth`.
+        """
+        oracles, first = self._oracles, self._starts[0]
+        end = oracles.generators.peek()
+        growth = Growth(oracles.space, [leaf for leaf in cotangent if leaf is not None], self._steps - first)
+        cotangents = Cotangents(list(cotangent), None)
+        cotangent.clear()
+        shared = not isinstance(oracles.batches.inner, PerStep)
+        total: PartialLeaves = (None,) * len(tree.tensors(oracles.attached))
+        through_init, pending = oracles.problem.init is not None and first == 0, None
+        for begin, stop in reversed(list(itertools.pairwise([*self._starts, self._steps]))):
+            if begin < stop and not self._kept:
+                self._kept = self._recomputed(self._snapshots.pop(), begin, stop)
+            for step in reversed(range(begin, stop)):
+                kept = self._kept.pop()
+                oracles.generators.set(kept.random)
+                cotangents, in_outer, in_batch = self._step_back(
+                    kept, step, cotangents, to_inner=step > first or through_init or to_start
+                )
+                del kept
+                if growth.wanted(step - first):
+                    growth.look(cotangents.inner)
+                total = tree.accumulate(total, in_outer)
+                if shared:
+                    pending = in_batch if pending is None else tree.accumulate(pending, in_batch)
+                else:
+                    total = tree.accumulate(total, oracles.embedding(step).pull(in_batch))
+        if pending is not None:
+            total = tree.accumulate(total, oracles.embedding(0).pull(pending))
+        if through_init:
+            total = tree.accumulate(total, oracles.start_vjp(cotangents.inner))
+        oracles.generators.set(end)
+        return total, growth
+
+    def _step_back(
+        self, kept: _Kept, step: int, cotangents: Cotangents, *, to_inner: bool
+    ) -> tuple[Cotangents, PartialLeaves, PartialLeaves]:
+        """One step's product; the cotangents of tasks that were at rest go past it."""
+        oracles = self._oracles
+        if not self._live:
+            return oracles.step_vjp(kept.inner, kept.state, step, cotangents, to_inner=to_inner)
+        live = self._live[step]
+        resting, moving = (
+            Cotangents(self._masked(mask, cotangents.inner), cotangents.state and self._masked(mask, cotangents.state))
+            for mask in (~live, live)
+        )
+        back, in_outer, in_batch = oracles.step_vjp(kept.inner, kept.state, step, moving, to_inner=to_inner)
+        if to_inner:
+            back.inner = list(tree.accumulate(tuple(back.inner), tuple(resting.inner)))
+            if resting.state is not None and back.state is not None and len(back.state) == len(resting.state):
+                back.state = list(tree.accumulate(tuple(back.state), tuple(resting.state)))
+        return back, in_outer, in_batch
+
+    def _masked(self, tasks: Tensor, cotangents: list[Tensor | None]) -> list[Tensor | None]:
+        return [
+            leaf if leaf is None or leaf.dim() == 0 else leaf * self._oracles.space.per_task(tasks, leaf)
+            for leaf in cotangents
+        ]
+
+    def _recomputed(self, snapshot: _Kept, begin: int, stop: int) -> list[_Kept]:
+        """The iterates of a segment, from its first."""
+        oracles, kept = self._oracles, [snapshot]
+        oracles.generators.set(snapshot.random)
+        for step in range(begin, stop - 1):
+            y, s, random = kept[-1]
+            moved, state = oracles.step(y, s, oracles.point(step))
+            if self._live:
+                moved = where(oracles.space, self._live[step], moved, y)
+                state = state if step == 0 else where(oracles.space, self._live[step], state, s)
+            kept.append(_Kept(moved, state, oracles.generators.state(random)))
+        return kept
+
+
+def shrinking(count: int) -> list[int]:
+    """Segment lengths M, M-1, ... that add up to `count`, with M as small as possible.
+
+    When segment j is recomputed, j + 1 snapshots and its own iterates are alive: j + (M - j) = M throughout, with M =
+    sqrt(2 count).
+
+    Example:
+        >>> shrinking(10), shrinking(12)
+        ([4, 3, 2, 1], [5, 4, 3])
+    """
+    longest = math.ceil((math.sqrt(8 * count + 1) - 1) / 2)
+    lengths: list[int] = []
+    while count > 0:
+        lengths.append(min(longest - len(lengths), count))
+        count -= lengths[-1]
+    return lengths

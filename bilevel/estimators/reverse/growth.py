@@ -1,0 +1,106 @@
+"""How much cotangents grow on their way back through the inner loop: what rounding errors grow by, too.
+
+A perturbation of y_k reaches y_K through the product of the steps' Jacobians, a cotangent travels back through its
+transpose. Where that product grows, so do rounding errors: of the digits of the dtype, log10 of the growth are lost.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from bilevel.outcome import Status, code_if, worst
+from bilevel.space import tree
+from bilevel.space.inner_product import Space
+from bilevel.space.tree import Tree
+
+_LOOKS = 8
+"""Cotangents looked at in a sweep, spread evenly: a norm each."""
+_FEW_DIGITS, _NOTABLE = 1e-2, 1e3
+"""Unstable: less than two digits are left, and it is the growth that took them (half precision has hardly more)."""
+_FORGOTTEN = 1e-2
+"""A solver that stops by itself must forget its start to this."""
+
+
+class Growth:
+    """Norms of cotangents, relative to the one that entered, per task.
+
+    Args:
+        space: how norms are taken.
+        entered: the cotangent of y_K.
+        steps: how many steps it travels.
+    """
+
+    def __init__(self, space: Space, entered: list[Tensor], steps: int) -> None:
+        self._space, self._every, self._dtype = space, interval(steps), entered[0].dtype
+        self._first = self._norm(entered)
+        self._largest, self.left = self._first, self._first
+
+    def _norm(self, cotangent: list[Tensor | None] | list[Tensor]) -> Tensor:
+        return self._space.norm([leaf for leaf in cotangent if leaf is not None])
+
+    def wanted(self, step: int) -> bool:
+        """Whether the cotangent of y at a step is to be looked at."""
+        return step % self._every == 0
+
+    def look(self, cotangent: list[Tensor | None]) -> None:
+        """Take the norm of a cotangent further back."""
+        if any(leaf is not None for leaf in cotangent):
+            self.left = self._norm(cotangent)
+            self._largest = torch.maximum(self._largest, self.left)
+
+    def look_at_all(self, watch: "Watch") -> None:
+        """The same for norms that hooks took in one backward."""
+        for squared in watch.squares.values():
+            self.left = squared.sqrt()
+            self._largest = torch.maximum(self._largest, self.left)
+
+    def figures(self) -> dict[str, Tensor]:
+        """`cotangent_growth`, `cotangent_left` and `digits`, of the worst task."""
+        safe = torch.where(self._first > 0, self._first, 1.0)
+        growth, left = (self._largest / safe).max(), (self.left / safe).max()
+        eps = torch.finfo(self._dtype).eps
+        return {
+            "cotangent_growth": growth,
+            "cotangent_left": left,
+            "digits": -torch.log10(eps * growth.clamp_min(1.0)).clamp_max(0.0),
+        }
+
+    def code(self, *, stopped: bool) -> Tensor:
+        """INNER_UNSTABLE, and for a solver that stopped by itself STOPPED_EARLY."""
+        figures = self.figures()
+        growth = figures["cotangent_growth"]
+        lost = growth * torch.finfo(self._dtype).eps > _FEW_DIGITS
+        unstable = code_if(lost & (growth > _NOTABLE), Status.INNER_UNSTABLE)
+        early = code_if(figures["cotangent_left"] > _FORGOTTEN, Status.STOPPED_EARLY) if stopped else 0
+        return worst(unstable, early)
+
+
+def interval(steps: int) -> int:
+    """Steps between two looks."""
+    return max(1, -(-steps // _LOOKS))
+
+
+class Watch:
+    """Takes the norms of the cotangents of some iterates as one backward passes them.
+
+    Args:
+        space: how norms are taken.
+        every: steps between two looks.
+    """
+
+    def __init__(self, space: Space, every: int) -> None:
+        self._space, self._every = space, every
+        self.squares: dict[int, Tensor] = {}
+
+    def iterate(self, step: int, inner: Tree) -> None:
+        """Watch y at a step, if it is one of those to be looked at."""
+        if step % self._every:
+            return
+        for leaf in tree.tensors(inner):
+            if leaf.requires_grad and not leaf.is_leaf:
+                leaf.register_hook(functools.partial(self._add, step))
+
+    def _add(self, step: int, cotangent: Tensor) -> None:
+        squared = self._space.norm([cotangent]).square()
+        self.squares[step] = self.squares[step] + squared if step in self.squares else squared

@@ -1,0 +1,99 @@
+"""The trajectory as one graph: every step's tape is kept until the cotangent has come through.
+
+| | inner gradients | HVP-class products | memory |
+| --- | --- | --- | --- |
+| Tape | K | K | K tapes of a differentiable step |
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from bilevel.batches import PerStep
+from bilevel.engine import autodiff, spans
+from bilevel.engine.oracles import At, Oracles, check_step
+from bilevel.estimators.base import Instance
+from bilevel.estimators.reverse.growth import Growth, Watch, interval
+from bilevel.inner.base import InnerSolver
+from bilevel.inner.loop import run
+from bilevel.space import tree
+from bilevel.space.tree import PartialLeaves, Tree
+
+
+class Tape:
+    """The inner loop with its graph from step `first` on.
+
+    Args:
+        instance: what is solved.
+        solver: the stopping rule.
+        first: earlier steps leave no graph.
+        steps: how many steps the rule takes.
+    """
+
+    def __init__(self, instance: Instance, solver: InnerSolver, first: int, steps: int) -> None:
+        oracles = instance.oracles
+        self._oracles, self._count = oracles, steps - first
+        self._watch = Watch(oracles.space, interval(self._count))
+        with spans.span(spans.INNER):
+            start = oracles.start() if first > 0 else oracles.differentiable_start()
+            self._start = [] if first > 0 or oracles.problem.init is not None else tree.tensors(start)
+            before = oracles.generators.peek()
+            moves = _Recorded(oracles, first, self._watch)
+            found = run(solver, moves, start, moves.point)
+            drew = not oracles.generators.same(before, oracles.generators.peek())
+        self._end, self.solution = tree.tensors(found.inner), instance.seen(found, drew=drew)
+
+    def pull(self, cotangent: list[Tensor | None], *, to_start: bool) -> tuple[PartialLeaves, Growth]:
+        """The cotangent of y_K to one of x, along the steps and the start.
+
+        Args:
+            cotangent: what enters at y_K; emptied. The tape is freed.
+            to_start: follow it to a start without an init, too, for the figures of `Growth`.
+        """
+        weights = [leaf for leaf in cotangent if leaf is not None]
+        cotangent.clear()
+        xs = tree.tensors(self._oracles.attached)
+        start = self._start if to_start else []
+        growth = Growth(self._oracles.space, weights, self._count)
+        with spans.span(spans.HVP, count=self._count):
+            pulled = autodiff.grad(self._end, [*xs, *start], weights)
+        del self._end, self._start
+        growth.look_at_all(self._watch)
+        if start:
+            growth.look(list(pulled[len(xs) :]))
+        return pulled[: len(xs)], growth
+
+
+class _Recorded:
+    """The oracles as the loop sees them, with a graph from a step on."""
+
+    def __init__(self, oracles: Oracles, first: int, watch: Watch) -> None:
+        self.space, self.dynamics = oracles.space, oracles.dynamics
+        self._oracles, self._first, self._watch, self._embedded = oracles, first, watch, None
+
+    def begin(self, inner: Tree) -> Any:
+        x = self._oracles.x if self._first > 0 else self._oracles.attached
+        return self.dynamics.init(inner, x)
+
+    def point(self, step: int) -> At:
+        if step < self._first:
+            return self._oracles.point(step)
+        if self._embedded is None or isinstance(self._oracles.batches.inner, PerStep):
+            # In a list, because a batch may be anything, None too.
+            self._embedded = [self._oracles.differentiable_embedding(step)]
+        oracles = self._oracles
+        return At(step, self._embedded[0], oracles.differentiable_gradient, oracles.differentiable_value)
+
+    def step(self, inner: Tree, state: Any, at: At) -> tuple[Tree, Any]:
+        if at.step < self._first:
+            moved, state = self._oracles.step(inner, state, at)
+            return (tree.attach(moved) if at.step == self._first - 1 else moved), state
+        moved, state = self.dynamics.step(inner, state, self._oracles.attached, at)
+        check_step(self.dynamics, inner, moved)
+        self._watch.iterate(at.step + 1 - self._first, moved)
+        return moved, state
+
+    def stationarity(self, inner: Tree, at: At) -> list[Tensor]:
+        value = self.dynamics.stationarity(inner, self._oracles.attached, at)
+        assert value is not None, "the pass that learned the number of steps has refused this"
+        return tree.tensors(value)

@@ -1,0 +1,85 @@
+"""What a stateful estimator carries from one call to the next, typed, so that it can be checked, sliced and saved."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+from torch import Tensor
+
+from bilevel.space import tree
+
+
+def per_task(**options: Any) -> Any:
+    """A field of a state whose tensors have a leading task dimension under `TaskMean`; other fields are shared."""
+    return dataclasses.field(metadata={"per_task": True}, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Base of the states. Subclasses are frozen dataclasses whose fields are trees of tensors and plain numbers.
+
+    Example:
+        >>> import torch
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Average(State):
+        ...     mean: torch.Tensor = per_task()
+        >>> saved = Average(torch.ones(2)).to_dict()
+        >>> saved["owner"], Average.from_dict(saved).mean
+        ('Average', tensor([1., 1.]))
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict of trees of tensors, for torch.save; `state=` of hypergradient() takes it as well."""
+        return {"owner": type(self).__name__} | {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Self:
+        """The state that `to_dict` wrote.
+
+        Raises:
+            ValueError: it is another estimator's, or not complete.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(saved) != names | {"owner"} or saved["owner"] != cls.__name__:
+            raise ValueError(
+                f"a saved state with the entries {sorted(map(str, saved))} and the owner {saved.get('owner')!r} was "
+                f"given; {sorted(names)} of the owner {cls.__name__!r} were needed. Pass the state of this estimator's "
+                f"own last call, or state=None to start afresh"
+            )
+        return cls(**{name: saved[name] for name in names})
+
+
+def checked(owner: str, state: Any, template: State | None) -> Any:
+    """`state` if it is one like `template`.
+
+    Raises:
+        ValueError: another kind, structure, shape, dtype or device.
+    """
+    if template is None:
+        raise ValueError(f"{owner} was given a state, but it carries nothing from call to call; pass state=None")
+    kind = type(template)
+    if isinstance(state, Mapping):
+        state = kind.from_dict(state)
+    if type(state) is not kind:
+        raise ValueError(
+            f"{owner} was given a state of type {type(state).__name__}; the {kind.__name__} of its own last call was "
+            f"needed (hg.state), or state=None to start afresh"
+        )
+    for field in dataclasses.fields(kind):
+        given, wanted = getattr(state, field.name), getattr(template, field.name)
+        if _described(given) != _described(wanted):
+            raise ValueError(
+                f"{owner} was given a state whose {field.name!r} is {_described(given)}, where this problem has "
+                f"{_described(wanted)}. It belongs to another problem; pass state=None to start afresh"
+            )
+    return state
+
+
+def _described(value: Any) -> dict[str, Any]:
+    leaves, names = tree.flatten(value)[0], tree.names(value)
+    return {
+        name: f"{tuple(leaf.shape)} {leaf.dtype} on {leaf.device}" if isinstance(leaf, Tensor) else type(leaf).__name__
+        for name, leaf in zip(names, leaves, strict=True)
+    }

@@ -1,0 +1,73 @@
+"""The contract of a dynamics: how y moves, and what it means that it rests.
+
+    y_{k+1}, s_{k+1} = step(y_k, s_k, x)   at the inner problem of step k;      stationarity(y, x) = 0 at a solution
+
+Nothing else moves y. Estimators of the steps taken differentiate `step`, estimators at the solution differentiate
+`stationarity`; the two agree at a fixed point. With tasks, y and s have a leading task dimension and every task must
+move by itself.
+"""
+
+import abc
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from bilevel._strategy import Strategy
+from bilevel.optim.base import Optimizer
+from bilevel.space.tree import Tree
+
+
+class Point(Protocol):
+    """The inner problem at one step, as a dynamics sees it."""
+
+    step: int
+    batch: Any
+
+    def gradient(self, inner: Tree) -> Tree:
+        """dg/dy at `inner`; None for tensors that the loss does not use. Differentiable where `step` is differentiated."""
+
+    def value(self, inner: Tree) -> Tensor:
+        """The inner loss at `inner`: 0-dim, or of shape (tasks,). Differentiable likewise."""
+
+
+class Dynamics(Strategy):
+    """How the inner variable moves. A frozen dataclass with `step`, and with `stationarity` where there is one.
+
+    Example:
+        A fixed-point map of the user's own, y <- T(y, x):
+
+        >>> import dataclasses, torch, bilevel as bl
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Babylonian(bl.inner.Dynamics):
+        ...     def step(self, inner, state, outer, at):
+        ...         return (inner + outer / inner) / 2, state
+        ...     def stationarity(self, inner, outer, at):
+        ...         return inner - (inner + outer / inner) / 2
+        >>> problem = bl.Problem(lambda y, x, b: (y**2 - x) ** 2, lambda y, x, b: y)
+        >>> hg = bl.hypergradient(problem, torch.tensor(4.0), torch.tensor(1.0), bl.Batches(None, None),
+        ...     solver=bl.Descent(Babylonian(), steps=6), estimator=bl.Implicit(bl.Dense()))
+        >>> hg.inner, hg.grad
+        (tensor(2.), tensor(0.2500))
+    """
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether d stationarity / dy is symmetric, as the Hessian of a loss is; conjugate gradients need it."""
+        return False
+
+    @property
+    def update(self) -> Optimizer | None:
+        """The optimizer, when a step is `optimizer.step(dg/dy, s, y, x)` and nothing else; else None."""
+        return None
+
+    def init(self, inner: Tree, outer: Tree) -> Any:
+        """The state before the first step: a pytree of tensors and plain numbers."""
+        return None
+
+    @abc.abstractmethod
+    def step(self, inner: Tree, state: Any, outer: Tree, at: Point) -> tuple[Tree, Any]:
+        """One step: pure, out of place, differentiable in inner, state, outer and the batch."""
+
+    def stationarity(self, inner: Tree, outer: Tree, at: Point) -> Tree | None:
+        """A tree like `inner` that is zero where the dynamics rests; None if it does not say."""
+        return None

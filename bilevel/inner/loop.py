@@ -1,0 +1,121 @@
+"""The loop of every inner solver: the dynamics moves y, the stopping rule looks on.
+
+| | inner gradients | memory |
+| --- | --- | --- |
+| run | one per step, one more where a rule looks at the residual | y, its gradient, the state, one graph; none of the past |
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bilevel.inner.base import InnerSolver
+from bilevel.inner.dynamics import Dynamics, Point
+from bilevel.outcome import Solution, Status, code_if, settled
+from bilevel.space import tree
+from bilevel.space.inner_product import Space
+from bilevel.space.tree import Tree
+
+# On a GPU the test waits for the device; between tests tasks that rest are already frozen, so only work is lost, never
+# accuracy.
+_CHECK_EVERY_ON_GPU = 10
+
+
+class Moves(Protocol):
+    """What the loop needs of the oracles."""
+
+    space: Space
+    dynamics: Dynamics
+
+    def begin(self, inner: Tree) -> Any:
+        """The state before the first step."""
+
+    def step(self, inner: Tree, state: Any, at: Any) -> tuple[Tree, Any]:
+        """One step of the dynamics."""
+
+    def stationarity(self, inner: Tree, at: Any) -> list[Tensor]:
+        """The tensors that are zero where the dynamics rests."""
+
+
+class Seen(Point, Protocol):
+    """A point that remembers the loss at the last gradient taken there."""
+
+    loss: Tensor | None
+
+
+Visit = Callable[[int, Tree, Any, Tensor | None], None]
+"""Called with (step, y, state, which tasks move) before each step; None when all of them do."""
+
+
+def run(
+    solver: InnerSolver, moves: Moves, start: Tree, at: Callable[[int], Seen], *, visit: Visit | None = None
+) -> Solution:
+    """Move y from `start` until the rule is content.
+
+    Args:
+        solver: the rule.
+        moves: the oracles; with or without a graph is theirs to choose.
+        start: y_0.
+        at: the inner problem of a step.
+        visit: sees every iterate before it is moved.
+    """
+    y, state = start, moves.begin(start)
+    every = _CHECK_EVERY_ON_GPU if tree.tensors(start)[0].is_cuda else 1
+    first = last = rise = residual = None
+    for step in range(solver.max_steps + (0 if solver.fixed else 1)):
+        point, live = at(step), None
+        if not solver.fixed:
+            residual = moves.space.norm(moves.stationarity(y, point)).detach()
+            live = ~solver.solved(residual)
+            first = point.loss if first is None else first
+            if step == solver.max_steps or (step % every == 0 and settled(live)):
+                code = code_if(live, Status.INNER_MAX_STEPS)
+                return Solution(y, step, code, first, point.loss, residual, *_motion(rise, first, point.loss, state))
+        if visit is not None:
+            visit(step, y, state, live)
+        moved, next_state = moves.step(y, state, point)
+        if live is not None and moves.space.tasks is not None:
+            moved = where(moves.space, live, moved, y)
+            next_state = next_state if step == 0 else where(moves.space, live, next_state, state)
+        y, state, loss = moved, next_state, point.loss
+        if loss is not None:
+            if last is not None:
+                up = (loss - last).clamp_min(0)
+                rise = up if rise is None else rise + up
+            first, last = loss if first is None else first, loss
+        del point, moved, next_state, loss
+    return Solution(y, solver.max_steps, 0, first, last, residual, *_motion(rise, first, last, state))
+
+
+def _motion(
+    rise: Tensor | None, first: Tensor | None, last: Tensor | None, state: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of all that the inner loss moved, the part that went up, and whether that says that steps are too long; per task.
+
+    Along plain gradient steps shorter than 2 / L the loss never rises, so a tenth is too much. A momentum overshoots by
+    design: there the loop is unsteady when most of the motion is up and down, without getting anywhere.
+    """
+    if rise is None or first is None or last is None:
+        return None, None
+    fell, size = rise + first - last, first.abs() + last.abs()
+    share = rise / (rise + fell).clamp_min(torch.finfo(first.dtype).tiny)
+    plain = not tree.tensors(state)
+    unsteady = (share > _PLAIN_RISE) if plain else (rise > _IN_PLACE * (first - last).abs())
+    # Small motion is rounding, or the last turns around a solution.
+    return share, unsteady & (rise > _MOTION * size)
+
+
+# Shares of a motion. Held against convergent and divergent loops in tests/bilevel/test_stability.py.
+_PLAIN_RISE, _IN_PLACE, _MOTION = 0.1, 5.0, 0.05
+
+
+def where(space: Space, live: Tensor, new: Any, old: Any) -> Any:
+    """`new` for the tasks that are live, `old` for the others, leaf by leaf of two trees."""
+
+    def choose(a: Any, b: Any) -> Any:
+        per_task = isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() > 0
+        return torch.where(space.per_task(live, a), a, b) if per_task else a
+
+    return tree.tree_map(choose, new, old)
