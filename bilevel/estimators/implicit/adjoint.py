@@ -7,6 +7,7 @@ with H = d2g/dy2 and M v = d/dx <dg/dy, v>, both at (y, x) and on one batch.
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 from bilevel.batches import Batches
@@ -15,6 +16,7 @@ from bilevel.linear.base import LinearSolver
 from bilevel.outcome import LinearSolution
 from bilevel.problem import Problem
 from bilevel.space import tree
+from bilevel.space.inner_product import Space
 from bilevel.space.tree import Leaves, PartialLeaves, Tree
 
 
@@ -46,8 +48,12 @@ def adjoint(
     """
     outer_loss, b, direct = oracles.outer_gradient(problem, inner, outer, batches.outer)
     at = oracles.Linearization(problem, inner, outer, batches.at_solution(steps))
-    found = linear.iterate(at.hvp, b, start, tasks=problem.tasks)
+    space = Space(problem.tasks)
+    found = linear.prepare(at.hvp, space).iterate(b, start)
     image, mixed = at.mixed(found.value)
-    found = linear.checked(found, image, b, problem.tasks)
+    # Where the true residual refuses v (put v = 0 in its place), what was computed from it goes too.
+    used = linear.accepted(linear.true_residual(found.value, image, b, space), b).all()
+    found = linear.checked(found, image, b, space)
+    mixed = tuple(None if leaf is None else torch.where(used, leaf, torch.zeros_like(leaf)) for leaf in mixed)
     grad = tree.accumulate(direct, tuple(None if leaf is None else -leaf for leaf in mixed))
     return Adjoint(grad, found, outer_loss, at.loss)
