@@ -1,6 +1,10 @@
 """Solvers of A v = b from products A v alone."""
 
 from bilevel.linear.base import LinearSolver as LinearSolver
+from bilevel.linear.base import Prepared as Prepared
 from bilevel.linear.cg import CG as CG
 from bilevel.linear.dense import Dense as Dense
 from bilevel.linear.neumann import Neumann as Neumann
+from bilevel.linear.operator import LinearOperator as LinearOperator
+from bilevel.linear.operator import Product as Product
+from bilevel.linear.operator import Transposed as Transposed

@@ -1,48 +1,85 @@
 """The contract of a linear solver, and what every answer is checked against.
 
 Solvers work on leaves and with masks instead of branches, so that tasks converge independently, a GPU is never waited
-for, and torch.func.vmap maps over them. `tasks` makes every dot product one number a task.
+for, and torch.func.vmap maps over them. What they return is never worse than v = 0: an answer whose residual is above 1
+is replaced by an earlier one, and the status says so.
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from bilevel._strategy import Strategy
+from bilevel.linear.operator import LinearOperator, Shifted, as_operator
 from bilevel.outcome import LinearSolution, Status, code_if, worst
-from bilevel.space import tree
-from bilevel.space.tree import Leaves
+from bilevel.space.inner_product import Leaves, Space
 
-Product = Callable[[Leaves], Leaves]
-"""v -> A v."""
+SMALL = 0.05
+"""The largest relative residual that is ever called met without the user's having asked for it."""
+
+
+class Prepared(abc.ABC):
+    """A solver bound to one operator. What it learns about the operator is kept for the next right-hand side."""
+
+    def __init__(self, solver: "LinearSolver", operator: LinearOperator, space: Space) -> None:
+        self.solver, self.operator, self.space = solver, operator, space
+        self.shifted = Shifted(operator, solver.damping, space) if solver.damping else operator
+
+    @abc.abstractmethod
+    def iterate(self, b: Leaves, start: Leaves | None = None) -> LinearSolution:
+        """The solver's own work. Residual and status are what its recursion believes; `value` is already safe by that
+        residual: no worse than v = 0.
+        """
+
+    def solve(self, b: Leaves, start: Leaves | None = None) -> LinearSolution:
+        """`iterate` and one product more, for the true residual."""
+        found = self.iterate(b, start)
+        return self.solver.checked(found, self.operator.matvec(found.value), b, self.space)
 
 
 class LinearSolver(Strategy):
-    """How (A + damping I) v = b is solved, A symmetric."""
+    """How (A + damping I) v = b is solved."""
 
     damping: float
     tol: float
-    worse_than_zero: ClassVar[Status] = Status.MAX_STEPS
-    """What it means when the residual is more than twice that of v = 0."""
+    worse_than_zero: ClassVar[Status] = Status.UNSOLVED
+    """What it means when the residual is above that of v = 0."""
 
     @abc.abstractmethod
-    def iterate(
-        self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None
-    ) -> LinearSolution:
-        """The solver's own work; its residual is what the recursion believes."""
-
-    def solve(
-        self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None
-    ) -> LinearSolution:
-        """Solve and check: one product more than `iterate`, for the true residual.
+    def prepare(self, operator: LinearOperator | Callable[[Leaves], Leaves], space: Space = Space()) -> Prepared:
+        """Bind to an operator; reusable over right-hand sides.
 
         Args:
-            product: v -> A v, on tuples of tensors shaped like b.
+            operator: A, or a function v -> A v of a symmetric A.
+            space: where v lives; Space(tasks=T) when every leaf has a leading task dimension.
+
+        Raises:
+            TypeError: `operator` is neither.
+            ValueError: the solver needs a symmetric A.
+        """
+
+    def solve(
+        self,
+        operator: LinearOperator | Callable[[Leaves], Leaves],
+        b: Leaves,
+        start: Leaves | None = None,
+        *,
+        tasks: int | None = None,
+    ) -> LinearSolution:
+        """Solve and check: one product more than the solver's own, for the true residual.
+
+        Args:
+            operator: A, or a function v -> A v of a symmetric A, on tuples of tensors shaped like b.
             b: right-hand side.
-            start: first guess; None for zero.
+            start: first guess; None for zero. Where it is worse than zero, the solver begins at zero.
             tasks: number of tasks, when every leaf has a leading task dimension.
+
+        Raises:
+            TypeError: `operator` is neither an operator nor a function.
+            ValueError: the solver needs a symmetric A.
 
         Example:
             >>> import torch, bilevel as bl
@@ -50,32 +87,71 @@ class LinearSolver(Strategy):
             >>> found.value[0], found.status.name
             (tensor([0.5000, 0.5000]), 'OK')
         """
-        found = self.iterate(product, b, start, tasks=tasks)
-        return self.checked(found, product(found.value), b, tasks)
+        return self.prepare(operator, Space(tasks)).solve(b, start)
 
-    def checked(self, found: LinearSolution, image: Leaves, b: Leaves, tasks: int | None) -> LinearSolution:
-        """`found` with its residual and status replaced by the truth, given image = A v."""
-        residual = tree.axpy(-1.0, tree.axpy(self.damping, found.value, image) if self.damping else image, b)
-        scale = tree.norm(b, tasks)
-        relative = tree.norm(residual, tasks) / torch.where(scale > 0, scale, 1.0)
+    def checked(self, found: LinearSolution, image: Leaves, b: Leaves, space: Space) -> LinearSolution:
+        """`found` with its residual and status replaced by the truth, given image = A v without damping.
+
+        Where the true residual is above 1 or not finite, v = 0 is returned in place of v, and the status is a failed
+        one. `accepted` says where that is, for callers that have computed something else from v.
+        """
+        relative = self.true_residual(found.value, image, b, space)
+        accepted = self.accepted(relative, b)
+        finite = torch.isfinite(relative)
+        unmet = code_if(~self.met(relative, b), Status.MAX_STEPS)
+        worse = code_if(finite & ~accepted, self.worse_than_zero)
+        broken = code_if(~finite, Status.NONFINITE)
+        value = space.where(accepted, found.value)
+        # (v = 0 has the residual 1; that of a right-hand side that is not finite stays NaN.)
+        residual = torch.where(accepted | ~torch.isfinite(space.norm(b)), relative, 1.0)
+        return LinearSolution(value, residual, found.steps, worst(found.code, unmet, worse, broken))
+
+    def true_residual(self, value: Leaves, image: Leaves, b: Leaves, space: Space) -> Tensor:
+        """|b - (A + damping I) v| / |b| per task, given image = A v."""
+        residual = space.axpy(-1.0, space.axpy(self.damping, value, image) if self.damping else image, b)
+        scale = space.norm(b)
+        return space.norm(residual) / torch.where(scale > 0, scale, 1.0)
+
+    def accepted(self, residual: Tensor, b: Leaves) -> Tensor:
+        """Where a relative residual is no worse than that of v = 0, beyond rounding."""
+        return residual <= 1 + rounding(b)
+
+    def met(self, residual: Tensor, b: Leaves) -> Tensor:
+        """Where a relative residual may be called OK: near the tolerance, or as small as the dtype allows, and an
+        improvement on v = 0.
+        """
         # The recursion's residual drifts from the true one, hence the factor of ten; no solver gets below rounding.
-        allowed = max(min(self.tol * 10, 1.0), 100 * torch.finfo(b[0].dtype).eps)
-        unmet = code_if(~(relative <= allowed), Status.MAX_STEPS)
-        # Between 1 and 2 a little negative curvature is at work, and a truncated answer is still of use: unmet, not
-        # failed.
-        worse = code_if(relative > 2.0, self.worse_than_zero)
-        # A failure of the solver explains a non-finite answer better than NONFINITE does.
-        broken = torch.where(
-            torch.as_tensor(found.code, device=unmet.device) == 0,
-            code_if(~torch.isfinite(relative), Status.NONFINITE),
-            0,
+        near = min(max(10 * self.tol, 100 * epsilon(b)), SMALL)
+        return (residual <= max(1.1 * self.tol, near)) & (residual < 1 - epsilon(b))
+
+
+def epsilon(leaves: Sequence[Tensor]) -> float:
+    """The machine epsilon of the coarsest of some tensors."""
+    return max(torch.finfo(leaf.dtype).eps for leaf in leaves)
+
+
+def rounding(leaves: Sequence[Tensor]) -> float:
+    """A relative size below which a recursion on these tensors follows rounding errors."""
+    return min(10 * epsilon(leaves), 0.01)
+
+
+def bound(
+    solver: str, operator: LinearOperator | Callable[[Leaves], Leaves], *, symmetric: bool = False
+) -> LinearOperator:
+    """`operator` as a LinearOperator, refused if the solver needs a symmetric one and it is not.
+
+    Raises:
+        TypeError: neither an operator nor a function.
+        ValueError: not symmetric.
+    """
+    found = as_operator(operator)
+    if symmetric and not found.symmetric:
+        raise ValueError(
+            f"{solver} was given {type(found).__name__}, an operator with symmetric=False; a symmetric one was needed. "
+            f"Use Neumann(...) or Dense(), which solve systems that are not symmetric, or set symmetric=True if A "
+            f"equals its transpose"
         )
-        return LinearSolution(found.value, relative, found.steps, worst(found.code, unmet, worse, broken))
-
-
-def damped(product: Product, damping: float) -> Product:
-    """V -> A v + damping v."""
-    return product if damping == 0 else lambda v: tree.axpy(damping, v, product(v))
+    return found
 
 
 def check_number(owner: str, name: str, value: object, low: float) -> None:

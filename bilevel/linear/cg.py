@@ -1,27 +1,31 @@
-"""Conjugate gradients for a symmetric positive definite A.
+"""Conjugate gradients for a symmetric positive (semi-)definite A.
 
     a = r'r / p'Ap;  v <- v + a p;  r <- r - a Ap;  p <- r + (r'r new / r'r old) p
 
 | | products with A | memory |
 | --- | --- | --- |
-| iterate | at most max_steps (one more with a start) | v, r, p, Ap: 4 P |
+| iterate | at most max_steps (one more with a start); on the CPU, where it ends worse than v = 0, again up to its best step | v, r, p, Ap: 4 P (of 16-bit numbers v and r in float32: 6 P) |
 | solve | one more, for the true residual | |
 
 Reference: Hestenes and Stiefel 1952. Differences from the textbook and from peers: the direction uses the new residual
-    (that of the
-betty-ml wheels 0.1.1 and 0.2.1 does not); the iterate that met the tolerance is the one returned (hypertorch's and
-BOAT's return the one before); a direction with p'Ap <= 0 ends the task with Status.NEGATIVE_CURVATURE instead of a step
-of the wrong sign; converged tasks are frozen by a mask.
+(that of the betty-ml wheels 0.1.1 and 0.2.1 does not); the iterate that met the tolerance is the one returned
+(hypertorch's and BOAT's return the one before); a step along p'Ap <= 0, or along a p'Ap that is a rounding error, is
+never made; a solve that ends worse than v = 0 returns its best iterate; converged tasks are frozen by a mask.
+
+A singular A is no obstacle while b lies in its range: from zero the iterates stay there. The part of b outside it cannot
+be reduced, and steps along it grow like 1 / rounding error.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from bilevel.linear.base import LinearSolver, Product, check_number, check_steps, damped
-from bilevel.outcome import LinearSolution, Status, code_if, settled, worst
-from bilevel.space import tree
-from bilevel.space.tree import Leaves
+from bilevel.linear.base import LinearSolver, Prepared, bound, check_number, check_steps, epsilon, rounding
+from bilevel.linear.operator import LinearOperator
+from bilevel.outcome import LinearSolution, Status, readable, settled
+from bilevel.space.inner_product import NARROW, Leaves, Space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +38,12 @@ class CG(LinearSolver):
             the GPU and under vmap all max_steps products are made; on the CPU it stops early.
         damping: solves (A + damping I) v = b. Biases a direction of curvature h by h / (h + damping).
 
+    Failures, all with the last iterate that is no worse than v = 0 (on the GPU, where finding it again would have to
+    wait for the device, v = 0 itself): NEGATIVE_CURVATURE, BREAKDOWN (A is singular to working precision and b not in
+    its range), UNSOLVED (the residual ended above that of v = 0), NONFINITE.
+
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range; (when used) the operator is not symmetric.
 
     Example:
         >>> import torch, bilevel as bl
@@ -53,45 +61,166 @@ class CG(LinearSolver):
         check_number("CG", "tol", self.tol, 0.0)
         check_number("CG", "damping", self.damping, 0.0)
 
-    def iterate(
-        self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None
-    ) -> LinearSolution:
-        apply = damped(product, self.damping)
+    def prepare(self, operator: LinearOperator | Callable[[Leaves], Leaves], space: Space = Space()) -> "PreparedCG":
+        return PreparedCG(self, bound("CG", operator, symmetric=True), space)
+
+
+@dataclasses.dataclass
+class _Run:
+    """Where a recursion ended, for the system divided by `scale`. All but `value` are per task."""
+
+    value: Leaves
+    norm: Tensor
+    """|b|^2 (1 where b = 0)."""
+    squared: Tensor
+    """|r|^2."""
+    steps: Tensor
+    live: Tensor
+    """Whether it would have gone on."""
+    nonfinite: Tensor
+    negative: Tensor
+    singular: Tensor
+    """Whether it stopped at a curvature that is a rounding error."""
+    stale: Tensor
+    """Whether a step was made along a curvature that a later one showed to be a rounding error."""
+    safe: Tensor
+    """The least |r|^2 on the way, before any such step."""
+    safe_step: Tensor
+
+
+class PreparedCG(Prepared):
+    """CG bound to one operator; nothing is kept between right-hand sides."""
+
+    solver: CG
+
+    def iterate(self, b: Leaves, start: Leaves | None = None) -> LinearSolution:
         # Solved for b over a power of two near max|b|: squares then neither overflow nor vanish, and scaling rounds
         # nothing.
-        scale = tree.largest(b, tasks)
-        scale = torch.where((scale > 0) & torch.isfinite(scale), scale / torch.frexp(scale).mantissa, 1.0)
-        b = tree.scaled(1 / scale, b)
-        v = tuple(torch.zeros_like(leaf) for leaf in b) if start is None else tree.scaled(1 / scale, start)
-        r = b if start is None else tree.axpy(-1.0, apply(v), b)
-        p, rr = r, tree.dot(r, r, tasks)
-        bb = tree.dot(b, b, tasks)
-        del b
-        # Past rounding the recursion follows noise and reports curvature that is not there.
-        enough = bb * max(self.tol, 10 * torch.finfo(p[0].dtype).eps) ** 2
-        live, negative, steps = (
-            rr > enough,
-            torch.zeros_like(rr, dtype=torch.bool),
-            torch.zeros_like(rr, dtype=torch.long),
+        scale = _power_of_two(self.space.largest(b))
+        run = self._run(b, start, scale, None)
+        residual = (run.squared / run.norm).sqrt()
+        done = self.solver.met(residual, b)
+        risen = torch.isfinite(run.norm) & ~(residual <= 1 + rounding(b))
+        stale = run.stale & ~done
+        code = torch.where(run.live, Status.MAX_STEPS.code, 0)
+        for condition, status in (
+            (risen, Status.UNSOLVED),
+            (stale | (run.singular & ~done), Status.BREAKDOWN),
+            (run.negative, Status.NEGATIVE_CURVATURE),
+            (run.nonfinite, Status.NONFINITE),
+        ):
+            code = torch.where(condition, status.code, code)
+        unsafe, steps = risen | stale, run.steps.max()
+        if unsafe.device.type == "cpu" and readable(unsafe) and bool(unsafe.any()):
+            # Memory is dearer than products where a solve fails: the iterate is computed again, not remembered.
+            limit = torch.where(unsafe, run.safe_step, run.steps)
+            residual = torch.where(unsafe, (run.safe / run.norm).sqrt(), residual)
+            del run
+            value = self._run(b, start, scale, limit).value
+        else:
+            residual = torch.where(unsafe, 1.0, residual)
+            value = self.space.where(~unsafe, run.value)
+            del run
+        most = min(torch.finfo(leaf.dtype).max for leaf in b)
+        fits = self.space.largest(value) * scale <= most
+        value = tuple(
+            torch.where(self.space.per_task(fits, leaf), leaf * self.space.per_task(scale, leaf), 0.0).to(like.dtype)
+            for leaf, like in zip(value, b, strict=True)
         )
-        for step in range(self.max_steps):
+        code = torch.where(fits, code, Status.NONFINITE.code)
+        return LinearSolution(value, torch.where(fits, residual, 1.0), steps, code.max())
+
+    def _run(self, b: Leaves, start: Leaves | None, scale: Tensor, limit: Tensor | None) -> _Run:
+        """The recursion, of at most `limit` steps per task."""
+        space, apply, floor = self.space, self.shifted.matvec, _curvature_floor(b)
+        dtypes = [leaf.dtype for leaf in b]
+        b = self._divided(b, scale)
+        bb = space.dot(b, b)
+        if start is None:
+            v, r, rr = space.zeros_like(b), b, bb
+        else:
+            guess = tuple(leaf.to(dtype) for leaf, dtype in zip(self._divided(start, scale), dtypes, strict=True))
+            r = space.axpy(-1.0, apply(guess), b)
+            rr = space.dot(r, r)
+            # A start worse than zero (that of another problem, or for b = 0) is no start.
+            keep = rr <= bb
+            v = tuple(leaf.to(wide.dtype) for leaf, wide in zip(space.where(keep, guess), b, strict=True))
+            r, rr = space.where(keep, r, b), torch.where(keep, rr, bb)
+            del guess
+        del b
+        # (Only `p` is in the operator's 16-bit dtype; what is summed up is not.)
+        p, pp = _narrowed(r, dtypes), rr
+        # Past rounding the recursion follows noise and reports curvature that is not there.
+        enough = bb * max(self.solver.tol, min(10 * epsilon(p), 0.01)) ** 2
+        no, zero = torch.zeros_like(rr, dtype=torch.bool), torch.zeros_like(rr, dtype=torch.long)
+        live, nonfinite, negative, singular, stale, steps = rr > enough, ~torch.isfinite(bb), no, no, no, zero
+        gain, weakest = torch.zeros_like(rr), torch.full_like(rr, float("inf"))
+        best, best_step, before, before_step = rr, zero, rr, zero  # `before`: the best before the weakest curvature
+        for step in range(self.solver.max_steps):
+            if limit is not None:
+                live = live & (step < limit)
             if live.device.type == "cpu" and settled(live):  # a GPU would have to be waited for
                 break
             Ap = apply(p)
-            curvature = tree.dot(p, Ap, tasks)
-            negative = negative | (live & ~(curvature > 0))
-            live = live & (curvature > 0)
+            curvature = space.dot(p, Ap)
+            # The largest |A p| / |p| seen stands for the norm of A, p'Ap / p'p against it says whether A bends at all.
+            length = torch.where(live, pp, 1.0)
+            stretch, quotient = space.norm(Ap) / length.sqrt(), curvature / length
+            finite = torch.isfinite(stretch) & torch.isfinite(quotient)
+            gain = torch.where(live & finite, torch.maximum(gain, stretch), gain)
+            flat = quotient.abs() <= floor * gain
+            # |A p|^2 <= |A| p'Ap for a semi-definite A: a flat direction that A moves far is one of an indefinite A.
+            bent = torch.where(flat, stretch**2 > 10 * floor * gain**2, quotient < 0)
+            noise = weakest < floor * gain
+            nonfinite = nonfinite | (live & ~finite)
+            negative = negative | (live & finite & bent)
+            singular = singular | (live & finite & flat & ~bent)
+            stale = stale | (live & finite & noise)
+            live = live & finite & ~flat & ~bent & ~noise
+            weaker = live & (quotient < weakest)
+            weakest = torch.where(weaker, quotient, weakest)
+            before, before_step = torch.where(weaker, best, before), torch.where(weaker, best_step, before_step)
+
             alpha = torch.where(live, rr / torch.where(live, curvature, 1.0), 0.0)
-            v = tree.axpy(alpha, p, v)
-            r = tree.axpy(-alpha, Ap, r)
+            v = space.where(live, space.axpy(alpha, p, v), v)  # (p of a task that has ended may hold anything)
+            r = space.axpy(-alpha, Ap, r)
             del Ap
             steps = steps + live
-            rr_new = tree.dot(r, r, tasks)
-            if step + 1 < self.max_steps:
-                p = tree.axpy(torch.where(live, rr_new / torch.where(live, rr, 1.0), 0.0), p, r)
-            rr = rr_new
-            live = live & (rr > enough)
-        residual = (rr / torch.where(bb > 0, bb, 1.0)).sqrt()
-        v = tree.scaled(scale, v)
-        code = worst(code_if(negative, Status.NEGATIVE_CURVATURE), code_if(live, Status.MAX_STEPS))
-        return LinearSolution(v, residual, steps.max(), code)
+            new = space.dot(r, r)
+            nonfinite = nonfinite | (live & ~torch.isfinite(new))
+            beta, rr = torch.where(live, new / torch.where(live, rr, 1.0), 0.0), torch.where(live, new, rr)
+            if step + 1 < self.solver.max_steps:
+                p = _narrowed(space.axpy(beta, p, r), dtypes)
+                pp = rr + beta**2 * pp
+            closer = live & (rr < best)
+            best, best_step = torch.where(closer, rr, best), torch.where(closer, steps, best_step)
+            live = live & (rr > enough) & torch.isfinite(rr)
+        safe, safe_step = torch.where(stale, before, best), torch.where(stale, before_step, best_step)
+        norm = torch.where(bb > 0, bb, 1.0)
+        return _Run(v, norm, rr, steps, live, nonfinite, negative, singular, stale, safe, safe_step)
+
+    def _divided(self, x: Leaves, scale: Tensor) -> Leaves:
+        """x over a power of two, 16-bit numbers in float32."""
+        wide = [leaf.float() if leaf.dtype in NARROW else leaf for leaf in x]
+        return tuple(leaf / self.space.per_task(scale, leaf).to(leaf.dtype) for leaf in wide)
+
+
+def _narrowed(x: Leaves, dtypes: list[torch.dtype]) -> Leaves:
+    return tuple(leaf.to(dtype) for leaf, dtype in zip(x, dtypes, strict=True))
+
+
+def _curvature_floor(b: Leaves) -> float:
+    """The share of |A| below which a curvature is a rounding error.
+
+    A product is off by a few eps |A|; of 16 bits by one rounding, since they are summed up in float32.
+    """
+    return epsilon(b) if any(leaf.dtype in NARROW for leaf in b) else 10 * epsilon(b)
+
+
+def _power_of_two(largest: Tensor) -> Tensor:
+    """The power of two at or just below a positive finite number; 1 for any other. Its reciprocal does not overflow."""
+    wide = largest.float() if largest.dtype in NARROW else largest
+    usable = (wide > 0) & torch.isfinite(wide)
+    half = wide / 2
+    down = half / torch.frexp(torch.where(usable, half, 1.0)).mantissa
+    return torch.where(usable, down.clamp_min(torch.finfo(wide.dtype).tiny), 1.0)

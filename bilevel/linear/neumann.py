@@ -4,23 +4,28 @@
 
 | | products with A | memory |
 | --- | --- | --- |
-| iterate | steps | v, A v: 2 P |
+| iterate | steps; on the CPU, where the series grows, again up to its best term | v, A v: 2 P |
 | solve | one more, for the true residual | |
 
 It converges for 0 < a < 2 / (largest eigenvalue of A). With a = the inner step size and a constant Hessian, J products
 equal backpropagation through the last J + 1 steps of gradient descent. Reference: Lorraine et al. 2020, arXiv
 1911.02590. A series that grows is reported, not returned as if it were fine (TorchOpt's default is 1,100 times too
 large on a well-conditioned 8 x 8 system, without a warning).
+
+A need not be symmetric: the series converges where every eigenvalue of I - a A lies inside the unit circle. The part of
+b outside the range of a singular A is never reduced: the residual says so.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from bilevel.linear.base import LinearSolver, Product, check_number, check_positive, check_steps, damped
-from bilevel.outcome import LinearSolution, Status, code_if
-from bilevel.space import tree
-from bilevel.space.tree import Leaves
+from bilevel.linear.base import LinearSolver, Prepared, bound, check_number, check_positive, check_steps, rounding
+from bilevel.linear.operator import LinearOperator
+from bilevel.outcome import LinearSolution, Status, readable
+from bilevel.space.inner_product import Leaves, Space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +38,9 @@ class Neumann(LinearSolver):
         tol: on the relative residual, for the status only: the number of products is fixed. The default 1 accepts any
             series that reduced the residual, which is how truncation is used.
         damping: solves (A + damping I) v = b.
+
+    A series that ends worse than v = 0 is Status.NOT_CONTRACTIVE, and its best term is returned (on the GPU, where
+    finding it again would have to wait for the device, v = 0).
 
     Raises:
         ValueError: an argument is out of range.
@@ -56,22 +64,75 @@ class Neumann(LinearSolver):
         check_number("Neumann", "damping", self.damping, 0.0)
         check_positive("Neumann", "step_size", self.step_size)
 
-    def iterate(
-        self, product: Product, b: Leaves, start: Leaves | None = None, *, tasks: int | None = None
-    ) -> LinearSolution:
-        apply = damped(product, self.damping)
-        v = tuple(self.step_size * leaf for leaf in b) if start is None else start
-        size = tree.norm(b, tasks)
-        residual = size
-        for _ in range(self.steps):
-            r = tree.axpy(-1.0, apply(v), b)
-            residual = tree.norm(r, tasks)
-            v = tree.axpy(self.step_size, r, v)
-        # A start from an earlier solution may begin above |b|.
-        grew = ~(residual <= size * 2) if start is None else ~torch.isfinite(residual)
-        return LinearSolution(
-            v,
-            residual / torch.where(size > 0, size, 1.0),
-            self.steps,
-            code_if(grew & torch.isfinite(size), Status.NOT_CONTRACTIVE),
-        )
+    def prepare(
+        self, operator: LinearOperator | Callable[[Leaves], Leaves], space: Space = Space()
+    ) -> "PreparedNeumann":
+        return PreparedNeumann(self, bound("Neumann", operator), space)
+
+
+@dataclasses.dataclass
+class _Run:
+    """Where a series ended; all but `value` are per task. Residuals are relative."""
+
+    value: Leaves
+    residual: Tensor
+    """Of the iterate before the last: that of the last would cost one product more."""
+    grows: Tensor
+    nonfinite: Tensor
+    best: Tensor
+    best_at: Tensor
+    """How many updates had been made at the least residual."""
+
+
+class PreparedNeumann(Prepared):
+    """A Neumann series bound to one operator; nothing is kept between right-hand sides."""
+
+    solver: Neumann
+
+    def iterate(self, b: Leaves, start: Leaves | None = None) -> LinearSolution:
+        run = self._run(b, start, None)
+        code = torch.where(run.grows, Status.NOT_CONTRACTIVE.code, 0)
+        code = torch.where(run.nonfinite, Status.NONFINITE.code, code)
+        bad = run.grows | run.nonfinite
+        if bad.device.type == "cpu" and readable(bad) and bool(bad.any()):
+            limit = torch.where(bad, run.best_at, self.solver.steps + 1)
+            residual = torch.where(bad, run.best, run.residual)
+            del run
+            value = self._run(b, start, limit).value
+        else:
+            residual, value = torch.where(bad, 1.0, run.residual), self.space.where(~bad, run.value)
+        return LinearSolution(value, residual, self.solver.steps, code.max())
+
+    def _run(self, b: Leaves, start: Leaves | None, limit: Tensor | None) -> _Run:
+        """The series, of at most `limit` updates per task."""
+        space, a, apply = self.space, self.solver.step_size, self.shifted.matvec
+        size = space.norm(b)
+        known = torch.isfinite(size)
+        size = torch.where(size > 0, size, 1.0)
+        residual = size / size  # that of v = 0 (NaN for a right-hand side that is not finite)
+        last, best, best_at = residual, residual, torch.zeros_like(residual, dtype=torch.long)
+        nonfinite, going = ~known, known
+        if start is None:
+            v, done = space.where(known if limit is None else known & (limit > 0), space.scaled(a, b)), 1
+        else:
+            v, done = start, 0
+        for step in range(self.solver.steps):
+            r = space.axpy(-1.0, apply(v), b)
+            last, residual = residual, space.norm(r) / size
+            if step == 0 and start is not None:
+                # A start worse than zero (that of another problem, or for b = 0) is no start.
+                keep = residual <= 1
+                v, r, residual = space.where(keep & known, v), space.where(keep, r, b), torch.where(keep, residual, 1.0)
+            finite = torch.isfinite(residual)
+            # What was no worse than v = 0 and is not finite a product later was not grown: A is not finite.
+            nonfinite = nonfinite | (going & ~finite & (last <= 1))
+            going = going & finite
+            closer = going & (residual < best)
+            best, best_at = torch.where(closer, residual, best), torch.where(closer, done, best_at)
+            allowed = going if limit is None else going & (done < limit)
+            v, done = space.where(allowed, space.axpy(a, r, v), v), done + 1
+            del r
+        # The residuals of a symmetric A are log-convex: the next one grows by at least the last ratio.
+        ahead = residual**2 / torch.where(last > 0, last, 1.0) if self.operator.symmetric else residual
+        grows = known & ~nonfinite & ~(torch.maximum(residual, ahead) <= 1 + rounding(b))
+        return _Run(v, residual, grows, nonfinite, best, best_at)

@@ -1,0 +1,99 @@
+"""The inner product of the inner variable's space, and the vector algebra that goes with it.
+
+Everything that sums over all numbers of an inner variable is here, and nowhere else: a space that knows about shards or
+process groups replaces this one class.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Leaves = tuple[Tensor, ...]
+NARROW = (torch.float16, torch.bfloat16)
+"""The 16-bit types: sums over them are taken in float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """Inner product, norms and linear combinations of leaves (tuples of tensors).
+
+    Args:
+        tasks: number of tasks. Every leaf then has a leading dimension of that size, and `dot`, `norm` and `largest`
+            return shape (tasks,) instead of a 0-dim tensor. None: one vector.
+
+    Leaves without elements count as zero vectors. At least one leaf is needed.
+
+    Example:
+        >>> import torch
+        >>> from bilevel.space.inner_product import Space
+        >>> Space(tasks=2).norm((torch.tensor([[3.0, 4.0], [0.0, 1.0]]),))
+        tensor([5., 1.], dtype=torch.float64)
+    """
+
+    tasks: int | None = None
+
+    def dot(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+        """Inner product: 0-dim, or shape (tasks,); of 16-bit numbers in float32, which does not overflow at 65504."""
+        return torch.stack([self._dot(_summable(a), _summable(b)) for a, b in zip(x, y, strict=True)]).sum(0)
+
+    def norm(self, x: Sequence[Tensor]) -> Tensor:
+        """Euclidean norm: 0-dim, or shape (tasks,). Summed in float64, so that squares neither overflow nor vanish."""
+        # (Apple GPUs have no float64.)
+        wide = torch.float32 if x[0].device.type == "mps" else torch.float64
+        parts = [torch.linalg.vector_norm(self._rows(leaf), dim=1, dtype=wide) for leaf in x]
+        return self._unrow(torch.linalg.vector_norm(torch.stack(parts), dim=0))
+
+    def largest(self, x: Sequence[Tensor]) -> Tensor:
+        """Maximum norm: 0-dim, or shape (tasks,)."""
+        rows = [self._rows(leaf) for leaf in x]
+        parts = [torch.linalg.vector_norm(row, float("inf"), dim=1) if row.shape[1] else row.sum(1) for row in rows]
+        return self._unrow(torch.stack(parts).amax(0))
+
+    def axpy(self, alpha: Tensor | float, x: Sequence[Tensor], y: Sequence[Tensor]) -> Leaves:
+        """Sum alpha x + y, in the dtype of y; alpha is a number, 0-dim, or one number per task."""
+        if isinstance(alpha, Tensor):
+            return tuple(torch.addcmul(b, self.per_task(alpha, b).to(b.dtype), a) for a, b in zip(x, y, strict=True))
+        return tuple(torch.add(b, a, alpha=alpha) for a, b in zip(x, y, strict=True))
+
+    def scaled(self, factor: Tensor | float, x: Sequence[Tensor]) -> Leaves:
+        """Multiply x by a factor: a number, 0-dim, or one number per task."""
+        if isinstance(factor, Tensor):
+            return tuple(self.per_task(factor, leaf).to(leaf.dtype) * leaf for leaf in x)
+        return tuple(factor * leaf for leaf in x)
+
+    def where(self, condition: Tensor, x: Sequence[Tensor], y: Sequence[Tensor] | None = None) -> Leaves:
+        """Select x where the condition (0-dim, or one per task) holds, else y (None: zero), whatever x holds there."""
+        others: Sequence[Tensor | float] = [0.0] * len(x) if y is None else y
+        return tuple(
+            torch.where(self.per_task(condition, a), a, torch.zeros((), dtype=a.dtype, device=a.device))
+            if isinstance(b, float)
+            else torch.where(self.per_task(condition, a), a, b)
+            for a, b in zip(x, others, strict=True)
+        )
+
+    def per_task(self, number: Tensor, leaf: Tensor) -> Tensor:
+        """Shape one number per task so that it multiplies a leaf; a 0-dim tensor passes through."""
+        return number if number.dim() == 0 else number.reshape(-1, *[1] * (leaf.dim() - 1))
+
+    def zeros_like(self, x: Sequence[Tensor]) -> Leaves:
+        """The zero vector."""
+        return tuple(torch.zeros_like(leaf) for leaf in x)
+
+    def _rows(self, leaf: Tensor) -> Tensor:
+        # (A size of -1 is ambiguous for a leaf without elements.)
+        count = 1 if self.tasks is None else self.tasks
+        return leaf.reshape(count, leaf.numel() // count)
+
+    def _unrow(self, rows: Tensor) -> Tensor:
+        return rows if self.tasks is not None else rows.squeeze(0)
+
+    def _dot(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.tasks is None:
+            return torch.dot(a.reshape(-1), b.reshape(-1))
+        return torch.linalg.vecdot(self._rows(a), self._rows(b))
+
+
+def _summable(leaf: Tensor) -> Tensor:
+    return leaf.float() if leaf.dtype in NARROW else leaf
