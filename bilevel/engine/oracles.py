@@ -236,7 +236,8 @@ def _optimizer_vjp(
     to_inner: bool,
 ) -> tuple[Leaves, list[Tensor | None], PartialLeaves]:
     g, y, s = [leaf.detach().requires_grad_() for leaf in gradient], tree.attach(inner), tree.attach(state)
-    x = tree.attach(outer) if optimizer.depends_on_outer() else tree.detach(outer)
+    # Attached whatever the optimizer's fields look like: a user's may read outer in its step.
+    x = tree.attach(outer)
     moved, next_state = optimizer.step(tree.like(inner, g), s, y, x)
     outputs = [*tree.tensors(moved), *(leaf for leaf in tree.tensors(next_state) if leaf.is_floating_point())]
     # The state after the last step has no cotangents at all: zip stops before it.

@@ -117,16 +117,15 @@ def refuse_blind(estimator: Estimator, instance: Instance, grad: PartialLeaves, 
         y0 = instance.start() if instance.problem.init is None else instance.problem.start(x, batch)
         paths["the start of the inner loop (Problem.init)"] = _reached(tree.tensors(y0), xs)
         y = tree.attach(y0)
-        if instance.solver.optimizer.depends_on_outer():
-            # Two steps: momentum acts from the second on.
-            ones, moved, state = (
-                tree.tree_map(torch.ones_like, tree.detach(y0)),
-                tree.detach(y0),
-                instance.solver.optimizer.init(y),
-            )
-            for _ in range(2):
-                moved, state = instance.solver.optimizer.step(ones, state, moved, x)
-            paths["a hyper-parameter of the inner optimizer"] = _reached(tree.tensors(moved), xs)
+        # Two steps: momentum acts from the second on.
+        ones, moved, state = (
+            tree.tree_map(torch.ones_like, tree.detach(y0)),
+            tree.detach(y0),
+            instance.solver.optimizer.init(y),
+        )
+        for _ in range(2):
+            moved, state = instance.solver.optimizer.step(ones, state, moved, x)
+        paths["a hyper-parameter of the inner optimizer"] = _reached(tree.tensors(moved), xs)
         # What moves y is dg/dy: an x that only shifts g has no influence through it.
         loss = instance.problem.inner(y, x, batch)
         gradient = [leaf for leaf in autodiff.grad([loss], tree.tensors(y), create_graph=True) if leaf is not None]
