@@ -6,51 +6,78 @@
 | --- | --- | --- |
 | step | - | 2 P |
 
+t counts the steps that used a tensor, each tensor's own. At rest g + weight_decay y = 0 for Adam. AdamW rests where
+lr weight_decay y balances a step of the moments, so where depends on the second moments it has seen: with decay it does
+not say.
+
 Reference: Kingma and Ba 2015, arXiv 1412.6980; Loshchilov and Hutter 2019, arXiv 1711.05101; equal to torch.optim in
-    float64 to 1e-12. It
-differs in the square root: where v is exactly zero (a dead unit) the derivative of sqrt is infinite and 0 * inf makes
-    the whole
-hypergradient NaN in a plain transcription (TorchOpt's MetaAdam does). Here v is clamped at the smallest normal number
-before the root, which changes no step and gives such entries derivative zero.
+float64 to 1e-12. It differs in the square root: where v is exactly zero (a dead unit) the derivative of sqrt is
+infinite and 0 * inf makes the whole hypergradient NaN in a plain transcription (TorchOpt's MetaAdam does). Here v is
+clamped at the smallest normal number before the root, which changes no step and gives such entries derivative zero.
 """
 
 import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bilevel.optim.base import Hyper, Optimizer, check_hyper, minus, off, plus, spread, value_of
+from bilevel.optim.base import (
+    Hyper,
+    Optimizer,
+    check_hyper,
+    complements,
+    coupled,
+    coupled_rest,
+    gradients,
+    minus,
+    off,
+    spread,
+    value_of,
+)
 from bilevel.space import tree
-from bilevel.space.tree import Tree
+from bilevel.space.tree import PartialLeaves, Tree
+
+
+def _init(inner: Tree) -> dict[str, list[Any]]:
+    # One place per tensor from the start: a moment that comes later moves no other.
+    count = len(tree.tensors(inner))
+    return {"step": [0] * count, "first": [None] * count, "second": [None] * count}
 
 
 def _adam_step(
-    betas: tuple[Any, Any], eps: Any, lr: Any, grad: list[Tensor], state: Any, inner: Tree
-) -> tuple[list[Tensor], Any]:
-    (beta1, beta2), count = betas, state["step"] + 1
-    if count == 1:
-        first = [(1 - beta1) * g for g in grad]
-        second = [(1 - beta2) * (g * g) for g in grad]
-    else:
-        first = [beta1 * m + (1 - beta1) * g for m, g in zip(state["first"], grad, strict=True)]
-        second = [beta2 * v + (1 - beta2) * (g * g) for v, g in zip(state["second"], grad, strict=True)]
-    correction1, correction2 = 1 - beta1**count, (1 - beta2**count) ** 0.5
-    moved = []
-    for y, m, v, rate in zip(tree.tensors(inner), first, second, spread(lr, inner), strict=True):
+    optimizer: "Adam | AdamW", lr: Any, grad: PartialLeaves, state: Any, inner: Tree, outer: Tree
+) -> tuple[Tree, Any]:
+    betas1 = spread(value_of(optimizer.betas[0], outer), inner, "betas[0]")
+    betas2 = spread(value_of(optimizer.betas[1], outer), inner, "betas[1]")
+    eps, rates = spread(value_of(optimizer.eps, outer), inner, "eps"), spread(lr, inner, "lr")
+    fresh1, fresh2 = complements(betas1), complements(betas2)
+    counts, first, second = (list(state[name]) for name in ("step", "first", "second"))
+    moved, corrections = list(tree.tensors(inner)), dict[Any, tuple[Any, Any]]()
+    for i, g in enumerate(grad):
+        if g is None:
+            continue
+        m, v, beta1, beta2 = first[i], second[i], betas1[i], betas2[i]
+        m = first[i] = fresh1[i] * g if m is None else beta1 * m + fresh1[i] * g
+        v = second[i] = fresh2[i] * (g * g) if v is None else beta2 * v + fresh2[i] * (g * g)
+        count = counts[i] = counts[i] + 1
+        # Nearly always one pair for all tensors.
+        key = (count, id(beta1), id(beta2))
+        if key not in corrections:
+            corrections[key] = 1 - beta1**count, (1 - beta2**count) ** 0.5
+        correction1, correction2 = corrections[key]
         # float16 ends at 6e-8, below its smallest normal number, and a second moment is often there.
         floor = 6e-8 if v.dtype == torch.float16 else torch.finfo(v.dtype).tiny
         root = v.clamp_min(floor).sqrt()
-        moved.append(minus(y, rate / correction1, m / (root / correction2 + eps)))
-    return moved, {"step": count, "first": first, "second": second}
+        moved[i] = minus(moved[i], rates[i] / correction1, m / (root / correction2 + eps[i]))
+    return tree.like(inner, moved), {"step": counts, "first": first, "second": second}
 
 
-def _check(owner: str, lr: Hyper, betas: tuple[Hyper, Hyper], eps: Hyper, weight_decay: Hyper) -> None:
+def _check(owner: str, optimizer: "Adam | AdamW") -> None:
+    betas = optimizer.betas
     if not isinstance(betas, tuple) or len(betas) != 2:
         raise ValueError(f"{owner} was given betas={betas!r}; a pair was needed, such as betas=(0.9, 0.999)")
-    check_hyper(owner, "lr", lr, 0.0)
-    check_hyper(owner, "eps", eps, 0.0)
-    check_hyper(owner, "weight_decay", weight_decay, 0.0)
+    for name in ("lr", "eps", "weight_decay"):
+        check_hyper(owner, name, getattr(optimizer, name), 0.0)
     check_hyper(owner, "betas[0]", betas[0], 0.0, 1.0)
     check_hyper(owner, "betas[1]", betas[1], 0.0, 1.0)
 
@@ -65,10 +92,11 @@ class Adam(Optimizer):
         eps: added to the root of the second moment.
         weight_decay: adds weight_decay * y to the gradient.
 
-    Each is a float or a function of outer; lr and weight_decay functions may return a tree like inner.
+    Each (each of the two betas) is a number, a tree of numbers like inner, or a function of outer that returns a
+    number, a 0-dim tensor or a tree like inner. The values that functions return are not checked for their range.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range; in `step`, a tree is not like inner.
 
     Example:
         >>> import torch, bilevel as bl
@@ -84,19 +112,17 @@ class Adam(Optimizer):
     weight_decay: Hyper = 0.0
 
     def __post_init__(self) -> None:
-        _check("Adam", self.lr, self.betas, self.eps, self.weight_decay)
+        _check("Adam", self)
 
     def init(self, inner: Tree) -> Any:
-        return {"step": 0, "first": None, "second": None}
+        return _init(inner)
 
     def step(self, grad: Tree, state: Any, inner: Tree, outer: Tree) -> tuple[Tree, Any]:
-        decay, direction = value_of(self.weight_decay, outer), tree.tensors(grad)
-        if not off(decay):
-            rates = spread(decay, inner)
-            direction = [plus(g, rate, y) for g, rate, y in zip(direction, rates, tree.tensors(inner), strict=True)]
-        betas = (value_of(self.betas[0], outer), value_of(self.betas[1], outer))
-        moved, state = _adam_step(betas, value_of(self.eps, outer), value_of(self.lr, outer), direction, state, inner)
-        return tree.like(inner, moved), state
+        direction = coupled(gradients(grad, inner), value_of(self.weight_decay, outer), inner)
+        return _adam_step(self, value_of(self.lr, outer), direction, state, inner, outer)
+
+    def stationarity(self, grad: Tree, inner: Tree, outer: Tree) -> Tree | None:
+        return coupled_rest(grad, self.lr, self.weight_decay, inner, outer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +135,11 @@ class AdamW(Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay.
 
-    Each is a float or a function of outer; lr and weight_decay functions may return a tree like inner.
+    Each (each of the two betas) is a number, a tree of numbers like inner, or a function of outer that returns a
+    number, a 0-dim tensor or a tree like inner. The values that functions return are not checked for their range.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range; in `step`, a tree is not like inner.
 
     Example:
         >>> import torch, bilevel as bl
@@ -128,17 +155,19 @@ class AdamW(Optimizer):
     weight_decay: Hyper = 1e-2
 
     def __post_init__(self) -> None:
-        _check("AdamW", self.lr, self.betas, self.eps, self.weight_decay)
+        _check("AdamW", self)
 
     def init(self, inner: Tree) -> Any:
-        return {"step": 0, "first": None, "second": None}
+        return _init(inner)
 
     def step(self, grad: Tree, state: Any, inner: Tree, outer: Tree) -> tuple[Tree, Any]:
         decay, lr = value_of(self.weight_decay, outer), value_of(self.lr, outer)
-        shrunk = inner
+        shrunk, direction = inner, gradients(grad, inner)
         if not off(decay):
-            rates = zip(spread(lr, inner), spread(decay, inner), strict=True)
-            shrunk = tree.like(inner, [y * (1 - a * b) for y, (a, b) in zip(tree.tensors(inner), rates, strict=True)])
-        betas = (value_of(self.betas[0], outer), value_of(self.betas[1], outer))
-        moved, state = _adam_step(betas, value_of(self.eps, outer), lr, tree.tensors(grad), state, shrunk)
-        return tree.like(inner, moved), state
+            rates = zip(spread(lr, inner, "lr"), spread(decay, inner, "weight_decay"), strict=True)
+            leaves = zip(tree.tensors(inner), direction, rates, strict=True)
+            shrunk = tree.like(inner, [y if g is None else y * (1 - a * b) for y, g, (a, b) in leaves])
+        return _adam_step(self, lr, direction, state, shrunk, outer)
+
+    def stationarity(self, grad: Tree, inner: Tree, outer: Tree) -> Tree | None:
+        return grad if off(self.weight_decay) else None

@@ -1,23 +1,39 @@
 """Stochastic gradient descent, differentiable.
 
-    d = g + weight_decay y;   b <- momentum b + (1 - dampening) d  (b = d at the first step);   y <- y - lr (d +
-    momentum b if nesterov else b)
+    d = g + weight_decay y
+    b <- momentum b + (1 - dampening) d     (b = d at the first step)
+    y <- y - lr (d + momentum b if nesterov else b)
 
 | | gradients | extra memory |
 | --- | --- | --- |
 | step | - | P for momentum, 0 without |
 
-Reference: torch.optim.SGD, whose steps it equals in float64 to 1e-12. It differs by being out of place and by
-    hyper-parameters that may be
-functions of the outer variable.
+At rest g + weight_decay y = 0. Reference: torch.optim.SGD, whose steps it equals in float64 to 1e-12, also where a step
+does not use some of the tensors. It differs by being out of place and by hyper-parameters that may be functions of the
+outer variable.
 """
 
 import dataclasses
 from typing import Any
 
-from bilevel.optim.base import Hyper, Optimizer, check_hyper, minus, off, plus, spread, value_of
+from torch import Tensor
+
+from bilevel.optim.base import (
+    Hyper,
+    Optimizer,
+    check_hyper,
+    complements,
+    coupled,
+    coupled_rest,
+    gradients,
+    minus,
+    off,
+    plus,
+    spread,
+    value_of,
+)
 from bilevel.space import tree
-from bilevel.space.tree import Tree
+from bilevel.space.tree import PartialLeaves, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +47,12 @@ class SGD(Optimizer):
         weight_decay: adds weight_decay * y to the gradient.
         nesterov: needs momentum and no dampening.
 
-    Each of lr, momentum, dampening and weight_decay is a float or a function of outer; lr and weight_decay functions
-    may return a tree like inner.
+    Each of lr, momentum, dampening and weight_decay is a number, a tree of numbers like inner, or a function of outer
+    that returns a number, a 0-dim tensor or a tree like inner. The values that functions return are not checked for
+    their range.
 
     Raises:
-        ValueError: a number is out of range, or nesterov without momentum.
+        ValueError: a number is out of range, or nesterov without momentum; in `step`, a tree is not like inner.
 
     Example:
         >>> import torch, bilevel as bl
@@ -65,25 +82,34 @@ class SGD(Optimizer):
         return self.lr if isinstance(self.lr, (int, float)) and off(self.momentum) and off(self.weight_decay) else None
 
     def init(self, inner: Tree) -> Any:
-        return None
+        # One place per tensor from the start: a buffer that comes later moves no other.
+        return None if off(self.momentum) else [None] * len(tree.tensors(inner))
 
     def step(self, grad: Tree, state: Any, inner: Tree, outer: Tree) -> tuple[Tree, Any]:
-        decay, momentum, dampening = (
-            value_of(hyper, outer) for hyper in (self.weight_decay, self.momentum, self.dampening)
-        )
-        y, direction = tree.tensors(inner), tree.tensors(grad)
-        if not off(decay):
-            direction = [plus(g, rate, leaf) for g, rate, leaf in zip(direction, spread(decay, inner), y, strict=True)]
-        if not off(momentum):
-            past = [None] * len(direction) if state is None else state
-            buffers = [
-                d if b is None else plus(momentum * b, 1 - dampening, d) for b, d in zip(past, direction, strict=True)
-            ]
-            direction = (
-                [plus(d, momentum, b) for d, b in zip(direction, buffers, strict=True)] if self.nesterov else buffers
-            )
-            state = buffers
-        rates = spread(value_of(self.lr, outer), inner)
-        return tree.like(
-            inner, [minus(leaf, rate, d) for leaf, rate, d in zip(y, rates, direction, strict=True)]
-        ), state
+        direction = coupled(gradients(grad, inner), value_of(self.weight_decay, outer), inner)
+        if not off(self.momentum):
+            direction, state = self._with_momentum(direction, state, inner, outer)
+        rates = spread(value_of(self.lr, outer), inner, "lr")
+        moved = [
+            y if d is None else minus(y, rate, d)
+            for y, rate, d in zip(tree.tensors(inner), rates, direction, strict=True)
+        ]
+        return tree.like(inner, moved), state
+
+    def _with_momentum(
+        self, grad: PartialLeaves, state: list[Tensor | None], inner: Tree, outer: Tree
+    ) -> tuple[PartialLeaves, list[Tensor | None]]:
+        momenta = spread(value_of(self.momentum, outer), inner, "momentum")
+        fresh = complements(spread(value_of(self.dampening, outer), inner, "dampening"))
+        buffers = [
+            b if d is None or off(momentum) else d if b is None else plus(momentum * b, share, d)
+            for d, b, momentum, share in zip(grad, state, momenta, fresh, strict=True)
+        ]
+        direction = [
+            d if d is None or b is None or off(momentum) else plus(d, momentum, b) if self.nesterov else b
+            for d, b, momentum in zip(grad, buffers, momenta, strict=True)
+        ]
+        return tuple(direction), buffers
+
+    def stationarity(self, grad: Tree, inner: Tree, outer: Tree) -> Tree | None:
+        return coupled_rest(grad, self.lr, self.weight_decay, inner, outer)
