@@ -151,9 +151,7 @@ def _over_tasks(name: str, function: Callable[..., Any], dims: tuple[int | None,
 
     def mapped(*arguments: Any) -> Any:
         in_dims = tuple(
-            None
-            if dim is None
-            else tree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, argument)
+            None if dim is None else tree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, argument)
             for dim, argument in zip(dims, arguments, strict=True)
         )
         try:

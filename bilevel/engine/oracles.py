@@ -260,9 +260,7 @@ class Oracles:
         embedding = self.embedding(step)
         if self.dynamics.update is None:
             return self._whole_step_vjp(inner, state, step, embedding, cotangents, to_inner=to_inner)
-        return self._split_step_vjp(
-            self.dynamics.update, inner, state, embedding, cotangents, to_inner=to_inner
-        )
+        return self._split_step_vjp(self.dynamics.update, inner, state, embedding, cotangents, to_inner=to_inner)
 
     def _whole_step_vjp(
         self, inner: Tree, state: Any, step: int, embedding: "Embedding", cotangents: "Cotangents", *, to_inner: bool
@@ -319,7 +317,11 @@ class Oracles:
                 # held meanwhile.
                 del gradient
                 direct, to_outer = Cotangents(list(cotangents.inner), None), (None,) * len(xs)
-                pairs = [(root, w) for root, w in zip(roots, cotangents.inner, strict=True) if root is not None and w is not None]
+                pairs = [
+                    (root, w)
+                    for root, w in zip(roots, cotangents.inner, strict=True)
+                    if root is not None and w is not None
+                ]
                 cotangents.inner.clear()
                 found = autodiff.grad([root for root, _ in pairs], wanted, [w for _, w in pairs])
                 products = tuple(None if leaf is None else leaf * -rate for leaf in found)
@@ -408,8 +410,10 @@ class At:
         gradient: Callable[[Tree, Any], tuple[Tensor, PartialLeaves]],
         value: Callable[[Tree, Any], Tensor],
     ) -> None:
-        self.step, self.batch, self.loss = step, batch, None
-        self._gradient, self._value, self._last = gradient, value, None
+        self.step, self.batch = step, batch
+        self.loss: Tensor | None = None
+        self._gradient, self._value = gradient, value
+        self._last: tuple[Tree, Tree] | None = None
 
     def gradient(self, inner: Tree) -> Tree:
         """dg/dy at `inner`; asked twice of the same object, it is computed once."""
@@ -451,7 +455,7 @@ class Embedding:
 
     def pull(self, cotangents: PartialLeaves) -> PartialLeaves:
         """Cotangents of `leaves` to cotangents of x, replaying the features' random numbers."""
-        oracles, xs = self._oracles, tree.tensors(self._oracles.attached)
+        xs = tree.tensors(self._oracles.attached)
         if not self.leaves or all(cotangent is None for cotangent in cotangents):
             return (None,) * len(xs)
         outputs = [leaf for leaf in tree.tensors(self.again()) if leaf.is_floating_point()]
@@ -477,9 +481,7 @@ class Linearization(LinearOperator):
                 raise ValueError(restless(oracles.dynamics, "an estimator at the solution"))
             return at.loss, value
 
-        self._graph = oracles.engine.linearize(
-            condition, inner, oracles.attached, embedding.value, embedding.leaves
-        )
+        self._graph = oracles.engine.linearize(condition, inner, oracles.attached, embedding.value, embedding.leaves)
         self.loss = self._graph.loss
 
     symmetric: bool = False

@@ -13,7 +13,6 @@ from torch.autograd.function import BackwardCFunction
 from bilevel.engine import autodiff
 from bilevel.engine.base import Losses
 from bilevel.engine.replay import Generators
-from bilevel.outcome import NotTwiceDifferentiableError
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
 

@@ -240,5 +240,3 @@ class Estimator(Strategy):
 AT_SOLUTION = frozenset({Path.INNER_LOSS, Path.OUTER_LOSS, Path.STATIONARITY})
 """What an estimator that differentiates the solution sees."""
 EVERYWHERE = frozenset(Path)
-
-

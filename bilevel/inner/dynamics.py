@@ -20,8 +20,13 @@ from bilevel.space.tree import Tree
 class Point(Protocol):
     """The inner problem at one step, as a dynamics sees it."""
 
-    step: int
-    batch: Any
+    @property
+    def step(self) -> int:
+        """The number of the step, from 0."""
+
+    @property
+    def batch(self) -> Any:
+        """The step's batch, as the losses receive it."""
 
     def gradient(self, inner: Tree) -> Tree:
         """dg/dy at `inner`; None for tensors that the loss does not use. Differentiable where `step` is differentiated."""

@@ -1,7 +1,7 @@
 """The gradient dynamics: an optimizer on the inner loss.
 
-    y_{k+1}, s_{k+1} = optimizer.step(dg/dy(y_k, x), s_k, y_k, x)
-    stationarity = optimizer.stationarity(dg/dy, y, x):   dg/dy + decay y for coupled weight decay, dg/dy without
+y_{k+1}, s_{k+1} = optimizer.step(dg/dy(y_k, x), s_k, y_k, x)
+stationarity = optimizer.stationarity(dg/dy, y, x):   dg/dy + decay y for coupled weight decay, dg/dy without
 """
 
 import dataclasses

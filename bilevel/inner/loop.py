@@ -40,9 +40,11 @@ class Moves(Protocol):
 
 
 class Seen(Point, Protocol):
-    """A point that remembers the loss at the last gradient taken there."""
+    """A point that remembers the loss at the first gradient taken there."""
 
-    loss: Tensor | None
+    @property
+    def loss(self) -> Tensor | None:
+        """The loss, per task and without a graph; None before a gradient was taken."""
 
 
 Visit = Callable[[int, Tree, Any, Tensor | None], None]

@@ -15,7 +15,6 @@ are options (the released code stores but never uses them); curvature and residu
 """
 
 import dataclasses
-from typing import Any
 
 from bilevel.engine import spans
 from bilevel.estimators.base import AT_SOLUTION, Estimate, Estimator, Instance
@@ -127,7 +126,8 @@ class MemoryReduced(Estimator):
 
 
 def _without_features(problem: Problem) -> Problem:
-    features, inner_loss, outer_loss = problem.features, problem.inner_loss, problem.outer_loss
+    features = problem.features or (lambda outer, batch: batch)
+    inner_loss, outer_loss = problem.inner_loss, problem.outer_loss
     return dataclasses.replace(
         problem,
         features=None,

@@ -69,7 +69,8 @@ class _Recorded:
 
     def __init__(self, oracles: Oracles, first: int, watch: Watch) -> None:
         self.space, self.dynamics = oracles.space, oracles.dynamics
-        self._oracles, self._first, self._watch, self._embedded = oracles, first, watch, None
+        self._oracles, self._first, self._watch = oracles, first, watch
+        self._embedded: list[Any] | None = None
 
     def begin(self, inner: Tree) -> Any:
         x = self._oracles.x if self._first > 0 else self._oracles.attached

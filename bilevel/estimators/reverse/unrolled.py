@@ -18,6 +18,8 @@ import dataclasses
 import itertools
 from typing import Any
 
+from torch import Tensor
+
 from bilevel.batches import PerStep
 from bilevel.engine import spans
 from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance, Path
@@ -73,9 +75,7 @@ class Unrolled(Estimator):
         for name in ("segment", "last"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(
-                    f"Unrolled was given {name}={value!r}; None or an integer of at least 1 was needed"
-                )
+                raise ValueError(f"Unrolled was given {name}={value!r}; None or an integer of at least 1 was needed")
         if self.segment is not None and self.keep != "segments":
             raise ValueError(
                 f"Unrolled was given segment={self.segment} with keep={self.keep!r}; write "
@@ -119,7 +119,7 @@ class Unrolled(Estimator):
         stopped = not solver.fixed and instance.problem.init is None
         with spans.span(spans.HYPERGRADIENT):
             outer_loss, cotangent, direct = oracles.outer_gradient(found.inner)
-            entering = list(cotangent)
+            entering: list[Tensor | None] = list(cotangent)
             del cotangent
             indirect, growth = forward.pull(entering, to_start=stopped)
             grad = tree.accumulate(direct, indirect)
