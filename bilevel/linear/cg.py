@@ -4,13 +4,16 @@
 
 | | products with A | memory |
 | --- | --- | --- |
-| iterate | at most max_steps (one more with a start); on the CPU, where it ends worse than v = 0, again up to its best step | v, r, p, Ap: 4 P (of 16-bit numbers v and r in float32: 6 P) |
+| iterate | at most max_steps, one more with a start (see below) | v, r, p, Ap: 4 P; v and r of 16-bit numbers in float32 |
 | solve | one more, for the true residual | |
 
 Reference: Hestenes and Stiefel 1952. Differences from the textbook and from peers: the direction uses the new residual
 (that of the betty-ml wheels 0.1.1 and 0.2.1 does not); the iterate that met the tolerance is the one returned
 (hypertorch's and BOAT's return the one before); a step along p'Ap <= 0, or along a p'Ap that is a rounding error, is
 never made; a solve that ends worse than v = 0 returns its best iterate; converged tasks are frozen by a mask.
+
+A solve that ends worse than v = 0 is run again up to its best step, so that no iterate need be kept for a failure: at most
+max_steps products more, on the CPU only.
 
 A singular A is no obstacle while b lies in its range: from zero the iterates stay there. The part of b outside it cannot
 be reduced, and steps along it grow like 1 / rounding error.
@@ -25,7 +28,7 @@ from torch import Tensor
 from bilevel.linear.base import LinearSolver, Prepared, bound, check_number, check_steps, epsilon, rounding
 from bilevel.linear.operator import LinearOperator
 from bilevel.outcome import LinearSolution, Status, readable, settled
-from bilevel.space.inner_product import NARROW, Leaves, Space
+from bilevel.space.inner_product import NARROW, PLAIN, Leaves, Space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,7 @@ class CG(LinearSolver):
         check_number("CG", "tol", self.tol, 0.0)
         check_number("CG", "damping", self.damping, 0.0)
 
-    def prepare(self, operator: LinearOperator | Callable[[Leaves], Leaves], space: Space = Space()) -> "PreparedCG":
+    def prepare(self, operator: LinearOperator | Callable[[Leaves], Leaves], space: Space = PLAIN) -> "PreparedCG":
         return PreparedCG(self, bound("CG", operator, symmetric=True), space)
 
 
@@ -200,7 +203,7 @@ class PreparedCG(Prepared):
         return _Run(v, norm, rr, steps, live, nonfinite, negative, singular, stale, safe, safe_step)
 
     def _divided(self, x: Leaves, scale: Tensor) -> Leaves:
-        """x over a power of two, 16-bit numbers in float32."""
+        """Divide x by a power of two, 16-bit numbers in float32."""
         wide = [leaf.float() if leaf.dtype in NARROW else leaf for leaf in x]
         return tuple(leaf / self.space.per_task(scale, leaf).to(leaf.dtype) for leaf in wide)
 
