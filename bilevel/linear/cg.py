@@ -4,7 +4,7 @@
 
 | | products with A | memory |
 | --- | --- | --- |
-| iterate | at most max_steps, one more with a start (see below) | v, r, p, Ap: 4 P; v and r of 16-bit numbers in float32 |
+| iterate | at most max_steps, one more with a start (see below) | v, r, p, Ap: 4 P (16 bits: 6 P) |
 | solve | one more, for the true residual | |
 
 Reference: Hestenes and Stiefel 1952. Differences from the textbook and from peers: the direction uses the new residual
@@ -12,11 +12,11 @@ Reference: Hestenes and Stiefel 1952. Differences from the textbook and from pee
 (hypertorch's and BOAT's return the one before); a step along p'Ap <= 0, or along a p'Ap that is a rounding error, is
 never made; a solve that ends worse than v = 0 returns its best iterate; converged tasks are frozen by a mask.
 
-A solve that ends worse than v = 0 is run again up to its best step, so that no iterate need be kept for a failure: at most
-max_steps products more, on the CPU only.
+A solve that ends worse than v = 0 is run again up to its best step, so that no iterate need be kept for a failure: at
+most max_steps products more, on the CPU only. With 16-bit numbers v and r are float32.
 
-A singular A is no obstacle while b lies in its range: from zero the iterates stay there. The part of b outside it cannot
-be reduced, and steps along it grow like 1 / rounding error.
+A singular A is no obstacle while b lies in its range: from zero the iterates stay there. The part of b outside it
+cannot be reduced, and steps along it grow like 1 / rounding error.
 """
 
 import dataclasses
