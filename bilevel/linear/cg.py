@@ -152,7 +152,8 @@ class PreparedCG(Prepared):
             del guess
         del b
         # (Only `p` is in the operator's 16-bit dtype; what is summed up is not.)
-        p, pp = _narrowed(r, dtypes), rr
+        # It is zero in tasks that have ended, whose r may hold anything: 0 * NaN would reach v.
+        p, pp = _narrowed(space.where(torch.isfinite(rr), r), dtypes), rr
         # Past rounding the recursion follows noise and reports curvature that is not there.
         enough = bb * max(self.solver.tol, min(10 * epsilon(p), 0.01)) ** 2
         no, zero = torch.zeros_like(rr, dtype=torch.bool), torch.zeros_like(rr, dtype=torch.long)
@@ -185,7 +186,7 @@ class PreparedCG(Prepared):
             before, before_step = torch.where(weaker, best, before), torch.where(weaker, best_step, before_step)
 
             alpha = torch.where(live, rr / torch.where(live, curvature, 1.0), 0.0)
-            v = space.where(live, space.axpy(alpha, p, v), v)  # (p of a task that has ended may hold anything)
+            v = space.axpy(alpha, p, v)
             r = space.axpy(-alpha, Ap, r)
             del Ap
             steps = steps + live
@@ -193,7 +194,8 @@ class PreparedCG(Prepared):
             nonfinite = nonfinite | (live & ~torch.isfinite(new))
             beta, rr = torch.where(live, new / torch.where(live, rr, 1.0), 0.0), torch.where(live, new, rr)
             if step + 1 < self.solver.max_steps:
-                p = _narrowed(space.axpy(beta, p, r), dtypes)
+                p = space.axpy(beta, p, r)
+                p = _narrowed(space.where(live & torch.isfinite(new), p), dtypes)
                 pp = rr + beta**2 * pp
             closer = live & (rr < best)
             best, best_step = torch.where(closer, rr, best), torch.where(closer, steps, best_step)
