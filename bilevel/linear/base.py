@@ -15,7 +15,7 @@ from torch import Tensor
 from bilevel._strategy import Strategy
 from bilevel.linear.operator import LinearOperator, Shifted, as_operator
 from bilevel.outcome import LinearSolution, Status, code_if, worst
-from bilevel.space.inner_product import Leaves, Space
+from bilevel.space.inner_product import PLAIN, Leaves, Space
 
 SMALL = 0.05
 """The largest relative residual that is ever called met without the user's having asked for it."""
@@ -49,7 +49,7 @@ class LinearSolver(Strategy):
     """What it means when the residual is above that of v = 0."""
 
     @abc.abstractmethod
-    def prepare(self, operator: LinearOperator | Callable[[Leaves], Leaves], space: Space = Space()) -> Prepared:
+    def prepare(self, operator: LinearOperator | Callable[[Leaves], Leaves], space: Space = PLAIN) -> Prepared:
         """Bind to an operator; reusable over right-hand sides.
 
         Args:

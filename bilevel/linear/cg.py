@@ -4,7 +4,7 @@
 
 | | products with A | memory |
 | --- | --- | --- |
-| iterate | at most max_steps (one more with a start); on the CPU, where it ends worse than v = 0, again up to its best step | v, r, p, Ap: 4 P (of 16-bit numbers v and r in float32: 6 P) |
+| iterate | at most max_steps, one more with a start (see below) | v, r, p, Ap: 4 P (16 bits: 6 P) |
 | solve | one more, for the true residual | |
 
 Reference: Hestenes and Stiefel 1952. Differences from the textbook and from peers: the direction uses the new residual
@@ -12,8 +12,11 @@ Reference: Hestenes and Stiefel 1952. Differences from the textbook and from pee
 (hypertorch's and BOAT's return the one before); a step along p'Ap <= 0, or along a p'Ap that is a rounding error, is
 never made; a solve that ends worse than v = 0 returns its best iterate; converged tasks are frozen by a mask.
 
-A singular A is no obstacle while b lies in its range: from zero the iterates stay there. The part of b outside it cannot
-be reduced, and steps along it grow like 1 / rounding error.
+A solve that ends worse than v = 0 is run again up to its best step, so that no iterate need be kept for a failure: at
+most max_steps products more, on the CPU only. With 16-bit numbers v and r are float32.
+
+A singular A is no obstacle while b lies in its range: from zero the iterates stay there. The part of b outside it
+cannot be reduced, and steps along it grow like 1 / rounding error.
 """
 
 import dataclasses
@@ -25,7 +28,7 @@ from torch import Tensor
 from bilevel.linear.base import LinearSolver, Prepared, bound, check_number, check_steps, epsilon, rounding
 from bilevel.linear.operator import LinearOperator
 from bilevel.outcome import LinearSolution, Status, readable, settled
-from bilevel.space.inner_product import NARROW, Leaves, Space
+from bilevel.space.inner_product import NARROW, PLAIN, Leaves, Space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,7 @@ class CG(LinearSolver):
         check_number("CG", "tol", self.tol, 0.0)
         check_number("CG", "damping", self.damping, 0.0)
 
-    def prepare(self, operator: LinearOperator | Callable[[Leaves], Leaves], space: Space = Space()) -> "PreparedCG":
+    def prepare(self, operator: LinearOperator | Callable[[Leaves], Leaves], space: Space = PLAIN) -> "PreparedCG":
         return PreparedCG(self, bound("CG", operator, symmetric=True), space)
 
 
@@ -149,7 +152,8 @@ class PreparedCG(Prepared):
             del guess
         del b
         # (Only `p` is in the operator's 16-bit dtype; what is summed up is not.)
-        p, pp = _narrowed(r, dtypes), rr
+        # It is zero in tasks that have ended, whose r may hold anything: 0 * NaN would reach v.
+        p, pp = _narrowed(space.where(torch.isfinite(rr), r), dtypes), rr
         # Past rounding the recursion follows noise and reports curvature that is not there.
         enough = bb * max(self.solver.tol, min(10 * epsilon(p), 0.01)) ** 2
         no, zero = torch.zeros_like(rr, dtype=torch.bool), torch.zeros_like(rr, dtype=torch.long)
@@ -182,7 +186,7 @@ class PreparedCG(Prepared):
             before, before_step = torch.where(weaker, best, before), torch.where(weaker, best_step, before_step)
 
             alpha = torch.where(live, rr / torch.where(live, curvature, 1.0), 0.0)
-            v = space.where(live, space.axpy(alpha, p, v), v)  # (p of a task that has ended may hold anything)
+            v = space.axpy(alpha, p, v)
             r = space.axpy(-alpha, Ap, r)
             del Ap
             steps = steps + live
@@ -190,7 +194,8 @@ class PreparedCG(Prepared):
             nonfinite = nonfinite | (live & ~torch.isfinite(new))
             beta, rr = torch.where(live, new / torch.where(live, rr, 1.0), 0.0), torch.where(live, new, rr)
             if step + 1 < self.solver.max_steps:
-                p = _narrowed(space.axpy(beta, p, r), dtypes)
+                p = space.axpy(beta, p, r)
+                p = _narrowed(space.where(live & torch.isfinite(new), p), dtypes)
                 pp = rr + beta**2 * pp
             closer = live & (rr < best)
             best, best_step = torch.where(closer, rr, best), torch.where(closer, steps, best_step)
@@ -200,7 +205,7 @@ class PreparedCG(Prepared):
         return _Run(v, norm, rr, steps, live, nonfinite, negative, singular, stale, safe, safe_step)
 
     def _divided(self, x: Leaves, scale: Tensor) -> Leaves:
-        """x over a power of two, 16-bit numbers in float32."""
+        """Divide x by a power of two, 16-bit numbers in float32."""
         wide = [leaf.float() if leaf.dtype in NARROW else leaf for leaf in x]
         return tuple(leaf / self.space.per_task(scale, leaf).to(leaf.dtype) for leaf in wide)
 

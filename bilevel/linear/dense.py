@@ -17,7 +17,7 @@ from torch import Tensor
 from bilevel.linear.base import LinearSolver, Prepared, bound, check_number, rounding
 from bilevel.linear.operator import LinearOperator
 from bilevel.outcome import LinearSolution, Status, readable
-from bilevel.space.inner_product import NARROW, Leaves, Space
+from bilevel.space.inner_product import NARROW, PLAIN, Leaves, Space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Dense(LinearSolver):
         check_number("Dense", "damping", self.damping, 0.0)
         check_number("Dense", "tol", self.tol, 0.0)
 
-    def prepare(self, operator: LinearOperator | Callable[[Leaves], Leaves], space: Space = Space()) -> "PreparedDense":
+    def prepare(self, operator: LinearOperator | Callable[[Leaves], Leaves], space: Space = PLAIN) -> "PreparedDense":
         return PreparedDense(self, bound("Dense", operator), space)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from bilevel.linear.base import LinearSolver, Prepared, bound, check_number, check_positive, check_steps, rounding
 from bilevel.linear.operator import LinearOperator
 from bilevel.outcome import LinearSolution, Status, readable
-from bilevel.space.inner_product import Leaves, Space
+from bilevel.space.inner_product import PLAIN, Leaves, Space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +64,7 @@ class Neumann(LinearSolver):
         check_number("Neumann", "damping", self.damping, 0.0)
         check_positive("Neumann", "step_size", self.step_size)
 
-    def prepare(
-        self, operator: LinearOperator | Callable[[Leaves], Leaves], space: Space = Space()
-    ) -> "PreparedNeumann":
+    def prepare(self, operator: LinearOperator | Callable[[Leaves], Leaves], space: Space = PLAIN) -> "PreparedNeumann":
         return PreparedNeumann(self, bound("Neumann", operator), space)
 
 

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 from collections.abc import Callable
 
-from bilevel.space.inner_product import Leaves, Space
+from bilevel.space.inner_product import PLAIN, Leaves, Space
 
 
 class LinearOperator(abc.ABC):
@@ -72,7 +72,7 @@ class Shifted(LinearOperator):
 
     operator: LinearOperator
     shift: float
-    space: Space = Space()
+    space: Space = PLAIN
 
     @property
     def symmetric(self) -> bool:  # type: ignore[override]

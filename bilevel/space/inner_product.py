@@ -95,5 +95,9 @@ class Space:
         return torch.linalg.vecdot(self._rows(a), self._rows(b))
 
 
+PLAIN = Space()
+"""The space of one vector."""
+
+
 def _summable(leaf: Tensor) -> Tensor:
     return leaf.float() if leaf.dtype in NARROW else leaf
