@@ -46,7 +46,7 @@ from bilevel_profiling.meters.cuda import Cuda
 import bilevel as bl
 from bilevel.engine import spans
 from bilevel.problems import fewshot, hypercleaning, language
-from bilevel.problems.imageset import ImageSet
+from bilevel.data.imageset import ImageSet
 
 try:
     from bilevel_profiling import forecast

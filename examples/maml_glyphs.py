@@ -21,7 +21,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from bilevel.problems import fewshot, glyphs
+from bilevel.data import glyphs
+from bilevel.problems import fewshot
 from bilevel.problems.conv4 import conv4
 
 SMALL = os.environ.get("BILEVEL_EXAMPLE_SMALL") == "1"  # a smoke test: two outer steps, a small net, Latin letters only

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bilevel.problems.episodes import episodes
-from bilevel.problems.folders import cifar_fs, omniglot
+from bilevel.data.episodes import episodes
+from bilevel.data.folders import cifar_fs, omniglot
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -153,7 +153,7 @@ def test_text_of_ones_own_and_a_missing_library(tmp_path):
     assert set(data.train.flatten().tolist()) <= set(b"abcde")
     with pytest.raises(FileNotFoundError, match=r"argparse\.py could not be read.*load\(text="):
         language.source(tmp_path)
-    with pytest.raises(ValueError, match="the last fifth must hold 9"):
+    with pytest.raises(ValueError, match="its last fifth must hold 9"):
         language.load(context=8, text=b"abcde" * 4)
     for wrong in ({"corruption": -0.1}, {"examples": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):

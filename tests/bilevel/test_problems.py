@@ -13,9 +13,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import bilevel as bl
-from bilevel.problems import _cache, conv4, fewshot, glyphs, hypercleaning, quadratic, ridge
-from bilevel.problems.episodes import episodes
-from bilevel.problems.imageset import ImageSet
+from bilevel.data import _cache, glyphs
+from bilevel.data.episodes import episodes
+from bilevel.data.imageset import ImageSet
+from bilevel.problems import conv4, fewshot, hypercleaning, quadratic, ridge
 
 LETTERS = "ABCDEFGHIJKLMNOPRSTUVWXYZ0123456789"
 

@@ -11,7 +11,7 @@ import random
 import torch
 from torch import Tensor
 
-from bilevel.problems.imageset import ImageSet
+from bilevel.data.imageset import ImageSet
 
 Labelled = tuple[Tensor, Tensor]
 """Images, float in [0, 1], and their labels."""
@@ -49,7 +49,7 @@ def episodes(
             images.
 
     Example:
-        >>> from bilevel.problems import glyphs
+        >>> from bilevel.data import glyphs
         >>> data = glyphs.load("ABCDEFGH", cache=getfixture("tmp_path"))
         >>> (x, y), (query_x, query_y) = episodes(data, tasks=2, way=3, shot=1, query=4)
         >>> tuple(x.shape), y.tolist(), tuple(query_x.shape)

@@ -1,14 +1,12 @@
-"""Omniglot and CIFAR-FS from folders on the user's disk, as the same ImageSet that the glyphs come as. Nothing is
-downloaded.
+"""Omniglot and CIFAR-FS from folders on the user's disk, as the same ImageSet that the glyphs come as.
 
 Omniglot: the folders images_background/ and images_evaluation/ of https://github.com/brendenlake/omniglot
-    (python/*.zip), unpacked side by side;
-1623 characters with 20 drawings each.
+(python/*.zip), unpacked side by side; 1623 characters with 20 drawings each.
 CIFAR-FS: the folder that cifar-fs.zip of https://github.com/bertinetto/r2d2 unpacks to; 100 classes with 600 images
 each.
 
 References: Lake et al. 2015, Science 350:1332; Bertinetto et al. 2019, Meta-learning with differentiable closed-form
-    solvers, arXiv 1805.08136.
+solvers, arXiv 1805.08136.
 """
 
 import os
@@ -18,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bilevel.problems._optional import optional
-from bilevel.problems.imageset import ImageSet
+from bilevel.data._optional import optional
+from bilevel.data.imageset import ImageSet
 
 _OMNIGLOT = {
     "background": ("images_background",),
