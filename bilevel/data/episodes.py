@@ -46,7 +46,7 @@ def episodes(
 
     Raises:
         ValueError: a count is smaller than 1; there are fewer than `way` classes; a class has fewer than `shot + query`
-            images.
+            images; `dtype` is not floating.
 
     Example:
         >>> from bilevel.data import glyphs
@@ -58,6 +58,8 @@ def episodes(
     for name, value in {"tasks": tasks, "way": way, "shot": shot, "query": query}.items():
         if value < 1:
             raise ValueError(f"episodes() was given {name}={value}; at least 1 was needed")
+    if not dtype.is_floating_point:
+        raise ValueError(f"episodes() was given dtype={dtype}; images in [0, 1] need a floating one")
     if way > len(data):
         raise ValueError(
             f"episodes() was given way={way}, but the data have {len(data)} classes; ask for fewer, or take a larger "

@@ -104,7 +104,10 @@ def load(
             raise ValueError(f"sequences with {name}={size} were asked for; at least 1 was needed")
     text = source() if text is None else text
     if not isinstance(text, bytes):
-        raise TypeError(f"a text of type {type(text).__name__} was given; bytes were needed. Write text.encode()")
+        raise TypeError(
+            f"a text of type {type(text).__name__} was given; bytes were needed. Write text.encode() for a str, "
+            f"bytes(text) for the rest"
+        )
     length, kept = context + 1, len(text) * 4 // 5
     if min(kept, len(text) - kept) < length:
         raise ValueError(
