@@ -1,5 +1,4 @@
-"""A data-reweighting step of a transformer of a billion parameters, forecast: what each estimator would need, and what
-it takes to say so.
+"""A data-reweighting step of a transformer of a billion parameters, forecast: what each estimator would need.
 
     python benchmarks/forecast.py                    # about ten minutes on one core; writes results/forecast.jsonl
     python benchmarks/forecast.py --layers 2 --width 64 --steps 1,4 --out /tmp/forecast.jsonl

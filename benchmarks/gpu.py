@@ -1,9 +1,9 @@
-"""Forecasts against a GPU's own account of its memory, the growth of memory with K, and the time of an oracle call. One
-command, under nine minutes.
+"""Forecasts against a GPU's own account of its memory, the growth of memory with K, and the time of an oracle call.
 
-    python benchmarks/gpu.py                   # on a CUDA machine: writes results/gpu-<device>-<date>.jsonl and prints
-    the tables python benchmarks/gpu.py --device cpu      # the same code on small sizes, against the tensors meter;
-    writes nothing without --out
+    python benchmarks/gpu.py                # on a CUDA machine, under nine minutes: writes results/gpu-<device>-<date>
+                                            # .jsonl and prints the tables
+    python benchmarks/gpu.py --device cpu   # the same code on small sizes, against the tensors meter; writes nothing
+                                            # without --out
 
 Needs torch and this repository, no network and no data. Cells (three models x estimators x K) run one after another in
 this process, the small K first, so that a run that is cut short has something on everything. A cell that does not fit
@@ -12,11 +12,9 @@ cell, is that cell's row.
 
 What is compared, in bytes, on CUDA:
 
-    requested   measured peak    with    forecast + cuBLAS workspaces                  a difference is workspaces inside
-    kernels (cuDNN) allocated   measured peak    with    forecast, each tensor in blocks of 512 bytes  a difference is
-    those and what large blocks lose
-    reserved    measured peak    with    forecast allocated                            a ratio: the allocator's cache
-        and its fragmentation
+    requested   measured peak with forecast + cuBLAS workspaces; a difference is workspaces inside kernels (cuDNN)
+    allocated   measured peak with forecast, each tensor in blocks of 512 bytes; those, and what large blocks lose
+    reserved    measured peak with forecast allocated; a ratio: the allocator's cache and its fragmentation
 
 The largest differences are the row "margin": what a forecast on such a device has to add.
 """
@@ -44,9 +42,9 @@ from bilevel_profiling.measurement import Trial
 from bilevel_profiling.meters.cuda import Cuda
 
 import bilevel as bl
+from bilevel.data.imageset import ImageSet
 from bilevel.engine import spans
 from bilevel.problems import fewshot, hypercleaning, language
-from bilevel.problems.imageset import ImageSet
 
 try:
     from bilevel_profiling import forecast

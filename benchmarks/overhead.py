@@ -1,16 +1,13 @@
-"""What measuring costs: a hypergradient bare, under the cheap meters, and under the tensors meter, in turn in one
-process.
+"""What measuring costs: a hypergradient bare, under the cheap meters, and under the tensors meter, in one process.
 
     python benchmarks/overhead.py                    # about ten minutes on one core; writes results/overhead.jsonl
     python benchmarks/overhead.py language --seconds 10
 
 Cheap meters: oracles, clock, CUDA (off on a CPU) and phases, all at once. Seconds are the process's own CPU seconds,
-    single-threaded, the garbage
-collector off; one sample is as many hypergradients as take 60 ms. Each round takes bare and metered in turn, in an
-order that changes, and both
-share whatever else the machine does at that moment: on a busy machine the median of the rounds' ratios is the figure to
-    read. Rounds are added until
-its standard error is one percent, or the time of the cell is used.
+single-threaded, the garbage collector off; one sample is as many hypergradients as take 60 ms. Each round takes bare
+and metered in turn, in an order that changes, and both share whatever else the machine does at that moment: on a busy
+machine the median of the rounds' ratios is the figure to read. Rounds are added until its standard error is one
+percent, or the time of the cell is used.
 """
 
 import argparse

@@ -1,9 +1,7 @@
-"""Ours beside hand-written torch without a library (../shared/bench/plain_ref.py): the same work, in the same process,
-call by call in turn.
+"""Ours beside hand-written torch without a library (../shared/bench/plain_ref.py), call by call in turn.
 
-    python benchmarks/plain_reference.py                      # all cells, a table on the terminal and
-    results/plain_reference_<host>.jsonl python benchmarks/plain_reference.py --cell P2 50 graph   # one cell, one JSON
-    line (what the full run starts as a process of its own)
+    python benchmarks/plain_reference.py                      # all cells: a table, results/plain_reference_<host>.jsonl
+    python benchmarks/plain_reference.py --cell P2 50 graph   # one cell, one JSON line: what the full run starts
 
 A cell is one problem (P1: MAML of a 4-conv net, one task; P2: hyper-cleaning with an MLP 784-300-10, 5000 weights,
 minibatch 500), one K and one pair of methods. Both sides run in one fresh single-threaded process, alternately; time is

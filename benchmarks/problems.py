@@ -1,9 +1,8 @@
 """What the ready problems can do: hyper-cleaning against equal weights, few-shot accuracy on unseen characters.
 
-    python benchmarks/problems.py [hypercleaning] [fewshot]      # about ten minutes on one core; writes
-    results/problems.jsonl
+    python benchmarks/problems.py [hypercleaning] [fewshot]      # ten minutes on one core; results/problems.jsonl
 
-The tables of bilevel/problems/hypercleaning.py, bilevel/problems/fewshot.py and benchmarks/README.md come from here.
+The tables of benchmarks/README.md come from here.
 """
 
 import argparse

@@ -48,7 +48,10 @@ def characters(records):
 
 
 def overhead(records):
-    head = "| case | estimator | K | ms a step | cheap meters add | quartiles | of the medians | of the least | spans | counted | tensors meter |"
+    head = (
+        "| case | estimator | K | ms a step | cheap meters add | quartiles | of the medians "
+        "| of the least | spans | counted | tensors meter |"
+    )
     lines = [head, "| --- " * 11 + "|"]
     for r in records:
         low, high = r["cheap_quartiles"]
@@ -70,11 +73,13 @@ def overhead(records):
 
 
 # --- GPU
-# ---------------------------------------------------------------------------------------------------------------------------------
 
 
 def forecasts(records):
-    head = "| estimator | K | GiB needed | of it before the step | TFLOP | s at best on an H100 | forecast: s | s of CPU | GiB resident |"
+    head = (
+        "| estimator | K | GiB needed | of it before the step | TFLOP | s at best on an H100 "
+        "| forecast: s | s of CPU | GiB resident |"
+    )
     lines = [head, "| --- " * 9 + "|"]
     for r in records:
         lines.append(
@@ -111,7 +116,8 @@ def gpu(found):
         known = [row for row in group if row.get(kind) is not None]
         for row in group:
             if row not in known or row["status"] in ("OUT_OF_MEMORY", "ERROR"):
-                failed = f"| {model} | {estimator} | {row['inner_steps']} | {row['status']}: {row['reason'][:80].replace('|', '/')} |"
+                why = row["reason"][:80].replace("|", "/")
+                failed = f"| {model} | {estimator} | {row['inner_steps']} | {row['status']}: {why} |"
                 lines.append(failed + " |" * (head.count("|") - 5))
         if not known:
             continue
@@ -222,21 +228,24 @@ def main():
     billion = rows("forecast.jsonl")
     text = f"""# Benchmarks
 
-Every table here is written by `python benchmarks/tables.py` from `results/`, and every result by the script named above it.
+Every table here is written by `python benchmarks/tables.py` from `results/`, and every result by the script named above
+it.
 
 ## Beside hand-written torch
 
     python benchmarks/plain_reference.py
 
-`../shared/bench/plain_ref.py` is torch by hand, without a library. Both sides do the same work in one fresh single-threaded process, call by call
-in turn; the time ratio is the median over rounds of ours / theirs in process CPU seconds, with quartiles (other work on the machine moves it by
-several percent; memory is exact). P1: MAML of a 4-conv net, one task, 5-way 5-shot. P2: hyper-cleaning, MLP 784-300-10, 5000 weights, minibatch 500.
-Memory is the peak of live tensor bytes under that folder's meter. "difference" is the relative difference of the two hypergradients.
+`../shared/bench/plain_ref.py` is torch by hand, without a library. Both sides do the same work in one fresh
+single-threaded process, call by call in turn; the time ratio is the median over rounds of ours / theirs in process CPU
+seconds, with quartiles (other work on the machine moves it by several percent; memory is exact). P1: MAML of a 4-conv
+net, one task, 5-way 5-shot. P2: hyper-cleaning, MLP 784-300-10, 5000 weights, minibatch 500. Memory is the peak of live
+tensor bytes under that folder's meter. "difference" is the relative difference of the two hypergradients.
 
-"implicit": at the K-th iterate of these nets the Hessian is indefinite. Our CG says so and stops (status, HVPs made); the hand-written one goes
-on through negative curvature for its ten products, so the two numbers differ and the time ratio is not like for like. In "implicit damped" ours
-solves (H + 10 I) v = b: on P1 it then makes all ten products, plus an eleventh in the mixed product, from which the true residual comes; the
-hand-written one has no residual, and on P1 its mixed product is a multiplication by hand. On P2 four products meet float32's precision.
+"implicit": at the K-th iterate of these nets the Hessian is indefinite. Our CG says so and stops (status, HVPs made);
+the hand-written one goes on through negative curvature for its ten products, so the two numbers differ and the time
+ratio is not like for like. In "implicit damped" ours solves (H + 10 I) v = b: on P1 it then makes all ten products,
+plus an eleventh in the mixed product, from which the true residual comes; the hand-written one has no residual, and on
+P1 its mixed product is a multiplication by hand. On P2 four products meet float32's precision.
 
 {table(plain)}
 
@@ -246,11 +255,12 @@ Environment: {environment(plain)}
 
     python benchmarks/forecast.py
 
-One outer step of data reweighting for a transformer, in float32: a weight for each of 64 sequences, 8 sequences of 512 bytes a step. Nothing of
-it is allocated: each row is a forecast in a fresh process on one thread. "GiB needed" counts each tensor in the CUDA allocator's blocks of 512 bytes,
-data and variables included; cuBLAS and cuDNN workspaces and fragmentation come on top. CG is forecast at its limit of ten products. Attention is
-written out (fused kernels have no second derivative), which is most of the memory of a kept tape. "s at best": a roofline from the data sheet's
-peaks (as remembered), one operator at a time; no GPU was measured. Seconds: while the test suite ran on the same two processors.
+One outer step of data reweighting for a transformer, in float32: a weight for each of 64 sequences, 8 sequences of 512
+bytes a step. Nothing of it is allocated: each row is a forecast in a fresh process on one thread. "GiB needed" counts
+each tensor in the CUDA allocator's blocks of 512 bytes, data and variables included; cuBLAS and cuDNN workspaces and
+fragmentation come on top. CG is forecast at its limit of ten products. Attention is written out (fused kernels have no
+second derivative), which is most of the memory of a kept tape. "s at best": a roofline from the data sheet's peaks (as
+remembered), one operator at a time; no GPU was measured. Seconds: while the test suite ran on the same two processors.
 
 {forecasts(billion)}
 
@@ -258,14 +268,15 @@ Environment: {environment(billion)}
 
 ## Forecasts on a GPU
 
-    python benchmarks/gpu.py                          # on a CUDA machine, under nine minutes; needs torch and this repository only
+    python benchmarks/gpu.py                          # on a CUDA machine, under nine minutes; needs no data, no network
     python benchmarks/gpu.py --budget-seconds 120     # what fits two minutes, the small K first
     python benchmarks/gpu.py --device cpu             # a rehearsal at small sizes, against the tensors meter
 
-Three models (a perceptron with a weight for each example, iMAML of a conv net, a transformer with a weight for each sequence), six estimators,
-three K: the forecast against the peaks of the CUDA allocator (requested, allocated, reserved), the growth of each estimator's memory with K, and the
-time of each oracle by CUDA events, in milliseconds and in plain inner gradients of the same model. "unrolled, kept graph": one K-th of the backward
-sweep. The margin, what a forecast on such a device has to add, is a row of the file.
+Three models (a perceptron with a weight for each example, iMAML of a conv net, a transformer with a weight for each
+sequence), six estimators, three K: the forecast against the peaks of the CUDA allocator (requested, allocated,
+reserved), the growth of each estimator's memory with K, and the time of each oracle by CUDA events, in milliseconds and
+in plain inner gradients of the same model. "unrolled, kept graph": one K-th of the backward sweep. The margin, what a
+forecast on such a device has to add, is a row of the file.
 
 {gpu_runs()}
 
@@ -273,10 +284,11 @@ sweep. The margin, what a forecast on such a device has to add, is a row of the 
 
     python benchmarks/overhead.py
 
-One hypergradient, bare, under the meters that need no pass of their own (oracles, clock, CUDA, phases; "cheap"), and under the tensors meter, in
-turn in one single-threaded process, in process CPU seconds. "cheap meters add": the median of the rounds' ratios, less one, with its standard error;
-then their quartiles, the ratio of the two medians, and of the two least. Other work on the machine moves all of these by several percent. "counted"
-is no difference of two long times: what the meters cost around an empty block with as many spans as the step has, over the bare step.
+One hypergradient, bare, under the meters that need no pass of their own (oracles, clock, CUDA, phases; "cheap"), and
+under the tensors meter, in turn in one single-threaded process, in process CPU seconds. "cheap meters add": the median
+of the rounds' ratios, less one, with its standard error; then their quartiles, the ratio of the two medians, and of the
+two least. Other work on the machine moves all of these by several percent. "counted" is no difference of two long
+times: what the meters cost around an empty block with as many spans as the step has, over the bare step.
 
 {overhead(meters)}
 
@@ -286,7 +298,8 @@ Environment: {environment(meters)}
 
     python benchmarks/problems.py
 
-Hyper-cleaning, 50 outer steps of Adam, K = 30, y carried on; accuracies of a fresh net trained with the learned weights:
+Hyper-cleaning, 50 outer steps of Adam, K = 30, y carried on; accuracies of a fresh net trained with the learned
+weights:
 
 {cleaning([r for r in problems if r["problem"] == "hypercleaning"])}
 

@@ -1,9 +1,8 @@
-"""Which estimators of a hypergradient fit one GPU, for a language model that this machine could not hold: forecast, so
-nothing is allocated.
+"""Which estimators of a hypergradient fit one GPU, for a language model that this machine could not hold.
 
-A weight is learned for each training sequence of a transformer (`bilevel.problems.language`). The same on the command
-line, for a problem with a
-case file: `bilevel forecast CASE --budget 80GiB --on a100`.
+Nothing is allocated: the memory is forecast. A weight is learned for each training sequence of a transformer
+(`bilevel.problems.language`). The same on the command line, for a problem with a case file:
+`bilevel forecast CASE --budget 80GiB --on a100`.
 """
 
 import functools
@@ -18,9 +17,8 @@ from bilevel.problems import language
 SMALL = os.environ.get("BILEVEL_EXAMPLE_SMALL") == "1"
 LAYERS, WIDTH, STEPS = (1, 64, 1) if SMALL else (4, 5120, 3)
 GPU = "a100"
-BUDGET = (
-    "200MiB" if SMALL else "72GiB"
-)  # of 80: the rest is for what a forecast cannot see, workspaces and fragmentation
+# Of 80: the rest is for what a forecast cannot see, workspaces and fragmentation.
+BUDGET = "200MiB" if SMALL else "72GiB"
 
 setup = functools.partial(
     language.setup, layers=LAYERS, width=WIDTH, heads=WIDTH // 64, context=256, batch=16, validation=16, steps=STEPS

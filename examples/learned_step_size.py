@@ -3,8 +3,7 @@
     python examples/learned_step_size.py
 
 x enters only through the optimizer, so it moves the path and not the solution: backpropagation through the loop sees
-    it, and every estimator that
-looks at the solution only refuses. Ten inner steps on digits, from a random initialization.
+it, and every estimator that looks at the solution only refuses. Ten inner steps on digits, from a random start.
 """
 
 import itertools
@@ -28,9 +27,8 @@ shuffled = torch.randperm(len(labels))
 train, valid = [(images[rows], labels[rows]) for rows in (shuffled[:TRAIN], shuffled[TRAIN:])]
 
 call, inner = bl.functional(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10)))
-outer = {
-    name: torch.tensor(START_LR).log().requires_grad_() for name in inner
-}  # a log step size for each tensor of the net
+# A log step size for each tensor of the net.
+outer = {name: torch.tensor(START_LR).log().requires_grad_() for name in inner}
 
 
 def loss(inner, outer, batch):

@@ -1,16 +1,13 @@
-"""MAML on characters drawn from fonts: learn an initialization from which a few steps on a new task's images are
-enough.
+"""MAML on characters drawn from fonts: learn an initialization from which a few steps on a new task are enough.
 
     python examples/maml_glyphs.py                     # exact: backpropagation through the inner loop
-    python examples/maml_glyphs.py imaml               # implicit, with a proximal term: no trajectory. Ten steps do not
-    bring this net to a
-                                                       # minimum, so conjugate gradients meet negative curvature, and
-                                                       iterate() says so
+    python examples/maml_glyphs.py imaml               # implicit, with a proximal term: no trajectory
     python examples/maml_glyphs.py corrected           # first order only, with a correction (arXiv 2409.03682)
     python examples/maml_glyphs.py fomaml              # first order only, without one
 
-5-way 1-shot tasks. The losses are those of one task; TaskMean averages. The first run draws the characters (some ten
-seconds, then cached).
+5-way 1-shot tasks. The losses are those of one task; TaskMean averages. Ten steps do not bring this net to a minimum,
+so with imaml conjugate gradients meet negative curvature, and iterate() says so. The first run draws the characters
+(some ten seconds, then cached).
 """
 
 import os
@@ -21,7 +18,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from bilevel.problems import fewshot, glyphs
+from bilevel.data import glyphs
+from bilevel.problems import fewshot
 from bilevel.problems.conv4 import conv4
 
 SMALL = os.environ.get("BILEVEL_EXAMPLE_SMALL") == "1"  # a smoke test: two outer steps, a small net, Latin letters only

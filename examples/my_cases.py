@@ -67,8 +67,7 @@ def outer_optimizer(tensors):
 
 
 def evaluate(outer, device):
-    """Called before and after the outer loop: what the learned penalties are worth on data that nothing was fitted
-    to."""
+    """Called before and after the outer loop: what the penalties are worth on data that nothing was fitted to."""
     problem, _, inner, batches = setup(device)
     hg = bl.hypergradient(
         problem, outer, inner, batches, solver=bl.Descent(OPTIMIZER, steps=500), estimator=bl.FirstOrderCorrected()

@@ -1,7 +1,6 @@
 """What a plain PyTorch training loop costs, and where its memory goes: nothing here has to do with bilevel problems.
 
-The five lines marked with # <- are all that profiling adds. While it runs, `bilevel show run.jsonl` shows how far it
-is.
+The lines marked with # <- are all that profiling adds. While it runs, `bilevel show run.jsonl` shows how far it is.
 """
 
 import os

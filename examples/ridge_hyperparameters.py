@@ -55,8 +55,8 @@ for label, estimator in ESTIMATORS.items():
         f"{hg.status.name}"
     )
 
-# A penalty grows without bound where its feature is useless, so the step size must follow it: one for each weight, a
-# function of x.
+# A penalty grows without bound where its feature is useless, so the step size must follow it: a function of x for each
+# weight.
 loop = bl.iterate(
     problem,
     outer,

@@ -1,22 +1,20 @@
 """The four-block convolutional network of the few-shot literature.
 
 Four times: 3 x 3 convolution (padding 1), batch normalization, ReLU, 2 x 2 max-pooling; then a linear head. Batch
-    normalization always uses the
-statistics of the batch, at test time too, as MAML does (transductive), and keeps none: the forward is a pure function
-of the parameters.
+normalization always uses the statistics of the batch, at test time too, as MAML does (transductive), and keeps none:
+the forward is a pure function of the parameters.
 
 Reference: Vinyals et al. 2016, arXiv 1606.04080; Finn et al. 2017, Model-Agnostic Meta-Learning, arXiv 1703.03400,
-    whose Omniglot
-network has 64 channels and strided convolutions, and whose miniImageNet network is this one.
+whose Omniglot network has 64 channels and strided convolutions, and whose miniImageNet network is this one.
 """
 
-import torch
 from torch import nn
+
+from bilevel.problems._nets import seeded
 
 
 def conv4(way: int = 5, *, channels: int = 1, side: int = 28, width: int = 32, seed: int = 0) -> nn.Sequential:
-    """Build the network on the CPU; the same seed gives the same parameters everywhere, and the global random state is
-    left alone.
+    """Build the network on the CPU, its parameters drawn from a seed alone.
 
     Args:
         way: outputs.
@@ -34,10 +32,10 @@ def conv4(way: int = 5, *, channels: int = 1, side: int = 28, width: int = 32, s
         torch.Size([25, 5])
     """
     if side < 16:
-        raise ValueError(f"conv4() was given side={side}; at least 16 was needed, because four poolings halve it each")
-    # Not torch.manual_seed: it would also reseed every GPU.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        raise ValueError(
+            f"conv4() was given side={side}; at least 16 was needed, because each of four poolings halves it"
+        )
+    with seeded(seed):
         layers: list[nn.Module] = []
         for block in range(4):
             layers += [

@@ -3,38 +3,28 @@ query images (MAML).
 
     g_i(y) = CE(net_y, support_i)     y_0 = x     f_i(y) = CE(net_y, query_i)     F(x) = mean_i f_i(y_K,i(x))
 
-Data: characters drawn from the DejaVu fonts (`glyphs`), or any other ImageSet, such as Omniglot's or CIFAR-FS's
-    (`folders`). Net: `conv4`. The losses
-are those of one task; every tensor in the batches has a leading task dimension T, so the estimator is `TaskMean(...)`.
+Data: characters drawn from the DejaVu fonts (`data.glyphs`), or any other ImageSet, such as Omniglot's or CIFAR-FS's
+(`data.folders`). Net: `conv4`. The losses are those of one task; every tensor in the batches has a leading task
+dimension T, so the estimator is `TaskMean(...)`.
 
 What it reaches on unseen characters: benchmarks/README.md, made by `python benchmarks/problems.py`. On a CPU a chunk of
-    one
-task is as fast as all at once, and needs less memory.
+one task is as fast as all at once, and needs less memory.
 
 Reference: Finn, Abbeel, Levine 2017, Model-Agnostic Meta-Learning, arXiv 1703.03400.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from bilevel.batches import Batches
-from bilevel.estimators import FirstOrder
-from bilevel.functional import functional
-from bilevel.hypergradient import hypergradient
-from bilevel.inner import Descent
-from bilevel.optim import SGD
-from bilevel.problem import Problem
-from bilevel.problems import glyphs
+import bilevel as bl
+from bilevel.data import glyphs
+from bilevel.data.episodes import Labelled, episodes
+from bilevel.data.imageset import ImageSet, one_split
+from bilevel.problems._nets import Params, placed
 from bilevel.problems.conv4 import conv4
-from bilevel.problems.episodes import episodes
-from bilevel.problems.imageset import ImageSet, one_split
-from bilevel.tasks import TaskMean
-
-Params = Mapping[str, Tensor]
-Labelled = tuple[Tensor, Tensor]
 
 INNER_LR, INNER_STEPS, OUTER_LR = 0.1, 5, 2e-3
 
@@ -65,7 +55,7 @@ def setup(
     data: ImageSet | None = None,
     width: int = 32,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Problem, dict[str, Tensor], None, Batches]:
+) -> tuple[bl.Problem, dict[str, Tensor], None, bl.Batches]:
     """`(problem, outer, None, batches)`: outer the network's parameters, from which every task starts.
 
     Args:
@@ -85,7 +75,6 @@ def setup(
         ValueError: see `episodes`.
 
     Example:
-        >>> import bilevel as bl
         >>> letters = glyphs.load("ABCDEFGH", cache=getfixture("tmp_path"))
         >>> problem, outer, inner, batches = setup(tasks=2, shot=1, query=2, width=4, data=letters)
         >>> hg = bl.hypergradient(problem, outer, inner, batches,
@@ -97,7 +86,7 @@ def setup(
     problem, _, params = _maml(data, way, width, seed, dtype, device)
     outer = {name: tensor.requires_grad_() for name, tensor in params.items()}
     support, asked = episodes(data, tasks=tasks, way=way, shot=shot, query=query, seed=seed, dtype=dtype, device=device)
-    return problem, outer, None, Batches(inner=support, outer=asked)
+    return problem, outer, None, bl.Batches(inner=support, outer=asked)
 
 
 def stream(
@@ -111,7 +100,7 @@ def stream(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> Iterator[Batches]:
+) -> Iterator[bl.Batches]:
     """Fresh tasks for every outer step: a loader for `iterate`.
 
     Args:
@@ -139,7 +128,7 @@ def stream(
         support, asked = episodes(
             data, tasks=tasks, way=way, shot=shot, query=query, seed=fresh, dtype=dtype, device=device
         )
-        yield Batches(inner=support, outer=asked)
+        yield bl.Batches(inner=support, outer=asked)
 
 
 def evaluate(
@@ -189,18 +178,18 @@ def evaluate(
     width, dtype, device = len(next(iter(outer.values()))), head.dtype, head.device
     problem, call, _ = _maml(data, way, width, seed, dtype, device)
     support, asked = episodes(data, tasks=tasks, way=way, shot=shot, query=query, seed=seed, dtype=dtype, device=device)
-    found = hypergradient(
+    adapted = bl.hypergradient(
         problem,
         dict(outer),
         None,
-        Batches(inner=support, outer=asked),
-        solver=Descent(SGD(lr=lr), steps=steps),
-        estimator=TaskMean(FirstOrder(), chunk=chunk),
+        bl.Batches(inner=support, outer=asked),
+        solver=bl.Descent(bl.SGD(lr=lr), steps=steps),
+        estimator=bl.TaskMean(bl.FirstOrder(), chunk=chunk),
     )
     with torch.no_grad():
         before = torch.stack([_accuracy(call(outer, x), y) for x, y in zip(*asked, strict=True)])
-        adapted = [{name: tensor[task] for name, tensor in found.inner.items()} for task in range(tasks)]
-        after = torch.stack([_accuracy(call(params, x), y) for params, x, y in zip(adapted, *asked, strict=True)])
+        params = [{name: tensor[task] for name, tensor in adapted.inner.items()} for task in range(tasks)]
+        after = torch.stack([_accuracy(call(each, x), y) for each, x, y in zip(params, *asked, strict=True)])
     return {
         "accuracy": after.mean().item(),
         "accuracy_interval": 1.96 * after.std().item() / tasks**0.5,
@@ -214,14 +203,14 @@ def _accuracy(scores: Tensor, labels: Tensor) -> Tensor:
 
 def _maml(
     data: ImageSet, way: int, width: int, seed: int, dtype: torch.dtype, device: torch.device | str
-) -> tuple[Problem, Callable[..., Tensor], dict[str, Tensor]]:
-    channels, side = data.images.shape[1:3]
-    call, cpu_params = functional(conv4(way, channels=channels, side=side, width=width, seed=seed))
-    # The tensors are moved, not the module: under fake tensors Module.to fails.
-    params = {name: tensor.to(device=device, dtype=dtype) for name, tensor in cpu_params.items()}
+) -> tuple[bl.Problem, Callable[..., Tensor], dict[str, Tensor]]:
+    channels, height, side = data.images.shape[1:]
+    if height != side:
+        raise ValueError(f"the images are {height} x {side}; the network, conv4, needs square ones")
+    call, params = placed(conv4(way, channels=channels, side=side, width=width, seed=seed), dtype, device)
 
     def loss(inner: Params, outer: Params, batch: Labelled) -> Tensor:
         images, labels = batch
         return nn.functional.cross_entropy(call(inner, images), labels)
 
-    return Problem(loss, loss, init=lambda outer, batch: outer), call, params
+    return bl.Problem(loss, loss, init=lambda outer, batch: outer), call, params

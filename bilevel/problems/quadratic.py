@@ -1,5 +1,4 @@
-"""Quadratic bilevel problems, with everything in closed form: for tests, for documentation, and to see what an
-estimator's bias is.
+"""Quadratic problems, with everything in closed form: for tests, for documentation, and to see an estimator's bias.
 
     g(y, x) = 1/2 y'Hy - y'Cx        f(y, x) = 1/2 |y - a|^2 + c |x|^2        H symmetric positive definite
 
@@ -10,7 +9,7 @@ With R = I - lr H, gradient descent from y_0 with step size lr gives
 
 `random` draws one; `scalar` is the one-dimensional problem with round numbers that the literature's estimators can be
 checked on by hand: H = 2, C = 1, a = 0, c = 0 at x = 1 has the hypergradient 0.25; four steps of size 0.25 from 0 reach
-    0.46875, and their derivative is 0.2197265625.
+0.46875, and their derivative is 0.2197265625.
 """
 
 import dataclasses
@@ -18,8 +17,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from bilevel.batches import Batches
-from bilevel.problem import Problem
+import bilevel as bl
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,8 +68,9 @@ class Quadratic:
         return self.solve_hypergradient(outer, self.solution(outer))
 
     def solve_hypergradient(self, outer: Tensor, inner: Tensor) -> Tensor:
-        """What implicit differentiation with an exact linear solve returns at a y that need not be y*: 2c x + C'H^-1 (y
-        - a), shape [Q].
+        """What implicit differentiation with an exact linear solve returns at a y that need not be y*, shape [Q].
+
+        It is 2c x + C'H^-1 (y - a).
         """
         return 2 * self.penalty * outer + self.coupling.mT @ torch.linalg.solve(self.hessian, inner - self.target)
 
@@ -100,11 +99,11 @@ class Quadratic:
         moved = -steps * self.hessian @ (self._contraction(lr, steps - 1) @ (inner - self.solution(outer)))
         return torch.dot(self.iterate(outer, inner, lr, steps) - self.target, moved)
 
-    def pose(self) -> tuple[Problem, Tensor, Tensor, Batches]:
+    def pose(self) -> tuple[bl.Problem, Tensor, Tensor, bl.Batches]:
         """`(problem, outer, inner, batches)`, with y starting at 0. The batches hold (H, C) and (a, c)."""
         outer = self.outer.detach().clone().requires_grad_()
-        batches = Batches(inner=(self.hessian, self.coupling), outer=(self.target, self.penalty))
-        return Problem(inner_loss, outer_loss), outer, torch.zeros_like(self.target), batches
+        batches = bl.Batches(inner=(self.hessian, self.coupling), outer=(self.target, self.penalty))
+        return bl.Problem(inner_loss, outer_loss), outer, torch.zeros_like(self.target), batches
 
     def _contraction(self, lr: float, steps: int) -> Tensor:
         """(I - lr H)^steps."""
@@ -132,7 +131,7 @@ def scalar(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float6
         0.2197265625
     """
 
-    def tensor(value: list) -> Tensor:
+    def tensor(value: list[float] | list[list[float]]) -> Tensor:
         return torch.tensor(value, dtype=dtype, device=device)
 
     return Quadratic(tensor([[2.0]]), tensor([[1.0]]), tensor([0.0]), tensor([1.0]))
@@ -195,13 +194,13 @@ def setup(
     outer_size: int = 4,
     condition: float = 10.0,
     penalty: float = 0.05,
-) -> tuple[Problem, Tensor, Tensor, Batches]:
+) -> tuple[bl.Problem, Tensor, Tensor, bl.Batches]:
     """`(problem, outer, inner, batches)` of `random(...)` with the same arguments.
 
     Example:
-        >>> import bilevel as bl
         >>> problem, outer, inner, batches = setup()
-        >>> hg = bl.hypergradient(problem, outer, inner, batches, solver=bl.Descent(bl.SGD(lr=1.0), steps=50), estimator=bl.Unrolled())
+        >>> hg = bl.hypergradient(problem, outer, inner, batches,
+        ...     solver=bl.Descent(bl.SGD(lr=1.0), steps=50), estimator=bl.Unrolled())
         >>> bool((hg.grad - random().unrolled_hypergradient(outer.detach(), inner, 1.0, 50)).abs().max() < 1e-12)
         True
     """

@@ -1,74 +1,21 @@
-"""Ridge regression with one penalty a feature, learned on validation data; everything in closed form.
+"""Ridge regression with one penalty per feature, learned on validation data; everything in closed form.
 
     g(w, x) = 1/(2n) |A w - b|^2 + 1/2 sum_j exp(x_j) w_j^2        f(w) = 1/(2m) |V w - u|^2
 
     w*(x) = H^-1 A'b / n     with  H = A'A / n + diag(exp(x))
     dF/dx = -exp(x) * w* * H^-1 V'(V w* - u) / m
 
-Data: the diabetes study bundled with scikit-learn, 442 patients, 10 features (Efron et al. 2004, Least Angle
-    Regression, Annals of Statistics
-32:407). x = log-penalties is the textbook hyper-parameter: one number a feature, and the exact hypergradient to compare
-every estimator with.
+Data: the diabetes study. x = log-penalties is the textbook hyper-parameter: one number per feature, and the exact
+hypergradient to compare every estimator with.
 """
-
-import dataclasses
-import random
 
 import torch
 from torch import Tensor
 
-from bilevel.batches import Batches
-from bilevel.problem import Problem
-from bilevel.problems._optional import optional
-
-Labelled = tuple[Tensor, Tensor]
-"""Features [n, 10] and responses [n]."""
-
-SIZES = (222, 110, 110)
-"""Patients for training, validation and test: a half and two quarters."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Diabetes:
-    """The three parts of the data. Features and responses are standardised by the training part's mean and
-    deviation.
-    """
-
-    train: Labelled
-    valid: Labelled
-    test: Labelled
-    features: tuple[str, ...]
-
-
-def load(seed: int = 0, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Diabetes:
-    """Load and split the diabetes data.
-
-    Args:
-        seed: of the random split; the same one gives the same split.
-        dtype: of the tensors.
-        device: of the tensors.
-
-    Raises:
-        ImportError: scikit-learn is missing.
-
-    Example:
-        >>> data = load()
-        >>> tuple(data.train[0].shape), tuple(data.valid[1].shape), data.features[:3]
-        ((222, 10), (110,), ('age', 'sex', 'bmi'))
-    """
-    bundle = optional("sklearn.datasets").load_diabetes(scaled=False)
-    order = list(range(sum(SIZES)))
-    random.Random(seed).shuffle(order)
-    rows = order[: SIZES[0]], order[SIZES[0] : SIZES[0] + SIZES[1]], order[SIZES[0] + SIZES[1] :]
-
-    def part(chosen: list[int]) -> Labelled:
-        pair = [
-            (values[chosen] - values[rows[0]].mean(0)) / values[rows[0]].std(0)
-            for values in (bundle.data, bundle.target)
-        ]
-        return torch.tensor(pair[0], dtype=dtype, device=device), torch.tensor(pair[1], dtype=dtype, device=device)
-
-    return Diabetes(train=part(rows[0]), valid=part(rows[1]), test=part(rows[2]), features=tuple(bundle.feature_names))
+import bilevel as bl
+from bilevel.data.diabetes import Diabetes as Diabetes
+from bilevel.data.diabetes import Labelled
+from bilevel.data.diabetes import load as load
 
 
 def inner_loss(inner: Tensor, outer: dict[str, Tensor], batch: Labelled) -> Tensor:
@@ -92,9 +39,9 @@ def hypergradient(outer: dict[str, Tensor], train: Labelled, valid: Labelled) ->
     """The exact dF/dx, in the tree of `outer`.
 
     Example:
-        >>> import bilevel as bl
         >>> problem, outer, inner, batches = setup()
-        >>> hg = bl.hypergradient(problem, outer, inner, batches, solver=bl.Descent(bl.SGD(lr=0.4), steps=2000), estimator=bl.Implicit(bl.CG(10)))
+        >>> hg = bl.hypergradient(problem, outer, inner, batches,
+        ...     solver=bl.Descent(bl.SGD(lr=0.4), steps=2000), estimator=bl.Implicit(bl.CG(10)))
         >>> exact = hypergradient(outer, batches.inner, batches.outer)
         >>> bool((hg.grad["log_penalty"] - exact["log_penalty"]).abs().max() < 1e-9)
         True
@@ -114,15 +61,14 @@ def step_size(outer: dict[str, Tensor]) -> Tensor:
     """A stable step size for each weight, 1.5 / (5 + exp(x)), shape [10]: for `SGD(lr=ridge.step_size)`.
 
     A fixed one fails in a long outer loop: the penalty of a useless feature grows without bound, and 2 / exp(x) falls
-        below any number.
-    A'A / n stays below 5 for these data, so the preconditioned Hessian's eigenvalues stay below 1.
+    below any number. A'A / n stays below 5 for these data, so the preconditioned Hessian's eigenvalues stay below 1.
     """
     return 1.5 / (5.0 + outer["log_penalty"].exp())
 
 
 def setup(
     device: torch.device | str = "cpu", seed: int = 0, dtype: torch.dtype = torch.float64, *, log_penalty: float = -2.0
-) -> tuple[Problem, dict[str, Tensor], Tensor, Batches]:
+) -> tuple[bl.Problem, dict[str, Tensor], Tensor, bl.Batches]:
     """`(problem, outer, inner, batches)`: outer {"log_penalty": [10]}, inner w = 0 of shape [10], the full training and
     validation parts.
 
@@ -143,7 +89,7 @@ def setup(
         "log_penalty": torch.full((len(data.features),), log_penalty, dtype=dtype, device=device, requires_grad=True)
     }
     inner = torch.zeros(len(data.features), dtype=dtype, device=device)
-    return Problem(inner_loss, outer_loss), outer, inner, Batches(inner=data.train, outer=data.valid)
+    return bl.Problem(inner_loss, outer_loss), outer, inner, bl.Batches(inner=data.train, outer=data.valid)
 
 
 def _hessian(outer: dict[str, Tensor], train: Labelled) -> Tensor:

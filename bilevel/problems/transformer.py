@@ -1,12 +1,12 @@
-"""A decoder-only transformer (Vaswani et al. 2017; pre-norm as in Radford et al. 2019), twice differentiable
-everywhere.
+"""A decoder-only transformer (Vaswani et al. 2017; pre-norm as in Radford et al. 2019), twice differentiable.
 
-    h = tokens[s] + positions            h += attention(norm(h))            h += mlp(norm(h)), L times            scores
-    = head(norm(h))
+    h = tokens[s] + positions
+    h += attention(norm(h)),  h += mlp(norm(h)),  L times
+    scores = head(norm(h))
 
 12 L W^2 numbers in the blocks, for L layers of width W, and (2 V + C) W + O(L W) in the rest: vocabulary V, context C.
-What one gradient keeps of B sequences is about B C W (16 L) numbers and, because attention is written out, B H C^2 (2
-L) more for H heads.
+What one gradient keeps of B sequences is about B C W (16 L) numbers and, because attention is written out, B H C^2
+(2 L) more for H heads.
 
 Attention is two products and a softmax in plain sight. torch's fused kernels (scaled_dot_product_attention: flash,
 memory-efficient, cuDNN) have no double backward, so no hypergradient but a first-order one could go through them;
@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bilevel.functional import functional
+import bilevel as bl
 
 
 class Transformer(nn.Module):
@@ -37,7 +37,8 @@ class Transformer(nn.Module):
         ValueError: `width` is not a multiple of `heads`, or a size is smaller than 1.
 
     Example:
-        >>> Transformer(vocabulary=10, context=8, layers=1, width=16, heads=2)(torch.zeros(3, 8, dtype=torch.long)).shape
+        >>> module = Transformer(vocabulary=10, context=8, layers=1, width=16, heads=2)
+        >>> module(torch.zeros(3, 8, dtype=torch.long)).shape
         torch.Size([3, 8, 10])
     """
 
@@ -145,9 +146,9 @@ def transformer(
     """
     with torch.device("meta"):
         module = Transformer(vocabulary=vocabulary, context=context, layers=layers, width=width, heads=heads)
-    call, shapes = functional(module)
-    # Drawn on the CPU in float32, so that every device and dtype starts alike, one by one, so that no second copy of
-    # all of them is there.
+    call, shapes = bl.functional(module)
+    # On the CPU in float32, so that every device and dtype starts alike; one by one, so that there is no second copy of
+    # them all.
     generator = torch.Generator().manual_seed(seed)
     branch = (2 * layers) ** -0.5  # the blocks' outputs add up along the stream
     params = {}
@@ -158,12 +159,8 @@ def transformer(
         elif "norm" in name:
             drawn.fill_(1.0)
         else:
-            inner = name.startswith("blocks.")
-            drawn.normal_(
-                0.0,
-                shape.shape[-1] ** -0.5 * (branch if "mix" in name or "narrow" in name else 1.0) if inner else _STD,
-                generator=generator,
-            )
+            std = shape.shape[-1] ** -0.5 if name.startswith("blocks.") else _STD
+            drawn.normal_(0.0, std * (branch if "mix" in name or "narrow" in name else 1.0), generator=generator)
         params[name] = drawn.to(device=device, dtype=dtype)
     return call, params
 

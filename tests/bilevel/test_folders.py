@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bilevel.problems.episodes import episodes
-from bilevel.problems.folders import cifar_fs, omniglot
+from bilevel.data.episodes import episodes
+from bilevel.data.folders import cifar_fs, omniglot
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -76,6 +76,73 @@ def test_omniglot_says_which_path_was_expected(tmp_path, drawings):
     (tmp_path / "empty" / "images_background").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="no classes in"):
         omniglot(tmp_path / "empty")
+    (drawings / "images_background" / "Latin").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no classes in .*images_background/Latin"):
+        omniglot(drawings)
+    with pytest.raises(ValueError, match="side=0"):
+        omniglot(drawings, side=0)
+
+
+def pixels(mode, paper, ink, **saved):
+    """Writes a picture of a filled square, ink on paper, in one of the ways in which PNG files keep pixels."""
+    import numpy
+
+    def write(path):
+        values = numpy.full((105, 105, *numpy.shape(paper)), paper, numpy.uint16 if mode == "I;16" else numpy.uint8)
+        values[30:75, 30:75] = ink
+        image = Image.fromarray(values)
+        if mode == "P":
+            image.putpalette([0, 0, 0, 0, 0, 0])  # both entries are black, and the first is transparent
+        assert image.mode == mode
+        image.save(path, "PNG", **saved)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("write", "ink"),
+    [
+        (pixels("L", 255, 0), 255),
+        (pixels("L", 255, 100), 155),
+        (pixels("RGB", (255,) * 3, (0,) * 3), 255),
+        # Transparent is paper, whatever colour lies beneath.
+        (pixels("RGBA", (0, 0, 0, 0), (0, 0, 0, 255)), 255),
+        (pixels("LA", (0, 0), (0, 255)), 255),
+        (pixels("P", 0, 1, transparency=0), 255),
+        (pixels("L", 7, 0, transparency=7), 255),
+        # 16 bits are scaled, not clipped.
+        (pixels("I;16", 65535, 0), 255),
+        (pixels("I;16", 65535, 100 << 8), 155),
+    ],
+)
+def test_ink_is_ink_however_a_file_keeps_its_pixels(drawings, write, ink):
+    folder = drawings / "images_evaluation" / "Ulog" / "character01"
+    folder.mkdir(parents=True)
+    write(folder / "1.png")
+    image = omniglot(drawings, "evaluation").select([2]).images[0, 0]
+    assert (image[0, 0].item(), image[14, 14].item(), image[27, 27].item()) == (0, ink, 0)
+
+
+def test_hidden_leftovers_are_passed_over_and_capital_suffixes_read(drawings):
+    folder = drawings / "images_evaluation" / "Tengwar"
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / "character01" / "._0001_00.png").write_bytes(b"resource fork")
+    (folder / "character01" / "notes.txt").write_text("no picture")
+    (folder / "character01" / "0001_00.png").rename(folder / "character01" / "0001_00.PNG")
+    assert omniglot(drawings, "evaluation").counts == (3, 3)
+
+
+def test_damaged_files_are_named(drawings, monkeypatch):
+    path = drawings / "images_evaluation" / "Tengwar" / "character01" / "0001_00.png"
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:20], b"\0" + whole[1:], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"0001_00\.png could not be read as an image"):
+            omniglot(drawings, "evaluation")
+    path.write_bytes(whole)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"0001_00\.png could not be read as an image.*exceeds"):
+        omniglot(drawings, "evaluation")
 
 
 @pytest.fixture
@@ -113,6 +180,11 @@ def test_cifar_fs_says_which_path_was_expected(tmp_path, cifar):
     listing.write_text("fox\nunicorn\n")
     with pytest.raises(FileNotFoundError, match=r"data/unicorn.*test.txt"):
         cifar_fs(cifar, "test")
+    listing.write_text("fox\nfox\n")
+    with pytest.raises(ValueError, match=r"test\.txt names fox more than once"):
+        cifar_fs(cifar, "test")
+    listing.write_text("fox\n", encoding="utf-8-sig")
+    assert cifar_fs(cifar, "test").names == ("fox",)
     listing.write_text("\n")
     with pytest.raises(FileNotFoundError, match="no class names"):
         cifar_fs(cifar, "test")

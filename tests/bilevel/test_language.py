@@ -21,20 +21,11 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, NO_CUDA])]
 TINY = {"layers": 1, "width": 8, "heads": 2, "context": 6}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(tree.tensors(a), tree.tensors(b), strict=True))
 
 
 # --- transformer
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_parameters_are_those_of_the_formula_and_depend_on_the_seed_only():
@@ -127,7 +118,6 @@ def test_the_transformer_refuses_sizes_that_do_not_fit(sizes, says):
 
 
 # --- data
-# --------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_text_is_cut_and_corrupted_as_promised():
@@ -153,15 +143,16 @@ def test_text_of_ones_own_and_a_missing_library(tmp_path):
     assert set(data.train.flatten().tolist()) <= set(b"abcde")
     with pytest.raises(FileNotFoundError, match=r"argparse\.py could not be read.*load\(text="):
         language.source(tmp_path)
-    with pytest.raises(ValueError, match="the last fifth must hold 9"):
+    with pytest.raises(ValueError, match="its last fifth must hold 9"):
         language.load(context=8, text=b"abcde" * 4)
-    for wrong in ({"corruption": -0.1}, {"examples": 0}):
+    with pytest.raises(TypeError, match=r"type str was given.*text\.encode"):
+        language.load(context=4, text="abcde" * 20)
+    for wrong in ({"corruption": -0.1}, {"corruption": math.nan}, {"examples": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
             language.load(**wrong)
 
 
 # --- problem
-# -----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_setup_starts_with_device_and_seed_and_is_the_same_each_time():
@@ -206,6 +197,8 @@ def test_batch_scales_what_an_inner_step_sees():
     assert outer["logits"].shape == (10,)
     with pytest.raises(ValueError, match="batch=0"):
         language.setup(batch=0)
+    with pytest.raises(ValueError, match="steps=0"):
+        language.setup(**TINY, batch=2, steps=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -252,7 +245,6 @@ def test_tasks_and_bfloat16():
 
 
 # --- learning
-# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_learned_weights_find_the_corrupted_sequences():
@@ -284,35 +276,38 @@ def test_evaluate_separates_perfect_from_useless_weights():
     pairs = ((wrong < clean).double() + 0.5 * (wrong == clean).double()).mean().item()
     assert language.evaluate({"logits": logits}, data, steps=0) == {"corruption_auc": pytest.approx(pairs)}
     assert math.isnan(language.evaluate({"logits": logits}, corruption=0.0, steps=0)["corruption_auc"])
-    with pytest.raises(ValueError, match="one for each of the 32"):
-        language.evaluate({"logits": torch.zeros(3)}, data)
+    for steps in (0, 1):
+        with pytest.raises(ValueError, match="one for each of the 32"):
+            language.evaluate({"logits": torch.zeros(3)}, data, steps=steps)
 
 
 # --- size
-# --------------------------------------------------------------------------------------------------------------------------------
 
 _BILLION = """
-import json, resource, sys, time
+import json, time
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import bilevel as bl
 from bilevel.problems import language
 
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+def resident(what):  # not ru_maxrss, which begins at that of the process that started this one
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
+
+def spent(width):
+    started = time.process_time()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        problem, outer, inner, batches = language.setup(width=width, layers=2, heads=16, context=512)
+        assert all(isinstance(leaf, FakeTensor) for leaf in inner.values())
+        solver = bl.Descent(bl.SGD(lr=0.1), steps=1)
+        hg = bl.hypergradient(problem, outer, inner, batches, solver=solver, estimator=bl.Unrolled())
+        assert isinstance(hg.grad["logits"], FakeTensor)
+    return sum(leaf.numel() for leaf in inner.values()), time.process_time() - started
 
 torch.zeros(1)
-before, started = resident(), time.process_time()
-with FakeTensorMode(allow_non_fake_inputs=True):
-    problem, outer, inner, batches = language.setup(width=2048, layers=20, heads=16, context=512)
-    made = time.process_time() - started
-    assert all(isinstance(leaf, FakeTensor) for leaf in inner.values())
-    solver = bl.Descent(bl.SGD(lr=0.1), steps=1)
-    hg = bl.hypergradient(problem, outer, inner, batches, solver=solver, estimator=bl.Unrolled())
-    assert isinstance(hg.grad["logits"], FakeTensor)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-size = sum(leaf.numel() for leaf in inner.values())
-print(json.dumps({"size": size, "setup": made, "seconds": time.process_time() - started, "bytes": peak - before}))
+before = resident("VmRSS")
+_, little = spent(16)
+size, much = spent(6656)
+print(json.dumps({"size": size, "ratio": much / little, "bytes": resident("VmHWM") - before}))
 """
 
 
@@ -323,6 +318,5 @@ def test_a_billion_parameters_take_neither_memory_nor_time_under_fake_tensors():
     assert out.returncode == 0, out.stderr
     found = json.loads(out.stdout)
     assert found["size"] > 10**9
-    assert found["setup"] < 10
-    assert found["seconds"] < 20
-    assert found["bytes"] < 500 * 2**20
+    assert found["ratio"] < 5  # in CPU seconds, against a width of 16, which is first and pays for what is loaded
+    assert found["bytes"] < 500 * 2**20  # one of its larger matrices has 709 MB

@@ -13,20 +13,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import bilevel as bl
-from bilevel.problems import _cache, conv4, fewshot, glyphs, hypercleaning, quadratic, ridge
-from bilevel.problems.episodes import episodes
-from bilevel.problems.imageset import ImageSet
+from bilevel.data import _cache, glyphs, minibatches
+from bilevel.data.episodes import episodes
+from bilevel.data.imageset import ImageSet
+from bilevel.problems import conv4, fewshot, hypercleaning, quadratic, ridge
 
 LETTERS = "ABCDEFGHIJKLMNOPRSTUVWXYZ0123456789"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small tensors gain nothing from threads, and lose seconds to them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -54,11 +46,13 @@ def grad(value, x):
 
 
 # --- importing
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def test_importing_needs_torch_only():
-    code = "import sys, bilevel.problems; print([m for m in ('sklearn', 'matplotlib', 'PIL', 'scipy') if m in sys.modules])"
+    code = (
+        "import sys, bilevel.data, bilevel.problems; "
+        "print([m for m in ('sklearn', 'matplotlib', 'PIL', 'scipy') if m in sys.modules])"
+    )
     found = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -74,6 +68,7 @@ def test_importing_needs_torch_only():
     [
         ("sklearn.datasets", ridge.load),
         ("sklearn.datasets", hypercleaning.load),
+        ("sklearn.model_selection", hypercleaning.load),
         ("matplotlib", lambda: glyphs.load("A", cache="/nonexistent")),
         ("PIL.Image", lambda: glyphs.load("A", cache="/nonexistent")),
     ],
@@ -110,7 +105,6 @@ def test_setups_work_under_fake_tensors(letters):
 
 
 # --- quadratic
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def test_scalar_quadratic_has_the_known_numbers():
@@ -187,7 +181,6 @@ def test_quadratic_refuses_what_does_not_fit():
 
 
 # --- ridge
-# -------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_ridge_data_are_standardised_and_split():
@@ -238,7 +231,6 @@ def test_learned_penalties_predict_unseen_patients_better():
 
 
 # --- hyper-cleaning
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_digits_are_split_and_corrupted_as_promised(digits):
@@ -293,8 +285,23 @@ def test_hypercleaning_losses_are_what_the_formula_says(digits):
     passes = [torch.cat([steps[k][2] for k in range(start, start + 20)]) for start in (0, 20)]
     assert all(torch.equal(seen.sort().values, torch.arange(1000)) for seen in passes)
     assert not torch.equal(*passes)
-    with pytest.raises(ValueError, match="size=0"):
-        hypercleaning.minibatches(batches.inner, size=0, steps=1)
+    for wrong in (0, 1001):
+        with pytest.raises(ValueError, match=f"size={wrong}"):
+            hypercleaning.minibatches(batches.inner, size=wrong, steps=1)
+
+
+def test_minibatches_repeat_an_example_only_when_all_had_their_turn():
+    batches = minibatches.rows(count=10, size=4, steps=15, seed=2)
+    assert all(len(set(batch)) == 4 for batch in batches)
+    everyone = list(itertools.chain(*batches))
+    for start in range(0, 60, 10):
+        assert sorted(everyone[start : start + 10]) == list(range(10))
+    assert batches == minibatches.rows(count=10, size=4, steps=15, seed=2)
+    assert batches != minibatches.rows(count=10, size=4, steps=15, seed=3)
+    assert sorted(minibatches.rows(count=2, size=5, steps=2)[0]) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])
+    for wrong in ("count", "size", "steps"):
+        with pytest.raises(ValueError, match=f"{wrong}=0"):
+            minibatches.rows(**{"count": 3, "size": 2, "steps": 1, wrong: 0})
 
 
 def test_minibatch_hypergradients_reach_only_the_weights_they_saw(digits):
@@ -354,7 +361,6 @@ def test_learned_weights_find_the_corrupted_labels(digits):
 
 
 # --- glyphs
-# ------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_full_set_has_thousands_of_distinct_characters(full, full_cache):
@@ -458,6 +464,8 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert _cache.folder() == tmp_path / "home" / ".cache" / "bilevel"
+    monkeypatch.setenv("BILEVEL_CACHE", "~/mine")
+    assert _cache.folder() == tmp_path / "home" / "mine"
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path):
@@ -465,6 +473,64 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="BILEVEL_CACHE"):
         data = glyphs.load("A", cache=tmp_path / "file" / "below")
     assert data.names == ("A",)
+
+
+def test_a_user_without_a_home_folder_gets_the_data_and_a_warning(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("BILEVEL_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(_cache.pathlib.Path, "home", no_home)
+    with pytest.warns(UserWarning, match=r"could not keep glyphs .Could not determine home.*BILEVEL_CACHE"):
+        assert glyphs.load("A").names == ("A",)
+
+
+def test_a_cache_that_may_only_be_read_is_read_in_silence_and_never_half_written(tmp_path, monkeypatch):
+    first = glyphs.load("A", cache=tmp_path)
+
+    def refuse(path, content):  # the tests may run as root, whom permissions do not stop
+        with path.open("wb") as file:
+            file.write(content[:100])
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(_cache.pathlib.Path, "write_bytes", refuse)
+    assert torch.equal(glyphs.load("A", cache=tmp_path).images, first.images)  # warnings are errors
+    with pytest.warns(UserWarning, match="Permission denied"):
+        glyphs.load("B", cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+_DIGEST = """
+import hashlib, json, sys
+import torch
+from bilevel.data import episodes, glyphs, library, minibatches
+from bilevel.space import tree
+
+drawn = glyphs.load("ABCDEFGHIJKLMNOP", cache=sys.argv[1])
+parts = [vars(library.load(3)), drawn.images]
+parts += [drawn.split(seed=3)["train"].images, episodes.episodes(drawn, tasks=2, shot=1, query=2, seed=3)]
+values = [leaf.tolist() for leaf in tree.tensors(parts)] + [minibatches.rows(10, 3, 9, seed=3)]
+print(hashlib.sha256(json.dumps(values).encode()).hexdigest())
+"""
+
+
+def test_a_seed_means_the_same_in_two_processes_that_build_the_cache_at_once(tmp_path):
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", _DIGEST, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
+        )
+        for seed in ("1", "2")
+    ]
+    ended = [process.communicate() for process in started]
+    assert [error for _, error in ended] == ["", ""]
+    assert len(ended[0][0].strip()) == 64
+    assert ended[0][0] == ended[1][0]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".bin"]
 
 
 def test_progress_speaks_only_when_it_takes_long(capsys, monkeypatch):
@@ -477,7 +543,6 @@ def test_progress_speaks_only_when_it_takes_long(capsys, monkeypatch):
 
 
 # --- image sets and episodes
-# -------------------------------------------------------------------------------------------------------------
 
 
 def numbered(counts):
@@ -497,8 +562,14 @@ def test_image_sets_select_and_rotate():
     turned = corner.rotated()
     assert turned.names == ("dot/rot000", "dot/rot090", "dot/rot180", "dot/rot270")
     assert [tuple(image[0].nonzero()[0].tolist()) for image in turned.images] == [(0, 0), (3, 0), (3, 3), (0, 3)]
-    with pytest.raises(ValueError, match="sum to 1"):
-        data.split((0.5, 0.5, 0.5))
+    for fractions in ((0.5, 0.5, 0.5), (math.nan, 0.0, 1.0), (1.5, -0.5, 0.0), (0.5, 0.5)):
+        with pytest.raises(ValueError, match="sum to 1"):
+            data.split(fractions)
+    with pytest.raises(IndexError, match="class 3; there are 3"):
+        data.select([0, 3])
+    with pytest.raises(ValueError, match=r"counts=\(7, -1\).*none negative"):
+        ImageSet(data.images, (7, -1), ("a", "b"))
+    assert ImageSet(data.images, torch.tensor([2, 4]), ["a", "b"]).rotated().counts == (2, 4) * 4
     with pytest.raises(TypeError, match="uint8"):
         ImageSet(torch.zeros(1, 1, 4, 4), (1,), ("a",))
     with pytest.raises(ValueError, match="sum to 3"):
@@ -548,10 +619,13 @@ def test_episodes_say_what_is_lacking():
         episodes(data, tasks=1, way=2, shot=1, query=4)
     with pytest.raises(ValueError, match="tasks=0"):
         episodes(data, tasks=0)
+    with pytest.raises(ValueError, match="have 0 classes"):
+        episodes(data.select([]), tasks=1)
+    with pytest.raises(ValueError, match=r"dtype=torch\.uint8"):
+        episodes(data, tasks=1, way=2, shot=1, query=1, dtype=torch.uint8)
 
 
 # --- few-shot
-# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_conv4_is_the_usual_network_and_leaves_random_state_alone():
@@ -649,3 +723,6 @@ def test_fewshot_evaluate_refuses_what_has_no_answer(letters):
         fewshot.evaluate(outer, letters, tasks=1)
     with pytest.raises(ValueError, match="way=4, but the network has 5 outputs"):
         fewshot.evaluate(outer, letters, way=4)
+    wide = ImageSet(torch.zeros(6, 1, 28, 32, dtype=torch.uint8), (3, 3), ("a", "b"))
+    with pytest.raises(ValueError, match="28 x 32; the network"):
+        fewshot.setup(data=wide, way=2, shot=1, query=1)

@@ -1,4 +1,4 @@
-"""Optional packages of the ready problems: imported where they are used, with an error that says how to get them."""
+"""Optional packages of the data: imported where they are used, with an error that says how to get them."""
 
 import importlib
 from typing import Any
@@ -14,5 +14,5 @@ def optional(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f'this problem needs {name}, which could not be imported ({error}): pip install "bilevel[problems]"'
+            f'these data need {name}, which could not be imported ({error}): pip install "bilevel[problems]"'
         ) from error

@@ -13,9 +13,8 @@ class would leak into another split:
 - blanks, control and private characters, combining marks, and the box that a font draws for what it lacks.
 
 Drawing all of them takes some ten seconds on one core, once: the result (about 80 MB) is kept in $BILEVEL_CACHE, else
-    $XDG_CACHE_HOME/bilevel,
-else ~/.cache/bilevel. The same versions of matplotlib, Pillow and Python's Unicode tables
-give the same bytes.
+$XDG_CACHE_HOME/bilevel, else ~/.cache/bilevel. The same versions of matplotlib, Pillow and Python's Unicode tables give
+the same bytes.
 
 Source of the fonts: DejaVu 2.37, https://dejavu-fonts.github.io (free licence).
 """
@@ -32,9 +31,9 @@ from typing import Any
 
 import torch
 
-from bilevel.problems import _cache
-from bilevel.problems._optional import optional
-from bilevel.problems.imageset import ImageSet
+from bilevel.data import _cache
+from bilevel.data._optional import optional
+from bilevel.data.imageset import ImageSet
 
 FORMAT = 1
 """Raised whenever the same parameters would give other bytes; old cache files are then left alone."""

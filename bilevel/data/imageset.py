@@ -23,7 +23,7 @@ class ImageSet:
 
     Raises:
         TypeError: `images` is not uint8.
-        ValueError: the shapes do not fit together.
+        ValueError: the shapes do not fit together, or a count is negative.
 
     Example:
         >>> import torch
@@ -42,6 +42,10 @@ class ImageSet:
                 f"ImageSet was given {self.images.dtype} images; uint8 was needed. Write (images * "
                 f"255).round().to(torch.uint8)"
             )
+        object.__setattr__(self, "counts", tuple(int(count) for count in self.counts))
+        object.__setattr__(self, "names", tuple(self.names))
+        if min(self.counts, default=0) < 0:
+            raise ValueError(f"ImageSet was given counts={self.counts}; numbers of images were needed, none negative")
         if self.images.dim() != 4 or self.images.shape[0] != sum(self.counts) or len(self.counts) != len(self.names):
             raise ValueError(
                 f"ImageSet was given images of shape {tuple(self.images.shape)}, {len(self.counts)} counts that sum to "
@@ -63,7 +67,13 @@ class ImageSet:
         return list(itertools.accumulate(self.counts, initial=0))[:-1]
 
     def select(self, classes: Sequence[int]) -> "ImageSet":
-        """The given classes, in the given order. The images are copied."""
+        """The given classes, in the given order. The images are copied.
+
+        Raises:
+            IndexError: there is no class of that number.
+        """
+        if wrong := [index for index in classes if not -len(self) <= index < len(self)]:
+            raise IndexError(f"select() was given class {wrong[0]}; there are {len(self)} classes")
         starts = self.starts()
         rows = [row for index in classes for row in range(starts[index], starts[index] + self.counts[index])]
         return ImageSet(
@@ -86,7 +96,7 @@ class ImageSet:
         Raises:
             ValueError: the fractions are not three non-negative numbers that sum to 1.
         """
-        if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        if len(fractions) != 3 or not min(fractions) >= 0 or not abs(sum(fractions) - 1) <= 1e-6:
             raise ValueError(
                 f"split() was given fractions={tuple(fractions)}; three non-negative numbers that sum to 1 were needed"
             )

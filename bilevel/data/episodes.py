@@ -11,7 +11,7 @@ import random
 import torch
 from torch import Tensor
 
-from bilevel.problems.imageset import ImageSet
+from bilevel.data.imageset import ImageSet
 
 Labelled = tuple[Tensor, Tensor]
 """Images, float in [0, 1], and their labels."""
@@ -46,10 +46,10 @@ def episodes(
 
     Raises:
         ValueError: a count is smaller than 1; there are fewer than `way` classes; a class has fewer than `shot + query`
-            images.
+            images; `dtype` is not floating.
 
     Example:
-        >>> from bilevel.problems import glyphs
+        >>> from bilevel.data import glyphs
         >>> data = glyphs.load("ABCDEFGH", cache=getfixture("tmp_path"))
         >>> (x, y), (query_x, query_y) = episodes(data, tasks=2, way=3, shot=1, query=4)
         >>> tuple(x.shape), y.tolist(), tuple(query_x.shape)
@@ -58,6 +58,8 @@ def episodes(
     for name, value in {"tasks": tasks, "way": way, "shot": shot, "query": query}.items():
         if value < 1:
             raise ValueError(f"episodes() was given {name}={value}; at least 1 was needed")
+    if not dtype.is_floating_point:
+        raise ValueError(f"episodes() was given dtype={dtype}; images in [0, 1] need a floating one")
     if way > len(data):
         raise ValueError(
             f"episodes() was given way={way}, but the data have {len(data)} classes; ask for fewer, or take a larger "

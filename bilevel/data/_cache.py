@@ -11,9 +11,13 @@ from typing import Any
 
 
 def folder() -> pathlib.Path:
-    """$BILEVEL_CACHE, else $XDG_CACHE_HOME/bilevel, else ~/.cache/bilevel."""
+    """$BILEVEL_CACHE, else $XDG_CACHE_HOME/bilevel, else ~/.cache/bilevel.
+
+    Raises:
+        RuntimeError: it is in the home folder, and there is none (a container with a user of no name).
+    """
     if chosen := os.environ.get("BILEVEL_CACHE"):
-        return pathlib.Path(chosen)
+        return pathlib.Path(chosen).expanduser()
     if shared := os.environ.get("XDG_CACHE_HOME"):
         return pathlib.Path(shared) / "bilevel"
     return pathlib.Path.home() / ".cache" / "bilevel"
@@ -42,17 +46,24 @@ def fetch(
         make: called when there is no sound file.
         cache: the folder; None means `folder()`.
     """
-    path = path_of(kind, key, cache)
-    found = _read(path)
-    if found is not None:
-        return found
+    path: pathlib.Path | None = None
+    trouble: Exception | None = None
+    try:
+        path = path_of(kind, key, cache)
+    except RuntimeError as error:
+        trouble = error
+    if path is not None and (kept := _read(path)) is not None:
+        return kept
     names, payload = make()
     try:
-        _write(path, names, payload)
+        if path is not None:
+            _write(path, names, payload)
     except OSError as error:
+        trouble = error
+    if trouble is not None:
         warnings.warn(
-            f"could not keep {kind} in {path.parent} ({error}); they are made anew each time. Point $BILEVEL_CACHE at "
-            f"a folder of yours",
+            f"could not keep {kind} ({trouble}); they are made anew each time. Point $BILEVEL_CACHE at a folder of "
+            f"yours",
             stacklevel=3,
         )
     return names, payload
