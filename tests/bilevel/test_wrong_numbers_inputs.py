@@ -338,7 +338,6 @@ def warm(dtype=D, size=2, name="a", estimator=WARM, state=None):
         pytest.param({}, {"estimator": bl.Implicit(bl.CG(3))}, id="A13 Implicit"),
         pytest.param({}, {"estimator": bl.Unrolled()}, id="A13 Unrolled"),
         pytest.param({}, {"estimator": bl.FirstOrderCorrected()}, id="A13 corrected"),
-        pytest.param({}, {"estimator": bl.MemoryReduced()}, id="A13 not warm"),
     ],
 )
 def test_a_state_that_belongs_elsewhere_is_refused(given, taken):
@@ -348,7 +347,7 @@ def test_a_state_that_belongs_elsewhere_is_refused(given, taken):
 
 
 @pytest.mark.parametrize("state", [3, "warm", {}, torch.zeros(2), (1, 2)], ids=repr)
-def test_a_state_that_is_none_is_refused(state):  # A13
+def test_what_is_no_state_at_all_is_refused(state):  # A13
     assert refusal_of(lambda: warm(state=state)) is not None
     assert refusal_of(lambda: warm(state=state, estimator=bl.Unrolled())) is not None
 
