@@ -111,7 +111,7 @@ def test_weight_decay_counts_with_converge(estimator):
     x = torch.tensor([2.0, 1.0, -1.0], dtype=D)
     right = (H * x / (H + DECAY) - GOAL) * H / (H + DECAY)
     solver = bl.Converge(DECAYING["SGD"], tol=1e-9, max_steps=300)
-    # INNER_MAX_STEPS is no failure: the gradient of g alone never vanishes here, and the number must be right all the same.
+    # The gradient of g alone never vanishes here; INNER_MAX_STEPS is no failure, so the number must be right.
     right_or_refused(
         lambda: bl.hypergradient(PROBLEM, x, torch.zeros(3, dtype=D), NONE, solver=solver, estimator=estimator),
         right,

@@ -16,7 +16,7 @@ X = torch.ones(2, dtype=D)
 
 
 def bowl(y, x, b):
-    """log cosh: curvature 1 at its minimum, slopes below 1; too large a step jumps from side to side and stays bounded."""
+    """log cosh: curvature 1 at its minimum, slopes below 1; too large a step jumps to and fro, bounded."""
     z = y - x
     return (z.abs() + F.softplus(-2 * z.abs())).sum()
 
