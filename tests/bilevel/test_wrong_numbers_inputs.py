@@ -1,4 +1,4 @@
-"""What comes in and goes out (issue 7, A5, A6, A9, A12): modules, features, tasks, parameters that a step does not use."""
+"""What comes in and goes out (issue 7, A5, A6, A9, A12): modules, features, tasks, idle parameters."""
 
 import copy
 
