@@ -8,25 +8,29 @@ arXiv 2409.03682; Zhang et al. 2020, arXiv 1905.11881. Unlike torch.nn.utils.cli
 not the gradient that enters it.
 """
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from bilevel.outer.base import averaged, check, norm_of
+from bilevel.outer.base import Averaging, check_common, check_number
+
+SMALLEST = sys.float_info.min
 
 
-class ClippedSGD(torch.optim.Optimizer):
+class ClippedSGD(Averaging):
     """Descent along the averaged gradient with steps no longer than `radius`.
 
     Args:
         params: tensors, or parameter groups; the norm is taken over each group.
         lr: step size.
-        radius: the longest step.
+        radius: the longest step; infinity for none.
         momentum: weight of the past in the average; 0 for none.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument, or a setting of a group, is out of range.
 
     Example:
         >>> import torch, bilevel as bl
@@ -37,23 +41,13 @@ class ClippedSGD(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Iterable[Any], lr: float, radius: float, momentum: float = 0.0) -> None:
-        check("ClippedSGD", lr, momentum)
-        if not radius > 0:
-            raise ValueError(f"ClippedSGD was given radius={radius!r}; a positive number was needed")
         super().__init__(params, {"lr": lr, "radius": radius, "momentum": momentum})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Move every group by one step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params, averages = averaged(self, group)
-            if not params:
-                continue
-            scale = torch.clamp(group["radius"] / norm_of(averages), max=group["lr"])
-            for x, m in zip(params, averages, strict=True):
-                x.sub_(m * scale)
-        return loss
+    def check(self, group: dict[str, Any]) -> None:
+        check_common("ClippedSGD", group)
+        radius = group["radius"]
+        if radius != float("inf") or isinstance(radius, bool):
+            check_number("ClippedSGD", "radius", radius, SMALLEST, float("inf"), "a positive number")
+
+    def scale(self, group: dict[str, Any], norm: Tensor) -> Tensor:
+        return torch.clamp(group["radius"] / norm, max=group["lr"])

@@ -7,15 +7,16 @@ descent; a step of fixed length is, for lr <= 1 / (2 L1). Reference: Chayti and 
 the steps do not shrink by themselves, so decay lr to converge.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from bilevel.outer.base import averaged, check, norm_of
+from bilevel.outer.base import Averaging, check_common, check_number
 
 
-class NormalizedSGD(torch.optim.Optimizer):
+class NormalizedSGD(Averaging):
     """Steps of length lr along the averaged gradient.
 
     Args:
@@ -25,7 +26,7 @@ class NormalizedSGD(torch.optim.Optimizer):
         eps: a norm below it makes no step, instead of a step in the direction of rounding noise.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument, or a setting of a group, is out of range.
 
     Example:
         >>> import torch, bilevel as bl
@@ -36,25 +37,11 @@ class NormalizedSGD(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.0, eps: float = 1e-12) -> None:
-        check("NormalizedSGD", lr, momentum)
-        if not eps >= 0:
-            raise ValueError(f"NormalizedSGD was given eps={eps!r}; a number of at least 0 was needed")
         super().__init__(params, {"lr": lr, "momentum": momentum, "eps": eps})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Move every group by one step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params, averages = averaged(self, group)
-            if not params:
-                continue
-            norm = norm_of(averages)
-            # 0-dim float64 does not promote what it multiplies.
-            scale = torch.where(norm > group["eps"], group["lr"] / norm, 0.0)
-            for x, m in zip(params, averages, strict=True):
-                x.sub_(m * scale)
-        return loss
+    def check(self, group: dict[str, Any]) -> None:
+        check_common("NormalizedSGD", group)
+        check_number("NormalizedSGD", "eps", group["eps"], 0.0, float("inf"), "a number of at least 0")
+
+    def scale(self, group: dict[str, Any], norm: Tensor) -> Tensor:
+        return torch.where(norm > group["eps"], group["lr"] / norm, 0.0)

@@ -167,6 +167,79 @@ def test_arguments_out_of_range_are_refused(make, message):
         make(leaf(0.0))
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda x: bl.ClippedSGD([x], lr=float("inf"), radius=1.0),
+            "ClippedSGD was given lr=inf; a number of at least",
+        ),
+        (lambda x: bl.ClippedSGD([x], lr="0.1", radius=1.0), "lr='0.1'"),
+        (lambda x: bl.ClippedSGD([x], lr=True, radius=1.0), "lr=True"),
+        (lambda x: bl.ClippedSGD([x], lr=0.1, radius=float("nan")), "radius=nan; a positive number"),
+        (lambda x: bl.ClippedSGD([x], lr=0.1, radius=None), "radius=None; a positive number"),
+        (lambda x: bl.ClippedSGD([{"params": [x], "radius": -1.0}], lr=0.1, radius=1.0), r"radius=-1\.0"),
+        (lambda x: bl.NormalizedSGD([{"params": [x], "momentum": 1.5}], lr=0.1), r"momentum=1\.5"),
+        (lambda x: bl.NormalizedSGD([x.detach().to(torch.complex64)], lr=0.1), "dtype torch.complex64; use torch.view"),
+    ],
+)
+def test_settings_of_groups_and_what_is_no_number_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(leaf(0.0))
+
+
+def test_an_infinite_radius_clips_nothing():
+    x = leaf(0.0)
+    x.grad = torch.tensor([30.0], dtype=F64)
+    bl.ClippedSGD([x], lr=0.5, radius=math.inf).step()
+    assert x.item() == -15.0
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_sparse_gradients_move_as_dense_ones(name, momentum):
+    """Of nn.Embedding(sparse=True), with a row that was looked up twice."""
+    paths = []
+    for sparse in (True, False):
+        table = torch.nn.Embedding(4, 2, sparse=sparse, dtype=F64)
+        torch.nn.init.constant_(table.weight, 0.5)
+        optimizer = OPTIMIZERS[name](table.parameters(), momentum=momentum)
+        for tokens in ([0, 2, 2], [1, 2], [0, 0]):
+            optimizer.zero_grad()
+            table(torch.tensor(tokens)).pow(3).sum().backward()
+            assert (table.weight.grad.layout == torch.sparse_coo) == sparse
+            optimizer.step()
+        paths.append(table.weight.detach().clone())
+    assert (paths[0] - 0.5).abs().max() > 1e-2
+    torch.testing.assert_close(*paths, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_empty_tensors_missing_and_zero_gradients_move_nothing_and_break_nothing(name, momentum):
+    empty, missing, still, moved = torch.zeros(0, 3, requires_grad=True), leaf(1.0), leaf(2.0), leaf(0.0, 0.0)
+    optimizer = OPTIMIZERS[name](
+        [{"params": [empty]}, {"params": [missing, still]}, {"params": [moved, empty.clone().detach()]}],
+        momentum=momentum,
+    )
+    empty.grad, still.grad = torch.zeros(0, 3), torch.zeros(1, dtype=F64)
+    optimizer.step()
+    moved.grad = torch.tensor([30.0, 40.0], dtype=F64)
+    optimizer.step()
+    assert [missing.item(), still.item(), *moved.tolist()] == pytest.approx([1.0, 2.0, -0.06, -0.08], rel=1e-12)
+    assert missing not in optimizer.state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_one_number_in_any_dtype_moves_and_keeps_its_dtype(name, dtype):
+    x = torch.tensor(1.0, dtype=dtype, requires_grad=True)
+    x.grad = torch.tensor(8.0, dtype=dtype)
+    OPTIMIZERS[name]([x], momentum=0.5).step()
+    assert x.dtype == dtype
+    assert x.item() == pytest.approx(0.9, rel=1e-2)
+
+
 # The meta-objective of papers.md 1.6 d: support loss cos(phi), query loss phi^2 / 2, proximal strength 2.
 # phi(theta) solves theta = phi - sin(phi) / 2, and F' = 2 phi / (2 - cos phi). Its curvature is unbounded, but |F''| <=
 # 4 + 2 |F'|.
