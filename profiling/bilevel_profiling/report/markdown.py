@@ -9,11 +9,10 @@ from bilevel_profiling.records.record import Record
 from bilevel_profiling.report.content import alive, columns, footnotes, laws, loops
 from bilevel_profiling.report.content.groups import EXACT, Group, environment, group
 from bilevel_profiling.report.content.laws import GROWTH
-from bilevel_profiling.report.content.summary import Name, Sentence, at, sentences
+from bilevel_profiling.report.content.summary import PLAIN_TITLE, Name, Sentence, at, sentences
 from bilevel_profiling.report.content.text import clean, plural
 
 _MOST_ALIVE = 8
-PLAIN_TITLE = "Memory and time, measured"
 TITLE = "Hypergradient estimators: memory, time and error"
 
 

@@ -7,6 +7,9 @@ from bilevel_profiling.report.content.groups import EXACT, MEASURED, Group
 from bilevel_profiling.report.content.laws import law
 from bilevel_profiling.report.content.text import listing, plural
 
+PLAIN_TITLE = "Memory and time, measured"
+"""Of a report on runs that are no hypergradients."""
+
 
 class Name(str):
     """Text from a record inside a sentence (a label, a status): views set it apart, and clean it."""

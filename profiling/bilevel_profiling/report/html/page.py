@@ -10,7 +10,7 @@ from bilevel_profiling.records.record import Record
 from bilevel_profiling.report.content import columns
 from bilevel_profiling.report.content.groups import EXACT, Group, environment, estimators, group
 from bilevel_profiling.report.content.laws import GROWTH, broken
-from bilevel_profiling.report.content.summary import Fact, Name, facts, sentences
+from bilevel_profiling.report.content.summary import PLAIN_TITLE, Fact, Name, facts, sentences
 from bilevel_profiling.report.content.text import clean, listing, plural, slug
 from bilevel_profiling.report.figures import Figure, case_figures, styles, stylesheet
 from bilevel_profiling.report.figures.frame import Panel
@@ -18,7 +18,6 @@ from bilevel_profiling.report.figures.markup import Markup, join, tag
 from bilevel_profiling.report.figures.palette import Style
 from bilevel_profiling.report.figures.timeline import PHASES
 from bilevel_profiling.report.html import tables
-from bilevel_profiling.report.markdown import PLAIN_TITLE
 
 TITLE = "Hypergradient estimators compared"
 
