@@ -35,11 +35,11 @@ from pathlib import Path
 import tables
 import torch
 from bilevel_profiling import Case, measure
-from bilevel_profiling.environment import environment
-from bilevel_profiling.failure import of_error
-from bilevel_profiling.growth import fit
-from bilevel_profiling.measurement import Trial
+from bilevel_profiling.measurement.environment import environment
+from bilevel_profiling.measurement.passes import Trial
 from bilevel_profiling.meters.cuda import Cuda
+from bilevel_profiling.records.failure import of_error
+from bilevel_profiling.records.growth import fit
 
 import bilevel as bl
 from bilevel.data.imageset import ImageSet

@@ -21,8 +21,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from bilevel_profiling import Case, case_file
-from bilevel_profiling.measurement import STEPPED_THROUGH, Trial
+from bilevel_profiling import Case
+from bilevel_profiling.cases import case_file
+from bilevel_profiling.measurement.passes import STEPPED_THROUGH, Trial
 from bilevel_profiling.meters.clock import Clock
 from bilevel_profiling.meters.cuda import Cuda
 from bilevel_profiling.meters.oracles import Oracles

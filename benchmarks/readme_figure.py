@@ -6,7 +6,8 @@ benchmarks/results/report.jsonl
 
 from pathlib import Path
 
-from bilevel_profiling import records_file, report
+from bilevel_profiling import report
+from bilevel_profiling.records import records_file
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,7 +17,7 @@ import sys
 import bilevel_profiling
 import pytest
 import torch
-from bilevel_profiling import case_file
+from bilevel_profiling.cases import case_file
 
 import bilevel as bl
 

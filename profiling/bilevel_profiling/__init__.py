@@ -6,9 +6,8 @@ The names below are imported when they are first used, so that reading records, 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bilevel_profiling.case import Case as Case
-    from bilevel_profiling.comparison import compare as compare
-    from bilevel_profiling.devices import Device as Device
+    from bilevel_profiling.cases.case import Case as Case
+    from bilevel_profiling.comparison.work import compare as compare
     from bilevel_profiling.forecasting import Advice as Advice
     from bilevel_profiling.forecasting import Fit as Fit
     from bilevel_profiling.forecasting import ForecastError as ForecastError
@@ -17,35 +16,36 @@ if TYPE_CHECKING:
     from bilevel_profiling.forecasting import forecast as forecast
     from bilevel_profiling.forecasting import largest_fit as largest_fit
     from bilevel_profiling.forecasting import recommend as recommend
-    from bilevel_profiling.measurement import measure as measure
+    from bilevel_profiling.measurement.passes import measure as measure
+    from bilevel_profiling.measurement.recorder import Recorder as Recorder
+    from bilevel_profiling.meters.devices import Device as Device
     from bilevel_profiling.meters.trace import trace as trace
-    from bilevel_profiling.record import Alive as Alive
-    from bilevel_profiling.record import Iteration as Iteration
-    from bilevel_profiling.record import Phase as Phase
-    from bilevel_profiling.record import Record as Record
-    from bilevel_profiling.recorder import Recorder as Recorder
-    from bilevel_profiling.tensorboard import to_tensorboard as to_tensorboard
+    from bilevel_profiling.records.record import Alive as Alive
+    from bilevel_profiling.records.record import Iteration as Iteration
+    from bilevel_profiling.records.record import Phase as Phase
+    from bilevel_profiling.records.record import Record as Record
+    from bilevel_profiling.report.tensorboard import to_tensorboard as to_tensorboard
 
 # No module bears the name of a function here: importing it would put the module in the function's place.
 _HOMES = {
     "Advice": "forecasting",
-    "Alive": "record",
-    "Case": "case",
-    "Device": "devices",
+    "Alive": "records.record",
+    "Case": "cases.case",
+    "Device": "meters.devices",
     "Fit": "forecasting",
     "ForecastError": "forecasting",
-    "Iteration": "record",
+    "Iteration": "records.record",
     "NotMonotone": "forecasting",
-    "Phase": "record",
-    "Record": "record",
-    "Recorder": "recorder",
-    "compare": "comparison",
+    "Phase": "records.record",
+    "Record": "records.record",
+    "Recorder": "measurement.recorder",
+    "compare": "comparison.work",
     "fit": "forecasting",
     "forecast": "forecasting",
     "largest_fit": "forecasting",
-    "measure": "measurement",
+    "measure": "measurement.passes",
     "recommend": "forecasting",
-    "to_tensorboard": "tensorboard",
+    "to_tensorboard": "report.tensorboard",
     "trace": "meters.trace",
 }
 __all__ = [

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import random
 
-from bilevel_profiling.record import Alive, Iteration, Phase, Point, Record
+from bilevel_profiling.records.record import Alive, Iteration, Phase, Point, Record
 
 MIB = 2**20
 STEPS = (10, 50, 200)

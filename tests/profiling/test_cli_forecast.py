@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from bilevel_profiling import records_file
 from bilevel_profiling.cli import main
-from bilevel_profiling.record import Record
+from bilevel_profiling.records import records_file
+from bilevel_profiling.records.record import Record
 
 FORECAST = ["forecast", "hypercleaning", "--inner-steps", "5", "--estimators", "unrolled,implicit CG"]
 FILE = """

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bilevel_profiling import Case, measure, record, records_file
+from bilevel_profiling import Case, measure
+from bilevel_profiling.cases import builtin
 from bilevel_profiling.cli import main
 from bilevel_profiling.meters.tensors import storage_bytes
+from bilevel_profiling.records import record, records_file
 
 import bilevel as bl
 from bilevel.problems import quadratic
@@ -275,9 +277,9 @@ def test_json_output_is_records_and_nothing_else(tmp_path, capsys):
     assert [json.loads(line)["estimator"] for line in lines] == ["unrolled"]
 
 
-@pytest.mark.parametrize("name", [path.stem for path in (Path(record.__file__).parent / "cases").glob("[a-z]*.py")])
+@pytest.mark.parametrize("name", [path.stem for path in Path(builtin.__file__).parent.glob("[a-z]*.py")])
 def test_every_built_in_case_is_usable(name):
-    from bilevel_profiling.case_file import load
+    from bilevel_profiling.cases.case_file import load
 
     case = load(name)
     assert case.inner_steps

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 from bilevel_profiling.cli import main
-from bilevel_profiling.diff import Tolerances, Verdict, as_dict, compare_records
-from bilevel_profiling.record import Iteration, Record
-from bilevel_profiling.records_file import write
+from bilevel_profiling.comparison.diff import Tolerances, Verdict, as_dict, compare_records
+from bilevel_profiling.records.record import Iteration, Record
+from bilevel_profiling.records.records_file import write
 
 MACHINE = {"cpu": "a processor", "threads": "1 on 2 processors", "torch": "2.6"}
 ROW = Record(

@@ -8,10 +8,11 @@ import math
 
 import pytest
 import torch
-from bilevel_profiling import Case, ForecastError, forecast, largest_fit, measure, recommend, sizes
+from bilevel_profiling import Case, ForecastError, forecast, largest_fit, measure, recommend
 from bilevel_profiling.forecasting import NotMonotone, fit, search
 from bilevel_profiling.forecasting.search import needed, with_value
-from bilevel_profiling.record import Record
+from bilevel_profiling.records import sizes
+from bilevel_profiling.records.record import Record
 from torch.nn import functional as F
 
 import bilevel as bl

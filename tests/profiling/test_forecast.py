@@ -8,9 +8,9 @@ import catalogue
 import pytest
 import torch
 from bilevel_profiling import Case, ForecastError, Record, forecast, measure, recommend
-from bilevel_profiling.case_file import load
-from bilevel_profiling.devices import DEVICES, Device
-from bilevel_profiling.measurement import Figures, Trial
+from bilevel_profiling.cases.case_file import load
+from bilevel_profiling.measurement.passes import Figures, Trial
+from bilevel_profiling.meters.devices import DEVICES, Device
 from bilevel_profiling.meters.oracles import Oracles
 from bilevel_profiling.meters.tensors import Tensors
 from bilevel_profiling.meters.work import Work

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from bilevel_profiling.growth import CONTRACTS, Law, Verdict, fit, slope, verdict
+from bilevel_profiling.records.growth import CONTRACTS, Law, Verdict, fit, slope, verdict
 
 MIB = 2**20
 STEPS = (5, 20, 50)

@@ -10,10 +10,11 @@ import time
 
 import pytest
 import torch
-from bilevel_profiling import cell, isolate, records_file
-from bilevel_profiling.failure import of_error, of_exit
-from bilevel_profiling.isolate import run
+from bilevel_profiling.measurement import cell, isolate
+from bilevel_profiling.measurement.isolate import run
 from bilevel_profiling.meters.resident import Resident
+from bilevel_profiling.records import records_file
+from bilevel_profiling.records.failure import of_error, of_exit
 
 import bilevel as bl
 

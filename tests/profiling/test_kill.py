@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from bilevel_profiling.record import Record
-from bilevel_profiling.records_file import read, scan
+from bilevel_profiling.records.record import Record
+from bilevel_profiling.records.records_file import read, scan
 
 KILLS = int(os.environ.get("BILEVEL_KILLS", "3"))
 LABELS, STEPS = ("unrolled", "iterates", "corrected"), (1, 2, 3)

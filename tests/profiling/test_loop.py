@@ -3,11 +3,11 @@
 import pytest
 import torch
 from bilevel_profiling import Case
-from bilevel_profiling.case_file import CaseError, Definition, load
-from bilevel_profiling.loop import outer_loop
+from bilevel_profiling.cases.case_file import CaseError, Definition, load
+from bilevel_profiling.comparison.plan import Plan, settle
+from bilevel_profiling.comparison.progress import Lines, Task
+from bilevel_profiling.measurement.loop import outer_loop
 from bilevel_profiling.meters.timeline import Timeline
-from bilevel_profiling.plan import Plan, settle
-from bilevel_profiling.progress import Lines, Task
 
 import bilevel as bl
 from bilevel.problems import quadratic

@@ -5,8 +5,9 @@ import itertools
 
 import pytest
 import torch
-from bilevel_profiling import Case, measure, references
-from bilevel_profiling.case import Posed
+from bilevel_profiling import Case, measure
+from bilevel_profiling.cases.case import Posed
+from bilevel_profiling.measurement import references
 from bilevel_profiling.meters.tensors import storage_bytes
 
 import bilevel as bl

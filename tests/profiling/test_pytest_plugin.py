@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from bilevel_profiling.contract import Growth, above, contract
-from bilevel_profiling.pytest_plugin import PeakMemory
-from bilevel_profiling.record import Alive
+from bilevel_profiling.records.record import Alive
+from bilevel_profiling.testing.contract import Growth, above, contract
+from bilevel_profiling.testing.pytest_plugin import PeakMemory
 
 pytest_plugins = ["pytester"]
 
-PLUGIN = "bilevel_profiling.pytest_plugin"
+PLUGIN = "bilevel_profiling.testing.pytest_plugin"
 # Runs in this process forget the modules they imported; torch's compiler, which a dispatch mode loads, cannot be
 # imported twice.
 PeakMemory().of(lambda: torch.ones(1))

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from bilevel_profiling import records_file
-from bilevel_profiling.record import SCHEMA, Alive, Iteration, Phase, Record, from_line, iteration_json
-from bilevel_profiling.records_file import RecordsFile, append_iteration, read, scan, write
+from bilevel_profiling.records import records_file
+from bilevel_profiling.records.record import SCHEMA, Alive, Iteration, Phase, Record, from_line, iteration_json
+from bilevel_profiling.records.records_file import RecordsFile, append_iteration, read, scan, write
 
 FULL = Record(
     case="a 'case'\nof two lines",
@@ -193,8 +193,8 @@ def test_a_disk_that_is_full_takes_no_half_line(tmp_path, monkeypatch):
 WRITER = """
 import os, sys
 from pathlib import Path
-from bilevel_profiling.record import Iteration, Record
-from bilevel_profiling.records_file import RecordsFile, scan
+from bilevel_profiling.records.record import Iteration, Record
+from bilevel_profiling.records.records_file import RecordsFile, scan
 path = Path(sys.argv[1])
 rows = RecordsFile(path, scan(path).rows if path.exists() else ())
 while True:

@@ -12,11 +12,11 @@ import types
 
 import pytest
 import torch
+from bilevel_profiling.measurement.recorder import Recorder
 from bilevel_profiling.meters.tensors import Tensors
-from bilevel_profiling.record import Iteration, Phase, Record
-from bilevel_profiling.recorder import Recorder
-from bilevel_profiling.records_file import scan
-from bilevel_profiling.tensorboard import to_tensorboard
+from bilevel_profiling.records.record import Iteration, Phase, Record
+from bilevel_profiling.records.records_file import scan
+from bilevel_profiling.report.tensorboard import to_tensorboard
 
 import bilevel as bl
 
@@ -453,7 +453,7 @@ def test_a_wrong_interval_is_refused(path, every):
 
 ENDLESS = """
     import itertools, sys, torch
-    from bilevel_profiling.recorder import Recorder
+    from bilevel_profiling.measurement.recorder import Recorder
 
     with Recorder(sys.argv[1], tensors_every=7) as recorder:
         for step in recorder.watch(itertools.count()):

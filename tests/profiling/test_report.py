@@ -21,10 +21,12 @@ from types import ModuleType
 
 import pytest
 from bilevel_profiling import report
-from bilevel_profiling.record import Alive, Iteration, Phase, Record
-from bilevel_profiling.report import columns, footnotes, groups, laws, loops, markdown, summary, tables, units
-from bilevel_profiling.report import html as page
+from bilevel_profiling.records import units
+from bilevel_profiling.records.record import Alive, Iteration, Phase, Record
+from bilevel_profiling.report import markdown
+from bilevel_profiling.report.content import columns, footnotes, groups, laws, loops, summary
 from bilevel_profiling.report.figures import case_figures, loop, palette, scales, svg, timeline
+from bilevel_profiling.report.html import page, tables
 
 HERE = Path(__file__).parent
 COMMAND = "bilevel compare hypercleaning fewshot --inner-steps 10,50,200 --out report"
@@ -361,7 +363,7 @@ package = types.ModuleType("bilevel_profiling")
 package.__path__ = [{str(HERE.parents[1] / "profiling" / "bilevel_profiling")!r}]
 sys.modules["bilevel_profiling"] = package
 from bilevel_profiling import report
-from bilevel_profiling.record import Record
+from bilevel_profiling.records.record import Record
 import pathlib, tempfile
 with tempfile.TemporaryDirectory() as folder:
     print(report.write([Record(case="toy", estimator="a", inner_steps=2, peak_tensor_bytes=3)], pathlib.Path(folder)).name)

@@ -10,8 +10,8 @@ import time
 import pytest
 from bilevel_profiling import compare
 from bilevel_profiling.cli import main
-from bilevel_profiling.folder import Folder, filename
-from bilevel_profiling.records_file import read, scan
+from bilevel_profiling.comparison.folder import Folder, filename
+from bilevel_profiling.records.records_file import read, scan
 
 import bilevel as bl
 from bilevel.problems import quadratic
@@ -276,7 +276,7 @@ def test_one_comparison_at_a_time(case, out, capsys):
     assert "another comparison is writing there" in capsys.readouterr().err
     first.release()
     Folder(out).release()
-    code = "import sys, time; from bilevel_profiling.folder import Folder; f = Folder(sys.argv[1]); print('mine', flush=True); time.sleep(60)"
+    code = "import sys, time; from bilevel_profiling.comparison.folder import Folder; f = Folder(sys.argv[1]); print('mine', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"mine\n"
     with pytest.raises(OSError, match="another comparison"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bilevel_profiling import forecast
-from bilevel_profiling.devices import DEVICES, Device
+from bilevel_profiling.meters.devices import DEVICES, Device
 from bilevel_profiling.meters.work import Work
 from torch import nn
 from torch.nn import functional as F

@@ -1,1 +1,1 @@
-"""The built-in cases: each module here is what a user's case file may be."""
+"""What is measured: one estimator on one problem (a Case), the files that define cases, and those that ship."""

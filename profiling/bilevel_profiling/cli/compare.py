@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from bilevel_profiling import progress
 from bilevel_profiling.cli import options as types
 from bilevel_profiling.cli.output import DONE, INTERRUPTED, NOTHING, print_records, say, unwritable, wrong
+from bilevel_profiling.comparison import progress
 
 
 def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
@@ -112,10 +112,10 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Do it."""
     # Here and not above: torch takes seconds to load, and --help and show do without it.
-    from bilevel_profiling.case_file import CaseError
-    from bilevel_profiling.comparison import Comparison
-    from bilevel_profiling.plan import Plan
-    from bilevel_profiling.resume import ResumeError
+    from bilevel_profiling.cases.case_file import CaseError
+    from bilevel_profiling.comparison.plan import Plan
+    from bilevel_profiling.comparison.resume import ResumeError
+    from bilevel_profiling.comparison.work import Comparison
 
     overrides = {"inner_steps": options.inner_steps, "outer_steps": options.outer_steps}
     known = {name: value for name, value in overrides.items() if value is not None}
@@ -175,7 +175,7 @@ def chosen_device(asked: str) -> str:
     """
     import torch
 
-    from bilevel_profiling.case_file import CaseError
+    from bilevel_profiling.cases.case_file import CaseError
 
     if asked == "cuda" and not torch.cuda.is_available():
         raise CaseError(

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bilevel_profiling import progress
 from bilevel_profiling.cli import options as types
 from bilevel_profiling.cli.output import DONE, WORSE, say, wrong
 from bilevel_profiling.cli.show import file_of, say_damage
-from bilevel_profiling.record import Record
-from bilevel_profiling.records_file import scan
+from bilevel_profiling.comparison import progress
+from bilevel_profiling.records.record import Record
+from bilevel_profiling.records.records_file import scan
 
 if TYPE_CHECKING:
-    from bilevel_profiling.diff import Difference
+    from bilevel_profiling.comparison.diff import Difference
 
 _COLORS = {"worse": "red", "missing": "red", "better": "green", "changed": "yellow"}
 
@@ -53,7 +53,7 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Do it."""
-    from bilevel_profiling.diff import Tolerances, Verdict, as_dict, compare_records
+    from bilevel_profiling.comparison.diff import Tolerances, Verdict, as_dict, compare_records
 
     old, new = _usable(options.old), _usable(options.new)
     if isinstance(old, str) or isinstance(new, str):
@@ -85,7 +85,7 @@ def _usable(given: str) -> list[Record] | str:
 
 def _table(differences: "Sequence[Difference]") -> list[list[str]]:
     """Its cells as text, a header first; facts that all rows share are left out."""
-    from bilevel_profiling.report import units
+    from bilevel_profiling.records import units
 
     formats = {"wall_seconds": units.duration, "matmul_flops": units.count}
 

@@ -43,9 +43,9 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Do it."""
-    from bilevel_profiling import sizes
-    from bilevel_profiling.case_file import CaseError
+    from bilevel_profiling.cases.case_file import CaseError
     from bilevel_profiling.forecasting import ForecastError, fit
+    from bilevel_profiling.records import sizes
 
     try:
         definition = defined(options)

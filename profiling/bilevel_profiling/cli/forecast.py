@@ -8,14 +8,14 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from bilevel_profiling import progress
 from bilevel_profiling.cli import options as types
 from bilevel_profiling.cli.output import DONE, NOTHING, print_records, print_rows, say, unwritable, wrong
-from bilevel_profiling.record import Record
+from bilevel_profiling.comparison import progress
+from bilevel_profiling.records.record import Record
 
 if TYPE_CHECKING:
-    from bilevel_profiling.case import Case
-    from bilevel_profiling.case_file import Definition
+    from bilevel_profiling.cases.case import Case
+    from bilevel_profiling.cases.case_file import Definition
     from bilevel_profiling.forecasting import Fit
 
 
@@ -63,8 +63,8 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Do it."""
-    from bilevel_profiling.case_file import CaseError
-    from bilevel_profiling.devices import DEVICES
+    from bilevel_profiling.cases.case_file import CaseError
+    from bilevel_profiling.meters.devices import DEVICES
 
     try:
         definition = defined(options)
@@ -131,7 +131,7 @@ def defined(options: argparse.Namespace) -> "Definition":
     """
     import inspect
 
-    from bilevel_profiling.case_file import CaseError, load
+    from bilevel_profiling.cases.case_file import CaseError, load
 
     found = load(options.case)
     settings = dict(options.set)
@@ -155,7 +155,7 @@ def defined(options: argparse.Namespace) -> "Definition":
 def cases_of(definition: "Definition", options: argparse.Namespace, inner_steps: tuple[int, ...]) -> "Iterator[Case]":
     """One case for each K and estimator."""
     import bilevel as bl
-    from bilevel_profiling.case import Case
+    from bilevel_profiling.cases.case import Case
 
     for steps in inner_steps:
         for label, estimator in definition.estimators.items():
@@ -199,8 +199,8 @@ def _forecasts(cases: "list[Case]", options: argparse.Namespace) -> list[Record]
 
 def _tried(case: "Case", work: Any) -> Record:
     """The forecast, or a row that says why there is none: an estimator may refuse a problem, or a loss read a value."""
-    from bilevel_profiling.failure import of_error
-    from bilevel_profiling.measurement import described
+    from bilevel_profiling.measurement.passes import described
+    from bilevel_profiling.records.failure import of_error
 
     try:
         return work()
@@ -210,8 +210,9 @@ def _tried(case: "Case", work: Any) -> Record:
 
 
 def _written(records: list[Record], options: argparse.Namespace) -> Any:
-    from bilevel_profiling import records_file, report
-    from bilevel_profiling.folder import Folder
+    from bilevel_profiling import report
+    from bilevel_profiling.comparison.folder import Folder
+    from bilevel_profiling.records import records_file
 
     folder = Folder(options.out)
     try:
@@ -227,9 +228,9 @@ def _written(records: list[Record], options: argparse.Namespace) -> Any:
 def _print_budget(
     definition: "Definition", cases: "list[Case]", records: list[Record], options: argparse.Namespace
 ) -> None:
-    from bilevel_profiling import sizes
     from bilevel_profiling.forecasting import NotMonotone, fit, recommend
     from bilevel_profiling.forecasting.search import needed
+    from bilevel_profiling.records import sizes
 
     rows = []
     for case, record in zip(cases, records, strict=True):
@@ -273,8 +274,8 @@ def _print_budget(
 
 def looked(label: str, over: str) -> "Callable[[int, Record], None]":
     """Says each forecast of a search, on standard error."""
-    from bilevel_profiling import sizes
     from bilevel_profiling.forecasting.search import needed
+    from bilevel_profiling.records import sizes
 
     return lambda value, record: say(f"{label}, {over} = {value:,}: {sizes.text(needed(record))}")
 

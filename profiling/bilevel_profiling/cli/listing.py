@@ -18,9 +18,9 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Do it."""
     import bilevel as bl
-    from bilevel_profiling import sizes
-    from bilevel_profiling.case_file import builtin_titles
-    from bilevel_profiling.devices import DEVICES
+    from bilevel_profiling.cases.case_file import builtin_titles
+    from bilevel_profiling.meters.devices import DEVICES
+    from bilevel_profiling.records import sizes
 
     kinds = {
         "estimators": bl.Estimator,

@@ -5,7 +5,7 @@ import ast
 import math
 from typing import TYPE_CHECKING, Any
 
-from bilevel_profiling import sizes
+from bilevel_profiling.records import sizes
 
 if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bilevel_profiling import progress
-from bilevel_profiling.record import Record
+from bilevel_profiling.comparison import progress
+from bilevel_profiling.records.record import Record
 
 DONE, NOTHING, WRONG, INTERRUPTED = 0, 1, 2, 130
 WORSE = 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bilevel_profiling.cli import options as types
 from bilevel_profiling.cli.output import DONE, WRONG, print_records, say, unwritable, wrong
-from bilevel_profiling.records_file import Contents, scan
+from bilevel_profiling.records.records_file import Contents, scan
 
 _SHOWN = 5
 """Damaged lines that are said one by one: in a file that never held records, all are."""

@@ -5,13 +5,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 import bilevel as bl
-from bilevel_profiling import sizes
-from bilevel_profiling.case import Case
-from bilevel_profiling.case_file import default_estimators
-from bilevel_profiling.devices import Device
+from bilevel_profiling.cases.case import Case
+from bilevel_profiling.cases.case_file import default_estimators
 from bilevel_profiling.forecasting.fake import forecast, here, without_data
 from bilevel_profiling.forecasting.search import needed
-from bilevel_profiling.record import Record
+from bilevel_profiling.meters.devices import Device
+from bilevel_profiling.records import sizes
+from bilevel_profiling.records.record import Record
 
 
 @dataclasses.dataclass(frozen=True)

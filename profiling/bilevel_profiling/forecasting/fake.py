@@ -18,20 +18,27 @@ import torch
 import bilevel as bl
 from bilevel.engine import spans
 from bilevel.space import tree
-from bilevel_profiling import sizes
-from bilevel_profiling.case import Case, name_of
-from bilevel_profiling.devices import DEVICES, Device
-from bilevel_profiling.environment import environment
+from bilevel_profiling.cases.case import Case, name_of
 from bilevel_profiling.forecasting.margin import workspace_bytes
 from bilevel_profiling.forecasting.shapes import Shapes
 from bilevel_profiling.forecasting.unreadable import ForecastError as ForecastError
 from bilevel_profiling.forecasting.unreadable import explained
-from bilevel_profiling.measurement import STEPPED_THROUGH, Figures, Trial, described, frozen_heap, own_random_state
+from bilevel_profiling.measurement.environment import environment
+from bilevel_profiling.measurement.passes import (
+    STEPPED_THROUGH,
+    Figures,
+    Trial,
+    described,
+    frozen_heap,
+    own_random_state,
+)
 from bilevel_profiling.meters.base import Meter
+from bilevel_profiling.meters.devices import DEVICES, Device
 from bilevel_profiling.meters.oracles import Oracles
 from bilevel_profiling.meters.tensors import Tensors, in_blocks
 from bilevel_profiling.meters.work import Work
-from bilevel_profiling.record import Record
+from bilevel_profiling.records import sizes
+from bilevel_profiling.records.record import Record
 
 NOT_SEEN = (
     "A forecast counts tensors. On top of them come what cuBLAS and cuDNN take as workspaces, and what the allocator's "
@@ -61,7 +68,7 @@ def forecast(
         what: a `Case`, whose `setup` is called under fake tensors too; or any function without arguments. Tensors that
             exist already can be used.
         name: of a function in the record.
-        on: a `Device`, or the name of one in `bilevel_profiling.devices.DEVICES`, for a lower bound on its time
+        on: a `Device`, or the name of one in `bilevel_profiling.meters.devices.DEVICES`, for a lower bound on its time
             (`roofline_seconds`).
         command: kept in the record's environment.
 
@@ -100,7 +107,7 @@ def _device(name: str) -> Device:
     if name not in DEVICES:
         raise ValueError(
             f"there is no device {name!r}; write one of {', '.join(DEVICES)}, or give a "
-            f"bilevel_profiling.devices.Device"
+            f"bilevel_profiling.meters.devices.Device"
         )
     return DEVICES[name]
 

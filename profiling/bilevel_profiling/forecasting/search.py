@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import bilevel as bl
-from bilevel_profiling import sizes
-from bilevel_profiling.case import Case
+from bilevel_profiling.cases.case import Case
 from bilevel_profiling.forecasting.fake import forecast
-from bilevel_profiling.record import Record
+from bilevel_profiling.records import sizes
+from bilevel_profiling.records.record import Record
 
 INNER_STEPS, CHUNK = "inner_steps", "chunk"
 

@@ -10,7 +10,7 @@ import torch
 
 from bilevel_profiling.meters.base import Meter
 from bilevel_profiling.meters.phases import OUTSIDE, Phases
-from bilevel_profiling.record import SPREADS
+from bilevel_profiling.records.record import SPREADS
 
 LOW, HIGH = 0.1, 0.9
 """The quantiles reported beside the median (between the order statistics, as numpy does; with two repeats close to the

@@ -7,7 +7,7 @@ import collections
 import re
 
 from bilevel_profiling.meters.origin import Place
-from bilevel_profiling.record import Alive
+from bilevel_profiling.records.record import Alive
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 Origin = tuple[str, str, str, Place]

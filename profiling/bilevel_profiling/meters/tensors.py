@@ -36,7 +36,7 @@ from bilevel_profiling.meters.operators import Operators
 from bilevel_profiling.meters.origin import Places, node, of_the_engine, operator_name
 from bilevel_profiling.meters.phases import OUTSIDE, Phases
 from bilevel_profiling.meters.timeline import Timeline
-from bilevel_profiling.record import Alive
+from bilevel_profiling.records.record import Alive
 
 CUDA_BLOCK = 512
 """The CUDA caching allocator serves whole blocks of so many bytes."""

@@ -3,7 +3,7 @@
 import array
 from collections.abc import Sequence
 
-from bilevel_profiling.record import Point
+from bilevel_profiling.records.record import Point
 
 _MOST_POINTS = 400
 Label = tuple[str, str, str]

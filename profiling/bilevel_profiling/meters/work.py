@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from bilevel_profiling.devices import Device
 from bilevel_profiling.meters.base import Meter
+from bilevel_profiling.meters.devices import Device
 from bilevel_profiling.meters.operators import Operators
 from bilevel_profiling.meters.phases import OUTSIDE, Phases
 from bilevel_profiling.meters.tensors import storage_bytes

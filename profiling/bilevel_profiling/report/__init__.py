@@ -10,13 +10,14 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..record import Record
-from . import html, markdown
-from .alive import print_alive
-from .figures import case_figures, standalone, styles
-from .figures.png import write_png
-from .groups import estimators, group
-from .table import print_table
+from bilevel_profiling.records.record import Record
+from bilevel_profiling.report import markdown
+from bilevel_profiling.report.content.groups import estimators, group
+from bilevel_profiling.report.figures import case_figures, standalone, styles
+from bilevel_profiling.report.figures.png import write_png
+from bilevel_profiling.report.html import page as html
+from bilevel_profiling.report.terminal.alive import print_alive
+from bilevel_profiling.report.terminal.table import print_table
 
 __all__ = ["print_alive", "print_table", "write", "write_png"]
 
@@ -41,7 +42,7 @@ def write(records: Iterable[Record], out: Path, command: str = "") -> Path:
 
     Example:
         >>> import tempfile
-        >>> from bilevel_profiling.record import Record
+        >>> from bilevel_profiling.records.record import Record
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write([Record(case="toy", estimator="unrolled", inner_steps=5)], Path(folder)).name
         'index.html'

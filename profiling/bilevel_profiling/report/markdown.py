@@ -5,15 +5,14 @@ environment and the exact command.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..record import Record
-from . import alive, columns, footnotes, laws, loops
-from .groups import EXACT, Group, environment, group
-from .laws import GROWTH
-from .summary import Name, Sentence, at, sentences
-from .text import clean, plural
+from bilevel_profiling.records.record import Record
+from bilevel_profiling.report.content import alive, columns, footnotes, laws, loops
+from bilevel_profiling.report.content.groups import EXACT, Group, environment, group
+from bilevel_profiling.report.content.laws import GROWTH
+from bilevel_profiling.report.content.summary import PLAIN_TITLE, Name, Sentence, at, sentences
+from bilevel_profiling.report.content.text import clean, plural
 
 _MOST_ALIVE = 8
-PLAIN_TITLE = "Memory and time, measured"
 TITLE = "Hypergradient estimators: memory, time and error"
 
 

@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from .. import laws
-from ..groups import Group
-from ..markup import Markup, decimal, tag
-from . import bars, lines, loop, scatter, timeline
-from .frame import Figure
-from .palette import DARK, LIGHT, Style, styles
+from bilevel_profiling.report.content import laws
+from bilevel_profiling.report.content.groups import Group
+from bilevel_profiling.report.figures import bars, lines, loop, scatter, timeline
+from bilevel_profiling.report.figures.frame import Figure
+from bilevel_profiling.report.figures.markup import Markup, decimal, tag
+from bilevel_profiling.report.figures.palette import DARK, LIGHT, Style, styles
 
 __all__ = ["Figure", "case_figures", "standalone", "styles", "stylesheet"]
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 
-from .. import units
-from ..groups import Group
-from ..markup import Markup, decimal, tag
-from ..text import clean
-from . import scales, svg
-from .frame import Figure
-from .palette import Style
+from bilevel_profiling.records import units
+from bilevel_profiling.report.content.groups import Group
+from bilevel_profiling.report.content.text import clean
+from bilevel_profiling.report.figures import scales, svg
+from bilevel_profiling.report.figures.frame import Figure
+from bilevel_profiling.report.figures.markup import Markup, decimal, tag
+from bilevel_profiling.report.figures.palette import Style
 
 _ROW = 25.0
 _TOP, _HEAD = 30.0, 10.0

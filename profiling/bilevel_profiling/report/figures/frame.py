@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ..markup import Markup
+from bilevel_profiling.report.figures.markup import Markup
 
 
 @dataclasses.dataclass(frozen=True)

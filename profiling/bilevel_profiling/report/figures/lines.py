@@ -4,16 +4,16 @@ one K only.
 
 from collections.abc import Mapping
 
-from ...growth import Law
-from ...record import Record
-from .. import units
-from ..groups import Group
-from ..markup import Markup, decimal, tag
-from ..text import clean, listing
-from . import scales, svg
-from .bars import bars
-from .frame import Figure
-from .palette import Style
+from bilevel_profiling.records import units
+from bilevel_profiling.records.growth import Law
+from bilevel_profiling.records.record import Record
+from bilevel_profiling.report.content.groups import Group
+from bilevel_profiling.report.content.text import clean, listing
+from bilevel_profiling.report.figures import scales, svg
+from bilevel_profiling.report.figures.bars import bars
+from bilevel_profiling.report.figures.frame import Figure
+from bilevel_profiling.report.figures.markup import Markup, decimal, tag
+from bilevel_profiling.report.figures.palette import Style
 
 _CURVE = 48
 """Straight pieces that a fitted law is drawn with."""

@@ -4,14 +4,15 @@ are crossed out.
 
 from collections.abc import Callable, Mapping
 
-from ...record import Iteration, Record
-from .. import loops, units
-from ..groups import Group
-from ..markup import Markup, join
-from ..text import clean
-from . import scales, svg
-from .frame import Figure
-from .palette import Style
+from bilevel_profiling.records import units
+from bilevel_profiling.records.record import Iteration, Record
+from bilevel_profiling.report.content import loops
+from bilevel_profiling.report.content.groups import Group
+from bilevel_profiling.report.content.text import clean
+from bilevel_profiling.report.figures import scales, svg
+from bilevel_profiling.report.figures.frame import Figure
+from bilevel_profiling.report.figures.markup import Markup, join
+from bilevel_profiling.report.figures.palette import Style
 
 _MOST_POINTS = 150
 """An outer loop of more steps is drawn through the lowest and highest value of each of half as many stretches."""

@@ -7,7 +7,7 @@ markers and four dashes; where the colors come round again, the marker does not.
 import dataclasses
 from collections.abc import Sequence
 
-from ..markup import decimal
+from bilevel_profiling.report.figures.markup import decimal
 
 LIGHT = ("#0a66b0", "#c2410c", "#00795c", "#a03a86", "#8f6a00", "#2f8fc4", "#4b5159", "#7a4a2b")
 DARK = ("#6cb2f5", "#ff9466", "#45cfa4", "#e88fcf", "#e0b83e", "#7fd4f2", "#b4bbc4", "#cfa17f")

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...record import Record
-from ..groups import Group, estimators, group
-from ..text import shorten
-from . import palette, scales, scatter, svg
+from bilevel_profiling.records.record import Record
+from bilevel_profiling.report.content.groups import Group, estimators, group
+from bilevel_profiling.report.content.text import shorten
+from bilevel_profiling.report.figures import palette, scales, scatter, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from .. import units
+from bilevel_profiling.records import units
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,13 +4,13 @@ import dataclasses
 import itertools
 from collections.abc import Mapping
 
-from .. import units
-from ..groups import Group, pareto
-from ..markup import Markup, decimal, tag
-from ..text import clean
-from . import scales, svg
-from .frame import Figure
-from .palette import Style
+from bilevel_profiling.records import units
+from bilevel_profiling.report.content.groups import Group, pareto
+from bilevel_profiling.report.content.text import clean
+from bilevel_profiling.report.figures import scales, svg
+from bilevel_profiling.report.figures.frame import Figure
+from bilevel_profiling.report.figures.markup import Markup, decimal, tag
+from bilevel_profiling.report.figures.palette import Style
 
 _FRAME = svg.Frame(46, svg.WIDTH - 14, 34, 258)
 

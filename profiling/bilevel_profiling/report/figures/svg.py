@@ -4,10 +4,10 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from ..markup import Markup, decimal, join, tag
-from ..text import shorten
-from .palette import Style, outline
-from .scales import Scale
+from bilevel_profiling.report.content.text import shorten
+from bilevel_profiling.report.figures.markup import Markup, decimal, join, tag
+from bilevel_profiling.report.figures.palette import Style, outline
+from bilevel_profiling.report.figures.scales import Scale
 
 WIDTH = 460.0
 CHARACTER = 6.9

@@ -7,13 +7,13 @@ A panel is a static picture that tells its peak. What a script needs to tell any
 import json
 from collections.abc import Sequence
 
-from ...record import Point, Record
-from .. import units
-from ..groups import Group
-from ..markup import Markup, decimal, tag
-from ..text import clean
-from . import scales, svg
-from .frame import Figure, Panel
+from bilevel_profiling.records import units
+from bilevel_profiling.records.record import Point, Record
+from bilevel_profiling.report.content.groups import Group
+from bilevel_profiling.report.content.text import clean
+from bilevel_profiling.report.figures import scales, svg
+from bilevel_profiling.report.figures.frame import Figure, Panel
+from bilevel_profiling.report.figures.markup import Markup, decimal, tag
 
 PHASES = ("inner", "hypergradient", "outer")
 

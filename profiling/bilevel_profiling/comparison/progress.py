@@ -1,0 +1,205 @@
+"""What a long comparison says while it works: a bar on a terminal, plain lines elsewhere. All of it goes to standard
+error.
+
+Of the package's own modules only this one imports rich, and only when it is used.
+"""
+
+import abc
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from bilevel_profiling.records.record import Record
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One piece of work; `weight` is a guess at how long it takes against the others."""
+
+    case: str
+    text: str
+    weight: float
+
+
+class Progress(abc.ABC):
+    """Told what is to be done, what is begun and how it went."""
+
+    @abc.abstractmethod
+    def start(self, tasks: Sequence[Task]) -> None:
+        """All the work, in order."""
+
+    @abc.abstractmethod
+    def say(self, text: str) -> None:
+        """What the user should know before the work begins."""
+
+    @abc.abstractmethod
+    def begin(self, task: Task) -> None:
+        """A piece of it begins."""
+
+    @abc.abstractmethod
+    def finish(self, task: Task, said: str) -> None:
+        """It ended, with a few words on how."""
+
+    @abc.abstractmethod
+    def stop(self) -> None:
+        """Nothing more will be done."""
+
+
+class Silent(Progress):
+    """Says nothing."""
+
+    def start(self, tasks: Sequence[Task]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def begin(self, task: Task) -> None: ...
+
+    def finish(self, task: Task, said: str) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Lines(Progress):
+    """One plain line for each finished piece, with the time it all took so far and an estimate of what remains.
+
+    Args:
+        stream: where to; standard error by default.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._pace = _Pace([])
+
+    def start(self, tasks: Sequence[Task]) -> None:
+        self._pace = _Pace(tasks)
+
+    def say(self, text: str) -> None:
+        print(f"bilevel: {one_line(text)}", file=self._stream, flush=True)
+
+    def begin(self, task: Task) -> None: ...
+
+    def finish(self, task: Task, said: str) -> None:
+        self._pace.finished(task)
+        print(f"{self._pace.text()}  {one_line(f'{task.case}: {task.text}: {said}')}", file=self._stream, flush=True)
+
+    def stop(self) -> None: ...
+
+
+class Bar(Progress):
+    """A live bar under the lines of what is finished.
+
+    Args:
+        console: where to; standard error by default.
+    """
+
+    def __init__(self, console: "Console | None" = None) -> None:
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+        self._console = console or terminal()
+        self._pace = _Pace([])
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[pace]}"),
+            console=self._console,
+            transient=True,
+        )
+        self._all: Any = None
+
+    def start(self, tasks: Sequence[Task]) -> None:
+        self._pace = _Pace(tasks)
+        self._all = self._bar.add_task("", total=sum(task.weight for task in tasks), pace="")
+        self._bar.start()
+
+    def say(self, text: str) -> None:
+        self._console.print(f"bilevel: {_escaped(text)}", highlight=False)
+
+    def begin(self, task: Task) -> None:
+        self._bar.update(self._all, description=_escaped(f"{task.case}: {task.text}"), pace=self._pace.text())
+
+    def finish(self, task: Task, said: str) -> None:
+        self._pace.finished(task)
+        self._bar.update(self._all, advance=task.weight, pace=self._pace.text())
+        self._console.print(
+            f"[dim]{_escaped(task.case)}[/dim]  {_escaped(task.text)}: {_escaped(said)}", highlight=False
+        )
+
+    def stop(self) -> None:
+        self._bar.stop()
+
+
+def chosen(stream: TextIO | None = None) -> Progress:
+    """The bar on a terminal that has rich, else lines."""
+    if (stream or sys.stderr).isatty():
+        try:
+            return Bar()
+        except ImportError:
+            pass
+    return Lines(stream)
+
+
+def terminal(*, stderr: bool = True) -> "Console":
+    """A rich console on standard error (or output), at least wide enough for the tables when it is no terminal.
+
+    Raises:
+        ImportError: rich is missing.
+    """
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr) if stream.isatty() else Console(stderr=stderr, width=160)
+
+
+def row_text(record: Record) -> str:
+    """A record in a few words."""
+    if record.status in ("ERROR", "CRASHED", "TIMEOUT", "OUT_OF_MEMORY"):  # failure.FAILURES, which lies beside torch
+        return f"{record.status}: {record.reason}"
+    memory = record.peak_tensor_bytes if record.device == "cpu" else record.cuda_allocated_bytes
+    parts = [] if memory is None else [f"{memory / 2**20:.1f} MiB"]
+    parts += [] if record.wall_seconds is None else [f"{record.wall_seconds * 1000:.1f} ms"]
+    parts += [] if record.program_relative_error is None else [f"error {record.program_relative_error:.1e}"]
+    return ", ".join([*parts, *([record.status] if record.status != "OK" else [])])
+
+
+class _Pace:
+    """How far the work is."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self._count, self._total = len(tasks), sum(task.weight for task in tasks)
+        self._finished, self._weight, self._started = 0, 0.0, time.monotonic()
+
+    def finished(self, task: Task) -> None:
+        self._finished += 1
+        self._weight += task.weight
+
+    def text(self) -> str:
+        spent = time.monotonic() - self._started
+        # The first pieces wait for torch to load, and say nothing about the rest.
+        left = (
+            ""
+            if self._weight < 0.05 * self._total
+            else f", about {_clock(spent * (self._total - self._weight) / self._weight)} left"
+        )
+        return f"[{self._finished}/{self._count}, {_clock(spent)}{left}]"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(one_line(text))
+
+
+def one_line(text: str) -> str:
+    """A label may hold anything; what it would do to a terminal is shown instead."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

@@ -1,0 +1,109 @@
+"""What runs in the processes of a comparison: one function a kind of work, each given a Job."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bilevel as bl
+from bilevel_profiling.cases.case import Case
+from bilevel_profiling.cases.case_file import Definition, given
+from bilevel_profiling.measurement import references
+from bilevel_profiling.measurement.isolate import Gate
+from bilevel_profiling.measurement.loop import Loop, outer_loop
+from bilevel_profiling.measurement.passes import Trial, measure
+from bilevel_profiling.measurement.references import Reference, References
+from bilevel_profiling.meters.resident import trim
+from bilevel_profiling.records.record import Record
+
+_WATCHED = 0.15
+"""Seconds for which a call is repeated while its process is watched: a single short one would fall between two
+samples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One cell of a comparison, in a form that another process can make its case from."""
+
+    source: Any
+    """Name, path, or a function; see `case_file.given`."""
+    overrides: Mapping[str, Any]
+    label: str
+    inner_steps: int
+    device: str = "cpu"
+    seed: int = 0
+    repeats: int = 5
+    command: str = ""
+    threads: int = 1
+    trace: Path | None = None
+    """Where a trace of a call goes."""
+    snapshot: Path | None = None
+    """Where, on CUDA, a snapshot of the allocator goes."""
+
+    def definition(self) -> Definition:
+        """The case's definition, loaded in this process, which takes its number of threads."""
+        torch.set_num_threads(self.threads)
+        return given(self.source, **self.overrides)
+
+    def case(self, definition: Definition) -> Case:
+        """The case itself."""
+        return Case(
+            definition.setup,
+            solver=bl.Descent(definition.optimizer, self.inner_steps),
+            estimator=definition.estimators[self.label],
+            device=self.device,
+            seed=self.seed,
+            name=definition.name,
+            label=self.label,
+            solution=definition.solution,
+            outer_optimizer=definition.outer_optimizer,
+        )
+
+
+def cost(job: Job, program: Path | str, solution: Path | str) -> Record:
+    """Everything but resident memory. A reference is the path of its file, or a sentence on why there is none."""
+    known = References(_reference(program), _reference(solution))
+    return measure(
+        job.case(job.definition()),
+        repeats=job.repeats,
+        errors=known,
+        trace=job.trace,
+        snapshot=job.snapshot,
+        command=job.command,
+    )
+
+
+def resident(job: Job, gate: Gate) -> None:
+    """The case's call, once to load what the first call loads, then watched."""
+    trial = Trial(job.case(job.definition()))
+    trial.hypergradient()
+    trial.tidy()
+    trim()
+    gate()
+    started = time.perf_counter()
+    while True:
+        trial.hypergradient()
+        trial.tidy()
+        if time.perf_counter() - started > _WATCHED:
+            return
+
+
+def reference(job: Job, kind: str, path: Path) -> str:
+    """Make a reference, or find it made; returns its note."""
+    return references.cached(job.case(job.definition()), kind, path).note
+
+
+def loop(job: Job, steps: int, before: Mapping[str, float] | None) -> Loop:
+    """The outer loop, with its metrics before the first step if they are known."""
+    definition = job.definition()
+    return outer_loop(job.case(definition), definition, steps, before)
+
+
+def _reference(source: Path | str) -> Reference:
+    if isinstance(source, str):
+        return Reference(None, source)
+    found = references.load(source)
+    return found[1] if found is not None else Reference(None, "none, because its file could not be read.")

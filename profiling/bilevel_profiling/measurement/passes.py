@@ -1,0 +1,348 @@
+"""measure(): one record of one case, or of any callable.
+
+Passes, each over the same call: once to warm up, for the status, the oracle calls and the error; the clock, repeated;
+    the CUDA allocator; live tensor
+bytes; FLOPs. The last two slow the call down and are therefore not timed. Resident memory needs a process of its own
+and is left to `compare`.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bilevel as bl
+from bilevel.space import tree
+from bilevel_profiling.cases.case import Case, leaves_of, name_of
+from bilevel_profiling.measurement import references
+from bilevel_profiling.measurement.environment import environment
+from bilevel_profiling.meters.base import Meter, observe
+from bilevel_profiling.meters.clock import Clock
+from bilevel_profiling.meters.cuda import Cuda
+from bilevel_profiling.meters.oracles import Oracles
+from bilevel_profiling.meters.tensors import Tensors, storage_sizes
+from bilevel_profiling.meters.trace import trace as traced
+from bilevel_profiling.meters.work import Work
+from bilevel_profiling.records.failure import of_error, out_of_memory
+from bilevel_profiling.records.record import Phase, Record
+
+STEPPED_THROUGH = r"iterate\(\) stepped through"
+COMPILED = "torch.compile was at work in this process: functions that it compiled ran uncompiled while bytes and FLOPs were counted."
+_LONG = 1.5
+"""Seconds after which the clock has seen enough: slow calls are repeated twice at least, not `repeats` times."""
+
+
+def measure(
+    what: Case | Callable[[], object],
+    *,
+    name: str = "",
+    repeats: int = 5,
+    errors: bool | references.References = True,
+    trace: str | Path | None = None,
+    snapshot: str | Path | None = None,
+    command: str = "",
+) -> Record:
+    """Run something and say what it cost.
+
+    A case is measured as one outer step: the hypergradient, and the outer optimizer's step, so that all three phases
+        are seen. The outer variable
+    is put back after each pass, and the global random state at the end.
+
+    Args:
+        what: a `Case`, or any function without arguments, which need not have to do with bilevel problems.
+        name: of a function in the record.
+        repeats: how often the clock runs; a slow call (1.5 s in all) fewer times, but at least twice.
+        errors: whether to compute the float64 references of a case and the errors against them; or references that are
+            there already.
+        trace: a file for a torch.profiler trace of one more call, which https://ui.perfetto.dev opens, with the
+            library's spans in it.
+        snapshot: on CUDA, a file for what https://pytorch.org/memory_viz opens.
+        command: kept in the record's environment.
+
+    Returns:
+        The record. A hypergradient that failed, and memory that ran out, are records with that status.
+
+    Raises:
+        ValueError: `snapshot` without a CUDA device.
+        Exception: whatever `setup`, a loss or the function raises, running out of memory apart.
+
+    Example:
+        >>> import torch
+        >>> record = measure(lambda: torch.ones(1024) @ torch.ones(1024), name="dot", repeats=2)
+        >>> record.estimator, record.peak_tensor_bytes, record.kept_tensor_bytes, record.repeats
+        ('dot', 8196, 0, 2)
+    """
+    if not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f"measure() was given repeats={repeats!r}; a positive integer was needed")
+    if not isinstance(what, Case) and not callable(what):
+        raise TypeError(
+            f"measure() was given a {type(what).__name__}; a Case or a function without arguments was needed"
+        )
+    with own_random_state(), frozen_heap(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=STEPPED_THROUGH)  # the record's status says it
+        passes = _Passes(repeats, trace, snapshot)
+        return (
+            _measured_case(what, passes, errors, command)
+            if isinstance(what, Case)
+            else _measured_call(what, name, passes, command)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Passes:
+    """What is asked of the passes."""
+
+    repeats: int
+    trace: str | Path | None
+    snapshot: str | Path | None
+
+
+def _measured_call(call: Callable[[], object], name: str, passes: _Passes, command: str) -> Record:
+    record = Record(case="functions", estimator=name or name_of(call), environment=environment(command))
+    figures = Figures()
+    try:
+        oracles = Oracles()
+        with figures.of(oracles):
+            observe(oracles, call)
+        device = "cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu"
+        record = dataclasses.replace(record, device=device, environment=environment(command, device))
+        figures.take(call, device, passes)
+    except Exception as error:
+        return figures.failed(record, error)
+    return figures.record(record)
+
+
+def _measured_case(case: Case, passes: _Passes, errors: bool | references.References, command: str) -> Record:
+    record = described(case, command)
+    figures = Figures()
+    try:
+        trial = Trial(case)
+        record = dataclasses.replace(record, dtype=str(trial.posed.dtype).removeprefix("torch."))
+        grad, facts = _first(trial, figures)
+        record = dataclasses.replace(record, **facts, base_tensor_bytes=sum(trial.base_sizes()))
+        figures.take(trial, case.device, passes)
+        del trial
+        if errors is not False and grad is not None:
+            known = references.of_case(case) if errors is True else errors
+            program, solution = references.errors(grad, known.program), references.errors(grad, known.solution)
+            record = dataclasses.replace(
+                record,
+                program_relative_error=program[0],
+                program_cosine=program[1],
+                solution_relative_error=solution[0],
+                solution_cosine=solution[1],
+                reference_note=known.note,
+            )
+    except Exception as error:
+        return figures.failed(record, error)
+    return figures.record(record)
+
+
+def described(case: Case, command: str = "") -> Record:
+    """A record of a case with nothing measured."""
+    return Record(
+        case=case.name,
+        estimator=case.label,
+        memory_growth=case.estimator.memory_growth,
+        settings=repr(case.estimator),
+        inner_steps=case.solver.max_steps,
+        device=case.device,
+        seed=case.seed,
+        environment=environment(command, case.device),
+    )
+
+
+def _first(trial: "Trial", figures: "Figures") -> tuple[list[torch.Tensor] | None, dict[str, Any]]:
+    """The warm-up: its gradient (None after a failure), and what it says about the case."""
+    oracles = Oracles()
+    with figures.of(oracles), oracles:
+        hg = trial.hypergradient()
+    facts = {
+        "inner_size": tree.size(hg.inner),
+        "outer_size": tree.size(hg.grad),
+        "tasks": hg.stats.get("tasks"),
+        "status": hg.status.name,
+        "reason": "" if hg.status is bl.Status.OK else hg.status.value,
+    }
+    grad = tree.tensors(hg.grad)
+    del hg
+    trial.tidy()
+    # The outer optimizer makes its state in its first step. A failed hypergradient is refused there; what it costs is
+    # measured without that step.
+    try:
+        trial()
+    except bl.BilevelError:
+        trial.outer_step = False
+    trial.tidy()
+    return grad if all(bool(leaf.isfinite().all()) for leaf in grad) else None, facts
+
+
+class Trial:
+    """One outer step of a case that can be taken again and again.
+
+    On a GPU it holds what a user's own loop would hold: the outer variable once, and its optimizer's state. What to put
+    back waits on the host.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        gc.collect()
+        with Tensors() as self._made:
+            posed = case.pose()
+        self.outer_step = True
+        self._outer = leaves_of(posed.outer)
+        self._saved = [leaf.detach().to("cpu", copy=True) for leaf in tree.tensors(self._outer)]
+        self.posed = dataclasses.replace(posed, outer=self._outer)
+        self._optimizer = case.outer_optimizer(tree.tensors(self._outer))
+        self.tidy()
+
+    def base_sizes(self) -> list[int]:
+        """Bytes of the storages that are there between the calls: data, variables, what the losses captured of what
+        `setup` made, and the outer optimizer's state once it has taken a step.
+        """
+        gc.collect()
+        held = storage_sizes((self.posed.tensors(self.case.solver.max_steps), list(self._optimizer.state.values())))
+        return list({**self._made.live_sizes(), **held}.values())
+
+    def hypergradient(self) -> bl.Hypergradient:
+        """The hypergradient alone."""
+        posed, case = self.posed, self.case
+        return bl.hypergradient(
+            posed.problem, self._outer, posed.inner, posed.batches, solver=case.solver, estimator=case.estimator
+        )
+
+    def __call__(self) -> bl.Hypergradient:
+        """The hypergradient and, unless it failed, the outer optimizer's step."""
+        if not self.outer_step:
+            return self.hypergradient()
+        posed, case = self.posed, self.case
+        loop = bl.iterate(
+            posed.problem,
+            self._outer,
+            posed.inner,
+            [posed.batches],
+            solver=case.solver,
+            estimator=case.estimator,
+            optimizer=self._optimizer,
+        )
+        return next(loop).hypergradient
+
+    def prime(self) -> None:
+        """Make the outer optimizer's state, with a step of zeros."""
+        for leaf in tree.tensors(self._outer):
+            leaf.grad = torch.zeros_like(leaf)
+        self._optimizer.step()
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Put the outer variable and the random numbers back, and drop the gradient."""
+        with torch.no_grad():
+            for leaf, saved in zip(tree.tensors(self._outer), self._saved, strict=True):
+                leaf.copy_(saved)
+                leaf.grad = None
+        torch.manual_seed(self.case.seed)
+
+
+class Figures:
+    """Fields of a record and of its phases, gathered meter by meter, kept when a later pass fails."""
+
+    def __init__(self) -> None:
+        self.fields: dict[str, Any] = {}
+        self.phases: dict[str, dict[str, Any]] = {}
+
+    @contextlib.contextmanager
+    def of(self, meter: Meter) -> Iterator[None]:
+        """Take over what `meter` found in the block, also if the block raises."""
+        try:
+            yield
+        finally:
+            found = meter.figures()
+            notes = self.fields.get("notes", ()) + found.pop("notes", ())
+            self.fields |= {**found, "notes": notes}
+            for name, fields in meter.phases().items():
+                self.phases.setdefault(name, {}).update(fields)
+
+    def take(self, call: Callable[[], object], device: str, passes: _Passes) -> None:
+        """Run `call` under the clock and under each meter."""
+        tidy = call.tidy if isinstance(call, Trial) else lambda: None
+        clock, meters = Clock(device), [Tensors(), Work()]
+        cuda = Cuda(device, workspaces=True, snapshot=passes.snapshot)
+        started = time.perf_counter()
+        gc.collect()
+        with self.of(clock):
+            while len(clock.seconds) < passes.repeats and (
+                len(clock.seconds) < 2 or time.perf_counter() - started < _LONG
+            ):
+                with clock:
+                    result = call()
+                del result
+                tidy()
+        self.fields["notes"] = self.fields.get("notes", ()) + _compiled()
+        for meter in [cuda, *meters] if torch.device(device).type == "cuda" else meters:
+            with self.of(meter):
+                with meter:
+                    result = call()
+                del result
+                tidy()
+                gc.collect()
+        if passes.trace is not None:
+            traced(call, passes.trace)
+            tidy()
+
+    def record(self, record: Record) -> Record:
+        """`record` with the figures filled in."""
+        return dataclasses.replace(record, **self.fields, phases=phases_of(self.phases))
+
+    def failed(self, record: Record, error: Exception) -> Record:
+        """A record of what was measured before memory ran out; any other error is raised again.
+
+        Raises:
+            Exception: `error`, unless it says that memory ran out.
+        """
+        if not out_of_memory(error):
+            raise error
+        failure = of_error(error)
+        # What is left of a torn call is no leak.
+        self.fields.pop("kept_tensor_bytes", None)
+        return dataclasses.replace(self.record(record), status=failure.status, reason=failure.reason)
+
+
+def _compiled() -> tuple[str, ...]:
+    """What must be said when torch.compile has compiled something in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return (COMPILED,) if dynamo is not None and dynamo.counters["frames"].get("total") else ()
+
+
+def phases_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Phase]:
+    """Phases in the order in which they run."""
+    order = {"inner": 0, "hypergradient": 1, "outer": 2}
+    return {name: Phase(**found[name]) for name in sorted(found, key=lambda name: order.get(name, 3))}
+
+
+@contextlib.contextmanager
+def own_random_state() -> Iterator[None]:
+    """Put the global random state back after the block."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextlib.contextmanager
+def frozen_heap() -> Iterator[None]:
+    """Collections between passes look only at what the passes made: walking all of torch takes 0.2 s each time."""
+    if gc.get_freeze_count():  # somebody else's, and unfreezing would be too
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

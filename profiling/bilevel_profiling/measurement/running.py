@@ -1,0 +1,153 @@
+"""One iteration of somebody's loop: what it cost, and what ended it."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+import bilevel as bl
+from bilevel.space import tree
+from bilevel_profiling.meters.base import Meter
+from bilevel_profiling.meters.clock import Clock
+from bilevel_profiling.meters.cuda import Cuda
+from bilevel_profiling.meters.oracles import Oracles
+from bilevel_profiling.meters.tensors import Tensors
+from bilevel_profiling.records.failure import of_error
+from bilevel_profiling.records.record import Iteration, Phase
+
+INTERRUPTED = "INTERRUPTED"
+"""Status of an iteration that Ctrl-C, or sys.exit, ended."""
+
+
+class Running:
+    """An iteration that is being measured, from now on.
+
+    Args:
+        index: of the iteration.
+        device: where the work runs.
+        tensors: whether its live tensor bytes are counted, which slows it down.
+
+    Attributes:
+        metrics: what the user logged.
+        tensors: the meter of live tensor bytes, where they are counted.
+    """
+
+    def __init__(self, index: int, device: torch.device, tensors: bool) -> None:
+        self.metrics: dict[str, float] = {}
+        self.tensors = Tensors() if tensors else None
+        self._index = index
+        self._facts: dict[str, Any] = {}
+        meters: list[Meter | None] = [
+            Clock(device),
+            Oracles(),
+            Cuda(device) if device.type == "cuda" else None,
+            self.tensors,
+        ]
+        self._meters = [meter for meter in meters if meter is not None]
+        with contextlib.ExitStack() as inside:
+            for meter in self._meters:
+                inside.enter_context(meter)
+            self._inside = inside.pop_all()
+
+    def look_at(self, item: object) -> None:
+        """Take over what a step of `bilevel.iterate` says; nothing of it is kept."""
+        if not isinstance(item, bl.Step):
+            return
+        found = item.hypergradient
+        with _disable_current_modes(), torch.no_grad():
+            norms = [torch.linalg.vector_norm(leaf, dtype=torch.float64) for leaf in tree.tensors(found.grad)]
+            self._facts = {
+                "outer_loss": found.outer_loss.item(),
+                "inner_loss": found.inner_loss.item(),
+                "gradient_norm": torch.stack(norms).square().sum().sqrt().item(),
+                "status": found.status.name,
+            }
+
+    def stop(self) -> Iteration:
+        """End the measurement."""
+        self._inside.close()
+        fields: dict[str, Any] = {}
+        phases: dict[str, dict[str, Any]] = {}
+        for meter in self._meters:
+            fields |= meter.figures()
+            for name, found in meter.phases().items():
+                phases.setdefault(name, {}).update(found)
+        return Iteration(
+            index=self._index,
+            wall_seconds=fields["wall_seconds"],
+            peak_tensor_bytes=fields.get("peak_tensor_bytes"),
+            cuda_allocated_bytes=fields.get("cuda_allocated_bytes"),
+            calls=fields["calls"] if any(fields["calls"].values()) else {},
+            phases={name: Phase(**found) for name, found in phases.items()},
+            metrics=self.metrics,
+            **self._facts,
+        )
+
+
+def number(name: str, value: Any) -> float:
+    """What a user logged, as a number.
+
+    Raises:
+        TypeError: it is none.
+    """
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        with _disable_current_modes():
+            return float(value.detach() if isinstance(value, torch.Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):
+        given = (
+            f"a tensor of shape {tuple(value.shape)}"
+            if isinstance(value, torch.Tensor)
+            else f"a {type(value).__name__}"
+        )
+        raise TypeError(
+            f"log() was given {given} as {name}; a number, or a tensor with one element, was needed: write "
+            f"{name}=value.mean()"
+        ) from None
+
+
+def status_of(error: BaseException) -> str:
+    """The status of an iteration that an exception ended.
+
+    Example:
+        >>> status_of(MemoryError()), status_of(KeyError("x")), status_of(KeyboardInterrupt())
+        ('OUT_OF_MEMORY', 'ERROR', 'INTERRUPTED')
+    """
+    if isinstance(error, bl.BilevelError):
+        return next(
+            (status.name for status in bl.Status if re.search(rf"\b{status.name}: ", str(error))),
+            bl.Status.NONFINITE.name,
+        )
+    return of_error(error).status if isinstance(error, Exception) else INTERRUPTED
+
+
+def instructions_of(frame: FrameType | None) -> dict[int, int]:
+    """The instruction that each frame of the stack is at."""
+    found = {}
+    while frame is not None:
+        found[id(frame)] = frame.f_lasti
+        frame = frame.f_back
+    return found
+
+
+def went_through(error: BaseException, instructions: dict[int, int]) -> bool:
+    """Whether an exception came from the very instructions that the stack was at: then it, and no break, ended the
+    loop.
+
+    Python drops a loop's iterator before anybody sees the exception that ends the loop, so this is told afterwards,
+    from its traceback.
+    """
+    entries = [(entry.tb_lasti, instructions.get(id(entry.tb_frame))) for entry in _traceback(error.__traceback__)]
+    known = [(at, was) for at, was in entries if was is not None]
+    return bool(known) and all(at == was for at, was in known)
+
+
+def _traceback(entry: TracebackType | None) -> Iterator[TracebackType]:
+    while entry is not None:
+        yield entry
+        entry = entry.tb_next
