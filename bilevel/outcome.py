@@ -61,8 +61,8 @@ class Status(enum.Enum):
     )
     BREAKDOWN = "The linear system is singular to working precision. Add damping, or a regularizer to the inner loss."
     UNSOLVED = (
-        "The linear solver ended with a residual above that of v = 0, so its answer is worse than none. Give it more steps, "
-        "add damping, or (Neumann) lower the step size."
+        "The linear solver ended with a residual above that of v = 0, so its best earlier iterate, or v = 0, was used "
+        "instead. Give it more steps, add damping, or (Neumann) lower the step size."
     )
     NONFINITE = (
         "The hypergradient or a loss is not finite although the inner variable is. Look at the losses first (log of 0, "

@@ -158,7 +158,7 @@ class Oracles:
         return tree.tensors(value)
 
     def inner_gradient(self, inner: Tree, step: int) -> tuple[Tensor, PartialLeaves]:
-        """g and dg/dy at a step's batch, without a graph; None for tensors that g does not use."""
+        """G and dg/dy at a step's batch, without a graph; None for tensors that g does not use."""
         return self._gradient(inner, self.embedding(step).value)
 
     def _gradient(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves]:
@@ -167,11 +167,11 @@ class Oracles:
             return loss, used(gradient)
 
     def inner_value(self, inner: Tree, embedded: Any) -> Tensor:
-        """g at an embedded batch, without a graph, per task."""
+        """G at an embedded batch, without a graph, per task."""
         return self.evaluation.inner(inner, self.x, embedded).detach()
 
     def differentiable_gradient(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves]:
-        """g and dg/dy of arguments as they come, with a graph."""
+        """G and dg/dy of arguments as they come, with a graph."""
         with spans.span(spans.INNER_GRADIENT):
             loss, gradient = self.engine.differentiable_gradient(self._twice, inner, self.attached, embedded)
             return loss, used(gradient)
@@ -185,17 +185,17 @@ class Oracles:
         return loss
 
     def inner_loss(self, inner: Tree, steps: int) -> Tensor:
-        """g at a solution found after `steps` steps, per task."""
+        """G at a solution found after `steps` steps, per task."""
         return self.inner_value(inner, self.embedding(max(steps - 1, 0)).value)
 
     def inner_gradient_in_outer(self, inner: Tree, steps: int) -> tuple[Tensor, PartialLeaves]:
-        """g and dg/dx at a fixed solution (None where x does not enter g)."""
+        """G and dg/dx at a fixed solution (None where x does not enter g)."""
         return self._in_outer(spans.INNER_GRADIENT, self.evaluation.inner, inner, self._at_solution(steps))
 
     # --- the outer loss
 
     def outer_loss(self, inner: Tree) -> Tensor:
-        """f at `inner`, per task."""
+        """F at `inner`, per task."""
         return self.evaluation.outer(inner, self.x, self._outer_batch(graph=False)).detach()
 
     def outer_gradient(self, inner: Tree) -> tuple[Tensor, Leaves, PartialLeaves]:
@@ -207,12 +207,12 @@ class Oracles:
             return loss, autodiff.filled(in_y, tree.tensors(inner)), in_x
 
     def outer_gradient_in_inner(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
-        """f and df/dy (None for tensors that f does not use)."""
+        """F and df/dy (None for tensors that f does not use)."""
         with spans.span(spans.OUTER_GRADIENT):
             return self.engine.gradient(self.evaluation.outer, inner, self.x, self._outer_batch(graph=False))
 
     def outer_gradient_in_outer(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
-        """f and df/dx at a fixed y (None where x does not enter f directly)."""
+        """F and df/dx at a fixed y (None where x does not enter f directly)."""
         return self._in_outer(spans.OUTER_GRADIENT, self.evaluation.outer, inner, self._outer_batch(graph=True))
 
     def _outer_batch(self, *, graph: bool) -> Any:
@@ -277,7 +277,7 @@ class Oracles:
         return back, pulled[count : count + len(xs)], pulled[count + len(xs) :]
 
     def differentiable_value(self, inner: Tree, embedded: Any) -> Tensor:
-        """g of an attached x, with its graph."""
+        """G of an attached x, with its graph."""
         return self.evaluation.inner(inner, self.attached, embedded)
 
     def _split_step_vjp(

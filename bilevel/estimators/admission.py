@@ -21,7 +21,7 @@ def check(estimator: Estimator, instance: Instance) -> None:
         ValueError: it moves y where its stationarity() is zero, or it mixes tasks.
     """
     update = instance.solver.dynamics.update
-    if update is None or type(update).__module__.startswith("bilevel.") and not _wraps(update):
+    if update is None or (type(update).__module__.startswith("bilevel.") and not _wraps(update)):
         return
     key = ("admitted", instance.tasks is None, bool(estimator.sees & {Path.STATIONARITY, Path.INNER_LOSS}))
     if any(seen is update for seen in instance.problem.memo.get(key, ())):

@@ -92,7 +92,7 @@ def of(instance: Instance) -> Paths:
     signature = tuple(tree.names(instance.outer)), instance.inner is None, instance.tasks is None, steps
     dynamics = instance.solver.dynamics
     for seen, before, found in known.get(signature, ()):
-        if seen is dynamics or (type(seen) is type(dynamics) and _same(seen, dynamics)) and before:
+        if seen is dynamics or ((type(seen) is type(dynamics) and _same(seen, dynamics)) and before):
             return found
     found = _probed(instance, steps)
     known.setdefault(signature, []).append((dynamics, True, found))

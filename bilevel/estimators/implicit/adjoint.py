@@ -8,6 +8,7 @@ and on one batch.
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 from bilevel.engine.oracles import Oracles
@@ -37,6 +38,9 @@ def adjoint(oracles: Oracles, inner: Tree, steps: int, linear: LinearSolver, sta
     at = oracles.linearize(inner, steps)
     found = linear.prepare(at, oracles.space).iterate(b, start)
     image, mixed = at.mixed(found.value)
+    # Where the true residual refuses v (v = 0 comes in its place), what was computed from it goes too.
+    accepted = linear.accepted(linear.true_residual(found.value, image, b, oracles.space), b).all()
     found = linear.checked(found, image, b, oracles.space)
-    indirect = tuple(None if leaf is None else -leaf for leaf in mixed)
+    sign = torch.where(accepted, -1.0, 0.0).to(b[0].dtype)
+    indirect = tuple(None if leaf is None else leaf * sign for leaf in mixed)
     return Adjoint(tree.accumulate(direct, indirect), found, outer_loss, at.loss)

@@ -196,7 +196,7 @@ def _perturbed(oracles: Oracles, nu: float) -> Callable[[int], At]:
 
 
 def _plus(nu: float, f: Tensor | None, g: Tensor | None) -> Tensor | None:
-    """g + nu f, where None is a tensor that a loss does not use."""
+    """G + nu f, where None is a tensor that a loss does not use."""
     if f is None:
         return g
     return nu * f if g is None else torch.add(g, f, alpha=nu)
