@@ -276,7 +276,9 @@ def _program(c: Choices, names: list[str], flip: list[int]) -> Program:
 def _hyper(c: Choices, name: str, count: int) -> Callable[[Named], list[Any]]:
     """The value of a hyper-parameter for each leaf."""
     adam = c.optimizer.startswith("adam")
-    fixed = {"lr": 0.05 if adam else 0.15, "decay": 0.2, "momentum": 0.6, "dampening": 0.3 if c.dampening else 0.0}[name]
+    rate = 0.05 if adam else 0.5 if c.converge or c.solved else 0.15
+    values = {"lr": rate, "decay": 0.2, "momentum": 0.6, "dampening": 0.3 if c.dampening else 0.0}
+    fixed = values[name]
     kind = getattr(c, name) if name != "dampening" else "float"
     squash: Callable[[Tensor], Tensor] = torch.sigmoid if name == "momentum" else torch.exp
     if kind == "tree":
