@@ -46,7 +46,7 @@ def report(groups, simplify):
     """Each group once."""
     print()
     for number, ((family, kind, _), members) in enumerate(sorted(groups.items(), key=lambda item: -len(item[1]))):
-        index, choices, finding = members[0]
+        _, choices, finding = members[0]
         print(f"{family}: {kind} ({len(members)} draws: {', '.join(str(i) for i, *_ in members[:8])})")
         if number < simplify and kind != "oracle broke":
             choices = fuzzing.simplified(choices, kind)
@@ -79,7 +79,9 @@ def main():
             groups[rough(found.choices, finding)].append((index, found.choices, finding))
         if count % 50 == 0 or count == options.draws:
             said = ", ".join(f"{n} {name}" for name, n in outcomes.most_common())
-            print(f"{count} of {options.draws} draws, {time.monotonic() - began:.0f} s: {wrong} wrong; {said}", flush=True)
+            print(
+                f"{count} of {options.draws} draws, {time.monotonic() - began:.0f} s: {wrong} wrong; {said}", flush=True
+            )
     report(groups, options.simplify)
     return 1 if wrong else 0
 

@@ -1,4 +1,4 @@
-"""Draw a bilevel problem at random, ask the library, and compare with the oracle. See benchmarks/fuzz.py for the long run.
+"""Draw a bilevel problem at random, ask the library, compare with the oracle. benchmarks/fuzz.py is the long run.
 
     choices = choose(seed, index);   findings, outcome = check(choices)
 
@@ -27,6 +27,7 @@ from fuzzing_expected import (
 )
 from fuzzing_oracle import Rounding, descend
 from fuzzing_problems import Built, Choices, build
+from fuzzing_results import Finding, judge
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -36,17 +37,10 @@ REFUSALS = (ValueError, TypeError, bl.BilevelError, bl.NotTwiceDifferentiableErr
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
-    """Something wrong: `kind` groups, `text` explains."""
-
-    kind: str
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Checked:
     """What became of a draw: "number" (compared to `digits`), "vague" (no digits to compare), "invariants" (no single
-    right number), "refused", "failed"."""
+    right number), "refused", "failed".
+    """
 
     choices: Choices
     outcome: str
@@ -62,7 +56,8 @@ def choose(seed: int, index: int) -> Choices:
         return value if r.random() < p else r.choice(others)
 
     estimator = r.choice([*UNROLLED, *UNROLLED, "implicit", "implicit", "reduced", "corrected", "corrected", "first"])
-    enters = tuple(e for e in ("weights", "reg", "shift", "features", "direct", "both") if r.random() < 0.25)
+    ways = ("weights", "reg", "shift", "features", "direct", "both")
+    enters = tuple(e for e in ways if r.random() < 0.3) or often((r.choice(ways[:4]),), ())
     return repaired(
         Choices(
             seed=r.randrange(10**6),
@@ -215,7 +210,8 @@ def estimator_of(c: Choices) -> bl.Estimator:
         if c.linear == "dense":
             made = bl.Implicit(bl.Dense(damping=c.damping, tol=solve_tol(c)))
         elif c.linear in ("neumann", "wild"):
-            made = bl.Implicit(bl.Neumann(*neumann_of(c), damping=c.damping))
+            steps, size = neumann_of(c)
+            made = bl.Implicit(bl.Neumann(steps, size, damping=c.damping))
         else:
             made = bl.Implicit(bl.CG(**products))
     elif c.estimator == "reduced":
@@ -284,8 +280,6 @@ def check(c: Choices) -> Checked:
         outcome = "refused"
         findings += _judge_error(called.error, expected)
     else:
-        from fuzzing_results import judge  # the other half of this file
-
         assert called.result is not None
         outcome, digits, more = judge(built, expected, called.result, called.messages)
         findings += more

@@ -243,7 +243,9 @@ def _refusals(built: Built, found: Partial) -> tuple[str, str]:
     for steps in (20 if c.converge else c.steps, max(c.steps, 2)):
         parts = [oracle.unrolled(task, steps, Rounding())[0] for task in tasks_of(built, built.outer)]
         full = _mean(parts)
-        fulls.append([n for n, a, b in zip(built.outer, found, full, strict=True) if a is None and b is not None and b.any()])
+        fulls.append(
+            [n for n, a, b in zip(built.outer, found, full, strict=True) if a is None and b is not None and b.any()]
+        )
     if fulls[0]:
         return f"cannot see {', '.join(fulls[0])}", ""
     return "", may or (f"cannot see {', '.join(fulls[1])}" if fulls[1] else "")

@@ -1,7 +1,8 @@
 """Random bilevel problems in plain torch: what a draw is made of. Nothing of bilevel is imported here.
 
-A draw is a `Choices`, a flat record of plain values, so that a failing one can be simplified field by field and written
-as one line. `build` turns it into tensors and functions over lists of inner leaves `ys` and a dict of outer leaves `xs`.
+A draw is a `Choices`, a flat record of plain values, so that a failing one can be simplified field by field and
+written as one line. `build` turns it into tensors and functions over a list of inner leaves `ys` and a dict of outer
+leaves `xs`.
 """
 
 import dataclasses
@@ -69,7 +70,7 @@ class Choices:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The problem of one task, on leaves. `embed` stands for Problem.features, `decay`, `lr`, ... give a value a leaf."""
+    """The problem of one task, on leaves. `embed` stands for Problem.features, `hyper` gives one value per leaf."""
 
     g: Callable[[Leaves, Named, Any], Tensor]
     f: Callable[[Leaves, Named, Any], Tensor]
@@ -82,7 +83,7 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """The tensors and functions of a draw; inner leaves and batches have a leading task dimension if `choices.tasks`."""
+    """The tensors and functions of a draw; inner leaves and batches have a leading dimension if `choices.tasks`."""
 
     choices: Choices
     program: Program
@@ -217,7 +218,7 @@ def _program(c: Choices, names: list[str], flip: list[int]) -> Program:
         if c.model == "quadratic":
             return inputs @ torch.cat([leaf.reshape(-1) for name, leaf in y.items() if name.startswith("t")])
         if c.model == "softmax":
-            return inputs @ y["w"] + (y["b"] if "b" in y else 0.0)
+            return inputs @ y["w"] + y.get("b", 0.0)
         hidden = inputs @ y["w1"] + y["b1"]
         return (hidden.tanh() if c.model == "tanh" else hidden.relu()) @ y["w2"]
 
@@ -289,4 +290,4 @@ def _hyper(c: Choices, name: str, count: int) -> Callable[[Named], list[Any]]:
         return lambda xs: [squash(xs[name][i]) for i in range(count)]
     if kind == "number":
         return lambda xs: [squash(xs[f"{name}.{i}"]) for i in range(count)]
-    return lambda xs: [fixed if kind == "float" or adam and name == "momentum" else 0.0] * count
+    return lambda xs: [fixed if kind == "float" or (adam and name == "momentum") else 0.0] * count

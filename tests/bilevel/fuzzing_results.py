@@ -1,10 +1,10 @@
 """Compare a result of the library with what was expected, and hold it to what every result promises."""
 
+import dataclasses
 import math
-from typing import Any
 
 import torch
-from fuzzing_expected import AT_SOLUTION, UNROLLED, Expected, double, moved, tasks_of
+from fuzzing_expected import Expected, double, moved, tasks_of
 from fuzzing_oracle import Partial
 from fuzzing_problems import Built, Choices
 from torch import Tensor
@@ -13,10 +13,18 @@ from torch.utils import _pytree as pytree
 import bilevel as bl
 
 
-def judge(built: Built, expected: Expected, hg: bl.Hypergradient, messages: list[str]) -> tuple[str, float, list[Any]]:
-    """What became of the draw, the digits that were compared, and the findings."""
-    from fuzzing import Finding
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Something wrong: `kind` groups, `text` explains."""
 
+    kind: str
+    text: str
+
+
+def judge(
+    built: Built, expected: Expected, hg: bl.Hypergradient, messages: list[str]
+) -> tuple[str, float, list[Finding]]:
+    """What became of the draw, the digits that were compared, and the findings."""
     c, findings = built.choices, list[Finding]()
 
     def find(kind: str, text: str) -> None:
@@ -70,7 +78,7 @@ def _difference(right: Partial, given: list[Tensor], expected: Expected) -> tupl
 
 
 def _among(c: Choices, expected: Expected, grads: list[Tensor]) -> bool:
-    """Whether a gradient belongs to some safe iterate of conjugate gradients (not asked of several tasks, or float32)."""
+    """Whether a gradient belongs to some safe iterate of conjugate gradients (not asked of tasks, or float32)."""
     if c.tasks or c.float32 or not any(answer.others for answer in expected.answers):
         return all(bool(d.isfinite().all()) for d in grads)
     for other in expected.answers[0].others:
@@ -155,6 +163,3 @@ def _warnings(built: Built, expected: Expected, messages: list[str]) -> list[tup
     if built.choices.unused and not any("influences neither" in message for message in messages):
         found.append(("no warning", "an outer leaf that nothing uses"))
     return found
-
-
-__all__ = ["AT_SOLUTION", "UNROLLED", "judge"]
