@@ -162,7 +162,7 @@ def repaired(c: Choices) -> Choices:
         put(enters=tuple(e for e in c.enters if e != "features"))
     if c.estimator == "corrected" and (c.optimizer, c.momentum, c.decay) != ("sgd", "none", "none"):
         put(f_only=False, heads=False)  # whether a leaf that f alone uses decays on one side only is nobody's contract
-    if c.random == "features" and ("features" not in c.enters or c.estimator not in UNROLLED or c.last or c.tasks):
+    if c.random == "features" and ("features" not in c.enters or c.estimator not in UNROLLED or c.tasks):
         put(random="none")
     if c.random != "none":
         put(float32=False)

@@ -239,13 +239,15 @@ def _refusals(built: Built, found: Partial) -> tuple[str, str]:
     if all(d is not None for d in found):
         return "", may
     torch.manual_seed(c.seed + 1)
-    fulls = []
+    names: list[list[str]] = []
     for steps in (20 if c.converge else c.steps, max(c.steps, 2)):
-        parts = [oracle.unrolled(task, steps, Rounding())[0] for task in tasks_of(built, built.outer)]
-        full = _mean(parts)
-        fulls.append(
-            [n for n, a, b in zip(built.outer, found, full, strict=True) if a is None and b is not None and b.any()]
-        )
-    if fulls[0]:
-        return f"cannot see {', '.join(fulls[0])}", ""
-    return "", may or (f"cannot see {', '.join(fulls[1])}" if fulls[1] else "")
+        full = _mean([oracle.unrolled(task, steps, Rounding())[0] for task in tasks_of(built, built.outer)])
+        pairs = zip(built.outer, found, full, strict=True)
+        names.append([name for name, seen, there in pairs if seen is None and there is not None])
+        if len(names) == 1:
+            nonzero = [n for n, d in zip(built.outer, full, strict=True) if n in names[0] and d is not None and d.any()]
+    if nonzero:
+        return f"cannot see {', '.join(nonzero)}", ""
+    # A path along which exactly nothing comes (dead units), or which a longer run has: either answer will do.
+    hidden = [*names[0], *names[1]]
+    return "", may or (f"cannot see {', '.join(hidden)}" if hidden else "")
