@@ -59,6 +59,10 @@ class Status(enum.Enum):
         "depends on the outer variable: see stats['cotangent_left']. Use Implicit or FirstOrderCorrected, which "
         "differentiate the solution itself, or Descent with a fixed number of steps."
     )
+    UNBOUNDED = (
+        "A perturbed inner loop of FirstOrderCorrected ran away from the solution: g - nu f or g + nu f has no minimum near "
+        "it. Lower nu below the curvature of g over that of f, or make g more convex (a proximal term, weight decay)."
+    )
     BREAKDOWN = "The linear system is singular to working precision. Add damping, or a regularizer to the inner loss."
     UNSOLVED = (
         "The linear solver ended with a residual above that of v = 0, so its best earlier iterate, or v = 0, was used "
@@ -125,7 +129,8 @@ class Solution:
     `inner` has the structure of the start; `steps` counts updates made; `first_loss`, `last_loss` are the inner loss at
     the first and at the last point where a gradient was taken, per task (None for zero steps); `residual` is the norm of
     the stationarity there per task, for solvers that look at it; `rise` is the part of all the motion of the inner loss
-    that went up, per task, and `unsteady` whether that says that the steps are too long.
+    that went up, per task, and `unsteady` whether that says that the steps are too long; `promised` is what the last
+    gradient step would gain per task if it were short.
     """
 
     inner: Tree
@@ -136,6 +141,7 @@ class Solution:
     residual: Tensor | None = None
     rise: Tensor | None = None
     unsteady: Tensor | None = None
+    promised: Tensor | None = None
 
     @property
     def status(self) -> Status:

@@ -30,6 +30,7 @@ class Problem:
         features: the part of both losses that does not involve y, called as `features(outer, batch)`; the losses then
             receive its result in place of the batch. Declared so that estimators that keep no trajectory run it once
             instead of once a step (y a head on a feature extractor x). None: the losses receive the batch itself.
+        proximal_strength: set by `proximal`: strength/2 |y - y_0|^2 is added to the inner loss.
 
     The losses may run under torch.autocast, opened inside them or around the whole call, and may take gradients of their
     own (a physics-informed net, a gradient penalty).
@@ -48,6 +49,7 @@ class Problem:
     outer_loss: Loss
     init: Init | None = None
     features: Callable[[Tree, Any], Any] | None = None
+    proximal_strength: float = 0.0
     # What was learned about the problem in earlier calls (which paths x takes, ...): asked once, then remembered.
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -62,7 +64,11 @@ class Problem:
 
     def inner(self, inner: Tree, outer: Tree, batch: Any) -> Tensor:
         """The inner loss at a batch as it comes from `Batches`."""
-        return self.inner_loss(inner, outer, batch if self.features is None else self.features(outer, batch))
+        loss = self.inner_loss(inner, outer, batch if self.features is None else self.features(outer, batch))
+        if not self.proximal_strength:
+            return loss
+        assert self.init is not None
+        return loss + distance(self.proximal_strength, inner, self.init(outer, batch))
 
     def outer(self, inner: Tree, outer: Tree, batch: Any) -> Tensor:
         """The outer loss at a batch as it comes from `Batches`."""
@@ -70,9 +76,10 @@ class Problem:
 
 
 def proximal(problem: Problem, strength: float) -> Problem:
-    """Add strength/2 |y - init(x)|^2 to the inner loss: the inner problem of iMAML and of 2409.03682.
+    """Add strength/2 |y - y_0|^2 with y_0 = init(x) to the inner loss: the inner problem of iMAML and of 2409.03682.
 
-    It makes an initialization visible to implicit and corrected estimators, for which the start of the inner loop does
+    y_0 is where the inner loop starts: init is called with the first inner batch, and draws its random numbers once. It
+    makes an initialization visible to implicit and corrected estimators, for which the start of the inner loop does
     not matter.
 
     Args:
@@ -99,22 +106,17 @@ def proximal(problem: Problem, strength: float) -> Problem:
         )
     if not strength > 0:
         raise ValueError(f"proximal() was given strength={strength}; a positive number was needed")
-    if problem.features is not None:
-        raise ValueError(
-            "proximal() was given a problem with features; init would receive features in place of the batch. Leave "
-            "one of them out"
-        )
-    inner_loss, init = problem.inner_loss, problem.init
+    return dataclasses.replace(problem, proximal_strength=problem.proximal_strength + strength)
 
-    def pulled(inner: Tree, outer: Tree, batch: Any) -> Tensor:
-        # On one flat vector: leaf by leaf, the many small operators of a conv net's parameters take a tenth of its
-        # gradient. And before the loss, so that the copies are gone when its activations come.
-        moved, start = (
-            torch.cat([leaf.reshape(-1) for leaf in tree.tensors(value)]) for value in (inner, init(outer, batch))
-        )
-        distance = moved - start
-        del moved, start
-        pull = 0.5 * strength * torch.dot(distance, distance)
-        return inner_loss(inner, outer, batch) + pull
 
-    return dataclasses.replace(problem, inner_loss=pulled)
+def distance(strength: float, inner: Tree, start: Tree, tasks: int | None = None) -> Tensor:
+    """strength/2 |inner - start|^2, per task where there are tasks."""
+    # On one flat vector: leaf by leaf, the many small operators of a conv net's parameters take a tenth of its gradient.
+    rows = 1 if tasks is None else tasks
+    moved, begun = (
+        torch.cat([leaf.reshape(rows, -1) for leaf in tree.tensors(value)], dim=1) for value in (inner, start)
+    )
+    away = moved - begun
+    del moved, begun
+    pull = 0.5 * strength * torch.linalg.vecdot(away, away)
+    return pull.squeeze(0) if tasks is None else pull

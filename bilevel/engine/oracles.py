@@ -61,7 +61,7 @@ class Oracles:
     ) -> None:
         self.problem, self.batches, self.dynamics, self.space = problem, batches, dynamics, Space(tasks)
         self.x, self.attached = tree.detach(outer), tree.attach(outer)
-        self.evaluation, self.engine = Evaluation(problem, tasks), engine or Eager()
+        self.evaluation, self.engine = Evaluation(problem, tasks, self._anchor), engine or Eager()
         self.generators = Generators(tree.tensors(outer)[0].device)
         self._shared: Any = None if isinstance(batches.inner, PerStep) else _Unset
         self._start: Tree | None = inner
@@ -81,7 +81,8 @@ class Oracles:
         """y_0 with its graph in the attached x, or as a graph leaf where there is no init."""
         if self.problem.init is None:
             return tree.attach(self.start())
-        start = self._replayed(self._before_start, self.evaluation.start, self.batches.inner_at(0))
+        self.start()
+        start = self._replayed_start()
         # init may return x itself, or one tensor twice: every leaf gets a node of its own.
         return tree.tree_map(
             lambda leaf: leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_(), start
@@ -89,7 +90,7 @@ class Oracles:
 
     def start_vjp(self, cotangents: Sequence[Tensor | None]) -> PartialLeaves:
         """d<y_0(x), cotangents>/dx; None where x does not enter init. Draws what the start drew."""
-        leaves = tree.tensors(self._replayed(self._before_start, self.evaluation.start, self.batches.inner_at(0)))
+        leaves = tree.tensors(self._replayed_start())
         pairs = [(leaf, weight) for leaf, weight in zip(leaves, cotangents, strict=True) if weight is not None]
         return autodiff.grad([leaf for leaf, _ in pairs], tree.tensors(self.attached), [weight for _, weight in pairs])
 
@@ -102,6 +103,13 @@ class Oracles:
         value = function(self.attached, batch)
         self.generators.set(now)
         return value
+
+    def _anchor(self, outer: Tree) -> Tree:
+        """y_0 as a function of x: what a proximal term pulls to."""
+        return self.start() if outer is self.x else self._replayed_start()
+
+    def _replayed_start(self) -> Tree:
+        return self._replayed(self._before_start, self.evaluation.start, self.batches.inner_at(0))
 
     # --- batches as the losses receive them
 
@@ -245,19 +253,19 @@ class Oracles:
         inner: Tree,
         state: Any,
         step: int,
+        embedding: "Embedding",
         cotangents: "Cotangents",
         *,
         to_inner: bool = True,
     ) -> tuple["Cotangents", PartialLeaves, PartialLeaves]:
         """Pull cotangents of (y', s') = step(y, s, x) back to (y, s), x and the embedded batch.
 
-        The graph of this one step is rebuilt. `cotangents` is emptied on the way, so that its tensors are freed as soon
+        The graph of this one step is rebuilt, on its embedded batch. `cotangents` is emptied on the way, so that its tensors are freed as soon
         as they are used. `to_inner=False` leaves out H w, when the step's start is a constant.
 
         Returns:
             cotangents of (y, s) (empty without `to_inner`), of x, and of the leaves of the step's embedding.
         """
-        embedding = self.embedding(step)
         if self.dynamics.update is None:
             return self._whole_step_vjp(inner, state, step, embedding, cotangents, to_inner=to_inner)
         return self._split_step_vjp(self.dynamics.update, inner, state, embedding, cotangents, to_inner=to_inner)

@@ -16,11 +16,15 @@ from bilevel.engine.base import Engine
 from bilevel.engine.oracles import At, Oracles, restless
 from bilevel.estimators.state import State, checked
 from bilevel.inner.base import InnerSolver
-from bilevel.inner.loop import Visit, run
+from bilevel.inner.loop import Visitor, run
 from bilevel.outcome import Solution, Status, code_if, worst
 from bilevel.problem import Problem
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
+
+
+_GAINED, _NOTABLE = 0.05, 0.05
+"""Of what the last gradient step promised, the least that must come true, where it promised this part of the loss."""
 
 
 class Path(enum.Enum):
@@ -64,7 +68,7 @@ class Instance:
         *,
         solver: InnerSolver | None = None,
         at: Callable[[int], At] | None = None,
-        visit: Visit | None = None,
+        visit: Visitor | None = None,
     ) -> Solution:
         """Run the inner solver; keeps no trajectory unless `visit` does."""
         oracles = self.oracles
@@ -82,6 +86,7 @@ class Instance:
             inner=tree.detach(found.inner),
             rise=found.rise if steady else None,
             unsteady=found.unsteady if steady else None,
+            promised=found.promised if steady else None,
         )
 
     def require_rest(self, estimator: "Estimator") -> None:
@@ -144,6 +149,11 @@ class Instance:
             codes.append(code_if(last_loss > found.first_loss + found.first_loss.abs(), Status.INNER_ROSE))
         if found.unsteady is not None:
             codes.append(code_if(found.unsteady, Status.INNER_UNSTABLE))
+        if found.promised is not None and found.last_loss is not None and last_loss is not None:
+            # A step of length c gains c (1 - c h / 2) |dg/dy|^2 along a curvature h: nothing is left of it at c = 2 / h.
+            gained, size = found.last_loss - last_loss, found.last_loss.abs() + last_loss.abs()
+            idle = (gained < _GAINED * found.promised) & (found.promised > _NOTABLE * size)
+            codes.append(code_if(idle, Status.INNER_UNSTABLE))
         return worst(*codes)
 
 

@@ -24,6 +24,8 @@ from bilevel.outcome import NotTwiceDifferentiableError
 from bilevel.space import tree
 from bilevel.space.tree import Tree
 
+_MANY = 200
+"""Steps of a dynamics not our own that are looked at."""
 Paths = tuple[frozenset[Path], ...]
 """The paths of each outer tensor."""
 _INDIRECT = frozenset(Path) - {Path.OUTER_LOSS}
@@ -44,7 +46,8 @@ def check(estimator: Estimator, instance: Instance) -> None:
     sees = estimator.sees_after(instance.solver.max_steps)
     if not isinstance(sees, frozenset) or not all(isinstance(path, Path) for path in sees):
         raise TypeError(f"{type(estimator).__name__}.sees is {sees!r}; a frozenset of bilevel.Path was needed")
-    if sees >= frozenset(Path):
+    hidden = frozenset(Path) - sees - (frozenset() if instance.problem.init else {Path.START})
+    if not hidden:
         return
     blind = []
     for name, taken in zip(tree.names(instance.outer), of(instance), strict=True):
@@ -87,15 +90,18 @@ def _refusal(estimator: Estimator, sees: frozenset[Path], blind: Sequence[str]) 
 
 def of(instance: Instance) -> Paths:
     """The paths of each outer tensor, remembered with the problem."""
-    known = instance.problem.memo.setdefault("paths", {})
-    steps = min(2, instance.solver.max_steps)  # momentum acts from the second on
+    remembered = instance.problem.memo.setdefault("paths", {})
+    # Momentum acts from the second step on; a user's own schedule may do so at any.
+    update = instance.solver.dynamics.update
+    known = update is not None and type(update).__module__.startswith("bilevel.optim")
+    steps = min(2 if known else _MANY, instance.solver.max_steps)
     signature = tuple(tree.names(instance.outer)), instance.inner is None, instance.tasks is None, steps
     dynamics = instance.solver.dynamics
-    for seen, before, found in known.get(signature, ()):
+    for seen, before, found in remembered.get(signature, ()):
         if seen is dynamics or ((type(seen) is type(dynamics) and _same(seen, dynamics)) and before):
             return found
     found = _probed(instance, steps)
-    known.setdefault(signature, []).append((dynamics, True, found))
+    remembered.setdefault(signature, []).append((dynamics, found))
     return found
 
 

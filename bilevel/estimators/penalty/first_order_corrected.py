@@ -32,7 +32,7 @@ from bilevel.engine.oracles import At, Oracles
 from bilevel.estimators.base import Estimate, Estimator, Instance, Path
 from bilevel.estimators.state import State, per_task
 from bilevel.inner.base import InnerSolver
-from bilevel.outcome import Solution
+from bilevel.outcome import Solution, Status, code_if
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
 
@@ -135,6 +135,7 @@ class FirstOrderCorrected(Estimator):
                 codes=[
                     other.found.code,
                     *(instance.health(side.found, side.found.inner, side.found.last_loss) for side in (one, other)),
+                    *(_bounded(side) for side in (one, other)),
                 ],
                 stats={"inner_steps": one.found.steps + other.found.steps, "nu": nu},
                 state=Sides(one=one.found.inner, other=other.found.inner) if self.warm_sides else None,
@@ -158,6 +159,7 @@ def default_nu(dtype: torch.dtype, scheme: str) -> float:
 @dataclasses.dataclass(frozen=True)
 class _Side:
     found: Solution
+    g: Tensor
     g_x: PartialLeaves
     f_x: PartialLeaves
 
@@ -167,9 +169,16 @@ def _side(instance: Instance, solver: InnerSolver, nu: float, start: Tree) -> _S
     oracles = instance.oracles
     found = instance.solve(start, solver=solver, at=_perturbed(oracles, nu))
     with spans.span(spans.HYPERGRADIENT):
-        _, g_x = oracles.inner_gradient_in_outer(found.inner, found.steps)
+        g, g_x = oracles.inner_gradient_in_outer(found.inner, found.steps)
         _, f_x = oracles.outer_gradient_in_outer(found.inner)
-    return _Side(found, g_x, f_x)
+    return _Side(found, g, g_x, f_x)
+
+
+def _bounded(side: _Side) -> Tensor | int:
+    """UNBOUNDED where a perturbed loop has left the valley of g: its loss g + nu f has no minimum there."""
+    if side.found.first_loss is None:
+        return 0
+    return code_if(side.g > side.found.first_loss + 2 * side.found.first_loss.abs(), Status.UNBOUNDED)
 
 
 def _perturbed(oracles: Oracles, nu: float) -> Callable[[int], At]:

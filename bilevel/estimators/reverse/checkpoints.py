@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from bilevel.batches import PerStep
-from bilevel.engine.oracles import Cotangents
+from bilevel.engine.oracles import Cotangents, Embedding
 from bilevel.engine.replay import State
 from bilevel.estimators.base import Instance
 from bilevel.estimators.reverse.growth import Growth
@@ -51,18 +51,21 @@ class Checkpoints:
         self._oracles, self._starts, self._steps = oracles, starts, steps
         self._snapshots, self._kept = list[_Kept](), list[_Kept]()
         self._live: list[Tensor] = []
-        masked = not solver.fixed and oracles.space.tasks is not None
-        y0 = oracles.start()
+        self.solution = instance.solve(oracles.start(), solver=solver, visit=self)
+        # A rule that stops by itself looks at the last iterate, too.
+        del self._kept[steps - starts[-1] :]
 
-        def visit(step: int, y: Tree, s: Any, live: Tensor | None) -> None:
-            if masked and live is not None:
-                self._live.append(live)
-            if step >= starts[-1] or step in starts:
-                past = self._kept or self._snapshots
-                kept = _Kept(y, s, oracles.generators.state(past[-1].random if past else None))
-                (self._kept if step >= starts[-1] else self._snapshots).append(kept)
+    def before(self, step: int, inner: Tree, state: Any) -> None:
+        """Keep what a step is rebuilt from, if it begins a segment or is in the last one."""
+        if step >= self._starts[-1] or step in self._starts:
+            past = self._kept or self._snapshots
+            random = self._oracles.generators.state(past[-1].random if past else None)
+            (self._kept if step >= self._starts[-1] else self._snapshots).append(_Kept(inner, state, random))
 
-        self.solution = instance.solve(y0, solver=solver, visit=visit)
+    def moving(self, live: Tensor) -> None:
+        """Keep which tasks a step moves."""
+        if self._oracles.space.tasks is not None:
+            self._live.append(live)
 
     def pull(self, cotangent: list[Tensor | None], *, to_start: bool) -> tuple[PartialLeaves, Growth]:
         """The cotangent of y_K to one of x, along the steps and the start.
@@ -85,8 +88,9 @@ class Checkpoints:
             for step in reversed(range(begin, stop)):
                 kept = self._kept.pop()
                 oracles.generators.set(kept.random)
+                embedding = oracles.embedding(step)
                 cotangents, in_outer, in_batch = self._step_back(
-                    kept, step, cotangents, to_inner=step > first or through_init or to_start
+                    kept, step, embedding, cotangents, to_inner=step > first or through_init or to_start
                 )
                 del kept
                 if growth.wanted(step - first):
@@ -95,7 +99,7 @@ class Checkpoints:
                 if shared:
                     pending = in_batch if pending is None else tree.accumulate(pending, in_batch)
                 else:
-                    total = tree.accumulate(total, oracles.embedding(step).pull(in_batch))
+                    total = tree.accumulate(total, embedding.pull(in_batch))
         if pending is not None:
             total = tree.accumulate(total, oracles.embedding(0).pull(pending))
         if through_init:
@@ -104,18 +108,18 @@ class Checkpoints:
         return total, growth
 
     def _step_back(
-        self, kept: _Kept, step: int, cotangents: Cotangents, *, to_inner: bool
+        self, kept: _Kept, step: int, embedding: Embedding, cotangents: Cotangents, *, to_inner: bool
     ) -> tuple[Cotangents, PartialLeaves, PartialLeaves]:
         """One step's product; the cotangents of tasks that were at rest go past it."""
         oracles = self._oracles
         if not self._live:
-            return oracles.step_vjp(kept.inner, kept.state, step, cotangents, to_inner=to_inner)
+            return oracles.step_vjp(kept.inner, kept.state, step, embedding, cotangents, to_inner=to_inner)
         live = self._live[step]
         resting, moving = (
             Cotangents(self._masked(mask, cotangents.inner), cotangents.state and self._masked(mask, cotangents.state))
             for mask in (~live, live)
         )
-        back, in_outer, in_batch = oracles.step_vjp(kept.inner, kept.state, step, moving, to_inner=to_inner)
+        back, in_outer, in_batch = oracles.step_vjp(kept.inner, kept.state, step, embedding, moving, to_inner=to_inner)
         if to_inner:
             back.inner = list(tree.accumulate(tuple(back.inner), tuple(resting.inner)))
             if resting.state is not None and back.state is not None and len(back.state) == len(resting.state):

@@ -16,8 +16,8 @@ from bilevel.space.tree import Tree
 
 _LOOKS = 8
 """Cotangents looked at in a sweep, spread evenly: a norm each."""
-_FEW_DIGITS, _NOTABLE = 1e-2, 1e3
-"""Unstable: less than two digits are left, and it is the growth that took them (half precision has hardly more)."""
+_UNSTABLE = 100.0
+"""A stable loop forgets, so its cotangents shrink on their way back; a momentum may first let them grow tenfold."""
 _FORGOTTEN = 1e-2
 """A solver that stops by itself must forget its start to this."""
 
@@ -70,8 +70,7 @@ class Growth:
         """INNER_UNSTABLE, and for a solver that stopped by itself STOPPED_EARLY."""
         figures = self.figures()
         growth = figures["cotangent_growth"]
-        lost = growth * torch.finfo(self._dtype).eps > _FEW_DIGITS
-        unstable = code_if(lost & (growth > _NOTABLE), Status.INNER_UNSTABLE)
+        unstable = code_if(growth > _UNSTABLE, Status.INNER_UNSTABLE)
         early = code_if(figures["cotangent_left"] > _FORGOTTEN, Status.STOPPED_EARLY) if stopped else 0
         return worst(unstable, early)
 
@@ -102,5 +101,6 @@ class Watch:
                 leaf.register_hook(functools.partial(self._add, step))
 
     def _add(self, step: int, cotangent: Tensor) -> None:
+        cotangent = cotangent if cotangent.layout is torch.strided else cotangent.to_dense()
         squared = self._space.norm([cotangent]).square()
         self.squares[step] = self.squares[step] + squared if step in self.squares else squared
