@@ -62,9 +62,10 @@ class Batches:
         inner: one batch that every inner step sees (any object: a DataLoader's list `[x, y]` is one batch), or
             `PerStep(batches)`.
         outer: the batch of the outer loss.
-        curvature: the inner batch at which implicit and corrected estimators take derivatives of g at the solution: one
-            batch, or `PerStep`, of which they take the batch of the last step. None: `inner` itself, or the last batch
-            of `PerStep`, which the solution has seen least of. `Unrolled` differentiates the steps that ran, without it.
+        curvature: the inner batch at which estimators that invert the curvature of g (Implicit, MemoryReduced) take its
+            derivatives at the solution: one batch, or `PerStep`, of which they take that of the last step. None: `inner`
+            itself, or the last batch of `PerStep`, which the solution has seen least of. Others differentiate what ran:
+            `Unrolled` the steps, FirstOrderCorrected the loss that it perturbed.
         index: the identity of the batch (rows of a data set, an epoch and a position, ...): any object, handed on to
             whoever needs it; losses do not see it.
         task_ids: with `TaskMean`, the identity of each task: a tensor or list of length T, sliced with the tasks.

@@ -135,8 +135,11 @@ class Owned:
 
     def state(self, state: State) -> State:
         """Likewise for the fields of a state."""
-        fields = {field.name: self.tree(getattr(state, field.name)) for field in dataclasses.fields(state)}
-        return dataclasses.replace(state, **fields)
+        fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+        owned = {
+            name: self.state(value) if isinstance(value, State) else self.tree(value) for name, value in fields.items()
+        }
+        return dataclasses.replace(state, **owned)
 
 
 def set_grad(outer: Tree, grad: Tree) -> None:

@@ -27,14 +27,14 @@ class Status(enum.Enum):
     """How a computation ended. The value is a sentence to act on; the order is the order of severity."""
 
     OK = "Computed as asked."
-    INNER_ROSE = (
-        "The inner loss ended at more than twice its starting value: the inner loop is moving away from a solution. "
-        "Lower the step size of the inner optimizer, or take fewer steps."
-    )
     INNER_UNSTABLE = (
         "The inner loop is unstable: its loss rose over many of its steps, or errors grow so much along its trajectory that "
         "few digits of the hypergradient are left: see stats['inner_rise'] and stats['digits']. Lower the step size of the "
         "inner optimizer, take fewer steps, or compute in float64."
+    )
+    INNER_ROSE = (
+        "The inner loss ended at more than twice its starting value: the inner loop is moving away from a solution. "
+        "Lower the step size of the inner optimizer, or take fewer steps."
     )
     MAX_STEPS = (
         "The linear solver used all its steps before the residual met its tolerance, so the hypergradient is "

@@ -198,7 +198,8 @@ class Oracles:
 
     def inner_gradient_in_outer(self, inner: Tree, steps: int) -> tuple[Tensor, PartialLeaves]:
         """G and dg/dx at a fixed solution (None where x does not enter g)."""
-        return self._in_outer(spans.INNER_GRADIENT, self.evaluation.inner, inner, self._at_solution(steps))
+        batch = self.evaluation.embed(self.attached, self.batches.inner_at(max(steps - 1, 0)))
+        return self._in_outer(spans.INNER_GRADIENT, self.evaluation.inner, inner, batch)
 
     # --- the outer loss
 
@@ -227,12 +228,6 @@ class Oracles:
         if graph or self.problem.features is None:
             return self.evaluation.embed(self.attached, self.batches.outer)
         return self.evaluation.without_graph(self.evaluation.embed, self.x, self.batches.outer)
-
-    def _at_solution(self, steps: int) -> Any:
-        """The batch of first derivatives in x at a solution, with its graph."""
-        if self.problem.features is not None:
-            return self.evaluation.embed(self.attached, self.batches.at_solution(steps))
-        return self.batches.at_solution(steps)
 
     def _in_outer(self, name: str, loss: Any, inner: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
         with spans.span(name):

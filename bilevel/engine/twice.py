@@ -18,7 +18,7 @@ from bilevel.space.tree import PartialLeaves, Tree
 
 _KINK_FREE = 0.02
 """Two step sizes must give the same difference this closely: between kinks they do, across kinks they do not."""
-_MISSING = 0.05
+_MISSING = 1e-3
 """The part of a difference that a product must lack to be called incomplete."""
 
 

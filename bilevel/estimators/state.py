@@ -42,11 +42,11 @@ class State:
             ValueError: it is another estimator's, or not complete.
         """
         names = {field.name for field in dataclasses.fields(cls)}
-        if set(saved) != names | {"owner"} or saved["owner"] != cls.__name__:
+        if set(saved) - {"owner"} != names or saved.get("owner", cls.__name__) != cls.__name__:
             raise ValueError(
-                f"a saved state with the entries {sorted(map(str, saved))} and the owner {saved.get('owner')!r} was "
-                f"given; {sorted(names)} of the owner {cls.__name__!r} were needed. Pass the state of this estimator's "
-                f"own last call, or state=None to start afresh"
+                f"a state of type {type(saved).__name__}; the state of its own last call was needed (hg.state, or "
+                f"hg.state.to_dict() of {cls.__name__!r} with the entries {sorted(names)}), not one with "
+                f"{sorted(map(str, saved))} of {saved.get('owner')!r}. Pass state=None to start afresh"
             )
         return cls(**{name: saved[name] for name in names})
 
@@ -71,8 +71,8 @@ def checked(owner: str, state: Any, template: State | None) -> Any:
         given, wanted = getattr(state, field.name), getattr(template, field.name)
         if _described(given) != _described(wanted):
             raise ValueError(
-                f"{owner} was given a state whose {field.name!r} is {_described(given)}, where this problem has "
-                f"{_described(wanted)}. It belongs to another problem; pass state=None to start afresh"
+                f"{owner} was given a state whose {field.name!r} does not have the shapes and dtypes of this problem: it "
+                f"is {_described(given)}, where {_described(wanted)} was needed. Pass state=None to start afresh"
             )
     return state
 

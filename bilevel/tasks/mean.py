@@ -39,6 +39,9 @@ class TaskMean(Estimator):
         chunk: tasks at once: vmap within a chunk, a loop over chunks. None for all at once; 1 for a plain loop without
             vmap, which works for losses that vmap cannot map.
 
+    State: that of `estimator`, its fields per task with a leading dimension T, in the order of the tasks; with
+    `Batches(task_ids=)` it goes with the tasks, in whatever order they come back.
+
     Memory: that of `estimator` times `chunk`, plus T P for `hg.inner`.
 
     Raises:
@@ -80,6 +83,8 @@ class TaskMean(Estimator):
         if isinstance(state, Mapping):
             one_task = _Rows(slice(0, 1), single=True).of_instance(instance, _count(instance, None))
             template = self.estimator.init_state(one_task)
+            if template is not None and state.get("owner") == ByTask.__name__:
+                return ByTask(type(template).from_dict(state["state"]), tuple(state["task_ids"]))
             return state if template is None else type(template).from_dict(state)
         if not isinstance(state, State):
             raise ValueError(
@@ -89,6 +94,8 @@ class TaskMean(Estimator):
         return state
 
     def estimate(self, instance: Instance, state: Any) -> Estimate:
+        ids = _ids(instance.batches)
+        state = state.rows_of(ids) if isinstance(state, ByTask) else state
         tasks = _count(instance, state)
         size = tasks if self.chunk is None else min(self.chunk, tasks)
         total: PartialLeaves = (None,) * len(tree.tensors(instance.outer))
@@ -100,6 +107,7 @@ class TaskMean(Estimator):
             total = tree.accumulate(total, part.grad)
             parts.append(dataclasses.replace(part, grad=()))
         single = size == 1
+        carried = _join_states([part.state for part in parts], single=single)
         return Estimate(
             grad=tuple(None if leaf is None else leaf / tasks for leaf in total),
             inner=_join([part.inner for part in parts], single=single),
@@ -107,12 +115,50 @@ class TaskMean(Estimator):
             inner_loss=_losses([part.inner_loss for part in parts]),
             code=worst(*(part.code for part in parts)),
             stats={"tasks": tasks, **_merge([part.stats for part in parts])},
-            state=_join_states([part.state for part in parts], single=single),
+            state=carried if carried is None or ids is None else ByTask(carried, ids),
             next_inner=None
             if parts[0].next_inner is None
             else _join([part.next_inner for part in parts], single=single),
             unused=frozenset.intersection(*(part.unused for part in parts)),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class ByTask(State):
+    """A state and the identities of the tasks that its rows belong to, for batches that say which those are."""
+
+    state: State
+    task_ids: tuple[Any, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"owner": type(self).__name__, "state": self.state.to_dict(), "task_ids": list(self.task_ids)}
+
+    def rows_of(self, task_ids: tuple[Any, ...] | None) -> State:
+        """The state with its rows in the order of these tasks.
+
+        Raises:
+            ValueError: they are others.
+        """
+        if task_ids is None or set(task_ids) != set(self.task_ids) or len(task_ids) != len(self.task_ids):
+            raise ValueError(
+                f"TaskMean was given a state of the tasks {list(self.task_ids)} and batches of the tasks "
+                f"{None if task_ids is None else list(task_ids)}; the same tasks were needed, in any order. Pass "
+                f"state=None to start afresh, or Batches(task_ids=...) as in the call that made the state"
+            )
+        order = torch.tensor([self.task_ids.index(task) for task in task_ids])
+        fields = {
+            field.name: tree.tree_map(
+                lambda leaf: leaf[order.to(leaf.device)] if isinstance(leaf, Tensor) else leaf,
+                getattr(self.state, field.name),
+            )
+            for field in _per_task_fields(self.state)
+        }
+        return dataclasses.replace(self.state, **fields)
+
+
+def _ids(batches: Batches) -> tuple[Any, ...] | None:
+    ids = batches.task_ids
+    return None if ids is None else tuple(ids.tolist() if isinstance(ids, Tensor) else ids)
 
 
 def _count(instance: Instance, state: State | None) -> int:

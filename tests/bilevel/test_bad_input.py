@@ -279,7 +279,7 @@ def test_a_neumann_step_that_is_too_large_is_reported_however_short_the_series(s
 
 def test_the_status_of_a_series_that_overflows_still_names_the_cause():
     hg = solve(estimator=bl.Implicit(bl.Neumann(steps=1500, step_size=1.5)))
-    assert not torch.isfinite(hg.grad).all()
+    assert torch.isfinite(hg.grad).all(), "the last term that was no worse than none"
     assert hg.status is bl.Status.NOT_CONTRACTIVE
 
 
@@ -432,6 +432,8 @@ HYPERS = {
 @pytest.mark.parametrize("hyper", HYPERS)
 def test_an_estimator_that_cannot_see_the_inner_optimizer_refuses_an_outer_variable_that_is_only_there(hyper, name):
     problem = bl.Problem(lambda y, x, b: inner_loss(y, x["w"], b), lambda y, x, b: outer_loss(y, x["w"], b))
+    if hyper == "weight_decay" and name.startswith(("implicit", "memory reduced")):
+        pytest.skip("weight decay moves the solution itself, and these see it: test_wrong_numbers_dynamics.py")
     with pytest.raises(ValueError, match=r"cannot see .*\['h'\] through a hyper-parameter of the inner optimizer"):
         solve(
             problem,
@@ -753,11 +755,6 @@ torch_optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
             lambda: bl.proximal(bl.Problem(inner_loss, outer_loss, init=lambda x, b: x), 0.0),
             ValueError,
             r"strength=0\.0; a positive number",
-        ),
-        (
-            lambda: bl.proximal(bl.Problem(inner_loss, outer_loss, init=lambda x, b: x, features=lambda x, b: b), 1.0),
-            ValueError,
-            "with features",
         ),
     ],
 )

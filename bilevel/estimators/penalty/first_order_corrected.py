@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.batches import PerStep
 from bilevel.engine import spans
 from bilevel.engine.oracles import At, Oracles
 from bilevel.estimators.base import Estimate, Estimator, Instance, Path
@@ -115,6 +116,8 @@ class FirstOrderCorrected(Estimator):
         solver = instance.solver.tightened(min(nu, 1.0), floor=4 * torch.finfo(dtype).eps)
         start = oracles.start()
         starts = (start, start) if state is None else (tree.detach(state.one), tree.detach(state.other))
+        if not isinstance(instance.batches.inner, PerStep):
+            oracles.embedding(0)  # drawn once, for both sides
         before = oracles.generators.peek()
         one = _side(instance, solver, up, starts[0])
         oracles.generators.set(before)
@@ -135,7 +138,7 @@ class FirstOrderCorrected(Estimator):
                 codes=[
                     other.found.code,
                     *(instance.health(side.found, side.found.inner, side.found.last_loss) for side in (one, other)),
-                    *(_bounded(side) for side in (one, other)),
+                    code_if(_rose(one) ^ _rose(other), Status.UNBOUNDED),
                 ],
                 stats={"inner_steps": one.found.steps + other.found.steps, "nu": nu},
                 state=Sides(one=one.found.inner, other=other.found.inner) if self.warm_sides else None,
@@ -167,18 +170,18 @@ class _Side:
 def _side(instance: Instance, solver: InnerSolver, nu: float, start: Tree) -> _Side:
     """Minimize g + nu f from `start` and take both partial derivatives in x there."""
     oracles = instance.oracles
-    found = instance.solve(start, solver=solver, at=_perturbed(oracles, nu))
+    # (The loss after the last step is that of g alone, which says nothing about what the step on g + nu f gained.)
+    found = dataclasses.replace(instance.solve(start, solver=solver, at=_perturbed(oracles, nu)), promised=None)
     with spans.span(spans.HYPERGRADIENT):
         g, g_x = oracles.inner_gradient_in_outer(found.inner, found.steps)
         _, f_x = oracles.outer_gradient_in_outer(found.inner)
     return _Side(found, g, g_x, f_x)
 
 
-def _bounded(side: _Side) -> Tensor | int:
-    """UNBOUNDED where a perturbed loop has left the valley of g: its loss g + nu f has no minimum there."""
-    if side.found.first_loss is None:
-        return 0
-    return code_if(side.g > side.found.first_loss + 2 * side.found.first_loss.abs(), Status.UNBOUNDED)
+def _rose(side: _Side) -> Tensor:
+    """Where a perturbed loop has left the valley of g, per task; if only one side has, its g + nu f has no minimum."""
+    first = side.found.first_loss
+    return torch.zeros_like(side.g, dtype=torch.bool) if first is None else side.g > first + 2 * first.abs()
 
 
 def _perturbed(oracles: Oracles, nu: float) -> Callable[[int], At]:

@@ -66,13 +66,18 @@ class Growth:
             "digits": -torch.log10(eps * growth.clamp_min(1.0)).clamp_max(0.0),
         }
 
-    def code(self, *, stopped: bool) -> Tensor:
-        """INNER_UNSTABLE, and for a solver that stopped by itself STOPPED_EARLY."""
+    def code(self, *, forgets: Tensor | int | None) -> Tensor:
+        """INNER_UNSTABLE; and STOPPED_EARLY for a solver that stopped by itself, solved where its code is 0.
+
+        Args:
+            forgets: the code of a solver that must have forgotten its start; None for others.
+        """
         figures = self.figures()
-        growth = figures["cotangent_growth"]
-        unstable = code_if(growth > _UNSTABLE, Status.INNER_UNSTABLE)
-        early = code_if(figures["cotangent_left"] > _FORGOTTEN, Status.STOPPED_EARLY) if stopped else 0
-        return worst(unstable, early)
+        unstable = code_if(figures["cotangent_growth"] > _UNSTABLE, Status.INNER_UNSTABLE)
+        if forgets is None:
+            return unstable
+        solved = torch.as_tensor(forgets, device=unstable.device) == 0
+        return worst(unstable, code_if((figures["cotangent_left"] > _FORGOTTEN) & solved, Status.STOPPED_EARLY))
 
 
 def interval(steps: int) -> int:

@@ -123,7 +123,7 @@ class Unrolled(Estimator):
             del cotangent
             indirect, growth = forward.pull(entering, to_start=stopped)
             grad = tree.accumulate(direct, indirect)
-            code = growth.code(stopped=stopped)
+            code = growth.code(forgets=found.code if stopped else None)
             return instance.finish(found, grad, outer_loss, codes=[code], stats=growth.figures())
 
     def _starts(self, first: int, steps: int) -> list[int]:
