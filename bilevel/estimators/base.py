@@ -16,12 +16,11 @@ from bilevel.engine.base import Engine
 from bilevel.engine.oracles import At, Oracles, restless
 from bilevel.estimators.state import State, checked
 from bilevel.inner.base import InnerSolver
-from bilevel.inner.loop import Visitor, run
+from bilevel.inner.loop import Moving, Visit, run
 from bilevel.outcome import Solution, Status, code_if, worst
 from bilevel.problem import Problem
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
-
 
 _GAINED, _NOTABLE = 0.05, 0.05
 """Of what the last gradient step promised, the least that must come true, where it promised this part of the loss."""
@@ -68,14 +67,15 @@ class Instance:
         *,
         solver: InnerSolver | None = None,
         at: Callable[[int], At] | None = None,
-        visit: Visitor | None = None,
+        visit: Visit | None = None,
+        moving: Moving | None = None,
     ) -> Solution:
         """Run the inner solver; keeps no trajectory unless `visit` does."""
         oracles = self.oracles
         with spans.span(spans.INNER):
             y = oracles.start() if start is None else start
             before = oracles.generators.peek()
-            found = run(solver or self.solver, oracles, y, at or oracles.point, visit=visit)
+            found = run(solver or self.solver, oracles, y, at or oracles.point, visit=visit, moving=moving)
             return self.seen(found, drew=not oracles.generators.same(before, oracles.generators.peek()))
 
     def seen(self, found: Solution, *, drew: bool) -> Solution:

@@ -47,18 +47,20 @@ class Seen(Point, Protocol):
         """The loss, per task and without a graph; None before a gradient was taken."""
 
 
-class Visitor(Protocol):
-    """Sees every iterate."""
-
-    def before(self, step: int, inner: Tree, state: Any) -> None:
-        """Called before anything of a step is computed, also of the one at which a rule stops."""
-
-    def moving(self, live: Tensor) -> None:
-        """Called with the tasks that a step moves, where a rule lets tasks rest."""
+Visit = Callable[[int, Tree, Any], None]
+"""Called with (step, y, state) before anything of a step is computed, also of the one at which a rule stops."""
+Moving = Callable[[Tensor], None]
+"""Called with the tasks that a step moves, where a rule lets tasks rest."""
 
 
 def run(
-    solver: InnerSolver, moves: Moves, start: Tree, at: Callable[[int], Seen], *, visit: Visitor | None = None
+    solver: InnerSolver,
+    moves: Moves,
+    start: Tree,
+    at: Callable[[int], Seen],
+    *,
+    visit: Visit | None = None,
+    moving: Moving | None = None,
 ) -> Solution:
     """Move y from `start` until the rule is content.
 
@@ -68,13 +70,14 @@ def run(
         start: y_0.
         at: the inner problem of a step.
         visit: sees every iterate before it is moved.
+        moving: sees which tasks are moved.
     """
     y, state = start, moves.begin(start)
     every = _CHECK_EVERY_ON_GPU if tree.tensors(start)[0].is_cuda else 1
     first = last = rise = residual = promised = None
     for step in range(solver.max_steps + (0 if solver.fixed else 1)):
         if visit is not None:
-            visit.before(step, y, state)
+            visit(step, y, state)
         point, live = at(step), None
         if not solver.fixed:
             residual = moves.space.norm(moves.stationarity(y, point)).detach()
@@ -83,8 +86,8 @@ def run(
             if step == solver.max_steps or (step % every == 0 and settled(live)):
                 code = code_if(live, Status.INNER_MAX_STEPS)
                 return Solution(y, step, code, first, point.loss, residual, *_motion(rise, first, point.loss, state))
-        if visit is not None and live is not None:
-            visit.moving(live)
+        if moving is not None and live is not None:
+            moving(live)
         moved, next_state = moves.step(y, state, point)
         if live is not None and moves.space.tasks is not None:
             moved = where(moves.space, live, moved, y)

@@ -20,8 +20,8 @@ FOUND = {  # the simplest draws of what the fuzz test has found so far
     "fewer examples than parameters": Choices(
         seed=1, estimator="implicit", steps=30, enters=("weights",), regularized=False
     ),
-    "solved already, corrected": Choices(seed=1, estimator="corrected", converge=True, solved=True, nu=0.01),
-    "solved already, unrolled": Choices(seed=1, converge=True, solved=True, nu=0.01),
+    "solved already, corrected": Choices(seed=1, estimator="corrected", converge=True, solved=True, nu=0.01, steps=0),
+    "solved already, unrolled": Choices(seed=1, converge=True, solved=True, nu=0.01, steps=0),
     "coupled decay": Choices(seed=1, estimator="implicit", steps=8, decay="float"),
     "decoupled decay": Choices(seed=1, estimator="implicit", steps=8, optimizer="adamw", decay="float"),
     "decoupled decay, corrected": Choices(seed=1, estimator="corrected", steps=8, optimizer="adamw", decay="float"),
@@ -30,7 +30,7 @@ FOUND = {  # the simplest draws of what the fuzz test has found so far
     "heads in turn": Choices(seed=1, steps=4, heads=True, per_step=True, momentum="float"),
     "heads in turn, adam": Choices(seed=1, steps=4, heads=True, per_step=True, optimizer="adam"),
     "a leaf that f alone uses under decay": Choices(seed=1, steps=4, f_only=True, decay="float"),
-    "tasks that stop at different steps": Choices(seed=2, converge=True, nu=0.01, tasks=2),
+    "tasks that stop at different steps": Choices(seed=2, converge=True, nu=0.01, tasks=2, steps=0),
     "momentum per leaf": Choices(seed=1, steps=3, momentum="leaf", inner_tree="nested"),
     "betas per leaf": Choices(seed=1, steps=3, optimizer="adam", momentum="leaf"),
     "a tree of floats": Choices(seed=1, steps=3, lr="tree"),

@@ -3,7 +3,6 @@
 That no answer is worse than v = 0, whatever the system, is in test_linear_safety.py.
 """
 
-import functools
 from collections.abc import Callable
 
 import pytest
@@ -446,33 +445,38 @@ OPTIMIZERS = {
 }
 
 
+def quadratic(y, x, batch):
+    matrix, rhs = batch
+    return 0.5 * y @ matrix @ y - rhs @ y
+
+
+def converge(solver, A, b, *, tasks):
+    problem = bl.Problem(quadratic, lambda y, x, batch: y.sum())
+    y0 = torch.zeros(b.shape, dtype=F64)
+    found = bl.adapt(problem, y0[..., :1], y0, bl.Batches((A, b), b), solver=solver, tasks=tasks)
+    assert torch.equal(y0, torch.zeros(b.shape, dtype=F64))
+    return found
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_converge_stops_each_task_by_itself_as_it_would_alone(name):
     A, b = stacked()
     optimizer, tol, most = OPTIMIZERS[name]
     solver = bl.Converge(optimizer, tol=tol, max_steps=most)
-
-    def gradient(matrix, rhs, y, step):
-        g = (matrix @ y.unsqueeze(-1)).squeeze(-1) - rhs
-        return (0.5 * y * (g - rhs)).sum(), (g,)
-
-    y0 = torch.zeros(4, 6, dtype=F64)
-    together = solver.solve(functools.partial(gradient, A, b), y0, None, tasks=4)
-    alone = [solver.solve(functools.partial(gradient, A[i], b[i]), y0[i], None) for i in range(4)]
+    together = converge(solver, A, b, tasks=True)
+    alone = [converge(solver, A[i], b[i], tasks=False) for i in range(4)]
+    steps = [one.stats["inner_steps"] for one in alone]
     assert together.status is bl.Status.OK
-    assert len({one.steps for one in alone}) > 1, "the tasks are too alike to test anything"
-    assert together.steps == max(one.steps for one in alone)
-    assert (together.residual <= tol).all()
+    assert len(set(steps)) > 1, "the tasks are too alike to test anything"
+    assert together.stats["inner_steps"] == max(steps)
+    assert (together.stats["inner_residual"] <= tol).all()
     # A task that went on after it had arrived would be off by about tol.
     torch.testing.assert_close(together.inner, torch.stack([one.inner for one in alone]), rtol=0, atol=tol / 100)
-    assert torch.equal(y0, torch.zeros(4, 6, dtype=F64))
 
 
 def test_converge_reports_the_task_that_did_not_arrive():
     A, b = stacked()
-    solver = bl.Converge(bl.SGD(lr=0.09), tol=1e-8, max_steps=50)
-    found = solver.solve(
-        lambda y, step: (y.sum(), ((A @ y.unsqueeze(-1)).squeeze(-1) - b,)), torch.zeros(4, 6, dtype=F64), None, tasks=4
-    )
+    found = converge(bl.Converge(bl.SGD(lr=0.09), tol=1e-8, max_steps=50), A, b, tasks=True)
     assert found.status is bl.Status.INNER_MAX_STEPS
-    assert (found.residual <= 1e-8).tolist() == [True, True, False, False], found.residual
+    residual = found.stats["inner_residual"]
+    assert (residual <= 1e-8).tolist() == [True, True, False, False], residual

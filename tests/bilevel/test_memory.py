@@ -90,6 +90,7 @@ class Leaking(Estimator):
     """The positive control: an estimator that keeps every iterate for nothing."""
 
     estimator: Estimator
+    sees = frozenset(bl.Path)
 
     def estimate(self, instance: Instance, state: object) -> Estimate:
         kept = []

@@ -35,6 +35,7 @@ from bilevel.estimators.state import State, per_task
 from bilevel.inner.base import InnerSolver
 from bilevel.outcome import Solution, Status, code_if
 from bilevel.space import tree
+from bilevel.space.inner_product import Space
 from bilevel.space.tree import PartialLeaves, Tree
 
 _SCHEMES = ("symmetric", "forward")
@@ -138,7 +139,7 @@ class FirstOrderCorrected(Estimator):
                 codes=[
                     other.found.code,
                     *(instance.health(side.found, side.found.inner, side.found.last_loss) for side in (one, other)),
-                    code_if(_rose(one) ^ _rose(other), Status.UNBOUNDED),
+                    code_if((_rose(one) | _rose(other)) & _apart(oracles.space, one, other, starts), Status.UNBOUNDED),
                 ],
                 stats={"inner_steps": one.found.steps + other.found.steps, "nu": nu},
                 state=Sides(one=one.found.inner, other=other.found.inner) if self.warm_sides else None,
@@ -179,9 +180,20 @@ def _side(instance: Instance, solver: InnerSolver, nu: float, start: Tree) -> _S
 
 
 def _rose(side: _Side) -> Tensor:
-    """Where a perturbed loop has left the valley of g, per task; if only one side has, its g + nu f has no minimum."""
+    """Where a perturbed loop has left the valley of g, per task."""
     first = side.found.first_loss
     return torch.zeros_like(side.g, dtype=torch.bool) if first is None else side.g > first + 2 * first.abs()
+
+
+def _apart(space: Space, one: _Side, other: _Side, starts: tuple[Tree, Tree]) -> Tensor:
+    """Where the sides have gone apart instead of moving along, per task: then it is nu that drove them."""
+
+    def distance(a: Tree, b: Tree) -> Tensor:
+        return space.norm([x - y for x, y in zip(tree.tensors(a), tree.tensors(b), strict=True)])
+
+    between = distance(one.found.inner, other.found.inner)
+    moved = [distance(side.found.inner, start) for side, start in zip((one, other), starts, strict=True)]
+    return between > 0.5 * torch.maximum(*moved)
 
 
 def _perturbed(oracles: Oracles, nu: float) -> Callable[[int], At]:

@@ -51,18 +51,18 @@ class Checkpoints:
         self._oracles, self._starts, self._steps = oracles, starts, steps
         self._snapshots, self._kept = list[_Kept](), list[_Kept]()
         self._live: list[Tensor] = []
-        self.solution = instance.solve(oracles.start(), solver=solver, visit=self)
+        self.solution = instance.solve(oracles.start(), solver=solver, visit=self._keep, moving=self._rest)
         # A rule that stops by itself looks at the last iterate, too.
         del self._kept[steps - starts[-1] :]
 
-    def before(self, step: int, inner: Tree, state: Any) -> None:
+    def _keep(self, step: int, inner: Tree, state: Any) -> None:
         """Keep what a step is rebuilt from, if it begins a segment or is in the last one."""
         if step >= self._starts[-1] or step in self._starts:
             past = self._kept or self._snapshots
             random = self._oracles.generators.state(past[-1].random if past else None)
             (self._kept if step >= self._starts[-1] else self._snapshots).append(_Kept(inner, state, random))
 
-    def moving(self, live: Tensor) -> None:
+    def _rest(self, live: Tensor) -> None:
         """Keep which tasks a step moves."""
         if self._oracles.space.tasks is not None:
             self._live.append(live)

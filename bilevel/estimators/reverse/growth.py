@@ -5,6 +5,7 @@ transpose. Where that product grows, so do rounding errors: of the digits of the
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -102,10 +103,14 @@ class Watch:
         if step % self._every:
             return
         for leaf in tree.tensors(inner):
-            if leaf.requires_grad and not leaf.is_leaf:
-                leaf.register_hook(functools.partial(self._add, step))
+            # At the node, not at the tensor: a hook of a tensor would keep its numbers until the backward.
+            if leaf.grad_fn is not None:
+                leaf.grad_fn.register_prehook(functools.partial(self._add, step, leaf.output_nr))
 
-    def _add(self, step: int, cotangent: Tensor) -> None:
+    def _add(self, step: int, output: int, cotangents: Sequence[Tensor | None]) -> None:
+        cotangent = cotangents[output]
+        if cotangent is None:
+            return
         cotangent = cotangent if cotangent.layout is torch.strided else cotangent.to_dense()
         squared = self._space.norm([cotangent]).square()
         self.squares[step] = self.squares[step] + squared if step in self.squares else squared
