@@ -50,11 +50,11 @@ class Eager(Engine):
 
     def linearize(
         self, condition: Condition, inner: Tree, outer: Tree, batch: Any, batch_leaves: Sequence[Tensor]
-    ) -> "Linearization":
-        return Linearization(condition, inner, outer, batch, batch_leaves)
+    ) -> "Graph":
+        return Graph(condition, inner, outer, batch, batch_leaves)
 
 
-class Linearization:
+class Graph:
     """A condition at one point, with its graph."""
 
     def __init__(

@@ -13,7 +13,6 @@ H = d stationarity / dy (d2g/dy2 for gradient methods), M v = d/dx <stationarity
 x, attached once, the batches as the losses receive them, and the engine that computes.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,11 +22,15 @@ from torch import Tensor
 from bilevel.batches import Batches, PerStep
 from bilevel.engine import autodiff, spans, twice
 from bilevel.engine.base import Engine
+from bilevel.engine.cotangents import Cotangents, floating
 from bilevel.engine.eager import Eager
+from bilevel.engine.embedding import Embedding
 from bilevel.engine.evaluation import Evaluation
+from bilevel.engine.linearization import Linearization
+from bilevel.engine.point import At
+from bilevel.engine.refusals import check_step, restless, used
 from bilevel.engine.replay import Generators, State
 from bilevel.inner.dynamics import Dynamics
-from bilevel.linear.operator import LinearOperator
 from bilevel.optim.base import Optimizer
 from bilevel.problem import Problem
 from bilevel.space import tree
@@ -94,7 +97,7 @@ class Oracles:
         pairs = [(leaf, weight) for leaf, weight in zip(leaves, cotangents, strict=True) if weight is not None]
         return autodiff.grad([leaf for leaf, _ in pairs], tree.tensors(self.attached), [weight for _, weight in pairs])
 
-    def _replayed(self, before: State | None, function: Callable[[Tree, Any], Any], batch: Any) -> Any:
+    def replayed(self, before: State | None, function: Callable[[Tree, Any], Any], batch: Any) -> Any:
         """A function of the attached x, drawing what it drew before, if it did."""
         if before is None:
             return function(self.attached, batch)
@@ -109,11 +112,11 @@ class Oracles:
         return self.start() if outer is self.x else self._replayed_start()
 
     def _replayed_start(self) -> Tree:
-        return self._replayed(self._before_start, self.evaluation.start, self.batches.inner_at(0))
+        return self.replayed(self._before_start, self.evaluation.start, self.batches.inner_at(0))
 
     # --- batches as the losses receive them
 
-    def embedding(self, step: int) -> "Embedding":
+    def embedding(self, step: int) -> Embedding:
         """The embedded inner batch of a step: made once when every step sees the same batch."""
         if self._shared is None:
             return Embedding(self, self.batches.inner_at(step))
@@ -138,11 +141,11 @@ class Oracles:
         """The state of the dynamics before its first step."""
         return self.dynamics.init(inner, self.x)
 
-    def point(self, step: int) -> "At":
+    def point(self, step: int) -> At:
         """The inner problem of a step, for steps without a graph."""
         return At(step, self.embedding(step).value, self._gradient, self.inner_value)
 
-    def step(self, inner: Tree, state: Any, at: "At") -> tuple[Tree, Any]:
+    def step(self, inner: Tree, state: Any, at: At) -> tuple[Tree, Any]:
         """One step of the dynamics, without a graph.
 
         Raises:
@@ -153,7 +156,7 @@ class Oracles:
         check_step(self.dynamics, inner, moved)
         return moved, state
 
-    def stationarity(self, inner: Tree, at: "At") -> list[Tensor]:
+    def stationarity(self, inner: Tree, at: At) -> list[Tensor]:
         """The tensors that are zero where the dynamics rests, without a graph.
 
         Raises:
@@ -236,23 +239,32 @@ class Oracles:
 
     # --- second order
 
-    def linearize(self, inner: Tree, steps: int) -> "Linearization":
+    def linearize(self, inner: Tree, steps: int) -> Linearization:
         """The stationarity condition at a solution found after `steps` steps."""
         step = max(steps - 1, 0)
         apart = self.batches.curvature is not None
         embedding = Embedding(self, self.batches.curvature_at(step)) if apart else self.embedding(step)
-        return Linearization(self, inner, embedding, step)
+
+        def condition(y: Tree, x: Tree, batch: Any) -> tuple[Tensor | None, Tree]:
+            at = At(step, batch, self.differentiable_gradient, self.differentiable_value)
+            value = self.dynamics.stationarity(y, x, at)
+            if value is None:
+                raise ValueError(restless(self.dynamics, "an estimator at the solution"))
+            return at.loss, value
+
+        with_graph = self.engine.linearize(condition, inner, self.attached, embedding.value, embedding.leaves)
+        return Linearization(with_graph, embedding, symmetric=self.dynamics.symmetric)
 
     def step_vjp(
         self,
         inner: Tree,
         state: Any,
         step: int,
-        embedding: "Embedding",
-        cotangents: "Cotangents",
+        embedding: Embedding,
+        cotangents: Cotangents,
         *,
         to_inner: bool = True,
-    ) -> tuple["Cotangents", PartialLeaves, PartialLeaves]:
+    ) -> tuple[Cotangents, PartialLeaves, PartialLeaves]:
         """Pull cotangents of (y', s') = step(y, s, x) back to (y, s), x and the embedded batch.
 
         The graph of this one step is rebuilt, on its embedded batch. `cotangents` is emptied on the way, so that its tensors are freed as soon
@@ -266,14 +278,14 @@ class Oracles:
         return self._split_step_vjp(self.dynamics.update, inner, state, embedding, cotangents, to_inner=to_inner)
 
     def _whole_step_vjp(
-        self, inner: Tree, state: Any, step: int, embedding: "Embedding", cotangents: "Cotangents", *, to_inner: bool
-    ) -> tuple["Cotangents", PartialLeaves, PartialLeaves]:
+        self, inner: Tree, state: Any, step: int, embedding: Embedding, cotangents: Cotangents, *, to_inner: bool
+    ) -> tuple[Cotangents, PartialLeaves, PartialLeaves]:
         y, s, xs = tree.attach(inner), tree.attach(state), tree.tensors(self.attached)
         at = At(step, embedding.value, self.differentiable_gradient, self.differentiable_value)
         moved = self.dynamics.step(y, s, self.attached, at)
         with spans.span(spans.HVP):
             outputs, weights = cotangents.take(*moved)
-            wanted = [*tree.tensors(y), *_floating(s)] if to_inner else []
+            wanted = [*tree.tensors(y), *floating(s)] if to_inner else []
             pulled = autodiff.grad(outputs, [*wanted, *xs, *embedding.leaves], weights)
         count = len(wanted)
         back = Cotangents.of(y, s, pulled[:count]) if to_inner else Cotangents([], None)
@@ -288,11 +300,11 @@ class Oracles:
         optimizer: Optimizer,
         inner: Tree,
         state: Any,
-        embedding: "Embedding",
-        cotangents: "Cotangents",
+        embedding: Embedding,
+        cotangents: Cotangents,
         *,
         to_inner: bool,
-    ) -> tuple["Cotangents", PartialLeaves, PartialLeaves]:
+    ) -> tuple[Cotangents, PartialLeaves, PartialLeaves]:
         """The step split where it is thin: y', s' = U(dg/dy, y, s, x) with U the optimizer's elementwise algebra.
 
         First the cotangent w of the gradient through U, then H w and M w by one double backward.
@@ -342,17 +354,17 @@ class Oracles:
         gradient: PartialLeaves,
         inner: Tree,
         state: Any,
-        cotangents: "Cotangents",
+        cotangents: Cotangents,
         *,
         to_inner: bool,
-    ) -> tuple[PartialLeaves, "Cotangents", PartialLeaves]:
+    ) -> tuple[PartialLeaves, Cotangents, PartialLeaves]:
         g = [None if leaf is None else leaf.requires_grad_() for leaf in gradient]
         y, s, xs = tree.attach(inner), tree.attach(state), tree.tensors(self.attached)
         moved = optimizer.step(tree.like(inner, g), s, y, self.attached)
         outputs, weights = cotangents.take(*moved)
         del moved
         given = [leaf for leaf in g if leaf is not None]
-        start = [*tree.tensors(y), *_floating(s)] if to_inner else []
+        start = [*tree.tensors(y), *floating(s)] if to_inner else []
         pulled = autodiff.grad(outputs, [*given, *start, *xs], weights)
         in_gradient = iter(pulled[: len(given)])
         back = pulled[len(given) : len(given) + len(start)]
@@ -365,170 +377,3 @@ class Oracles:
 
 class _Unset:
     """The shared embedding before it is made."""
-
-
-@dataclasses.dataclass
-class Cotangents:
-    """Cotangents of (y, s): one for each tensor of y, and one for each leaf of s (None where zero); None for all of s.
-
-    The state's leaves are counted with those that are no tensors, so that a moment that only appears at a tensor's
-    first use cannot be mistaken for another's.
-    """
-
-    inner: list[Tensor | None]
-    state: list[Tensor | None] | None
-
-    def take(self, inner: Tree, state: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs of a step that have a cotangent, and those cotangents, which are let go of here."""
-        leaves, weights = tree.flatten(inner)[0], self.inner
-        if self.state is not None:
-            leaves, weights = [*leaves, *tree.flatten(state)[0]], [*weights, *self.state]
-        pairs = [(leaf, weight) for leaf, weight in zip(leaves, weights, strict=True) if weight is not None]
-        self.inner, self.state = [], None
-        return [leaf for leaf, _ in pairs], [weight for _, weight in pairs]
-
-    @classmethod
-    def of(cls, inner: Tree, state: Any, pulled: Sequence[Tensor | None]) -> "Cotangents":
-        """Cotangents of a step's start, from those of its floating tensors."""
-        count, leaves = len(tree.tensors(inner)), tree.flatten(state)[0]
-        rest = iter(pulled[count:])
-        return cls(list(pulled[:count]), [next(rest) if _is_floating(leaf) else None for leaf in leaves])
-
-
-def _is_floating(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
-
-
-def _floating(state: Any) -> list[Tensor]:
-    return [leaf for leaf in tree.tensors(state) if leaf.is_floating_point()]
-
-
-class At:
-    """The inner problem at one step, as a dynamics sees it; remembers the last gradient taken, and its loss."""
-
-    def __init__(
-        self,
-        step: int,
-        batch: Any,
-        gradient: Callable[[Tree, Any], tuple[Tensor, PartialLeaves]],
-        value: Callable[[Tree, Any], Tensor],
-    ) -> None:
-        self.step, self.batch = step, batch
-        self.loss: Tensor | None = None
-        self._gradient, self._value = gradient, value
-        self._last: tuple[Tree, Tree] | None = None
-
-    def gradient(self, inner: Tree) -> Tree:
-        """dg/dy at `inner`; asked twice of the same object, it is computed once."""
-        if self._last is not None and self._last[0] is inner:
-            return self._last[1]
-        with torch.enable_grad():
-            loss, gradient = self._gradient(inner, self.batch)
-        self.loss = loss.detach() if self.loss is None else self.loss
-        found = tree.like(inner, gradient)
-        self._last = (inner, found)
-        return found
-
-    def value(self, inner: Tree) -> Tensor:
-        """The inner loss at `inner`."""
-        with torch.enable_grad():
-            return self._value(inner, self.batch)
-
-
-class Embedding:
-    """What the losses receive in place of a batch, made once and without a graph.
-
-    Its cotangents go through the features in one plain backward. Without `Problem.features` it is the batch itself and
-    costs nothing.
-    """
-
-    def __init__(self, oracles: Oracles, batch: Any, made: tuple[State | None, Any] | None = None) -> None:
-        self._oracles, self._batch, self._before = oracles, batch, None
-        self.value, self.leaves = batch, list[Tensor]()
-        if oracles.problem.features is not None:
-            if made is None:
-                evaluation, before = oracles.evaluation, oracles.generators.peek()
-                made = before, evaluation.without_graph(evaluation.embed, oracles.x, batch)
-            self._before, self.value = made[0], tree.attach(made[1])
-            self.leaves = [leaf for leaf in tree.tensors(self.value) if leaf.requires_grad]
-
-    def again(self) -> Any:
-        """The embedded batch with its graph in the attached x, from the same random numbers."""
-        return self._oracles._replayed(self._before, self._oracles.evaluation.embed, self._batch)
-
-    def pull(self, cotangents: PartialLeaves) -> PartialLeaves:
-        """Cotangents of `leaves` to cotangents of x, replaying the features' random numbers."""
-        xs = tree.tensors(self._oracles.attached)
-        if not self.leaves or all(cotangent is None for cotangent in cotangents):
-            return (None,) * len(xs)
-        outputs = [leaf for leaf in tree.tensors(self.again()) if leaf.is_floating_point()]
-        pairs = [(z, w) for z, w in zip(outputs, cotangents, strict=True) if w is not None]
-        return autodiff.grad([z for z, _ in pairs], xs, [w for _, w in pairs])
-
-
-class Linearization(LinearOperator):
-    """The stationarity condition at one point: the operator v -> (d stationarity / dy)' v, and the mixed product.
-
-    With `Problem.features` the graph holds the losses' part only; the mixed product goes through the features as a
-    plain first-order backward.
-    """
-
-    def __init__(self, oracles: Oracles, inner: Tree, embedding: Embedding, step: int) -> None:
-        self._oracles, self._embedding, self._like = oracles, embedding, tree.tensors(inner)
-        self.symmetric = oracles.dynamics.symmetric
-
-        def condition(y: Tree, x: Tree, batch: Any) -> tuple[Tensor | None, Tree]:
-            at = At(step, batch, oracles.differentiable_gradient, oracles.differentiable_value)
-            value = oracles.dynamics.stationarity(y, x, at)
-            if value is None:
-                raise ValueError(restless(oracles.dynamics, "an estimator at the solution"))
-            return at.loss, value
-
-        self._graph = oracles.engine.linearize(condition, inner, oracles.attached, embedding.value, embedding.leaves)
-        self.loss = self._graph.loss
-
-    symmetric: bool = False
-
-    def matvec(self, v: Leaves) -> Leaves:
-        """H' v: H v where the condition is the gradient of a loss."""
-        with spans.span(spans.HVP):
-            return self._graph.transposed(v)
-
-    def mixed(self, v: Leaves) -> tuple[Leaves, PartialLeaves]:
-        """(H' v, M v) in one sweep; frees the graph, so it is the last product."""
-        with spans.span(spans.MIXED):
-            image, in_outer, in_batch = self._graph.last(v)
-            return image, tree.accumulate(in_outer, self._embedding.pull(in_batch))
-
-
-def used(gradient: PartialLeaves) -> PartialLeaves:
-    """A gradient of the inner loss, which must have a path to some tensor of y."""
-    if all(leaf is None for leaf in gradient):
-        raise ValueError(
-            "inner_loss does not depend on the inner variable: its gradient has no path there. Compute it from the "
-            "`inner` argument, without .detach(), .item() or torch.no_grad()"
-        )
-    return gradient
-
-
-def check_step(dynamics: Dynamics, inner: Tree, moved: Tree) -> None:
-    """Raise ValueError if a step changed a shape or dtype."""
-    for before, after in zip(tree.tensors(inner), tree.tensors(moved), strict=True):
-        if before.shape != after.shape or before.dtype != after.dtype:
-            raise ValueError(
-                f"an inner step changed a tensor of shape {tuple(before.shape)} and dtype {before.dtype} into "
-                f"{tuple(after.shape)} and {after.dtype}. A hyper-parameter of "
-                f"{type(dynamics.update or dynamics).__name__} has a shape that broadcasts against y; give a 0-dim "
-                f"tensor or a tree like inner"
-            )
-
-
-def restless(dynamics: Dynamics, who: str) -> str:
-    """Why a dynamics without a stationarity condition is refused."""
-    name = type(dynamics.update or dynamics).__name__
-    return (
-        f"{who} needs to know where the inner loop comes to rest, and {name} does not say. Its stationarity() returns "
-        f"None: with decoupled weight decay (AdamW) that point depends on the moments, not on the losses alone. Use "
-        f"Unrolled(), or an optimizer that says: SGD and Adam with weight_decay, or AdamW(weight_decay=0) with the decay "
-        f"written into inner_loss; an optimizer of your own defines stationarity(grad, inner, outer)"
-    )

@@ -13,7 +13,9 @@ from bilevel._strategy import Strategy
 from bilevel.batches import Batches, PerStep
 from bilevel.engine import spans
 from bilevel.engine.base import Engine
-from bilevel.engine.oracles import At, Oracles, restless
+from bilevel.engine.oracles import Oracles
+from bilevel.engine.point import At
+from bilevel.engine.refusals import restless
 from bilevel.estimators.state import State, checked
 from bilevel.inner.base import InnerSolver
 from bilevel.inner.loop import Moving, Visit, run

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from bilevel.batches import Batches, PerStep
 from bilevel.engine import autodiff
-from bilevel.engine.oracles import At, Oracles
+from bilevel.engine.oracles import Oracles
+from bilevel.engine.point import At
 from bilevel.estimators.base import Estimator, Instance, Path
 from bilevel.outcome import NotTwiceDifferentiableError
 from bilevel.space import tree

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from bilevel.batches import PerStep
 from bilevel.engine import spans
-from bilevel.engine.oracles import At, Oracles
+from bilevel.engine.oracles import Oracles
+from bilevel.engine.point import At
 from bilevel.estimators.base import Estimate, Estimator, Instance, Path
 from bilevel.estimators.state import State, per_task
 from bilevel.inner.base import InnerSolver

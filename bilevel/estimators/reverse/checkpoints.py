@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from bilevel.batches import PerStep
-from bilevel.engine.oracles import Cotangents, Embedding
+from bilevel.engine.cotangents import Cotangents
+from bilevel.engine.embedding import Embedding
 from bilevel.engine.replay import State
 from bilevel.estimators.base import Instance
 from bilevel.estimators.reverse.growth import Growth

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from bilevel.batches import PerStep
 from bilevel.engine import autodiff, spans
-from bilevel.engine.oracles import At, Oracles, check_step
+from bilevel.engine.oracles import Oracles
+from bilevel.engine.point import At
+from bilevel.engine.refusals import check_step
 from bilevel.estimators.base import Instance
 from bilevel.estimators.reverse.growth import Growth, Watch, interval
 from bilevel.inner.base import InnerSolver

@@ -1,0 +1,55 @@
+"""The inner batch as the losses receive it, and the way of its cotangents back to x."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from bilevel.engine import autodiff
+from bilevel.engine.evaluation import Evaluation
+from bilevel.engine.replay import Generators, State
+from bilevel.space import tree
+from bilevel.space.tree import PartialLeaves, Tree
+
+
+class Source(Protocol):
+    """What an embedding needs of the oracles."""
+
+    evaluation: Evaluation
+    generators: Generators
+    x: Tree
+    attached: Tree
+
+    def replayed(self, before: State | None, function: Callable[[Tree, Any], Any], batch: Any) -> Any:
+        """A function of the attached x, drawing what it drew before, if it did."""
+
+
+class Embedding:
+    """What the losses receive in place of a batch, made once and without a graph.
+
+    Its cotangents go through the features in one plain backward. Without `Problem.features` it is the batch itself and
+    costs nothing.
+    """
+
+    def __init__(self, source: Source, batch: Any, made: tuple[State | None, Any] | None = None) -> None:
+        self._source, self._batch, self._before = source, batch, None
+        self.value, self.leaves = batch, list[Tensor]()
+        if source.evaluation.problem.features is not None:
+            if made is None:
+                evaluation, before = source.evaluation, source.generators.peek()
+                made = before, evaluation.without_graph(evaluation.embed, source.x, batch)
+            self._before, self.value = made[0], tree.attach(made[1])
+            self.leaves = [leaf for leaf in tree.tensors(self.value) if leaf.requires_grad]
+
+    def again(self) -> Any:
+        """The embedded batch with its graph in the attached x, from the same random numbers."""
+        return self._source.replayed(self._before, self._source.evaluation.embed, self._batch)
+
+    def pull(self, cotangents: PartialLeaves) -> PartialLeaves:
+        """Cotangents of `leaves` to cotangents of x, replaying the features' random numbers."""
+        xs = tree.tensors(self._source.attached)
+        if not self.leaves or all(cotangent is None for cotangent in cotangents):
+            return (None,) * len(xs)
+        outputs = [leaf for leaf in tree.tensors(self.again()) if leaf.is_floating_point()]
+        pairs = [(z, w) for z, w in zip(outputs, cotangents, strict=True) if w is not None]
+        return autodiff.grad([z for z, _ in pairs], xs, [w for _, w in pairs])

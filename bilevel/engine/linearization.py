@@ -1,0 +1,31 @@
+"""The stationarity condition at one point, as a linear operator with a mixed product."""
+
+from bilevel.engine import spans
+from bilevel.engine.base import Linearized
+from bilevel.engine.embedding import Embedding
+from bilevel.linear.operator import LinearOperator
+from bilevel.space import tree
+from bilevel.space.tree import Leaves, PartialLeaves
+
+
+class Linearization(LinearOperator):
+    """The stationarity condition at one point: the operator v -> (d stationarity / dy)' v, and the mixed product.
+
+    With `Problem.features` the graph holds the losses' part only; the mixed product goes through the features as a
+    plain first-order backward.
+    """
+
+    def __init__(self, condition: Linearized, embedding: Embedding, *, symmetric: bool) -> None:
+        self._condition, self._embedding, self.symmetric = condition, embedding, symmetric
+        self.loss = condition.loss
+
+    def matvec(self, v: Leaves) -> Leaves:
+        """H' v: H v where the condition is the gradient of a loss."""
+        with spans.span(spans.HVP):
+            return self._condition.transposed(v)
+
+    def mixed(self, v: Leaves) -> tuple[Leaves, PartialLeaves]:
+        """(H' v, M v) in one sweep; frees the graph, so it is the last product."""
+        with spans.span(spans.MIXED):
+            image, in_outer, in_batch = self._condition.last(v)
+            return image, tree.accumulate(in_outer, self._embedding.pull(in_batch))

@@ -1,0 +1,49 @@
+"""The inner problem at one step, as a dynamics sees it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.space import tree
+from bilevel.space.tree import PartialLeaves, Tree
+
+
+class At:
+    """The inner problem at one step; remembers the last gradient taken, and the loss at the first.
+
+    Args:
+        step: its number, from 0.
+        batch: as the losses receive it.
+        gradient: (inner, batch) -> the loss and dg/dy, with a graph or without.
+        value: (inner, batch) -> the loss likewise.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        batch: Any,
+        gradient: Callable[[Tree, Any], tuple[Tensor, PartialLeaves]],
+        value: Callable[[Tree, Any], Tensor],
+    ) -> None:
+        self.step, self.batch = step, batch
+        self.loss: Tensor | None = None
+        self._gradient, self._value = gradient, value
+        self._last: tuple[Tree, Tree] | None = None
+
+    def gradient(self, inner: Tree) -> Tree:
+        """dg/dy at `inner`; asked twice of the same object, it is computed once."""
+        if self._last is not None and self._last[0] is inner:
+            return self._last[1]
+        with torch.enable_grad():
+            loss, gradient = self._gradient(inner, self.batch)
+        self.loss = loss.detach() if self.loss is None else self.loss
+        found = tree.like(inner, gradient)
+        self._last = (inner, found)
+        return found
+
+    def value(self, inner: Tree) -> Tensor:
+        """The inner loss at `inner`."""
+        with torch.enable_grad():
+            return self._value(inner, self.batch)

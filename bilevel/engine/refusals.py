@@ -1,0 +1,38 @@
+"""What the oracles refuse: a loss without y, a step that changes shapes, a dynamics that does not say where it rests."""
+
+from bilevel.inner.dynamics import Dynamics
+from bilevel.space import tree
+from bilevel.space.tree import PartialLeaves, Tree
+
+
+def used(gradient: PartialLeaves) -> PartialLeaves:
+    """A gradient of the inner loss, which must have a path to some tensor of y."""
+    if all(leaf is None for leaf in gradient):
+        raise ValueError(
+            "inner_loss does not depend on the inner variable: its gradient has no path there. Compute it from the "
+            "`inner` argument, without .detach(), .item() or torch.no_grad()"
+        )
+    return gradient
+
+
+def check_step(dynamics: Dynamics, inner: Tree, moved: Tree) -> None:
+    """Raise ValueError if a step changed a shape or dtype."""
+    for before, after in zip(tree.tensors(inner), tree.tensors(moved), strict=True):
+        if before.shape != after.shape or before.dtype != after.dtype:
+            raise ValueError(
+                f"an inner step changed a tensor of shape {tuple(before.shape)} and dtype {before.dtype} into "
+                f"{tuple(after.shape)} and {after.dtype}. A hyper-parameter of "
+                f"{type(dynamics.update or dynamics).__name__} has a shape that broadcasts against y; give a 0-dim "
+                f"tensor or a tree like inner"
+            )
+
+
+def restless(dynamics: Dynamics, who: str) -> str:
+    """Why a dynamics without a stationarity condition is refused."""
+    name = type(dynamics.update or dynamics).__name__
+    return (
+        f"{who} needs to know where the inner loop comes to rest, and {name} does not say. Its stationarity() returns "
+        f"None: with decoupled weight decay (AdamW) that point depends on the moments, not on the losses alone. Use "
+        f"Unrolled(), or an optimizer that says: SGD and Adam with weight_decay, or AdamW(weight_decay=0) with the decay "
+        f"written into inner_loss; an optimizer of your own defines stationarity(grad, inner, outer)"
+    )
