@@ -68,9 +68,15 @@ LIBRARY = House(
         {"outcome", "batches"},
         {"engine.autodiff", "engine.base", "engine.cotangents", "problem", "functional"},
         {"optim", "linear", "outer", "engine.eager", "engine.twice", "engine.evaluation"},
-        {"inner", "engine.point", "engine.embedding", "engine.linearization"},
-        {"engine.refusals"},
+        {"inner.dynamics", "engine.embedding"},
+        {"inner.gradient", "engine.linearization", "engine.point"},
+        {"inner.base"},
+        {"inner", "engine.refusals"},
         {"engine.oracles"},
+        {"estimators.state"},
+        {"estimators.base"},
+        {"estimators.paths", "estimators.admission", "estimators.reverse.growth"},
+        {"estimators.run", "estimators.reverse.tape", "estimators.reverse.checkpoints"},
         {"estimators"},
         {"tasks", "hypergradient"},
         {"iterate", "adapt"},
@@ -127,12 +133,12 @@ PROFILER_SEES = {"engine.spans", "space.tree", "problems"}
 
 # Who may call which part of torch's differentiation machinery.
 DIFFERENTIATION = {
-    "torch.autograd": {"engine.autodiff"},
-    "torch.func": {"problem", "functional"},
+    "torch.autograd": {"engine.autodiff", "engine.twice"},  # the latter looks at graphs, and derives through the former
+    "torch.func": {"engine.evaluation"},
     "torch.vmap": set(),
     "torch._functorch": set(),
 }
-FUNC_NAMES = {"problem": {"torch.func.vmap"}, "functional": {"torch.func.functional_call"}}
+FUNC_NAMES = {"engine.evaluation": {"torch.func.vmap"}}
 
 
 # Two hundred files, looked at once for every planted violation.
