@@ -563,17 +563,17 @@ def test_no_estimator_is_called_the_fastest_where_times_overlap() -> None:
 
     overlapping = groups.group([of("a", 1.0, 1.1, 1.2), of("b", 1.15, 1.3, 2.0), of("c", 3.0, 3.1, 3.2)])[0]
     text = "".join("".join(sentence) for sentence in summary.sentences(overlapping))
-    assert "which is the fastest cannot be told, the times of a and b overlap" in text
+    assert "which is the fastest cannot be told, the times (10% to 90% quantile) of a and b overlap" in text
     assert "the fastest (" not in text
     assert [fact.detail for fact in summary.facts(overlapping) if fact.title == "Fastest exact"] == [
-        "not told apart from b: their times overlap"
+        "not told apart from b: their 10% to 90% quantile ranges overlap"
     ]
     apart = groups.group([of("a", 1.0, 1.1, 1.2), of("c", 3.0, 3.1, 3.2)])[0]
     assert "the fastest" in "".join("".join(sentence) for sentence in summary.sentences(apart))
     assert [footnotes.wide(record) for record in overlapping.rows] == [False, True, False]
     cells = next(column for column in columns.columns(overlapping) if column.header == "ms")
     assert [cells.cell(record) for record in overlapping.rows] == ["1,100", "~1,300", "3,100"]
-    assert "up to 65% of the median apart" in footnotes.spread(overlapping)
+    assert "10% to 90% quantile is up to 65% of the median wide" in footnotes.spread(overlapping)
 
 
 def test_notes_are_said_once_and_lettered_where_they_are_not_on_every_row() -> None:

@@ -10,7 +10,7 @@ counts:
 | kept_tensor_bytes | it changes at all: it is a leak |
 | oracle calls, matmul_flops | they change at all: they repeat exactly |
 | program_relative_error, solution_relative_error | it changes more than twofold, and the larger is above what the dtype can resolve |
-| wall_seconds | the ranges [low, high] of the repeats do not overlap and the medians differ by more than 10 % |
+| wall_seconds | the 10% to 90% quantiles of the repeats do not overlap and the medians differ by more than 10 % |
 
 Times are compared only where processor, GPU and threads are the same, and both were repeated. Another problem behind
 the same name (sizes, settings) is said, and judged no further. Resident memory, phases, metrics and losses are not

@@ -129,7 +129,9 @@ class Record:
     wall_seconds: float | None = None
     """Median over `repeats` calls, device synchronized."""
     wall_seconds_low: float | None = None
+    """The 10% quantile of the repeats."""
     wall_seconds_high: float | None = None
+    """The 90% quantile."""
     repeats: int | None = None
     matmul_flops: int | None = None
     """FLOPs of matmul-class operations (torch FlopCounterMode); elementwise work is not counted."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from bilevel_profiling.records import units
 from bilevel_profiling.records.record import Record
-from bilevel_profiling.report.content.footnotes import SPREAD, WIDE, marker, wide
+from bilevel_profiling.report.content.footnotes import QUANTILES, SPREAD, WIDE, marker, wide
 from bilevel_profiling.report.content.groups import Group
 from bilevel_profiling.report.content.text import clean
 
@@ -180,10 +180,10 @@ def _time(group: Group) -> list[Column]:
             "ms",
             "time",
             _time_cell,
-            f"median wall time of one hypergradient, device synchronized; {WIDE}: the calls spread by over "
-            f"{SPREAD:.0%}",
+            f"median wall time of one hypergradient, device synchronized; {WIDE}: the "
+            f"{QUANTILES} of the calls is over {SPREAD:.0%} of it wide",
         ),
-        Column("spread ms", "time", _spread, "lowest to highest of the repeated calls", short="spread", rank=5),
+        Column("spread ms", "time", _spread, f"{QUANTILES} of the repeated calls", short="spread", rank=5),
         Column(
             "x base",
             "time",

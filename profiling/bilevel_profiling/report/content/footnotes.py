@@ -10,8 +10,10 @@ from bilevel_profiling.report.content.groups import Group
 from bilevel_profiling.report.content.text import clean
 
 SPREAD = 0.25
-"""Times whose lowest and highest call lie further apart than this share of the median are marked."""
+"""Times whose 10% and 90% quantiles lie further apart than this share of the median are marked."""
 WIDE = "~"
+QUANTILES = "10% to 90% quantile"
+"""What wall_seconds_low and wall_seconds_high are."""
 
 
 def marker(record: Record, group: Group) -> str:
@@ -69,7 +71,7 @@ def spread(group: Group) -> str:
         return ""
     worst = max(((r.wall_seconds_high or 0) - (r.wall_seconds_low or 0)) / (r.wall_seconds or 1) for r in found)
     many = "marks a time" if len(found) == 1 else "marks times"
-    return f"{many} whose repeated calls lie up to {worst:.0%} of the median apart: smaller differences mean nothing."
+    return f"{many} whose {QUANTILES} is up to {worst:.0%} of the median wide: smaller differences mean nothing."
 
 
 def lines(group: Group) -> Sequence[tuple[str, str]]:
