@@ -10,7 +10,8 @@ import pytest
 from bilevel_profiling import cli
 from bilevel_profiling.cli import main
 from bilevel_profiling.cli import options as types
-from bilevel_profiling.records.record import Iteration, Record, iteration_json
+from bilevel_profiling.records.codec import iteration_json
+from bilevel_profiling.records.record import Iteration, Record
 from bilevel_profiling.records.records_file import read, scan, write
 
 ROW = Record(

@@ -22,7 +22,7 @@ from types import ModuleType
 import pytest
 from bilevel_profiling import report
 from bilevel_profiling.records import units
-from bilevel_profiling.records.record import Alive, Iteration, Phase, Record
+from bilevel_profiling.records.record import Alive, Iteration, Phase, Record, Target
 from bilevel_profiling.report import markdown
 from bilevel_profiling.report.content import columns, footnotes, groups, laws, loops, summary
 from bilevel_profiling.report.figures import case_figures, loop, palette, scales, svg, timeline
@@ -383,11 +383,11 @@ def test_baseline_is_the_first_exact_unroll_and_ratios_are_taken_at_the_same_k()
 
 
 def test_an_inexact_or_truncated_unroll_is_no_baseline() -> None:
-    def of(label: str, settings: str, error: float | None) -> Record:
+    def of(label: str, target: Target | None, error: float | None) -> Record:
         return Record(
             case="c",
             estimator=label,
-            settings=settings,
+            target=target,
             inner_steps=5,
             peak_tensor_bytes=9,
             program_relative_error=error,
@@ -396,10 +396,10 @@ def test_an_inexact_or_truncated_unroll_is_no_baseline() -> None:
     def baseline(*records: Record) -> str | None:
         return groups.group(records)[0].baseline
 
-    assert baseline(of("short", "Unrolled(last=2)", 0.3), of("implicit", "Implicit()", 0.1)) is None
-    assert baseline(of("truncated", "Unrolled(last=2)", None), of("full", "Unrolled()", None)) == "full"
-    assert baseline(of("implicit", "Implicit()", 1e-7), of("full", "Unrolled()", 1e-7)) == "full"
-    assert baseline(of("implicit", "Implicit()", 1e-7)) == "implicit"
+    assert baseline(of("short", Target.PROGRAM, 0.3), of("implicit", Target.SOLUTION, 0.1)) is None
+    assert baseline(of("unrolled, truncated", None, None), of("full", Target.PROGRAM, None)) == "full"
+    assert baseline(of("implicit", Target.SOLUTION, 1e-7), of("full", Target.PROGRAM, 1e-7)) == "full"
+    assert baseline(of("implicit", Target.SOLUTION, 1e-7)) == "implicit"
 
 
 def test_growth_is_told_as_a_law_and_a_broken_contract_in_every_view() -> None:

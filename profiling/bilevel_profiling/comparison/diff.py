@@ -23,12 +23,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bilevel_profiling.records.failure import failed
+from bilevel_profiling.records.failure import failed, severity
 from bilevel_profiling.records.record import Record
+from bilevel_profiling.records.units import rounding
 
 _MACHINE = ("cpu", "gpu", "threads")
-_RESOLVED = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 3e-2, "float16": 5e-3}
-"""Relative errors below these are rounding, of which a change says nothing."""
 _TWOFOLD = 2.0
 
 
@@ -204,7 +203,7 @@ Judged = tuple[str, float | str | None, float | str | None, Verdict | None]
 
 
 def _judged(old: Record, new: Record, allowed: Tolerances) -> Iterator[Judged]:
-    yield "status", old.status, new.status, _by_severity(_severity(old), _severity(new), old.status != new.status)
+    yield "status", old.status, new.status, _by_severity(old.status, new.status)
     yield _loop(old, new)
     if old.status != new.status and (failed(old) or failed(new)):
         return  # what a run took until it failed is no figure
@@ -230,7 +229,7 @@ def _judged(old: Record, new: Record, allowed: Tolerances) -> Iterator[Judged]:
     yield "matmul_flops", old.matmul_flops, new.matmul_flops, _by_size(old.matmul_flops, new.matmul_flops, 0.0)
     for name in ("program_relative_error", "solution_relative_error"):
         before, after = getattr(old, name), getattr(new, name)
-        yield name, before, after, _by_error(before, after, _RESOLVED.get(new.dtype, 1e-6))
+        yield name, before, after, _by_error(before, after, rounding(new.dtype))
     if not _other_machine(old, new):
         yield "wall_seconds", old.wall_seconds, new.wall_seconds, _by_time(old, new, allowed.time)
 
@@ -241,20 +240,13 @@ def _loop(old: Record, new: Record) -> Judged:
     if before is None or after is None:
         left_out = failed(old) or failed(new)  # a run that fails has no loop
         return "outer loop", before, after, Verdict.CHANGED if before != after and not left_out else None
-    severities = [
-        _severity(dataclasses.replace(record, status=status)) for record, status in ((old, before), (new, after))
-    ]
-    return "outer loop", before, after, _by_severity(severities[0], severities[1], before != after)
+    return "outer loop", before, after, _by_severity(before, after)
 
 
-def _severity(record: Record) -> int:
-    return 0 if record.status == "OK" else 2 if failed(record) else 1
-
-
-def _by_severity(old: int, new: int, other: bool) -> Verdict | None:
-    if old == new:
-        return Verdict.CHANGED if other else None
-    return Verdict.WORSE if new > old else Verdict.BETTER
+def _by_severity(old: str, new: str) -> Verdict | None:
+    if severity(old) == severity(new):
+        return Verdict.CHANGED if old != new else None
+    return Verdict.WORSE if severity(new) > severity(old) else Verdict.BETTER
 
 
 def _by_size(old: int | None, new: int | None, tolerance: float) -> Verdict | None:

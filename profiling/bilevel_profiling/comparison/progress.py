@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from bilevel_profiling.records import units
+from bilevel_profiling.records.failure import noted, unfinished
 from bilevel_profiling.records.record import Record
 
 if TYPE_CHECKING:
@@ -158,13 +160,15 @@ def terminal(*, stderr: bool = True) -> "Console":
 
 def row_text(record: Record) -> str:
     """A record in a few words."""
-    if record.status in ("ERROR", "CRASHED", "TIMEOUT", "OUT_OF_MEMORY"):  # failure.FAILURES, which lies beside torch
+    if unfinished(record):
         return f"{record.status}: {record.reason}"
     memory = record.peak_tensor_bytes if record.device == "cpu" else record.cuda_allocated_bytes
-    parts = [] if memory is None else [f"{memory / 2**20:.1f} MiB"]
-    parts += [] if record.wall_seconds is None else [f"{record.wall_seconds * 1000:.1f} ms"]
-    parts += [] if record.program_relative_error is None else [f"error {record.program_relative_error:.1e}"]
-    return ", ".join([*parts, *([record.status] if record.status != "OK" else [])])
+    parts = [] if memory is None else [units.size(memory)]
+    parts += [] if record.wall_seconds is None else [units.duration(record.wall_seconds)]
+    parts += (
+        [] if record.program_relative_error is None else [f"error {units.significant(record.program_relative_error)}"]
+    )
+    return ", ".join([*parts, *([record.status] if noted(record) else [])])
 
 
 class _Pace:

@@ -27,7 +27,7 @@ from bilevel_profiling.cases.case_file import builtin_names
 from bilevel_profiling.comparison.folder import DAMAGED, Folder
 from bilevel_profiling.comparison.plan import Settled
 from bilevel_profiling.measurement.environment import environment
-from bilevel_profiling.records.failure import FAILURES
+from bilevel_profiling.records.failure import unfinished
 from bilevel_profiling.records.record import Record
 from bilevel_profiling.records.records_file import Row, replace_file, scan
 
@@ -116,14 +116,9 @@ def resume(folder: Folder, settled: Sequence[Settled]) -> tuple[list[Row], list[
     return list(rows), said
 
 
-def failed(record: Record) -> bool:
-    """Whether the run of a row failed, so that there are no figures, or not all."""
-    return record.status in FAILURES
-
-
 def loop_failed(record: Record) -> bool:
     """Whether the run of a row's outer loop failed."""
-    return any(iteration.status in FAILURES for iteration in record.iterations)
+    return any(map(unfinished, record.iterations))
 
 
 def plain(value: object) -> str:

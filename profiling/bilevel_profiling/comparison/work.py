@@ -23,7 +23,7 @@ from bilevel_profiling.measurement import cell, isolate
 from bilevel_profiling.measurement.environment import environment
 from bilevel_profiling.meters.resident import Resident
 from bilevel_profiling.records import sizes
-from bilevel_profiling.records.failure import OUT_OF_MEMORY, Failure, limited
+from bilevel_profiling.records.failure import OUT_OF_MEMORY, Failure, limited, unfinished
 from bilevel_profiling.records.record import Iteration, Record
 from bilevel_profiling.records.records_file import RecordsFile
 
@@ -194,7 +194,7 @@ class Comparison:
         for sentence in said:
             self._progress.say(sentence)
         again = self.records if retry_failed else []
-        self._again = {_key(record) for record in again if resuming.failed(record)}
+        self._again = {_key(record) for record in again if unfinished(record)}
         self._loop_again = {_key(record) for record in again if resuming.loop_failed(record)}
         self._date = environment()["date"]
 
@@ -275,7 +275,7 @@ class Comparison:
         place = self._place(key)
         if place is None or key in self._again or key in self._loop_again:
             return True
-        return not self.records[place].iterations and not resuming.failed(self.records[place])
+        return not self.records[place].iterations and not unfinished(self.records[place])
 
     def _place(self, key: Key) -> int | None:
         return next(
@@ -360,7 +360,7 @@ class Comparison:
     def _looping(self, plan: Plan, definition: Definition, job: cell.Job, steps: int) -> Callable[[], str]:
         def work() -> str:
             place = self._place((definition.name, job.label, job.inner_steps))
-            if place is None or resuming.failed(self.records[place]):
+            if place is None or unfinished(self.records[place]):
                 return "left out: its single hypergradient failed"
             row = self.records[place]
             before = next(

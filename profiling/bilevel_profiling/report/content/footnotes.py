@@ -4,8 +4,9 @@ import string
 from collections.abc import Sequence
 
 from bilevel_profiling.records import units
-from bilevel_profiling.records.failure import failed
-from bilevel_profiling.records.record import SPREADS, Record
+from bilevel_profiling.records.failure import failed, noted
+from bilevel_profiling.records.note import NoteKind
+from bilevel_profiling.records.record import Record
 from bilevel_profiling.report.content.groups import Group
 from bilevel_profiling.report.content.text import clean
 
@@ -18,21 +19,14 @@ QUANTILES = "10% to 90% quantile"
 
 def marker(record: Record, group: Group) -> str:
     """OK, or the status with the number under which its reason is given; letters lead to notes."""
-    word = "OK"
-    if record.status != "OK":
-        noted = [r for r in group.rows if r.status != "OK"]
-        place = next(place for place, r in enumerate(noted, start=1) if r is record)
-        word = f"{'failed' if failed(record) else 'note'} [{place}]"
-    letters = [letter for letter, sentence in notes(group) if letter and sentence in map(clean, record.notes)]
+    word = next((word for word, row in reasons(group) if row is record), "OK")
+    letters = [letter for letter, sentence in notes(group) if letter and sentence in _said(record)]
     return f"{word} ({','.join(letters)})" if letters else word
 
 
 def reasons(group: Group) -> list[tuple[str, Record]]:
     """(marker, record) of every row that is not OK, in the order of the rows."""
-    return [
-        (f"{'failed' if failed(r) else 'note'} [{n}]", r)
-        for n, r in enumerate((r for r in group.rows if r.status != "OK"), start=1)
-    ]
+    return [(f"{'failed' if failed(r) else 'note'} [{n}]", r) for n, r in enumerate(filter(noted, group.rows), start=1)]
 
 
 def reason(record: Record) -> str:
@@ -45,11 +39,15 @@ def notes(group: Group) -> list[tuple[str, str]]:
     not fail.
     """
     done = [record for record in group.rows if not failed(record)]
-    said = [clean(note) for record in group.rows for note in record.notes if not note.startswith(SPREADS)]
-    found = dict.fromkeys(text for text in said if text)
-    shared = [text for text in found if done and all(text in map(clean, record.notes) for record in done)]
+    found = dict.fromkeys(text for record in group.rows for text in _said(record))
+    shared = [text for text in found if done and all(text in _said(record) for record in done)]
     rest = [text for text in found if text not in shared]
     return [*(("", text) for text in shared), *((_letter(place), text) for place, text in enumerate(rest))]
+
+
+def _said(record: Record) -> list[str]:
+    """Its notes, those left out that are told in another way."""
+    return [text for note in record.notes if note.kind is not NoteKind.SPREAD and (text := clean(note.text))]
 
 
 def wide(record: Record) -> bool:

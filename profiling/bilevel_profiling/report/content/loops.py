@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from bilevel_profiling.records import units
+from bilevel_profiling.records.failure import noted
 from bilevel_profiling.records.record import Iteration, Record
 from bilevel_profiling.report.content.groups import Group
 from bilevel_profiling.report.content.text import clean
@@ -78,7 +79,7 @@ def logged(record: Record) -> list[str]:
 
 def troubles(record: Record) -> dict[str, int]:
     """How often each status other than OK ended an iteration."""
-    statuses = [entry.status for entry in record.iterations if entry.status != "OK"]
+    statuses = [entry.status for entry in filter(noted, record.iterations)]
     return {status: statuses.count(status) for status in dict.fromkeys(statuses)}
 
 
@@ -96,7 +97,7 @@ def _iteration(entry: Iteration, names: Sequence[str]) -> list[str]:
 
 def _length(record: Record) -> str:
     """Number of outer steps, and how many of them did not end as they should."""
-    bad = sum(entry.status != "OK" for entry in record.iterations)
+    bad = sum(map(noted, record.iterations))
     return units.count(len(record.iterations)) + (f" ({bad:,} not OK)" if bad else "")
 
 

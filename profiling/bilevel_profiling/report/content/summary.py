@@ -63,7 +63,11 @@ def facts(group: Group) -> list[Fact]:
     fast = {e: v for e, v in times.items() if e in exact}
     if fast:
         label, rivals = _fastest(group, fast)
-        doubt = f"not told apart from {listing(rivals)}: their {QUANTILES} ranges overlap" if rivals else _error_text(group, label)
+        doubt = (
+            f"not told apart from {listing(rivals)}: their {QUANTILES} ranges overlap"
+            if rivals
+            else _error_text(group, label)
+        )
         found.insert(2, Fact("Fastest exact", units.duration(fast[label]), label, doubt))
     return found
 

@@ -5,6 +5,7 @@ are crossed out.
 from collections.abc import Callable, Mapping
 
 from bilevel_profiling.records import units
+from bilevel_profiling.records.failure import noted
 from bilevel_profiling.records.record import Iteration, Record
 from bilevel_profiling.report.content import loops
 from bilevel_profiling.report.content.groups import Group
@@ -131,7 +132,7 @@ def _crosses(
     record: Record, value: Callable[[Iteration], float | None], x: scales.Scale, y: scales.Scale, frame: svg.Frame
 ) -> Markup:
     """On the line, or on the upper edge where there is no value; of very many, evenly spaced ones."""
-    bad = [entry for entry in record.iterations if entry.status != "OK"]
+    bad = list(filter(noted, record.iterations))
     bad = bad[:: -(-len(bad) // _MOST_CROSSES)] if bad else []
     crosses = []
     for entry in bad:

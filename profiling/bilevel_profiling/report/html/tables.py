@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from bilevel_profiling.records import units
-from bilevel_profiling.records.failure import failed
+from bilevel_profiling.records.failure import Severity, failed, noted, severity
 from bilevel_profiling.records.growth import Verdict
 from bilevel_profiling.records.record import Record
 from bilevel_profiling.report.content import alive, columns, footnotes, laws, loops
@@ -15,6 +15,7 @@ from bilevel_profiling.report.figures.palette import Style, outline
 
 _MOST_ALIVE = 8
 """Rows of what was alive that are shown at once."""
+_STATUS = {Severity.OK: "text", Severity.NOTE: "text status note", Severity.FAILED: "text status bad"}
 _WIDTHS = {"MiB": 5, "of peak": 7.5, "storages": 6, "phase": 10.5, "span": 9.5, "operator": 10}
 """Columns of what was alive, in em, so that folded rows stand below the others."""
 
@@ -89,12 +90,11 @@ def iterations_table(record: Record) -> Markup:
         if hidden and place == len(rows) // 2:
             said = f"{plural(hidden, 'step')} left out; records.jsonl has them all"
             lines.append(tag("tr", tag("td", said, colspan=len(header), class_="text none")))
-        lost = row[-1] != "OK"
         lines.append(
             tag(
                 "tr",
                 *(tag("td", cell) for cell in row[:-1]),
-                tag("td", row[-1], class_="text status bad" if lost else "text"),
+                tag("td", row[-1], class_=_STATUS[severity(row[-1])]),
             )
         )
     names = [tag("th", name, scope="col", class_="text" if name == "status" else None) for name in header]
@@ -210,12 +210,12 @@ def _cell(
     text = column.cell(record)
     if column.header == "estimator":
         return tag("th", glyph(looks[record.estimator]), text, scope="row", title=clean(record.settings) or None)
-    if column.header == "status" and record.status != "OK":
+    if column.header == "status" and noted(record):
         number = text[text.index("[") + 1 : text.index("]")]
         return tag(
             "td",
             tag("a", text, href=f"#{key}-reason-{number}"),
-            class_="text status " + ("bad" if failed(record) else "note"),
+            class_=_STATUS[severity(record.status)],
         )
     value = {"peak MiB": record.peak_tensor_bytes, "ms": record.wall_seconds}.get(column.header)
     share = value / longest[column.header] if units.finite(value) and longest[column.header] > 0 else None
@@ -230,8 +230,7 @@ def _reasons(each: Group, key: str) -> Markup:
     items = []
     for number, (word, record) in enumerate(footnotes.reasons(each), start=1):
         steps = "" if record.inner_steps is None else f", K = {record.inner_steps:,}"
-        kind = "bad" if failed(record) else "note"
-        head = tag("span", word, class_=f"status {kind}")
+        head = tag("span", word, class_=_STATUS[severity(record.status)].removeprefix("text "))
         items.append(
             tag(
                 "li",

@@ -5,7 +5,7 @@ wider than the terminal.
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from bilevel_profiling.records.failure import failed
+from bilevel_profiling.records.failure import Severity, severity
 from bilevel_profiling.records.growth import Verdict
 from bilevel_profiling.records.record import Record
 from bilevel_profiling.report.content import footnotes, laws, loops
@@ -24,6 +24,7 @@ _LABEL = 24
 _ROOMY = 120
 """From this width on, columns stand two spaces apart."""
 BROKEN = Verdict.BROKEN.value.upper()
+_COLORS = {Severity.OK: "green", Severity.NOTE: "yellow", Severity.FAILED: "red"}
 _SECTIONS = {"vs K-step program": "program", "vs converged solution": "solution", "": ""}
 _HEADERS = {"peak MiB": "MiB", "x base": "x", "rel. error": "error"}
 
@@ -61,7 +62,7 @@ def _case(each: Group, width: int) -> "list[RenderableType]":
     for word, record in footnotes.reasons(each):
         steps = "" if record.inner_steps is None else f", K = {record.inner_steps}"
         label = f"{word[word.index('[') :]} {clean(record.estimator)}{steps}: "
-        parts.append(Text.assemble((label, "red" if failed(record) else "yellow"), footnotes.reason(record)))
+        parts.append(Text.assemble((label, _COLORS[severity(record.status)]), footnotes.reason(record)))
     parts += [
         Text(f"{f'({mark}) ' if mark.isalpha() else f'{mark} ' if mark else 'All rows: '}{text}", "dim")
         for mark, text in footnotes.lines(each)
@@ -136,7 +137,7 @@ def _fill(made: "Table", each: Group, shown: Sequence[Column]) -> None:
     status = [column.header for column in shown].index("status")
     for place, record in enumerate(each.rows):
         cells = [Text(column.cell(record)) for column in shown]
-        cells[status].stylize("red" if failed(record) else "yellow" if record.status != "OK" else "green")
+        cells[status].stylize(_COLORS[severity(record.status)])
         last = place + 1 < len(each.rows) and each.rows[place + 1].inner_steps != record.inner_steps
         made.add_row(*cells, end_section=last)
 
