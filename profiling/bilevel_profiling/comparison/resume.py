@@ -6,24 +6,16 @@ loops that did, are measured anew; what a hypergradient says of itself (DIVERGED
 would say it again. A row that the new plan does not ask for stays.
 
 The settings of an estimator, its device and its seed are in its row. What is not in it is kept beside the file: the
-case's code, the inner optimizer, the number of repeats and threads, and so on. Whatever differs is refused, by name: a
+case's code with the local modules that it imports (see `code`), the inner optimizer, the number of repeats and threads, and so on. Whatever differs is refused, by name: a
 report of rows that were measured differently compares nothing. Time and memory limits may differ, and so may the
 labels, the K and the cases.
 """
 
-import ast
-import hashlib
-import importlib.util
-import inspect
 import json
 import re
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from bilevel_profiling.cases import builtin as cases
-from bilevel_profiling.cases.case_file import builtin_names
+from bilevel_profiling.comparison.code import fingerprint
 from bilevel_profiling.comparison.folder import DAMAGED, Folder
 from bilevel_profiling.comparison.plan import Settled
 from bilevel_profiling.measurement.environment import environment
@@ -34,8 +26,6 @@ from bilevel_profiling.records.records_file import Row, replace_file, scan
 Facts = Mapping[str, str]
 """What the rows of one case have in common and do not all say, by name."""
 _STEPS = "number of outer steps"
-# Compared by themselves, or free to grow; a change to them is no change of the problem.
-_SETTINGS = {"ESTIMATORS", "INNER_STEPS", "OUTER_STEPS", "PRELOAD"}
 
 
 class ResumeError(ValueError):
@@ -53,7 +43,7 @@ def facts(settled: Settled) -> Facts:
         "inner optimizer": plain(case.optimizer),
         "solver for the solution": plain(case.solution),
         _STEPS: str(case.outer_steps),
-        "code": _code(settled),
+        "code": fingerprint(settled),
         "version of torch": here["torch"],
         "version of bilevel": here["bilevel"].partition(" ")[0],
         "processor": here["cpu"],
@@ -181,44 +171,3 @@ def _read(folder: Folder) -> dict[str, Facts] | None:
 
 def _write(folder: Folder, found: Mapping[str, Facts]) -> None:
     replace_file(folder.plan, (json.dumps(found, indent=1) + "\n").encode("utf-8"))
-
-
-def _code(settled: Settled) -> str:
-    """A mark of the code of a case, without comments and settings; empty parts where there is no source to read."""
-    source, overrides = settled.plan.source, settled.plan.overrides
-    functions = [overrides.get(name) for name in ("batches", "evaluate", "outer_optimizer")]
-    parts = [
-        _module(source) if isinstance(source, str) else _function(source),
-        *(_function(each) for each in functions if callable(each)),
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _module(source: str) -> str:
-    if source in builtin_names():
-        found = importlib.util.find_spec(f"{cases.__name__}.{source}")
-        path = Path(found.origin) if found is not None and found.origin else None
-    else:
-        path = Path(source).expanduser()
-    return "" if path is None else _meaning(path.read_bytes())
-
-
-def _function(function: Callable[..., Any]) -> str:
-    try:
-        return _meaning(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):  # made without a file, a callable object, or a part of an expression
-        return getattr(function, "__qualname__", "")
-
-
-def _meaning(text: str | bytes) -> str:
-    tree = ast.parse(text)
-    return "\n".join(ast.dump(node) for node in tree.body if not _set(node) & _SETTINGS and not _is_text(node))
-
-
-def _set(node: ast.stmt) -> set[str]:
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return {target.id for target in targets if isinstance(target, ast.Name)}
-
-
-def _is_text(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
