@@ -10,8 +10,7 @@ import pytest
 from bilevel_profiling import cli
 from bilevel_profiling.cli import main
 from bilevel_profiling.cli import options as types
-from bilevel_profiling.records.codec import iteration_json
-from bilevel_profiling.records.record import Iteration, Record
+from bilevel_profiling.records.record import Iteration, Record, iteration_json
 from bilevel_profiling.records.records_file import read, scan, write
 
 ROW = Record(
@@ -201,12 +200,12 @@ def test_list_names_cases_and_estimators(capsys):
 
 def test_a_memory_limit_is_for_the_cpu(tmp_path):
     from bilevel_profiling.cases.case_file import CaseError
-    from bilevel_profiling.comparison.plan import Plan, settle
+    from bilevel_profiling.comparison.plan import Plan, Settings, settle
 
     with pytest.raises(CaseError, match="limits the address space, of which CUDA takes more than it uses"):
-        settle([Plan("quadratic", device="cuda", memory_limit=2**30)])
+        settle([Plan("quadratic")], Settings(device="cuda", memory_limit=2**30))
     with pytest.raises(CaseError, match="positive number of bytes"):
-        settle([Plan("quadratic", memory_limit=0)])
+        settle([Plan("quadratic")], Settings(memory_limit=0))
 
 
 def test_options_say_what_was_needed():

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 from bilevel_profiling.records import records_file
-from bilevel_profiling.records.codec import from_line, iteration_json
 from bilevel_profiling.records.failure import _LESS_ACCURATE, FAILURES, Severity, failed, noted, of_error, severity
 from bilevel_profiling.records.note import NoteKind
-from bilevel_profiling.records.record import SCHEMA, Alive, Iteration, Phase, Record, Target
+from bilevel_profiling.records.record import SCHEMA, Alive, Iteration, Phase, Record, Target, from_line, iteration_json
 from bilevel_profiling.records.records_file import RecordsFile, append_iteration, read, scan, write
 
 import bilevel as bl

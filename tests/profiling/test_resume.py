@@ -16,6 +16,7 @@ from bilevel_profiling.cli import main
 from bilevel_profiling.comparison.code import fingerprint
 from bilevel_profiling.comparison.folder import Folder, filename
 from bilevel_profiling.comparison.plan import Plan, Settled
+from bilevel_profiling.records.note import NoteKind
 from bilevel_profiling.records.records_file import read, scan
 
 import bilevel as bl
@@ -304,12 +305,12 @@ def test_failures_stay_until_they_are_to_be_tried_again(case, out, capsys):
     assert main([*command, "--retry-failed"]) == 0
     found = rows(out)
     assert [(r.status, [i.status for i in r.iterations]) for r in found.values()] == [("OK", ["ERROR"])] * 2
-    assert all(r.notes[-1] == "The outer loop ended with ERROR: ValueError: cannot see" for r in found.values())
+    assert all(str(r.notes[-1]) == "The outer loop ended with ERROR: ValueError: cannot see" for r in found.values())
     blind.unlink()
     assert main([*command, "--retry-failed"]) == 0
     again = rows(out)
     assert [len(r.iterations) for r in again.values()] == [2] * 2
-    assert not any(note.startswith("The outer loop") for r in again.values() for note in r.notes)
+    assert not any(note.kind is NoteKind.OUTER_LOOP for r in again.values() for note in r.notes)
     assert [r.wall_seconds for r in again.values()] == [
         r.wall_seconds for r in found.values()
     ]  # only the loops were run

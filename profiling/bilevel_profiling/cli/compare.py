@@ -7,6 +7,9 @@ from bilevel_profiling.cli import options as types
 from bilevel_profiling.cli.output import DONE, INTERRUPTED, NOTHING, print_records, say, unwritable, wrong
 from bilevel_profiling.comparison import progress
 
+_SETTINGS = ("seed", "repeats", "time_limit", "threads", "memory_limit", "resume", "retry_failed", "trace", "snapshot")
+"""Options that are fields of `Settings` under the same name."""
+
 
 def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
     """Say what it takes."""
@@ -113,38 +116,20 @@ def run(options: argparse.Namespace) -> int:
     """Do it."""
     # Here and not above: torch takes seconds to load, and --help and show do without it.
     from bilevel_profiling.cases.case_file import CaseError
-    from bilevel_profiling.comparison.plan import Plan
+    from bilevel_profiling.comparison.plan import Plan, Settings
     from bilevel_profiling.comparison.resume import ResumeError
     from bilevel_profiling.comparison.work import Comparison
 
     overrides = {"inner_steps": options.inner_steps, "outer_steps": options.outer_steps}
     known = {name: value for name, value in overrides.items() if value is not None}
     try:
-        device = chosen_device(options.device)
-        plans = [
-            Plan(
-                case,
-                known,
-                options.estimators,
-                device=device,
-                seed=options.seed,
-                repeats=options.repeats,
-                time_limit=options.time_limit,
-                threads=options.threads,
-                memory_limit=options.memory_limit,
-            )
-            for case in options.cases
-        ]
-        comparison = Comparison(
-            plans,
-            options.out,
-            resume=options.resume,
-            retry_failed=options.retry_failed,
-            trace=options.trace,
-            snapshot=options.snapshot,
-            progress=progress.chosen(),
+        settings = Settings(
+            device=chosen_device(options.device),
             command=options.command,
+            **{name: getattr(options, name) for name in _SETTINGS},
         )
+        plans = [Plan(case, known, options.estimators) for case in options.cases]
+        comparison = Comparison(plans, options.out, settings, progress.chosen())
     except (CaseError, ResumeError, TypeError) as error:
         return wrong(str(error))
     except OSError as error:

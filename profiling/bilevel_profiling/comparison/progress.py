@@ -75,10 +75,11 @@ class Lines(Progress):
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._pace = _Pace([])
+        self._pieces, self._total = 0, 0.0
 
     def start(self, tasks: Sequence[Task]) -> None:
-        self._pace = _Pace(tasks)
+        self._pieces, self._total = len(tasks), sum(task.weight for task in tasks)
+        self._finished, self._weight, self._started = 0, 0.0, time.monotonic()
 
     def say(self, text: str) -> None:
         print(f"bilevel: {one_line(text)}", file=self._stream, flush=True)
@@ -86,10 +87,18 @@ class Lines(Progress):
     def begin(self, task: Task) -> None: ...
 
     def finish(self, task: Task, said: str) -> None:
-        self._pace.finished(task)
-        print(f"{self._pace.text()}  {one_line(f'{task.case}: {task.text}: {said}')}", file=self._stream, flush=True)
+        self._finished += 1
+        self._weight += task.weight
+        print(f"{self._pace()}  {one_line(f'{task.case}: {task.text}: {said}')}", file=self._stream, flush=True)
 
     def stop(self) -> None: ...
+
+    def _pace(self) -> str:
+        """How far the work is. The first pieces wait for torch to load, and say nothing about the rest."""
+        spent = time.monotonic() - self._started
+        told = self._weight >= 0.05 * self._total
+        left = f", about {_clock(spent * (self._total / self._weight - 1))} left" if told and self._weight else ""
+        return f"[{self._finished}/{self._pieces}, {_clock(spent)}{left}]"
 
 
 class Bar(Progress):
@@ -100,34 +109,36 @@ class Bar(Progress):
     """
 
     def __init__(self, console: "Console | None" = None) -> None:
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+        from rich import progress
 
         self._console = console or terminal()
-        self._pace = _Pace([])
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[pace]}"),
+        self._bar = progress.Progress(
+            progress.SpinnerColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.TextColumn("{task.fields[finished]}/{task.fields[count]}"),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
             console=self._console,
             transient=True,
+            speed_estimate_period=3600.0,  # the pieces are few and long
         )
         self._all: Any = None
+        self._finished = 0
 
     def start(self, tasks: Sequence[Task]) -> None:
-        self._pace = _Pace(tasks)
-        self._all = self._bar.add_task("", total=sum(task.weight for task in tasks), pace="")
+        self._all = self._bar.add_task("", total=sum(task.weight for task in tasks), finished=0, count=len(tasks))
         self._bar.start()
 
     def say(self, text: str) -> None:
         self._console.print(f"bilevel: {_escaped(text)}", highlight=False)
 
     def begin(self, task: Task) -> None:
-        self._bar.update(self._all, description=_escaped(f"{task.case}: {task.text}"), pace=self._pace.text())
+        self._bar.update(self._all, description=_escaped(f"{task.case}: {task.text}"))
 
     def finish(self, task: Task, said: str) -> None:
-        self._pace.finished(task)
-        self._bar.update(self._all, advance=task.weight, pace=self._pace.text())
+        self._finished += 1
+        self._bar.update(self._all, advance=task.weight, finished=self._finished)
         self._console.print(
             f"[dim]{_escaped(task.case)}[/dim]  {_escaped(task.text)}: {_escaped(said)}", highlight=False
         )
@@ -169,28 +180,6 @@ def row_text(record: Record) -> str:
         [] if record.program_relative_error is None else [f"error {units.significant(record.program_relative_error)}"]
     )
     return ", ".join([*parts, *([record.status] if noted(record) else [])])
-
-
-class _Pace:
-    """How far the work is."""
-
-    def __init__(self, tasks: Sequence[Task]) -> None:
-        self._count, self._total = len(tasks), sum(task.weight for task in tasks)
-        self._finished, self._weight, self._started = 0, 0.0, time.monotonic()
-
-    def finished(self, task: Task) -> None:
-        self._finished += 1
-        self._weight += task.weight
-
-    def text(self) -> str:
-        spent = time.monotonic() - self._started
-        # The first pieces wait for torch to load, and say nothing about the rest.
-        left = (
-            ""
-            if self._weight < 0.05 * self._total
-            else f", about {_clock(spent * (self._total - self._weight) / self._weight)} left"
-        )
-        return f"[{self._finished}/{self._count}, {_clock(spent)}{left}]"
 
 
 def _clock(seconds: float) -> str:

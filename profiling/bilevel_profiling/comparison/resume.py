@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from bilevel_profiling.comparison.code import fingerprint
 from bilevel_profiling.comparison.folder import DAMAGED, Folder
-from bilevel_profiling.comparison.plan import Settled
+from bilevel_profiling.comparison.plan import Settings, Settled
 from bilevel_profiling.measurement.environment import environment
 from bilevel_profiling.records.failure import unfinished
 from bilevel_profiling.records.record import Record
@@ -32,14 +32,14 @@ class ResumeError(ValueError):
     """A comparison that cannot be continued, with a message that says what differs and what to write."""
 
 
-def facts(settled: Settled) -> Facts:
+def facts(settled: Settled, settings: Settings) -> Facts:
     """What the rows of a case are measured with."""
-    plan, case, here = settled.plan, settled.case, environment()
+    case, here = settled.case, environment()
     return {
-        "device": plan.device,
-        "seed": str(plan.seed),
-        "number of repeats": str(plan.repeats),
-        "number of threads": str(plan.threads),
+        "device": settings.device,
+        "seed": str(settings.seed),
+        "number of repeats": str(settings.repeats),
+        "number of threads": str(settings.threads),
         "inner optimizer": plain(case.optimizer),
         "solver for the solution": plain(case.solution),
         _STEPS: str(case.outer_steps),
@@ -50,18 +50,18 @@ def facts(settled: Settled) -> Facts:
     }
 
 
-def begin(folder: Folder, settled: Sequence[Settled]) -> tuple[list[Row], list[str]]:
+def begin(folder: Folder, settled: Sequence[Settled], settings: Settings) -> tuple[list[Row], list[str]]:
     """Write down what a new comparison measures with. Earlier rows are set aside, which is said.
 
     Raises:
         OSError: a file cannot be written.
     """
     said = folder.set_aside()
-    _write(folder, {each.case.name: facts(each) for each in settled})
+    _write(folder, {each.case.name: facts(each, settings) for each in settled})
     return [], [said] if said else []
 
 
-def resume(folder: Folder, settled: Sequence[Settled]) -> tuple[list[Row], list[str]]:
+def resume(folder: Folder, settled: Sequence[Settled], settings: Settings) -> tuple[list[Row], list[str]]:
     """The rows that are there, and sentences for the user. A half-written last row is taken out of the file and kept
     beside it.
 
@@ -70,7 +70,7 @@ def resume(folder: Folder, settled: Sequence[Settled]) -> tuple[list[Row], list[
         OSError: a file cannot be read or written.
     """
     said: list[str] = []
-    new = {each.case.name: facts(each) for each in settled}
+    new = {each.case.name: facts(each, settings) for each in settled}
     old = _read(folder)
     rows: Sequence[Row] = ()
     if folder.records.exists():
@@ -90,7 +90,7 @@ def resume(folder: Folder, settled: Sequence[Settled]) -> tuple[list[Row], list[
             ]
             if records:
                 _check_facts(folder, each.case.name, (old or {}).get(each.case.name), new[each.case.name])
-            _check_rows(folder, each, records)
+            _check_rows(folder, each, settings, records)
         for damage in found.damage:
             folder.keep_damaged(damage.text)
             said.append(
@@ -134,20 +134,21 @@ def _check_facts(folder: Folder, name: str, old: Facts | None, new: Facts) -> No
         )
 
 
-def _check_rows(folder: Folder, settled: Settled, records: Sequence[Record]) -> None:
-    plan, case = settled.plan, settled.case
+def _check_rows(folder: Folder, settled: Settled, settings: Settings, records: Sequence[Record]) -> None:
+    cells = {(cell.label, cell.steps): cell for cell in settled.cells}
     for record in records:
-        now = {"device": plan.device, "seed": str(plan.seed)}
-        if record.estimator in case.estimators:
-            now["estimator"] = plain(case.estimators[record.estimator])
-        for key, before in {
-            "device": record.device,
-            "seed": str(record.seed),
-            "estimator": plain(record.settings),
-        }.items():
+        now = {"device": settings.device, "seed": str(settings.seed)}
+        then = {"device": record.device, "seed": str(record.seed), "estimator": plain(record.settings)}
+        cell = cells.get((record.estimator, record.inner_steps or 0))
+        known = settled.case.estimators.get(cell.estimator if cell is not None else record.estimator)
+        if known is not None:
+            now["estimator"] = plain(known)
+        if cell is not None and record.solver:
+            now["inner solver"], then["inner solver"] = plain(cell.solver), plain(record.solver)
+        for key, before in then.items():
             if now.get(key, before) != before:
                 raise ResumeError(
-                    f"{folder.records} cannot be continued: its row {case.name}, {record.estimator}, K = "
+                    f"{folder.records} cannot be continued: its row {settled.case.name}, {record.estimator}, K = "
                     f"{record.inner_steps} has {key} {before}, and this comparison has {now[key]}. Use the same, "
                     f"another label or another folder; without --resume the old rows are kept aside"
                 )

@@ -154,6 +154,7 @@ def described(case: Case, command: str = "") -> Record:
         memory_growth=case.estimator.memory_growth,
         settings=repr(case.estimator),
         target=target_of(case.estimator),
+        solver=repr(case.solver),
         inner_steps=case.solver.max_steps,
         device=case.device,
         seed=case.seed,

@@ -6,12 +6,12 @@ never 0.
 
 import dataclasses
 import enum
+import json
 from collections.abc import Mapping
 
+from bilevel_profiling.records import codec
 from bilevel_profiling.records.note import Note
-
-SCHEMA = 3
-"""Changes when the meaning of a field does. A new field does not change it: readers leave out what they do not know."""
+from bilevel_profiling.records.schemas import SCHEMA, upgraded
 
 Point = tuple[int, int, str, str, str]
 """(operation index, live bytes, phase, innermost span, operator)."""
@@ -96,7 +96,10 @@ class Record:
     target: Target | None = None
     """What the estimator gives but for rounding and unmet tolerances; None where that is neither (truncated sweeps,
     first-order ones) or not known. The first to give the program is the baseline of a report's ratios."""
+    solver: str = ""
+    """repr of the inner solver."""
     inner_steps: int | None = None
+    """K; the most steps that the solver may take."""
     memory_growth: str = ""
     """The estimator's contract on how peak memory grows with K: constant, sqrt or linear; empty where there is none to
     hold it to."""
@@ -181,8 +184,6 @@ class Record:
 
     def to_json(self) -> str:
         """One line of JSON, without newlines; a number that is not finite is written as {"nonfinite": "nan"}."""
-        from bilevel_profiling.records import codec
-
         return codec.line(self)
 
     @classmethod
@@ -192,9 +193,36 @@ class Record:
         Raises:
             ValueError: not JSON, not a record, or a record of another schema version; the message says which.
         """
-        from bilevel_profiling.records import codec
-
-        found = codec.from_line(line)
+        found = from_line(line)
         if not isinstance(found, cls):
             raise ValueError("not a record: it is an iteration of one")
         return found
+
+
+def iteration_json(iteration: Iteration) -> str:
+    """The line that adds an outer iteration to the record before it, in the file of a run.
+
+    Example:
+        >>> from_line(iteration_json(Iteration(index=3, outer_loss=0.5))).outer_loss
+        0.5
+    """
+    return codec.line({"iteration": iteration})
+
+
+def from_line(line: str) -> Record | Iteration:
+    """Read a line: a record, or an iteration that belongs to the record before it.
+
+    Raises:
+        ValueError: neither; the message says what is wrong with it.
+    """
+    try:
+        data = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a record: invalid JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError("not a record: invalid JSON (nested too deeply)") from error
+    if isinstance(data, dict) and set(data) == {"iteration"}:
+        return codec.structured(data["iteration"], Iteration, "iteration")
+    if not isinstance(data, dict) or "case" not in data or "estimator" not in data:
+        raise ValueError("not a record: a JSON object with 'case' and 'estimator' was needed")
+    return codec.structured(upgraded(data), Record, "record")

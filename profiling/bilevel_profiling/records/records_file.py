@@ -14,8 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from bilevel_profiling.records.codec import from_line, iteration_json
-from bilevel_profiling.records.record import Iteration, Record
+from bilevel_profiling.records.record import Iteration, Record, from_line, iteration_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,4 +119,4 @@ def _description(record: Record) -> Iterator[str]:
         **record.environment,
     }
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value)]
-    yield "\n".join(table + [""] * bool(record.notes) + list(record.notes))
+    yield "\n".join(table + [""] * bool(record.notes) + list(map(str, record.notes)))
