@@ -26,7 +26,7 @@ from bilevel_profiling.records.record import Alive, Iteration, Phase, Record, Ta
 from bilevel_profiling.report import markdown
 from bilevel_profiling.report.content import columns, footnotes, groups, laws, loops, summary
 from bilevel_profiling.report.figures import case_figures, loop, palette, scales, svg, timeline
-from bilevel_profiling.report.html import page, tables
+from bilevel_profiling.report.html import page
 
 HERE = Path(__file__).parent
 COMMAND = "bilevel compare hypercleaning fewshot --inner-steps 10,50,200 --out report"
@@ -357,7 +357,7 @@ def test_png_is_written_and_says_what_it_lacks(tmp_path: Path) -> None:
 def test_report_imports_neither_torch_nor_plotting_nor_terminal_libraries() -> None:
     program = f"""
 import sys, types
-for name in ("torch", "rich", "matplotlib", "numpy", "jinja2"):
+for name in ("torch", "rich", "matplotlib", "numpy"):
     sys.modules[name] = None
 package = types.ModuleType("bilevel_profiling")
 package.__path__ = [{str(HERE.parents[1] / "profiling" / "bilevel_profiling")!r}]
@@ -471,11 +471,11 @@ def _fragments() -> dict[str, str]:
     found = timeline.timelines(group, "toy-timeline")
     assert found is not None
     return {
-        "timeline": page._panels(found),
-        "alive": tables.alive_table(records[-1]),
-        "growth": tables.growth(group),
-        "iterations": tables.iterations_table(records[-1]),
-        "runs": "".join(tables.sections(group, looks, "toy")[:4]),
+        "timeline": page.fragment("panels", found),
+        "alive": page.fragment("alive_table", records[-1]),
+        "growth": page.fragment("growth", group),
+        "iterations": page.fragment("iterations_table", records[-1]),
+        "runs": "<h3>All runs</h3>" + page.fragment("runs", group, looks, "toy") + page.fragment("below", group, "toy"),
     }
 
 
@@ -595,7 +595,7 @@ def test_crossed_out_steps_are_those_that_did_not_end_ok_and_long_loops_are_cut_
     long = Record(case="c", estimator="a", iterations=tuple(Iteration(index=n, outer_loss=1.0) for n in range(500)))
     header, rows, hidden = loops.iterations(long)
     assert (header, len(rows), hidden) == (["step", "outer loss", "status"], 200, 300)
-    assert "300 steps left out" in tables.iterations_table(long)
+    assert "300 steps left out" in page.fragment("iterations_table", long)
 
 
 def test_errors_stand_against_memory_and_against_time_each_with_its_front() -> None:

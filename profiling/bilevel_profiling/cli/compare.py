@@ -130,7 +130,7 @@ def run(options: argparse.Namespace) -> int:
         )
         plans = [Plan(case, known, options.estimators) for case in options.cases]
         comparison = Comparison(plans, options.out, settings, progress.chosen())
-    except (CaseError, ResumeError, TypeError) as error:
+    except (CaseError, ResumeError, TypeError, ImportError) as error:
         return wrong(str(error))
     except OSError as error:
         return unwritable(options.out, error)

@@ -127,7 +127,10 @@ def _numbered(stem: str) -> Iterator[str]:
 
 def _locked(folder: Path) -> Callable[[], None]:
     """Take the folder's lock; the function lets go of it, as the system does when the process ends."""
-    from filelock import FileLock, Timeout
+    try:
+        from filelock import FileLock, Timeout
+    except ImportError as error:
+        raise ImportError('a comparison needs filelock and jinja2: pip install "bilevel[profiling]"') from error
 
     lock = FileLock(folder / LOCK, blocking=False, thread_local=False)
     try:

@@ -6,7 +6,7 @@ from bilevel_profiling.records import units
 from bilevel_profiling.records.failure import noted
 from bilevel_profiling.records.record import Iteration, Record
 from bilevel_profiling.report.content.groups import Group
-from bilevel_profiling.report.content.text import clean
+from bilevel_profiling.report.content.text import clean, plural
 
 _MOST_ROWS = 200
 
@@ -81,6 +81,12 @@ def troubles(record: Record) -> dict[str, int]:
     """How often each status other than OK ended an iteration."""
     statuses = [entry.status for entry in filter(noted, record.iterations)]
     return {status: statuses.count(status) for status in dict.fromkeys(statuses)}
+
+
+def told(record: Record) -> str:
+    """How many steps there were, and how many of them did not end OK."""
+    bad = ", ".join(f"{number:,} {clean(status)}" for status, number in troubles(record).items())
+    return plural(len(record.iterations), "step") + (f", of these {bad}" if bad else ", all OK")
 
 
 def _iteration(entry: Iteration, names: Sequence[str]) -> list[str]:

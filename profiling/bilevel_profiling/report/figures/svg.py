@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from bilevel_profiling.report.content.text import shorten
-from bilevel_profiling.report.figures.markup import Markup, decimal, join, tag
+from bilevel_profiling.report.figures.markup import Markup, decimal, tag
 from bilevel_profiling.report.figures.palette import Style, outline
 from bilevel_profiling.report.figures.scales import Scale
 
@@ -194,8 +194,3 @@ def _overlap(a: Box, b: Box) -> bool:
 def described(pairs: Iterable[tuple[str, str]]) -> str:
     """Pairs as "label: value; ...", for the description of a figure."""
     return "; ".join(f"{label}: {value}" for label, value in pairs) + "."
-
-
-def stack(*parts: object) -> Markup:
-    """Parts drawn over each other, in order."""
-    return join(*parts)
