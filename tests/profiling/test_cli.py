@@ -79,7 +79,7 @@ BROKEN = {
         (["show", "{tmp}/corrupt.jsonl"], "line 1: not a record: invalid JSON"),
         (
             ["show", "{tmp}/future.jsonl"],
-            "line 1: record of schema 99; this version of bilevel_profiling reads schemas 1 and 2",
+            "line 1: record of schema 99; this version of bilevel_profiling reads schemas 1 to 3",
         ),
         (["show", "{tmp}/binary.jsonl"], "not text in UTF-8"),
         (["show", "{tmp}/stray.jsonl"], "an iteration without the record"),
@@ -102,7 +102,9 @@ def test_what_the_user_can_put_right_gets_a_sentence_and_status_2(arguments, mes
     assert "Traceback" not in printed.err
     assert len(printed.err.splitlines()) < 20
     assert printed.out == ""
-    assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts] == before
+    # the lock of a folder stays, as an empty file
+    found = [path for path in sorted(tmp_path.rglob("*")) if not {"__pycache__", ".lock"} & set(path.parts)]
+    assert found == before
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write and read anything")
@@ -126,7 +128,7 @@ def test_a_folder_without_permissions(folder, capsys):
         (b"\0\0\0\0", "line 3: not a record"),
         (
             ROW.to_json().replace('"repeats":5', '"repeats":"five"').encode(),
-            "line 3: repeats is 'five'; int or null was needed",
+            "line 3: 'five' was given, int was needed @ record.repeats",
         ),
     ],
 )

@@ -16,8 +16,10 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
     parser = verbs.add_parser(
         "compare",
         help="measure the estimators of one or more cases and write a report",
-        description="Measure every estimator of each case at each number of inner steps, and write a report with tables and figures.",
-        epilog="Example: bilevel compare hypercleaning fewshot --out report. Interrupted, or killed? The same with --resume.",
+        description="Measure every estimator of each case at each number of inner steps, "
+        "and write a report with tables and figures.",
+        epilog="Example: bilevel compare hypercleaning fewshot --out report. "
+        "Interrupted, or killed? The same with --resume.",
     )
     add = parser.add_argument
     add(

@@ -24,8 +24,10 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
     parser = verbs.add_parser(
         "diff",
         help="say what got better or worse between two files of records",
-        description="Match the rows of two files and say what got better or worse: status, memory, oracle calls, FLOPs, errors; and times, where the "
-        "10%% to 90%% quantiles of the repeats do not overlap. Exit status 0: nothing is worse; 1: something is, or a row is missing; "
+        description="Match the rows of two files and say what got better or worse: status, memory, "
+        "oracle calls, FLOPs, errors; and times, where the "
+        "10%% to 90%% quantiles of the repeats do not overlap. Exit status 0: nothing is worse; 1: "
+        "something is, or a row is missing; "
         "2: a file cannot be used.",
         epilog="Example: bilevel diff baseline.jsonl report",
     )

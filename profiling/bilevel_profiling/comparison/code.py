@@ -1,8 +1,8 @@
-"""A mark of the code that a case is measured with: the same where only comments, docstrings of modules or the choices of
-the case file that are compared by themselves have changed.
+"""A mark of the code that a case is measured with: the same where only comments, docstrings of modules or the choices
+of the case file that are compared by themselves have changed.
 
-It follows the case file, and transitively every local module that is imported anywhere in it, in functions too. Local is
-what the user may edit between two runs: not the standard library, not what is installed in site-packages (torch's
+It follows the case file, and transitively every local module that is imported anywhere in it, in functions too. Local
+is what the user may edit between two runs: not the standard library, not what is installed in site-packages (torch's
 version is compared by itself), and not bilevel and its profiler, whose version is compared by itself. Of a `setup`
 given as a function, it follows the function, what it uses of its own module, and the modules that this one imports.
 Data files, and modules whose names are computed, are not seen.

@@ -6,10 +6,10 @@ counts:
 | figure | counts when |
 | --- | --- |
 | status, and how the outer loop ended | the severity changes: OK, an unmet tolerance, a failure |
-| peak_tensor_bytes; on a GPU cuda_allocated_bytes | it changes by more than 0.1 % (they repeat exactly; torch's own versions differ by less) |
+| peak_tensor_bytes; on a GPU cuda_allocated_bytes | it changes by more than 0.1 % (torch's versions differ by less) |
 | kept_tensor_bytes | it changes at all: it is a leak |
 | oracle calls, matmul_flops | they change at all: they repeat exactly |
-| program_relative_error, solution_relative_error | it changes more than twofold, and the larger is above what the dtype can resolve |
+| program_relative_error, solution_relative_error | more than twofold, the larger above `units.rounding` |
 | wall_seconds | the 10% to 90% quantiles of the repeats do not overlap and the medians differ by more than 10 % |
 
 Times are compared only where processor, GPU and threads are the same, and both were repeated. Another problem behind
@@ -99,7 +99,8 @@ class Diff:
         """The result in words.
 
         Example:
-            >>> compare_records([Record(case="c", estimator="e")], [Record(case="c", estimator="e", status="DIVERGED")]).sentence()
+            >>> old, new = Record(case="c", estimator="e"), Record(case="c", estimator="e", status="DIVERGED")
+            >>> compare_records([old], [new]).sentence()
             '1 row in both: 1 worse.'
         """
         worst = {
@@ -125,7 +126,8 @@ def compare_records(old: Sequence[Record], new: Sequence[Record], tolerances: To
     """Compare two sets of records, row by row.
 
     Example:
-        >>> old = Record(case="c", estimator="e", peak_tensor_bytes=1000, wall_seconds=1.0, wall_seconds_low=0.9, wall_seconds_high=1.3, repeats=5)
+        >>> old = Record(case="c", estimator="e", peak_tensor_bytes=1000, repeats=5,
+        ...     wall_seconds=1.0, wall_seconds_low=0.9, wall_seconds_high=1.3)
         >>> new = dataclasses.replace(old, peak_tensor_bytes=1100, wall_seconds=1.25)
         >>> [(each.figure, each.verdict.value) for each in compare_records([old], [new]).differences]
         [('peak_tensor_bytes', 'worse'), ('wall_seconds', 'within noise')]

@@ -94,8 +94,8 @@ class Folder:
         if self.plan.exists():
             self.plan.rename(self.path / f"{stem}.plan.json")
         self.records.rename(self.path / f"{stem}.jsonl")
-        count = len(found.rows)
-        return f"the {count} row{'' if count == 1 else 's'} of an earlier comparison are kept in {self.path / stem}.jsonl (--resume continues one)"
+        count = f"{len(found.rows)} row{'' if len(found.rows) == 1 else 's'}"
+        return f"the {count} of an earlier comparison are kept in {self.path / stem}.jsonl (--resume continues one)"
 
     def keep_damaged(self, text: bytes) -> None:
         """Keep half a line, on the disk before anything else happens to it."""

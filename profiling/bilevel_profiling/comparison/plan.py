@@ -154,8 +154,8 @@ def _check_numbers(settings: Settings) -> None:
         raise CaseError(f"a memory limit was given; it needs Linux, and this is {sys.platform}")
     if settings.device != "cpu":
         raise CaseError(
-            f"a memory limit was given for device {settings.device}; it limits the address space, of which CUDA takes more "
-            f"than it uses. Leave it out, or write torch.cuda.set_per_process_memory_fraction(...) into setup"
+            f"a memory limit was given for device {settings.device}; it limits the address space, of which CUDA takes "
+            f"more than it uses. Leave it out, or write torch.cuda.set_per_process_memory_fraction(...) into setup"
         )
 
 

@@ -1,4 +1,5 @@
-"""Continuing a comparison: which rows are kept, and what must be the same for old and new rows to stand in one report.
+"""Continuing a comparison: which rows are kept, and what must be the same for old and new rows to stand in one
+report.
 
 A row is its case, label and K. It is finished when it is in the file, also as a failure: that a run was stopped after
 its time limit is a result. To retry, the rows that ended with ERROR, CRASHED, TIMEOUT or OUT_OF_MEMORY, and the outer
@@ -6,9 +7,9 @@ loops that did, are measured anew; what a hypergradient says of itself (DIVERGED
 would say it again. A row that the new plan does not ask for stays.
 
 The settings of an estimator, its device and its seed are in its row. What is not in it is kept beside the file: the
-case's code with the local modules that it imports (see `code`), the inner optimizer, the number of repeats and threads, and so on. Whatever differs is refused, by name: a
-report of rows that were measured differently compares nothing. Time and memory limits may differ, and so may the
-labels, the K and the cases.
+case's code with the local modules that it imports (see `code`), the inner optimizer, the number of repeats and
+threads, and so on. Whatever differs is refused, by name: a report of rows that were measured differently compares
+nothing. Time and memory limits may differ, and so may the labels, the K and the cases.
 """
 
 import json

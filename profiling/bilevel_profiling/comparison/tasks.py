@@ -1,5 +1,5 @@
-"""The pieces of work of a comparison, each a frozen value that says what it is and does it: a float64 reference, a row, the
-outer loop of a row.
+"""The pieces of work of a comparison, each a frozen value that says what it is and does it: a float64 reference, a
+row, the outer loop of a row.
 """
 
 import abc

@@ -1,5 +1,6 @@
-"""Frozen dataclasses as lines of JSON, through cattrs: strict about the types that the fields declare, so that a damaged
-file is refused with the place of the damage; lenient about fields that a newer version added, which are left out.
+"""Frozen dataclasses as lines of JSON, through cattrs: strict about the types that the fields declare, so that a
+damaged file is refused with the place of the damage; lenient about fields that a newer version added, which are left
+out.
 """
 
 import functools

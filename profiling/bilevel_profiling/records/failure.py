@@ -132,7 +132,8 @@ def last_words(log: str) -> str:
     else the last line.
 
     Example:
-        >>> last_words("oh\nFatal Python error: Aborted\n\nCurrent thread 0x1 (most recent call first):\n  File \"a.py\", line 3 in f\n")
+        >>> thread = 'Current thread 0x1 (most recent call first):\n  File "a.py", line 3 in f\n'
+        >>> last_words(f"oh\nFatal Python error: Aborted\n\n{thread}")
         'oh; Fatal Python error: Aborted; File "a.py", line 3 in f'
     """
     lines = [line.strip() for line in log.splitlines() if line.strip()]

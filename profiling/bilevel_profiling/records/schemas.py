@@ -1,5 +1,5 @@
-"""Records of earlier schemas as records of this one. Schema 2 gave the points of the timeline two more parts; schema 3 gave
-notes a kind, and records their target. The only place that tells facts from texts: earlier files had no more.
+"""Records of earlier schemas as records of this one. Schema 2 gave the points of the timeline two more parts; schema
+3 gave notes a kind, and records their target. The only place that tells facts from texts: earlier files had no more.
 """
 
 import re

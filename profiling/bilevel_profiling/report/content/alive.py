@@ -43,7 +43,8 @@ def headline(record: Record) -> str:
     """The peak and what holds most of it, in a few words."""
     first = max(record.alive, key=lambda entry: entry.bytes)
     made = " ".join(part for part in (clean(first.operator) or REST, _line(first)) if part)
-    return f"{units.size(total(record))} at the peak; {share(first, record):.0%} of it {made} ({plural(first.count, 'storage')})"
+    most = f"{share(first, record):.0%} of it {made} ({plural(first.count, 'storage')})"
+    return f"{units.size(total(record))} at the peak; {most}"
 
 
 def _texts(entry: Alive, last: bool) -> Sequence[str]:

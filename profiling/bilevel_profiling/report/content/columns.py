@@ -198,7 +198,10 @@ def _time(group: Group) -> list[Column]:
 def _roofline(group: Group) -> list[Column]:
     """A column for each device that a bound was computed for."""
     devices = dict.fromkeys(r.roofline_device for r in group.rows if r.roofline_seconds is not None)
-    said = "a lower bound on the time, not a measurement: for each operator the longer of computing and moving its bytes, on"
+    said = (
+        "a lower bound on the time, not a measurement: for each operator the longer of computing and moving its bytes, "
+        "on"
+    )
     made = []
     for device in devices:
         name = clean(device) or "a device without a name"
@@ -248,7 +251,10 @@ def _work(group: Group) -> list[Column]:
 def _errors() -> list[Column]:
     program, solution = "vs K-step program", "vs converged solution"
     exact = "the float64 gradient of the program that takes K inner steps"
-    limit = "the float64 hypergradient at a converged inner solution (a different quantity: an exact unroll has an error here too)"
+    limit = (
+        "the float64 hypergradient at a converged inner solution (a different quantity: an exact unroll has an error "
+        "here too)"
+    )
     return [
         Column(
             "rel. error",

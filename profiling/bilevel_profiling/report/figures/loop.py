@@ -21,12 +21,17 @@ _MOST_CROSSES = 30
 _MOST_LOGGED = 4
 
 
-def losses(group: Group, styles: Mapping[str, Style], key: str) -> list[Figure]:
-    """The outer loss and the first few of the numbers that the user logged, over the outer loop."""
+def outer_loss(group: Group, styles: Mapping[str, Style], key: str) -> Figure | None:
+    """The outer loss over the outer loop."""
+    return over_iterations(group, styles, f"{key}-loss", lambda entry: entry.outer_loss, "outer loss")
+
+
+def logged(group: Group, styles: Mapping[str, Style], key: str) -> list[Figure]:
+    """The first few of the numbers that the user logged, over the outer loop."""
     names = list(dict.fromkeys(name for record in loops.shown(group).values() for name in loops.logged(record)))[
         :_MOST_LOGGED
     ]
-    found = [over_iterations(group, styles, f"{key}-loss", lambda entry: entry.outer_loss, "outer loss")]
+    found = []
     for number, name in enumerate(names):
         found.append(
             over_iterations(group, styles, f"{key}-logged-{number}", _logged(name), clean(name).replace("_", " "))
@@ -155,4 +160,5 @@ def _told(runs: Mapping[str, Record]) -> str:
 
 def _range(record: Record, value: Callable[[Iteration], float | None], unit: str) -> str:
     values = [v for entry in record.iterations if (v := value(entry)) is not None]
-    return f"{units.significant(values[0])} to {units.significant(values[-1])}{f' {unit}' if unit else ''} in {len(record.iterations):,} steps"
+    span = f"{units.significant(values[0])} to {units.significant(values[-1])}{f' {unit}' if unit else ''}"
+    return f"{span} in {len(record.iterations):,} steps"

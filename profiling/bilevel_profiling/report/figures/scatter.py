@@ -102,7 +102,8 @@ def error_against(
         *parts,
     )
     k = f"K = {group.focus:,}. " if group.focus is not None else ""
-    equal = f" Errors below {units.tick(group.rounding)} are {clean(group.records[0].dtype).removeprefix('torch.')} rounding and count as equal."
+    dtype = clean(group.records[0].dtype).removeprefix("torch.")
+    equal = f" Errors below {units.tick(group.rounding)} are {dtype} rounding and count as equal."
     note = f"{k}Lower left is better. Filled, on the line: the Pareto front, which nothing beats in both."
     note += f" Thin bars: {QUANTILES} of the calls; where they overlap, the order means nothing." if ranges else ""
     return Figure(key, title, note + (equal if min(e for _, e in points.values()) < group.rounding else ""), drawing)

@@ -110,8 +110,8 @@ def end_labels(frame: Frame, ends: Sequence[tuple[str, Style, float, float]]) ->
     )
     parts = []
     for (label, style, x, y), place in zip(ends, places, strict=True):
-        tie = f"M{decimal(x + 6)} {decimal(y)}L{decimal(frame.right + 6)} {decimal(y)}L{decimal(frame.right + 14)} {decimal(place)}"
-        leader = tag("path", d=Markup(tie), class_="leader")
+        tie = [(x + 6, y), (frame.right + 6, y), (frame.right + 14, place)]
+        leader = tag("path", d=Markup("M" + "L".join(f"{decimal(a)} {decimal(b)}" for a, b in tie)), class_="leader")
         parts.append(series(style, leader, text(frame.right + 18, place + 4, clip(label), "label")))
     return tag("g", *parts)
 
