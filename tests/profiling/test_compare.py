@@ -88,7 +88,8 @@ INNER_STEPS = [2, 4]
 ESTIMATORS = {"unrolled": bl.Unrolled(), "corrected": bl.FirstOrderCorrected(), "blind": bl.FirstOrder()}
 OUTER_STEPS = 3
 def outer_optimizer(tensors): return torch.optim.SGD(tensors, lr=0.1)
-def evaluate(outer, device): return {"size": float(sum(x.norm() for x in ([outer] if torch.is_tensor(outer) else outer.values())))}
+def evaluate(outer, device):
+    return {"size": float(sum(x.norm() for x in ([outer] if torch.is_tensor(outer) else outer.values())))}
 '''
 
 

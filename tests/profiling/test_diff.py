@@ -232,7 +232,8 @@ def test_json_and_nothing_else(files, capsys):
 
 @pytest.mark.parametrize("missing", ["torch", "rich"])
 def test_it_needs_neither_torch_nor_rich(files, missing):
-    code = f"import sys; sys.modules[{missing!r}] = None; from bilevel_profiling.cli import main; sys.exit(main(['diff', *sys.argv[1:]]))"
+    code = f"import sys; sys.modules[{missing!r}] = None; from bilevel_profiling.cli import main; "
+    code += "sys.exit(main(['diff', *sys.argv[1:]]))"
     done = subprocess.run(
         [sys.executable, "-c", code, files / "old.jsonl", files / "worse.jsonl"],
         capture_output=True,

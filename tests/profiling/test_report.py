@@ -366,7 +366,8 @@ from bilevel_profiling import report
 from bilevel_profiling.records.record import Record
 import pathlib, tempfile
 with tempfile.TemporaryDirectory() as folder:
-    print(report.write([Record(case="toy", estimator="a", inner_steps=2, peak_tensor_bytes=3)], pathlib.Path(folder)).name)
+    record = Record(case="toy", estimator="a", inner_steps=2, peak_tensor_bytes=3)
+    print(report.write([record], pathlib.Path(folder)).name)
 """
     done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "index.html", done.stderr

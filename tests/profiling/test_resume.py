@@ -197,7 +197,8 @@ def test_a_changed_module_that_the_case_imports_is_other_code(tmp_path, capsys):
 def test_the_code_of_functions_is_followed_too(tmp_path, monkeypatch):
     """What `setup` uses of its module, and what that module imports; not what it has nothing to do with."""
     monkeypatch.syspath_prepend(tmp_path)
-    text = "import local_helper\nWIDTH = 3\ndef size(): return WIDTH\ndef setup(device): return size()\ndef other(): return 1\n"
+    text = "import local_helper\nWIDTH = 3\ndef size(): return WIDTH\ndef setup(device): return size()\n"
+    text += "def other(): return 1\n"
 
     def mark(text, helper="y = 1\n"):
         (tmp_path / "local_case.py").write_text(text)
@@ -337,7 +338,8 @@ def test_one_comparison_at_a_time(case, out, capsys):
     assert "another comparison is writing there" in capsys.readouterr().err
     first.release()
     Folder(out).release()
-    code = "import sys, time; from bilevel_profiling.comparison.folder import Folder; f = Folder(sys.argv[1]); print('mine', flush=True); time.sleep(60)"
+    code = "import sys, time; from bilevel_profiling.comparison.folder import Folder; f = Folder(sys.argv[1]); "
+    code += "print('mine', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"mine\n"
     with pytest.raises(OSError, match="another comparison"):

@@ -4,7 +4,6 @@ error.
 Of the package's own modules only this one imports rich, and only when it is used.
 """
 
-import abc
 import dataclasses
 import sys
 import time
@@ -28,42 +27,23 @@ class Task:
     weight: float
 
 
-class Progress(abc.ABC):
-    """Told what is to be done, what is begun and how it went."""
+class Progress:
+    """Told what is to be done, what is begun and how it went. This one says nothing."""
 
-    @abc.abstractmethod
     def start(self, tasks: Sequence[Task]) -> None:
         """All the work, in order."""
 
-    @abc.abstractmethod
     def say(self, text: str) -> None:
         """What the user should know before the work begins."""
 
-    @abc.abstractmethod
     def begin(self, task: Task) -> None:
         """A piece of it begins."""
 
-    @abc.abstractmethod
     def finish(self, task: Task, said: str) -> None:
         """It ended, with a few words on how."""
 
-    @abc.abstractmethod
     def stop(self) -> None:
         """Nothing more will be done."""
-
-
-class Silent(Progress):
-    """Says nothing."""
-
-    def start(self, tasks: Sequence[Task]) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-    def begin(self, task: Task) -> None: ...
-
-    def finish(self, task: Task, said: str) -> None: ...
-
-    def stop(self) -> None: ...
 
 
 class Lines(Progress):
@@ -84,14 +64,10 @@ class Lines(Progress):
     def say(self, text: str) -> None:
         print(f"bilevel: {one_line(text)}", file=self._stream, flush=True)
 
-    def begin(self, task: Task) -> None: ...
-
     def finish(self, task: Task, said: str) -> None:
         self._finished += 1
         self._weight += task.weight
         print(f"{self._pace()}  {one_line(f'{task.case}: {task.text}: {said}')}", file=self._stream, flush=True)
-
-    def stop(self) -> None: ...
 
     def _pace(self) -> str:
         """How far the work is. The first pieces wait for torch to load, and say nothing about the rest."""

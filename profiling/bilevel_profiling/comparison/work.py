@@ -18,7 +18,7 @@ from bilevel_profiling.cases.case import OuterOptimizer, Setup
 from bilevel_profiling.comparison import resume as resuming
 from bilevel_profiling.comparison.folder import Folder
 from bilevel_profiling.comparison.plan import Plan, Settings, Settled, settle
-from bilevel_profiling.comparison.progress import Progress, Silent
+from bilevel_profiling.comparison.progress import Progress
 from bilevel_profiling.comparison.tasks import Key, OuterLoop, Piece, Reference, Row, Site, key_of
 from bilevel_profiling.measurement import isolate
 from bilevel_profiling.measurement.environment import environment
@@ -140,7 +140,7 @@ class Comparison:
     ) -> None:
         isolate.refuse_recursion()
         settings = settings or Settings()
-        self._progress = progress or Silent()
+        self._progress = progress or Progress()
         self._settled = settle(plans, settings)
         folder = Folder(out)
         self.out = folder.path

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from bilevel_profiling.records import units
 from bilevel_profiling.records.record import Alive, Record
 from bilevel_profiling.report.content.groups import Group
-from bilevel_profiling.report.content.text import clean, plural
+from bilevel_profiling.report.content.text import clean, plural, without_empty
 
 REST = "all others"
 TEXTS = ("phase", "span", "operator", "module", "line")
@@ -35,8 +35,7 @@ def table(record: Record) -> tuple[list[str], list[list[str]]]:
         for e in record.alive
     ]
     header = ["MiB", "of peak", "storages", *TEXTS]
-    kept = [place for place in range(len(header)) if place < 3 or any(row[place] != units.MISSING for row in rows)]
-    return [header[place] for place in kept], [[row[place] for place in kept] for row in rows]
+    return without_empty(header, rows, always=range(3))
 
 
 def headline(record: Record) -> str:

@@ -6,7 +6,7 @@ from bilevel_profiling.records import units
 from bilevel_profiling.records.failure import noted
 from bilevel_profiling.records.record import Iteration, Record
 from bilevel_profiling.report.content.groups import Group
-from bilevel_profiling.report.content.text import clean, plural
+from bilevel_profiling.report.content.text import clean, plural, without_empty
 
 _MOST_ROWS = 200
 
@@ -26,10 +26,7 @@ def outcome(group: Group) -> tuple[list[str], list[list[str]]]:
         [clean(r.estimator), units.count(r.inner_steps), _length(r), _losses(r), *(_change(r, n) for n in names)]
         for r in runs
     ]
-    kept = [
-        place for place in range(len(header)) if place in (0, 2) or any(row[place] != units.MISSING for row in rows)
-    ]
-    return [header[place] for place in kept], [[row[place] for place in kept] for row in rows]
+    return without_empty(header, rows, always=(0, 2))
 
 
 def title(group: Group) -> str:
@@ -64,12 +61,7 @@ def iterations(record: Record) -> tuple[list[str], list[list[str]], int]:
         "status",
     ]
     rows = [_iteration(entry, names) for entry in entries]
-    kept = [
-        place
-        for place in range(len(header))
-        if header[place] in ("step", "status") or any(row[place] != units.MISSING for row in rows)
-    ]
-    return [header[place] for place in kept], [[row[place] for place in kept] for row in rows], hidden
+    return *without_empty(header, rows, always=(0, len(header) - 1)), hidden
 
 
 def logged(record: Record) -> list[str]:

@@ -14,7 +14,7 @@ from bilevel_profiling.records.growth import Verdict
 from bilevel_profiling.records.record import Record
 from bilevel_profiling.report.content import alive, columns, footnotes, laws, loops, summary
 from bilevel_profiling.report.content.groups import EXACT, Group, environment, estimators, group
-from bilevel_profiling.report.content.text import clean, listing, plural, slug
+from bilevel_profiling.report.content.text import at_k, clean, listing, plural, slug
 from bilevel_profiling.report.figures import case_figures, styles, stylesheet
 from bilevel_profiling.report.figures.markup import Markup, spaced
 from bilevel_profiling.report.figures.palette import outline
@@ -93,8 +93,8 @@ def _templates() -> "TemplateModule":
     made.tests["name"] = lambda part: isinstance(part, summary.Name)
     made.globals |= {
         **{module.__name__.rpartition(".")[2]: module for module in (alive, columns, footnotes, laws, loops, summary)},
-        **{f.__name__: f for f in (case_figures, failed, noted, outline, plural, severity)},
-        **{"at_k": _at_k, "classes": _classes, "gauge": _gauge, "references": _references, "settings": _settings},
+        **{f.__name__: f for f in (at_k, case_figures, failed, noted, outline, plural, severity)},
+        **{"classes": _classes, "gauge": _gauge, "references": _references, "settings": _settings},
         **{"sizes": _sizes, "BROKEN": Verdict.BROKEN.upper(), "EXACT": f"{EXACT:g}", "MISSING": units.MISSING},
         **{"MOST_ALIVE": _MOST_ALIVE, "PHASES": PHASES, "STATUS": _STATUS, "WIDTHS": _WIDTHS},
     }
@@ -104,10 +104,6 @@ def _templates() -> "TemplateModule":
 def _finalized(value: object) -> object:
     """Whatever came from outside is made fit to print; what is markup already stays as it is."""
     return value if hasattr(value, "__html__") else "" if value is None else spaced(str(value))
-
-
-def _at_k(record: Record) -> str:
-    return "" if record.inner_steps is None else f", K = {record.inner_steps:,}"
 
 
 def _classes(**on: object) -> str | None:

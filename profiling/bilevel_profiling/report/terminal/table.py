@@ -12,7 +12,8 @@ from bilevel_profiling.report.content import footnotes, laws, loops
 from bilevel_profiling.report.content.columns import Column, columns, folded_calls
 from bilevel_profiling.report.content.groups import Group, group
 from bilevel_profiling.report.content.summary import Name, sentences
-from bilevel_profiling.report.content.text import clean, shorten
+from bilevel_profiling.report.content.text import at_k, clean, shorten
+from bilevel_profiling.report.terminal.alive import bare
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -60,8 +61,7 @@ def _case(each: Group, width: int) -> "list[RenderableType]":
     _fill(made, each, shown)
     parts.append(made)
     for word, record in footnotes.reasons(each):
-        steps = "" if record.inner_steps is None else f", K = {record.inner_steps}"
-        label = f"{word[word.index('[') :]} {clean(record.estimator)}{steps}: "
+        label = f"{word[word.index('[') :]} {clean(record.estimator)}{at_k(record)}: "
         parts.append(Text.assemble((label, _COLORS[severity(record.status)]), footnotes.reason(record)))
     parts += [
         Text(f"{f'({mark}) ' if mark.isalpha() else f'{mark} ' if mark else 'All rows: '}{text}", "dim")
@@ -105,19 +105,9 @@ def _full(column: Column) -> str:
 
 
 def _frame(is_text: Sequence[bool], headings: Sequence[str], width: int) -> "Table":
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    gap = 1 if width >= _ROOMY else 0
-    made = Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, gap, 0, 0),
-        collapse_padding=True,
-        header_style="bold",
-    )
+    made = bare(gap=1 if width >= _ROOMY else 0)
     for place, (left, heading) in enumerate(zip(is_text, headings, strict=True)):
         longest = _LABEL if place == 0 else None
         made.add_column(
