@@ -164,7 +164,8 @@ def test_kill_9_at_random_moments_loses_no_finished_row(tmp_path):
         damage = scan(out / "records.jsonl").damage if kept else ()
         assert all(each.torn for each in damage)
         halves, drafts = halves + len(damage), drafts + len(list(out.rglob("*.tmp")))
-        said = f"{tried.seconds:5.2f} s after the start, {tried.who:<11}: {len(tried.seen)} rows seen, {len(kept)} in the file"
+        said = f"{tried.seconds:5.2f} s after the start, {tried.who:<11}: {len(tried.seen)} rows seen, "
+        said += f"{len(kept)} in the file"
         finishing = kills == KILLS or (
             KILLS > 3 and kills % 4 > 0
         )  # else the next kill falls into the comparison that is continued
