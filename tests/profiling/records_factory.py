@@ -5,7 +5,7 @@ import dataclasses
 import math
 import random
 
-from bilevel_profiling.records.record import Alive, Iteration, Phase, Point, Record
+from bilevel_profiling.records.record import Alive, Iteration, Phase, Point, Record, Target
 
 MIB = 2**20
 STEPS = (10, 50, 200)
@@ -175,6 +175,7 @@ def _record(case: str, name: str, k: int, rng: random.Random, shape: tuple[float
         settings=SETTINGS[name],
         inner_steps=k,
         memory_growth=GROWTH.get(name, "constant"),
+        target=Target.PROGRAM if name.startswith("unrolled") else None,
         notes=(SAMPLED,) if hypercleaning else (),
         inner_size=238_510 if hypercleaning else 111_936,
         outer_size=5_000 if hypercleaning else 111_936,
@@ -214,6 +215,7 @@ def _failure(record: Record, status: str, reason: str) -> Record:
         case=record.case,
         estimator=record.estimator,
         settings=record.settings,
+        target=record.target,
         inner_steps=record.inner_steps,
         inner_size=record.inner_size,
         outer_size=record.outer_size,
@@ -231,6 +233,7 @@ def _forecast(record: Record, k: int, peak: float) -> Record:
         estimator=record.estimator,
         source="forecast",
         settings=record.settings,
+        target=record.target,
         inner_steps=k,
         inner_size=record.inner_size,
         outer_size=record.outer_size,

@@ -79,7 +79,7 @@ BROKEN = {
         (["show", "{tmp}/corrupt.jsonl"], "line 1: not a record: invalid JSON"),
         (
             ["show", "{tmp}/future.jsonl"],
-            "line 1: record of schema 99; this version of bilevel_profiling reads schemas 1 and 2",
+            "line 1: record of schema 99; this version of bilevel_profiling reads schemas 1 to 3",
         ),
         (["show", "{tmp}/binary.jsonl"], "not text in UTF-8"),
         (["show", "{tmp}/stray.jsonl"], "an iteration without the record"),
@@ -102,7 +102,9 @@ def test_what_the_user_can_put_right_gets_a_sentence_and_status_2(arguments, mes
     assert "Traceback" not in printed.err
     assert len(printed.err.splitlines()) < 20
     assert printed.out == ""
-    assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts] == before
+    # the lock of a folder stays, as an empty file
+    found = [path for path in sorted(tmp_path.rglob("*")) if not {"__pycache__", ".lock"} & set(path.parts)]
+    assert found == before
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write and read anything")
@@ -126,7 +128,7 @@ def test_a_folder_without_permissions(folder, capsys):
         (b"\0\0\0\0", "line 3: not a record"),
         (
             ROW.to_json().replace('"repeats":5', '"repeats":"five"').encode(),
-            "line 3: repeats is 'five'; int or null was needed",
+            "line 3: 'five' was given, int was needed @ record.repeats",
         ),
     ],
 )
@@ -200,12 +202,12 @@ def test_list_names_cases_and_estimators(capsys):
 
 def test_a_memory_limit_is_for_the_cpu(tmp_path):
     from bilevel_profiling.cases.case_file import CaseError
-    from bilevel_profiling.comparison.plan import Plan, settle
+    from bilevel_profiling.comparison.plan import Plan, Settings, settle
 
     with pytest.raises(CaseError, match="limits the address space, of which CUDA takes more than it uses"):
-        settle([Plan("quadratic", device="cuda", memory_limit=2**30)])
+        settle([Plan("quadratic")], Settings(device="cuda", memory_limit=2**30))
     with pytest.raises(CaseError, match="positive number of bytes"):
-        settle([Plan("quadratic", memory_limit=0)])
+        settle([Plan("quadratic")], Settings(memory_limit=0))
 
 
 def test_options_say_what_was_needed():

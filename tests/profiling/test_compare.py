@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bilevel_profiling import Case, measure
+from bilevel_profiling import Case, compare, measure
 from bilevel_profiling.cases import builtin
 from bilevel_profiling.cli import main
 from bilevel_profiling.meters.tensors import storage_bytes
@@ -88,7 +88,8 @@ INNER_STEPS = [2, 4]
 ESTIMATORS = {"unrolled": bl.Unrolled(), "corrected": bl.FirstOrderCorrected(), "blind": bl.FirstOrder()}
 OUTER_STEPS = 3
 def outer_optimizer(tensors): return torch.optim.SGD(tensors, lr=0.1)
-def evaluate(outer, device): return {"size": float(sum(x.norm() for x in ([outer] if torch.is_tensor(outer) else outer.values())))}
+def evaluate(outer, device):
+    return {"size": float(sum(x.norm() for x in ([outer] if torch.is_tensor(outer) else outer.values())))}
 '''
 
 
@@ -212,7 +213,7 @@ def test_what_goes_wrong_in_a_cell_is_a_row(tmp_path):
     for name, said in (("raises_evaluate", "blind"), ("raises_batches", "hungry")):
         assert found[name].peak_tensor_bytes > 0
         assert [iteration.status for iteration in found[name].iterations] == ["ERROR"]
-        assert found[name].notes[-1] == f"The outer loop ended with ERROR: ValueError: {said}"
+        assert str(found[name].notes[-1]) == f"The outer loop ended with ERROR: ValueError: {said}"
     assert found["diverges"].peak_tensor_bytes > 0
     assert len(found["healthy"].iterations) == 2
     page = (out / "index.html").read_text()
@@ -285,3 +286,31 @@ def test_every_built_in_case_is_usable(name):
     assert case.inner_steps
     assert case.title
     assert all(isinstance(estimator, bl.Estimator) for estimator in case.estimators.values())
+
+
+def test_any_solver_is_compared_and_resumed(tmp_path):
+    """Not only Descent with an optimizer and K: a solver by itself, and several by label."""
+    known = {"out": tmp_path / "r", "repeats": 1, "outer_steps": 0}
+    solvers = {
+        "5 steps": bl.Descent(bl.SGD(lr=1.0), 5),
+        "to 1e-9": bl.Converge(bl.SGD(lr=1.0), tol=1e-9, max_steps=400),
+    }
+    estimators = {"implicit": bl.Implicit(bl.CG(6))}
+    found = compare(quadratic.setup, estimators, solvers=solvers, **known)
+    assert [(r.estimator, r.inner_steps, r.status) for r in found] == [
+        ("implicit, 5 steps", 5, "OK"),
+        ("implicit, to 1e-9", 400, "OK"),
+    ]
+    assert [r.solver for r in found] == [repr(solver) for solver in solvers.values()]
+    assert found[1].calls["inner_gradient"] > found[0].calls["inner_gradient"]
+    assert found[1].program_relative_error is not None
+    assert compare(quadratic.setup, estimators, solvers=solvers, resume=True, **known) == found
+    other = {**solvers, "5 steps": bl.Descent(bl.SGD(lr=0.5), 5)}
+    with pytest.raises(ValueError, match="has inner solver Descent"):
+        compare(quadratic.setup, estimators, solvers=other, resume=True, **known)
+    (alone,) = compare(quadratic.setup, estimators, solver=solvers["5 steps"], **{**known, "out": tmp_path / "s"})
+    assert (alone.estimator, alone.inner_steps) == ("implicit", 5)
+    with pytest.raises(TypeError, match="was given solver_, which it does not take; did you mean solver"):
+        compare(quadratic.setup, estimators, solver_=solvers["5 steps"], **known)
+    with pytest.raises(ValueError, match="SOLVERS"):
+        compare(quadratic.setup, estimators, solvers={"a": bl.SGD(lr=0.1)}, **known)

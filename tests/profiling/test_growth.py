@@ -56,12 +56,12 @@ def test_the_numbers_of_a_law_are_those_of_the_program():
     assert law.per_step == pytest.approx(0.68 * MIB)
     assert law.at_zero == pytest.approx(3.1 * MIB)
     assert law.worst_residual < 1
-    assert law.text == "0.68 MiB per inner step + 3.1 MiB"
+    assert law.text == "696 KiB per inner step + 3.10 MiB"
     assert law(100) == pytest.approx(71.1 * MIB)
     root = fit(points(LAWS["sqrt"]))
     assert root(49) == pytest.approx(15 * MIB)
-    assert root.text == "2 MiB per root of K + 1 MiB"
-    assert fit([(1, 2.0 * MIB), (2, 5.0 * MIB), (4, 11.0 * MIB)]).text == "3 MiB per inner step - 1 MiB"
+    assert root.text == "2.00 MiB per root of K + 1.00 MiB"
+    assert fit([(1, 2.0 * MIB), (2, 5.0 * MIB), (4, 11.0 * MIB)]).text == "3.00 MiB per inner step - 1.00 MiB"
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -112,8 +112,8 @@ def test_falling_memory_keeps_every_contract():
 def test_order_repetition_and_holes_do_not_matter():
     mixed = [(50, 53.0), (5, 8.0), (20, math.nan), (20, 22.0), (20, 23.0)]
     assert fit(mixed) == fit([(5, 8.0), (20, 23.0), (50, 53.0)])
-    assert fit([(0, 0.0), (5, 0.0)]).text == "constant, 0 MiB"
-    assert fit([(1, 1e12), (10, 1e13), (100, 1e14)]).text == "9.54e+05 MiB per inner step + 0 MiB"
+    assert fit([(0, 0.0), (5, 0.0)]).text == "constant, 0 B"
+    assert fit([(1, 1e12), (10, 1e13), (100, 1e14)]).text == "931 GiB per inner step + 0 B"
 
 
 def test_an_unknown_contract_is_told():

@@ -24,11 +24,13 @@ import bilevel as bl
 
 def setup(device):
     x, y = torch.ones(30, device=device), torch.zeros(30, device=device)
-    return bl.Problem(lambda y, x, b: ((y - x) ** 2).sum(), lambda y, x, b: (y ** 2).sum()), x, y, bl.Batches(None, None)
+    problem = bl.Problem(lambda y, x, b: ((y - x) ** 2).sum(), lambda y, x, b: (y ** 2).sum())
+    return problem, x, y, bl.Batches(None, None)
 
 OPTIMIZER = bl.SGD(lr=0.25)
 INNER_STEPS = [1, 2, 3]
-ESTIMATORS = {"unrolled": bl.Unrolled(), "iterates": bl.Unrolled(keep="iterates"), "corrected": bl.FirstOrderCorrected()}
+ESTIMATORS = {"unrolled": bl.Unrolled(), "iterates": bl.Unrolled(keep="iterates")}
+ESTIMATORS["corrected"] = bl.FirstOrderCorrected()
 OUTER_STEPS = 2
 """
 
@@ -162,12 +164,13 @@ def test_kill_9_at_random_moments_loses_no_finished_row(tmp_path):
         damage = scan(out / "records.jsonl").damage if kept else ()
         assert all(each.torn for each in damage)
         halves, drafts = halves + len(damage), drafts + len(list(out.rglob("*.tmp")))
-        said = f"{tried.seconds:5.2f} s after the start, {tried.who:<11}: {len(tried.seen)} rows seen before, {len(kept)} in the file"
+        said = f"{tried.seconds:5.2f} s after the start, {tried.who:<11}: {len(tried.seen)} rows seen, "
+        said += f"{len(kept)} in the file"
         finishing = kills == KILLS or (
             KILLS > 3 and kills % 4 > 0
         )  # else the next kill falls into the comparison that is continued
         print(
-            f"kill {kills:2d}  {said}{', half a line' if damage else ''}{'; resumed and completed' if finishing else ''}"
+            f"kill {kills:2d}  {said}{', half a line' if damage else ''}{'; resumed, completed' if finishing else ''}"
         )
         if finishing:
             errors = start(case, out).communicate(timeout=300)[1]

@@ -59,10 +59,10 @@ def test_unmarked():
             "_* test_just_not _*",
             "peak memory is 4,096 B, above max_bytes = 4,095 B",
             "alive at the peak:",
-            "  4.0 KiB  aten.ones  *test_it.py:11",
+            "  4.00 KiB  aten.ones  *test_it.py:11",
             "_* test_leaks _*",
-            "peak memory is 1.2 MiB, above max_bytes = 1.0 MiB",
-            "  1.2 MiB  300 x aten.exp  *test_it.py:17",
+            "peak memory is 1.18 MiB, above max_bytes = 1.00 MiB",
+            "  1.1? MiB  300 x aten.exp  *test_it.py:17",
         ]
     )
 
@@ -139,7 +139,7 @@ def test_memory_that_grows_with_a_parameter_is_a_failure_with_its_values(run, ve
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(
         [
-            "peak memory grows with inner_steps: 5: 5.0 KiB, 20: 20.0 KiB, 50: 50.0 KiB (1.0 KiB per inner_steps); "
+            "peak memory grows with inner_steps: 5: 5.00 KiB, 20: 20.0 KiB, 50: 50.0 KiB (1.00 KiB per inner_steps); "
             "flat_in allows no difference"
         ]
     )
@@ -159,7 +159,9 @@ def test_memory(steps):
     result = run(source.format(179))
     result.assert_outcomes(passed=2, failed=1)
     result.stdout.fnmatch_lines(
-        ["peak memory grows with steps: 5: 1.0 KiB, 50: 1.2 KiB (4 B per steps); flat_in allows a difference of 179 B"]
+        [
+            "peak memory grows with steps: 5: 1.02 KiB, 50: 1.20 KiB (4 B per steps); flat_in allows a difference of 179 B"
+        ]
     )
 
 
@@ -174,7 +176,7 @@ def test_memory(steps):
     result = run(source.format("1000 B"))
     result.assert_outcomes(passed=3, failed=1)
     result.stdout.fnmatch_lines(
-        ["peak memory grows by 1.0 KiB per steps between 5 and 50: 5: 5.0 KiB, *; max_slope allows 1000 B"]
+        ["peak memory grows by 1.00 KiB per steps between 5 and 50: 5: 5.00 KiB, *; max_slope allows 1000 B"]
     )
 
 
@@ -214,7 +216,9 @@ def test_memory(dtype):
 """)
     result.assert_outcomes(passed=2, failed=1)
     result.stdout.fnmatch_lines(
-        ["peak memory changes with dtype: torch.float32: 1.0 KiB, torch.float64: 2.0 KiB; flat_in allows no difference"]
+        [
+            "peak memory changes with dtype: torch.float32: 1.00 KiB, torch.float64: 2.00 KiB; flat_in allows no difference"
+        ]
     )
 
 
@@ -242,7 +246,7 @@ def test_half(steps):
     assert steps < 10
 """)
     result.assert_outcomes(passed=3, failed=3)
-    result.stdout.fnmatch_lines(["peak memory grows with steps: 5: 5.0 KiB, 50: 50.0 KiB (*"])
+    result.stdout.fnmatch_lines(["peak memory grows with steps: 5: 5.00 KiB, 50: 50.0 KiB (*"])
     result.stdout.fnmatch_lines(["*test_half*only steps=5 (0 B) was measured*"])
 
 
@@ -362,7 +366,7 @@ def test_it_works_across_processes(run):
     result = run(GROWING, "-p", "xdist.plugin", "-n", "2", subprocess=True)
     result.assert_outcomes(passed=5, failed=1)
     result.stdout.fnmatch_lines(
-        ["peak memory grows with inner_steps: 5: 5.0 KiB, 20: 20.0 KiB, 50: 50.0 KiB (1.0 KiB per inner_steps)*"]
+        ["peak memory grows with inner_steps: 5: 5.00 KiB, 20: 20.0 KiB, 50: 50.0 KiB (1.00 KiB per inner_steps)*"]
     )
     result = run(
         "@pytest.mark.peak_memory(flat_in='K')\ndef test_it():\n    pass",
@@ -383,7 +387,7 @@ def test_peaks_that_fall_and_rise_change_and_do_not_grow():
     assert (
         Growth("K", tolerance=0)
         .broken_by([(5, 2048), (50, 1024), (20, 4096)])
-        .startswith("peak memory changes with K: 5: 2.0 KiB, 20: 4.0 KiB,")
+        .startswith("peak memory changes with K: 5: 2.00 KiB, 20: 4.00 KiB,")
     )
     assert Growth("K", tolerance=3072).broken_by([(5, 2048), (50, 1024), (20, 4096)]) == ""
 
@@ -415,10 +419,10 @@ def test_origins_are_told_with_what_is_known():
         backward=True,
     )
     text = above(4096, 1024, [full, *[Alive(bytes=100, count=1, operator="aten.add")] * 9, Alive(bytes=48, count=5)])
-    assert "  2.0 KiB  2 x aten.mm  backward of net.py:3  Net.0  inner/hvp\n" in text
+    assert "  2.00 KiB  2 x aten.mm  backward of net.py:3  Net.0  inner/hvp\n" in text
     assert text.endswith("    248 B  the rest")
     assert text.count("aten.add") == 7
-    assert above(4096, 1024, []) == "peak memory is 4.0 KiB, above max_bytes = 1.0 KiB"
+    assert above(4096, 1024, []) == "peak memory is 4.00 KiB, above max_bytes = 1.00 KiB"
 
 
 def test_the_meter_behind_the_plugin_sees_a_leak():

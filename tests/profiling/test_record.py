@@ -2,6 +2,7 @@
 had finished."""
 
 import dataclasses
+import http
 import json
 import os
 import random
@@ -13,8 +14,12 @@ from pathlib import Path
 
 import pytest
 from bilevel_profiling.records import records_file
-from bilevel_profiling.records.record import SCHEMA, Alive, Iteration, Phase, Record, from_line, iteration_json
+from bilevel_profiling.records.failure import _LESS_ACCURATE, FAILURES, Severity, failed, noted, of_error, severity
+from bilevel_profiling.records.note import NoteKind
+from bilevel_profiling.records.record import SCHEMA, Alive, Iteration, Phase, Record, Target, from_line, iteration_json
 from bilevel_profiling.records.records_file import RecordsFile, append_iteration, read, scan, write
+
+import bilevel as bl
 
 FULL = Record(
     case="a 'case'\nof two lines",
@@ -49,26 +54,72 @@ def test_a_record_comes_back_as_it_was(tmp_path):
 
 def test_records_of_schema_1_are_read():
     old = {**json.loads(FULL.to_json()), "schema": 1, "timeline": [[0, 1, "inner"]]}
-    for new in ("alive", "notes", "source", "memory_growth"):
+    for new in ("alive", "notes", "source", "memory_growth", "target"):
         old.pop(new)
     found = Record.from_json(json.dumps(old))
     assert found.timeline == ((0, 1, "inner", "", ""),)
-    assert (found.schema, found.source) == (SCHEMA, "measured")
+    assert (found.schema, found.source, found.target) == (SCHEMA, "measured", None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "target"),
+    [
+        ("Unrolled(keep='graph', segment=None, last=None)", Target.PROGRAM),
+        ("TaskMean(estimator=Unrolled(keep='iterates'), chunk=None)", Target.PROGRAM),
+        ("Unrolled(keep='graph', segment=None, last=5)", None),
+        ("Implicit(linear=CG(max_steps=10))", None),
+    ],
+)
+def test_records_of_schema_2_are_read(settings, target):
+    said = ["wall_seconds spreads by 30% of the median", "The outer loop ended with ERROR: x", "compiled"]
+    old = {**json.loads(FULL.to_json()), "schema": 2, "settings": settings, "notes": said}
+    del old["target"]
+    found = Record.from_json(json.dumps(old))
+    assert [str(note) for note in found.notes] == said
+    assert [note.kind for note in found.notes] == [NoteKind.SPREAD, NoteKind.OUTER_LOOP, NoteKind.GENERAL]
+    assert (found.target, found.schema) == (target, SCHEMA)
+
+
+def test_what_a_newer_version_added_is_left_out():
+    """Fields that this version does not know do not keep it from reading a file whose schema it does."""
+    data = json.loads(FULL.to_json())
+    data["unheard_of"], data["phases"]["inner"]["peek"], data["notes"][0]["kind"] = 1, 2, "unheard of"
+    assert same(Record.from_json(json.dumps(data)), FULL)
+
+
+def test_every_status_of_the_library_has_failed_here_where_it_has_there():
+    for status in bl.Status:
+        assert failed(Record(case="c", estimator="e", status=status.name)) == status.failed, status
+        assert noted(Iteration(index=0, status=status.name)) == (status is not bl.Status.OK)
+    # a status of a later library, or of one that was, is a failure until it is told otherwise
+    assert severity("UNHEARD_OF") is Severity.FAILED
+    assert all(severity(status) is Severity.FAILED for status in FAILURES)
+    assert {name for name in _LESS_ACCURATE if name in bl.Status.__members__} == {
+        status.name for status in bl.Status if not status.failed and status is not bl.Status.OK
+    }
+
+
+def test_an_error_carries_its_status():
+    error = ValueError("any text: NONFINITE: x")
+    assert of_error(error).status == "ERROR"
+    error.status = bl.Status.DIVERGED
+    assert of_error(error).status == "DIVERGED"
+    error.status = http.HTTPStatus.NOT_FOUND  # another library's status is none of ours
+    assert of_error(error).status == "ERROR"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 99}, r"schema 99; .* reads schemas 1 and 2\. .*measure again"),
+        ({"schema": 99}, r"schema 99; .* reads schemas 1 to 3\. .*measure again"),
         ({"schema": None}, "schema None"),
-        ({"unheard_of": 1}, "unknown fields.*unheard_of"),
-        ({"wall_seconds": "fast"}, "wall_seconds is 'fast'; float or null was needed"),
-        ({"calls": {"hvp": "three"}}, r"calls\['hvp'\] is 'three'"),
-        ({"phases": []}, "phases"),
-        ({"phases": {"inner": {"peek": 1}}}, "phases.*unknown fields.*peek"),
-        ({"timeline": [[1, 2]]}, "timeline has 2 parts; 5 were needed"),
-        ({"iterations": [{}]}, "iterations.*index"),
-        ({"case": 3}, "case is '3'; str was needed"),
+        ({"wall_seconds": "fast"}, r"'fast' was given, float was needed @ record\.wall_seconds"),
+        ({"calls": {"hvp": "three"}}, r"'three' was given, int was needed @ record\.calls\['hvp'\]"),
+        ({"phases": []}, r"object was needed @ record\.phases"),
+        ({"phases": {"inner": {"calls": 3}}}, r"object was needed @ record\.phases\['inner'\]\.calls"),
+        ({"timeline": [[1, 2]]}, r"record\.timeline\[0\]"),
+        ({"iterations": [{}]}, r"index is missing @ record\.iterations\[0\]"),
+        ({"case": 3}, r"'3' was given, str was needed @ record\.case"),
         ({"seed": True}, "seed"),
     ],
 )

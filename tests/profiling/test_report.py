@@ -22,11 +22,11 @@ from types import ModuleType
 import pytest
 from bilevel_profiling import report
 from bilevel_profiling.records import units
-from bilevel_profiling.records.record import Alive, Iteration, Phase, Record
+from bilevel_profiling.records.record import Alive, Iteration, Phase, Record, Target
 from bilevel_profiling.report import markdown
 from bilevel_profiling.report.content import columns, footnotes, groups, laws, loops, summary
 from bilevel_profiling.report.figures import case_figures, loop, palette, scales, svg, timeline
-from bilevel_profiling.report.html import page, tables
+from bilevel_profiling.report.html import page
 
 HERE = Path(__file__).parent
 COMMAND = "bilevel compare hypercleaning fewshot --inner-steps 10,50,200 --out report"
@@ -357,7 +357,7 @@ def test_png_is_written_and_says_what_it_lacks(tmp_path: Path) -> None:
 def test_report_imports_neither_torch_nor_plotting_nor_terminal_libraries() -> None:
     program = f"""
 import sys, types
-for name in ("torch", "rich", "matplotlib", "numpy", "jinja2"):
+for name in ("torch", "rich", "matplotlib", "numpy"):
     sys.modules[name] = None
 package = types.ModuleType("bilevel_profiling")
 package.__path__ = [{str(HERE.parents[1] / "profiling" / "bilevel_profiling")!r}]
@@ -366,7 +366,8 @@ from bilevel_profiling import report
 from bilevel_profiling.records.record import Record
 import pathlib, tempfile
 with tempfile.TemporaryDirectory() as folder:
-    print(report.write([Record(case="toy", estimator="a", inner_steps=2, peak_tensor_bytes=3)], pathlib.Path(folder)).name)
+    record = Record(case="toy", estimator="a", inner_steps=2, peak_tensor_bytes=3)
+    print(report.write([record], pathlib.Path(folder)).name)
 """
     done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "index.html", done.stderr
@@ -383,11 +384,11 @@ def test_baseline_is_the_first_exact_unroll_and_ratios_are_taken_at_the_same_k()
 
 
 def test_an_inexact_or_truncated_unroll_is_no_baseline() -> None:
-    def of(label: str, settings: str, error: float | None) -> Record:
+    def of(label: str, target: Target | None, error: float | None) -> Record:
         return Record(
             case="c",
             estimator=label,
-            settings=settings,
+            target=target,
             inner_steps=5,
             peak_tensor_bytes=9,
             program_relative_error=error,
@@ -396,10 +397,10 @@ def test_an_inexact_or_truncated_unroll_is_no_baseline() -> None:
     def baseline(*records: Record) -> str | None:
         return groups.group(records)[0].baseline
 
-    assert baseline(of("short", "Unrolled(last=2)", 0.3), of("implicit", "Implicit()", 0.1)) is None
-    assert baseline(of("truncated", "Unrolled(last=2)", None), of("full", "Unrolled()", None)) == "full"
-    assert baseline(of("implicit", "Implicit()", 1e-7), of("full", "Unrolled()", 1e-7)) == "full"
-    assert baseline(of("implicit", "Implicit()", 1e-7)) == "implicit"
+    assert baseline(of("short", Target.PROGRAM, 0.3), of("implicit", Target.SOLUTION, 0.1)) is None
+    assert baseline(of("unrolled, truncated", None, None), of("full", Target.PROGRAM, None)) == "full"
+    assert baseline(of("implicit", Target.SOLUTION, 1e-7), of("full", Target.PROGRAM, 1e-7)) == "full"
+    assert baseline(of("implicit", Target.SOLUTION, 1e-7)) == "implicit"
 
 
 def test_growth_is_told_as_a_law_and_a_broken_contract_in_every_view() -> None:
@@ -471,11 +472,11 @@ def _fragments() -> dict[str, str]:
     found = timeline.timelines(group, "toy-timeline")
     assert found is not None
     return {
-        "timeline": page._panels(found),
-        "alive": tables.alive_table(records[-1]),
-        "growth": tables.growth(group),
-        "iterations": tables.iterations_table(records[-1]),
-        "runs": "".join(tables.sections(group, looks, "toy")[:4]),
+        "timeline": page.fragment("panels", found),
+        "alive": page.fragment("alive_table", records[-1]),
+        "growth": page.fragment("growth", group),
+        "iterations": page.fragment("iterations_table", records[-1]),
+        "runs": "<h3>All runs</h3>" + page.fragment("runs", group, looks, "toy") + page.fragment("below", group, "toy"),
     }
 
 
@@ -563,17 +564,17 @@ def test_no_estimator_is_called_the_fastest_where_times_overlap() -> None:
 
     overlapping = groups.group([of("a", 1.0, 1.1, 1.2), of("b", 1.15, 1.3, 2.0), of("c", 3.0, 3.1, 3.2)])[0]
     text = "".join("".join(sentence) for sentence in summary.sentences(overlapping))
-    assert "which is the fastest cannot be told, the times of a and b overlap" in text
+    assert "which is the fastest cannot be told, the times (10% to 90% quantile) of a and b overlap" in text
     assert "the fastest (" not in text
     assert [fact.detail for fact in summary.facts(overlapping) if fact.title == "Fastest exact"] == [
-        "not told apart from b: their times overlap"
+        "not told apart from b: their 10% to 90% quantile ranges overlap"
     ]
     apart = groups.group([of("a", 1.0, 1.1, 1.2), of("c", 3.0, 3.1, 3.2)])[0]
     assert "the fastest" in "".join("".join(sentence) for sentence in summary.sentences(apart))
     assert [footnotes.wide(record) for record in overlapping.rows] == [False, True, False]
     cells = next(column for column in columns.columns(overlapping) if column.header == "ms")
     assert [cells.cell(record) for record in overlapping.rows] == ["1,100", "~1,300", "3,100"]
-    assert "up to 65% of the median apart" in footnotes.spread(overlapping)
+    assert "10% to 90% quantile is up to 65% of the median wide" in footnotes.spread(overlapping)
 
 
 def test_notes_are_said_once_and_lettered_where_they_are_not_on_every_row() -> None:
@@ -595,7 +596,7 @@ def test_crossed_out_steps_are_those_that_did_not_end_ok_and_long_loops_are_cut_
     long = Record(case="c", estimator="a", iterations=tuple(Iteration(index=n, outer_loss=1.0) for n in range(500)))
     header, rows, hidden = loops.iterations(long)
     assert (header, len(rows), hidden) == (["step", "outer loss", "status"], 200, 300)
-    assert "300 steps left out" in tables.iterations_table(long)
+    assert "300 steps left out" in page.fragment("iterations_table", long)
 
 
 def test_errors_stand_against_memory_and_against_time_each_with_its_front() -> None:

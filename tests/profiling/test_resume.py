@@ -1,7 +1,9 @@
 """Continuing a comparison: finished rows stay, what is missing is measured, and what does not belong together is
 refused by name."""
 
+import importlib
 import json
+import linecache
 import os
 import subprocess
 import sys
@@ -9,8 +11,12 @@ import time
 
 import pytest
 from bilevel_profiling import compare
+from bilevel_profiling.cases.case_file import given
 from bilevel_profiling.cli import main
+from bilevel_profiling.comparison.code import fingerprint
 from bilevel_profiling.comparison.folder import Folder, filename
+from bilevel_profiling.comparison.plan import Plan, Settled
+from bilevel_profiling.records.note import NoteKind
 from bilevel_profiling.records.records_file import read, scan
 
 import bilevel as bl
@@ -160,6 +166,62 @@ def test_what_was_measured_otherwise_is_refused_by_name(case, out, capsys, chang
         assert "cannot be continued" in said
 
 
+HELPED = CASE.replace("import torch\n", "import torch\nfrom helping import shift\n").replace(
+    "sum()\n\ndef eval", "sum() + shift()\n\ndef eval"
+)
+
+
+def test_a_changed_module_that_the_case_imports_is_other_code(tmp_path, capsys):
+    """A13: edited between two runs, and imported by a module of a package that the case imports; in a fresh process."""
+    case, helper, out = tmp_path / "helped.py", tmp_path / "helping" / "deep.py", tmp_path / "report"
+    helper.parent.mkdir()
+    (tmp_path / "helping" / "__init__.py").write_text("def shift():\n    from .deep import amount\n    return amount\n")
+    helper.write_text("amount = 1.0\n")
+    (tmp_path / "unrelated.py").write_text("x = 1\n")
+    case.write_text(HELPED)
+    assert "shift()\n" in HELPED
+    command = [sys.executable, "-m", "bilevel_profiling.cli", "compare", str(case), "--out", str(out), *QUICK]
+    quick = [*command, "--inner-steps", "1", "--outer-steps", "0", "--estimators", "corrected"]
+    subprocess.run(quick, check=True, capture_output=True)
+    before = (out / "records.jsonl").read_bytes()
+    assert len(read(out / "records.jsonl")) == 1
+    helper.write_text("# a comment\namount = 1.0\n")
+    (tmp_path / "unrelated.py").write_text("x = 2\n")
+    assert subprocess.run([*quick, "--resume"], capture_output=True).returncode == 0
+    helper.write_text("amount = 2.0\n")
+    refused = subprocess.run([*quick, "--resume"], capture_output=True, text=True)
+    assert (refused.returncode, "other code than it has now" in refused.stderr) == (2, True), refused.stderr
+    assert (out / "records.jsonl").read_bytes() == before
+
+
+def test_the_code_of_functions_is_followed_too(tmp_path, monkeypatch):
+    """What `setup` uses of its module, and what that module imports; not what it has nothing to do with."""
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "import local_helper\nWIDTH = 3\ndef size(): return WIDTH\ndef setup(device): return size()\n"
+    text += "def other(): return 1\n"
+
+    def mark(text, helper="y = 1\n"):
+        (tmp_path / "local_case.py").write_text(text)
+        (tmp_path / "local_helper.py").write_text(helper)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        for name in ("local_case", "local_helper"):
+            sys.modules.pop(name, None)
+        sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
+        try:
+            setup = importlib.import_module("local_case").setup
+        finally:
+            sys.dont_write_bytecode = before
+        definition = given(setup, estimators={"e": bl.Unrolled()})
+        return fingerprint(Settled(Plan(setup), definition, ("e",)))
+
+    first = mark(text)
+    assert mark(text.replace("return 1", "return 2")) == first
+    assert mark(text.replace("= 3", "= 4")) != first
+    assert mark(text.replace("return WIDTH", "return WIDTH + 1")) != first
+    assert mark(text, "y = 2\n") != first
+
+
 _REPORT = {}
 
 
@@ -244,12 +306,12 @@ def test_failures_stay_until_they_are_to_be_tried_again(case, out, capsys):
     assert main([*command, "--retry-failed"]) == 0
     found = rows(out)
     assert [(r.status, [i.status for i in r.iterations]) for r in found.values()] == [("OK", ["ERROR"])] * 2
-    assert all(r.notes[-1] == "The outer loop ended with ERROR: ValueError: cannot see" for r in found.values())
+    assert all(str(r.notes[-1]) == "The outer loop ended with ERROR: ValueError: cannot see" for r in found.values())
     blind.unlink()
     assert main([*command, "--retry-failed"]) == 0
     again = rows(out)
     assert [len(r.iterations) for r in again.values()] == [2] * 2
-    assert not any(note.startswith("The outer loop") for r in again.values() for note in r.notes)
+    assert not any(note.kind is NoteKind.OUTER_LOOP for r in again.values() for note in r.notes)
     assert [r.wall_seconds for r in again.values()] == [
         r.wall_seconds for r in found.values()
     ]  # only the loops were run
@@ -276,7 +338,8 @@ def test_one_comparison_at_a_time(case, out, capsys):
     assert "another comparison is writing there" in capsys.readouterr().err
     first.release()
     Folder(out).release()
-    code = "import sys, time; from bilevel_profiling.comparison.folder import Folder; f = Folder(sys.argv[1]); print('mine', flush=True); time.sleep(60)"
+    code = "import sys, time; from bilevel_profiling.comparison.folder import Folder; f = Folder(sys.argv[1]); "
+    code += "print('mine', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"mine\n"
     with pytest.raises(OSError, match="another comparison"):

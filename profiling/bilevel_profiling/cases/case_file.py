@@ -6,6 +6,7 @@
 | `ESTIMATORS` | dict of label to estimator | `default_estimators()` |
 | `OPTIMIZER` | the inner optimizer | bl.SGD(lr=0.1) |
 | `INNER_STEPS` | the K to compare at | 1, 5, 20 |
+| `SOLVERS` | dict of label to inner solver, in place of the two above | Descent with these |
 | `SOLUTION` | an inner solver that converges, for the error against the solution | no such error |
 | `outer_optimizer(tensors)` | a torch optimizer | Adam, lr 1e-2 |
 | `batches(step, device)` | the Batches of an outer step | those of `setup`, every time |
@@ -59,6 +60,7 @@ class Definition:
     estimators: Mapping[str, bl.Estimator] = dataclasses.field(default_factory=default_estimators)
     optimizer: bl.Optimizer = dataclasses.field(default_factory=lambda: bl.SGD(lr=0.1))
     inner_steps: tuple[int, ...] = (1, 5, 20)
+    solvers: Mapping[str, bl.InnerSolver] = dataclasses.field(default_factory=dict)
     solution: bl.InnerSolver | None = None
     outer_optimizer: OuterOptimizer = adam
     batches: Callable[..., bl.Batches] | None = None
@@ -91,6 +93,13 @@ class Definition:
                 raise CaseError(
                     f'case {self.name}: ESTIMATORS maps {label!r} to a {type(estimator).__name__}; write "label": bl.Unrolled()'
                 )
+        if not isinstance(self.solvers, Mapping) or not all(
+            isinstance(solver, bl.InnerSolver) for solver in self.solvers.values()
+        ):
+            raise CaseError(
+                f"case {self.name}: SOLVERS (solvers=) is {self.solvers!r}; a dict of inner solvers was needed, such as "
+                f'{{"to 1e-6": bl.Converge(bl.SGD(lr=0.1), tol=1e-6)}}'
+            )
         steps = self.inner_steps
         if not steps or not all(isinstance(k, int) and not isinstance(k, bool) and k >= 0 for k in steps):
             raise CaseError(
@@ -203,6 +212,7 @@ def _defined(name: str, module: ModuleType) -> Definition:
         "estimators": "ESTIMATORS",
         "optimizer": "OPTIMIZER",
         "inner_steps": "INNER_STEPS",
+        "solvers": "SOLVERS",
         "solution": "SOLUTION",
         "outer_optimizer": "outer_optimizer",
         "batches": "batches",

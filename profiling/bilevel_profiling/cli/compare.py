@@ -7,14 +7,19 @@ from bilevel_profiling.cli import options as types
 from bilevel_profiling.cli.output import DONE, INTERRUPTED, NOTHING, print_records, say, unwritable, wrong
 from bilevel_profiling.comparison import progress
 
+_SETTINGS = ("seed", "repeats", "time_limit", "threads", "memory_limit", "resume", "retry_failed", "trace", "snapshot")
+"""Options that are fields of `Settings` under the same name."""
+
 
 def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
     """Say what it takes."""
     parser = verbs.add_parser(
         "compare",
         help="measure the estimators of one or more cases and write a report",
-        description="Measure every estimator of each case at each number of inner steps, and write a report with tables and figures.",
-        epilog="Example: bilevel compare hypercleaning fewshot --out report. Interrupted, or killed? The same with --resume.",
+        description="Measure every estimator of each case at each number of inner steps, "
+        "and write a report with tables and figures.",
+        epilog="Example: bilevel compare hypercleaning fewshot --out report. "
+        "Interrupted, or killed? The same with --resume.",
     )
     add = parser.add_argument
     add(
@@ -113,39 +118,21 @@ def run(options: argparse.Namespace) -> int:
     """Do it."""
     # Here and not above: torch takes seconds to load, and --help and show do without it.
     from bilevel_profiling.cases.case_file import CaseError
-    from bilevel_profiling.comparison.plan import Plan
+    from bilevel_profiling.comparison.plan import Plan, Settings
     from bilevel_profiling.comparison.resume import ResumeError
     from bilevel_profiling.comparison.work import Comparison
 
     overrides = {"inner_steps": options.inner_steps, "outer_steps": options.outer_steps}
     known = {name: value for name, value in overrides.items() if value is not None}
     try:
-        device = chosen_device(options.device)
-        plans = [
-            Plan(
-                case,
-                known,
-                options.estimators,
-                device=device,
-                seed=options.seed,
-                repeats=options.repeats,
-                time_limit=options.time_limit,
-                threads=options.threads,
-                memory_limit=options.memory_limit,
-            )
-            for case in options.cases
-        ]
-        comparison = Comparison(
-            plans,
-            options.out,
-            resume=options.resume,
-            retry_failed=options.retry_failed,
-            trace=options.trace,
-            snapshot=options.snapshot,
-            progress=progress.chosen(),
+        settings = Settings(
+            device=chosen_device(options.device),
             command=options.command,
+            **{name: getattr(options, name) for name in _SETTINGS},
         )
-    except (CaseError, ResumeError, TypeError) as error:
+        plans = [Plan(case, known, options.estimators) for case in options.cases]
+        comparison = Comparison(plans, options.out, settings, progress.chosen())
+    except (CaseError, ResumeError, TypeError, ImportError) as error:
         return wrong(str(error))
     except OSError as error:
         return unwritable(options.out, error)

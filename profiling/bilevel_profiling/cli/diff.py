@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bilevel_profiling.cli import options as types
-from bilevel_profiling.cli.output import DONE, WORSE, say, wrong
+from bilevel_profiling.cli.output import DONE, WORSE, print_rows, wrong
 from bilevel_profiling.cli.show import file_of, say_damage
 from bilevel_profiling.comparison import progress
 from bilevel_profiling.records.record import Record
@@ -24,8 +24,10 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
     parser = verbs.add_parser(
         "diff",
         help="say what got better or worse between two files of records",
-        description="Match the rows of two files and say what got better or worse: status, memory, oracle calls, FLOPs, errors; and times, where the "
-        "ranges of the repeats do not overlap. Exit status 0: nothing is worse; 1: something is, or a row is missing; "
+        description="Match the rows of two files and say what got better or worse: status, memory, "
+        "oracle calls, FLOPs, errors; and times, where the "
+        "10%% to 90%% quantiles of the repeats do not overlap. Exit status 0: nothing is worse; 1: "
+        "something is, or a row is missing; "
         "2: a file cannot be used.",
         epilog="Example: bilevel diff baseline.jsonl report",
     )
@@ -63,7 +65,9 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"worse": bool(bad), **as_dict(found)}, indent=1))
     else:
-        _print(_table(found.differences))
+        header, *rows = _table(found.differences)
+        if rows:
+            print_rows("", header, rows, right=("K", "old", "new", "new / old"), styles=_COLORS)
         print(found.sentence())
         for note in found.notes:
             print(f"Note: {note}.")
@@ -125,28 +129,3 @@ def _table(differences: "Sequence[Difference]") -> list[list[str]]:
         ]
         rows.append([progress.one_line(cell) for cell in cells])
     return rows
-
-
-def _print(rows: list[list[str]]) -> None:
-    if len(rows) == 1:
-        return
-    try:
-        from rich.table import Table
-        from rich.text import Text
-
-        console = progress.terminal(stderr=False)
-    except ImportError:
-        say('rich would set this better: pip install "bilevel[profiling]"')
-        widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-        print(
-            "\n".join(
-                "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-            )
-        )
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in rows[0]:
-        table.add_column(name, justify="right" if name in ("K", "old", "new", "new / old") else "left", overflow="fold")
-    for verdict, *cells in rows[1:]:
-        table.add_row(Text(verdict, style=_COLORS.get(verdict, "dim")), *(Text(cell) for cell in cells))
-    console.print(table)

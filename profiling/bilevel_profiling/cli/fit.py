@@ -12,7 +12,8 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
     parser = verbs.add_parser(
         "fit",
         help="find the largest number of inner steps, batch, ... that fits a memory budget",
-        description="Find the largest value that fits, for every estimator of a case, by forecasts: nothing is allocated, and no GPU is needed. "
+        description="Find the largest value that fits, for every estimator of a case, "
+        "by forecasts: nothing is allocated, and no GPU is needed. "
         "The value fits and the next does not, both forecast to the byte.",
         epilog="Example: bilevel fit hypercleaning --budget 8MiB --over inner_steps",
     )

@@ -24,10 +24,12 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
     parser = verbs.add_parser(
         "forecast",
         help="say what the estimators of a case would cost, without running them",
-        description="Forecast memory, FLOPs and oracle calls of every estimator of a case on tensors without data: nothing is allocated, and no "
+        description="Forecast memory, FLOPs and oracle calls of every estimator of a case "
+        "on tensors without data: nothing is allocated, and no "
         "GPU is needed. With --budget also which of them fit, the largest number of inner steps at which each does, "
         "and which to take.",
-        epilog="Example: bilevel forecast language --set width=2048 --set layers=20 --set heads=16 --set context=512 --budget 80GiB --on a100",
+        epilog="Example: bilevel forecast language --set width=2048 --set layers=20 "
+        "--set heads=16 --set context=512 --budget 80GiB --on a100",
     )
     add_case(parser)
     add = parser.add_argument

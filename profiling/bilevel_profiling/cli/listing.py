@@ -37,7 +37,8 @@ def run(options: argparse.Namespace) -> int:
         }
         parts[title] = {name: (value.__doc__ or "").strip().partition("\n")[0] for name, value in sorted(found.items())}
     parts["devices for --on"] = {
-        name: f"{device.name}: {device.flops['float32'] / 1e12:g} TFLOP/s float32, {device.bandwidth / 1e9:,.0f} GB/s, {sizes.text(device.memory)}"
+        name: f"{device.name}: {device.flops['float32'] / 1e12:g} TFLOP/s float32, "
+        f"{device.bandwidth / 1e9:,.0f} GB/s, {sizes.text(device.memory)}"
         for name, device in DEVICES.items()
     }
     width = max(len(name) for members in parts.values() for name in members)

@@ -1,7 +1,7 @@
 """What the verbs say, and the exit statuses they end with."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bilevel_profiling.comparison import progress
@@ -28,23 +28,36 @@ def unwritable(folder: Path | str, error: OSError) -> int:
     return wrong(f"cannot write to {folder}: {error.strerror or error}")
 
 
-def print_rows(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, stderr: bool = False) -> None:
-    """A table of words; plain lines where rich is missing."""
+def print_rows(
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    stderr: bool = False,
+    right: Sequence[str] = (),
+    styles: Mapping[str, str] | None = None,
+) -> None:
+    """A table of words, columns in `right` set to the right; with `styles`, the first cell is styled by what it says.
+    Plain lines where rich is missing.
+    """
     try:
         from rich.table import Table
         from rich.text import Text
     except ImportError:
+        say('rich would set this better: pip install "bilevel[profiling]"')
         stream = sys.stderr if stderr else sys.stdout
-        print(title, *("  ".join(row) for row in (header, *rows)), sep="\n", file=stream)
+        print(*filter(None, [title]), *("  ".join(row) for row in (header, *rows)), sep="\n", file=stream)
         return
-    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
+    table = Table(title=Text(title) if title else None, title_justify="left", box=None, pad_edge=False)
     for name in header:
-        table.add_column(Text(name), overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_column(Text(name), overflow="fold", justify="right" if name in right else "left")
+    for first, *others in rows:
+        style = "" if styles is None else styles.get(first, "dim")
+        table.add_row(Text(first, style=style), *map(Text, others))
     console = progress.terminal(stderr=stderr)
     console.print(table)
-    console.print()
+    if title:
+        console.print()
 
 
 def print_records(records: Sequence[Record], *, as_json: bool) -> None:

@@ -17,7 +17,8 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
     parser = verbs.add_parser(
         "show",
         help="print the tables of earlier records",
-        description="Print the tables of records that compare wrote. Lines that are damaged are said, and the others printed; exit status 2.",
+        description="Print the tables of records that compare wrote. "
+        "Lines that are damaged are said, and the others printed; exit status 2.",
     )
     parser.add_argument("records", metavar="RECORDS", help="a records.jsonl, or the folder that holds one")
     parser.add_argument(

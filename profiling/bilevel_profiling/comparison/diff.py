@@ -6,11 +6,11 @@ counts:
 | figure | counts when |
 | --- | --- |
 | status, and how the outer loop ended | the severity changes: OK, an unmet tolerance, a failure |
-| peak_tensor_bytes; on a GPU cuda_allocated_bytes | it changes by more than 0.1 % (they repeat exactly; torch's own versions differ by less) |
+| peak_tensor_bytes; on a GPU cuda_allocated_bytes | it changes by more than 0.1 % (torch's versions differ by less) |
 | kept_tensor_bytes | it changes at all: it is a leak |
 | oracle calls, matmul_flops | they change at all: they repeat exactly |
-| program_relative_error, solution_relative_error | it changes more than twofold, and the larger is above what the dtype can resolve |
-| wall_seconds | the ranges [low, high] of the repeats do not overlap and the medians differ by more than 10 % |
+| program_relative_error, solution_relative_error | more than twofold, the larger above `units.rounding` |
+| wall_seconds | the 10% to 90% quantiles of the repeats do not overlap and the medians differ by more than 10 % |
 
 Times are compared only where processor, GPU and threads are the same, and both were repeated. Another problem behind
 the same name (sizes, settings) is said, and judged no further. Resident memory, phases, metrics and losses are not
@@ -23,12 +23,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bilevel_profiling.records.failure import failed
+from bilevel_profiling.records.failure import failed, severity
 from bilevel_profiling.records.record import Record
+from bilevel_profiling.records.units import rounding
 
 _MACHINE = ("cpu", "gpu", "threads")
-_RESOLVED = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 3e-2, "float16": 5e-3}
-"""Relative errors below these are rounding, of which a change says nothing."""
 _TWOFOLD = 2.0
 
 
@@ -100,7 +99,8 @@ class Diff:
         """The result in words.
 
         Example:
-            >>> compare_records([Record(case="c", estimator="e")], [Record(case="c", estimator="e", status="DIVERGED")]).sentence()
+            >>> old, new = Record(case="c", estimator="e"), Record(case="c", estimator="e", status="DIVERGED")
+            >>> compare_records([old], [new]).sentence()
             '1 row in both: 1 worse.'
         """
         worst = {
@@ -126,7 +126,8 @@ def compare_records(old: Sequence[Record], new: Sequence[Record], tolerances: To
     """Compare two sets of records, row by row.
 
     Example:
-        >>> old = Record(case="c", estimator="e", peak_tensor_bytes=1000, wall_seconds=1.0, wall_seconds_low=0.9, wall_seconds_high=1.3, repeats=5)
+        >>> old = Record(case="c", estimator="e", peak_tensor_bytes=1000, repeats=5,
+        ...     wall_seconds=1.0, wall_seconds_low=0.9, wall_seconds_high=1.3)
         >>> new = dataclasses.replace(old, peak_tensor_bytes=1100, wall_seconds=1.25)
         >>> [(each.figure, each.verdict.value) for each in compare_records([old], [new]).differences]
         [('peak_tensor_bytes', 'worse'), ('wall_seconds', 'within noise')]
@@ -204,7 +205,7 @@ Judged = tuple[str, float | str | None, float | str | None, Verdict | None]
 
 
 def _judged(old: Record, new: Record, allowed: Tolerances) -> Iterator[Judged]:
-    yield "status", old.status, new.status, _by_severity(_severity(old), _severity(new), old.status != new.status)
+    yield "status", old.status, new.status, _by_severity(old.status, new.status)
     yield _loop(old, new)
     if old.status != new.status and (failed(old) or failed(new)):
         return  # what a run took until it failed is no figure
@@ -230,7 +231,7 @@ def _judged(old: Record, new: Record, allowed: Tolerances) -> Iterator[Judged]:
     yield "matmul_flops", old.matmul_flops, new.matmul_flops, _by_size(old.matmul_flops, new.matmul_flops, 0.0)
     for name in ("program_relative_error", "solution_relative_error"):
         before, after = getattr(old, name), getattr(new, name)
-        yield name, before, after, _by_error(before, after, _RESOLVED.get(new.dtype, 1e-6))
+        yield name, before, after, _by_error(before, after, rounding(new.dtype))
     if not _other_machine(old, new):
         yield "wall_seconds", old.wall_seconds, new.wall_seconds, _by_time(old, new, allowed.time)
 
@@ -241,20 +242,13 @@ def _loop(old: Record, new: Record) -> Judged:
     if before is None or after is None:
         left_out = failed(old) or failed(new)  # a run that fails has no loop
         return "outer loop", before, after, Verdict.CHANGED if before != after and not left_out else None
-    severities = [
-        _severity(dataclasses.replace(record, status=status)) for record, status in ((old, before), (new, after))
-    ]
-    return "outer loop", before, after, _by_severity(severities[0], severities[1], before != after)
+    return "outer loop", before, after, _by_severity(before, after)
 
 
-def _severity(record: Record) -> int:
-    return 0 if record.status == "OK" else 2 if failed(record) else 1
-
-
-def _by_severity(old: int, new: int, other: bool) -> Verdict | None:
-    if old == new:
-        return Verdict.CHANGED if other else None
-    return Verdict.WORSE if new > old else Verdict.BETTER
+def _by_severity(old: str, new: str) -> Verdict | None:
+    if severity(old) == severity(new):
+        return Verdict.CHANGED if old != new else None
+    return Verdict.WORSE if severity(new) > severity(old) else Verdict.BETTER
 
 
 def _by_size(old: int | None, new: int | None, tolerance: float) -> Verdict | None:

@@ -7,7 +7,8 @@
 | `records-<date>.jsonl`, `records-<date>.plan.json` | the same of an earlier comparison that was not continued |
 | `records.jsonl.damaged` | half a line that a killed comparison left behind |
 | `references/`, `logs/` | float64 hypergradients; what failed runs printed |
-| `traces/`, `snapshots/` | of each run, if they were asked for: for https://ui.perfetto.dev and https://pytorch.org/memory_viz |
+| `traces/`, `snapshots/` | of each run, if they were asked for: see `compare` |
+| `.lock` | held by the comparison that is writing |
 | `index.html`, `report.md`, `figures/` | the report |
 """
 
@@ -16,12 +17,13 @@ import hashlib
 import os
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bilevel_profiling.records.records_file import scan
 
 RECORDS, PLAN, DAMAGED = "records.jsonl", "records.plan.json", "records.jsonl.damaged"
+LOCK = ".lock"
 _LONGEST = 100
 
 
@@ -38,7 +40,7 @@ class Folder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        self.release = weakref.finalize(self, os.close, _locked(self.path))
+        self.release = weakref.finalize(self, _locked(self.path))
         # Drafts of a comparison that was killed. Nobody else is writing here.
         for draft in (
             self.path / f"{RECORDS}.tmp",
@@ -92,8 +94,8 @@ class Folder:
         if self.plan.exists():
             self.plan.rename(self.path / f"{stem}.plan.json")
         self.records.rename(self.path / f"{stem}.jsonl")
-        count = len(found.rows)
-        return f"the {count} row{'' if count == 1 else 's'} of an earlier comparison are kept in {self.path / stem}.jsonl (--resume continues one)"
+        count = f"{len(found.rows)} row{'' if len(found.rows) == 1 else 's'}"
+        return f"the {count} of an earlier comparison are kept in {self.path / stem}.jsonl (--resume continues one)"
 
     def keep_damaged(self, text: bytes) -> None:
         """Keep half a line, on the disk before anything else happens to it."""
@@ -123,18 +125,16 @@ def _numbered(stem: str) -> Iterator[str]:
     yield from (f"{stem}-{number}" for number in range(2, 10_000))
 
 
-def _locked(folder: Path) -> int:
-    """A descriptor that holds the folder's lock; the system lets go of it when the process ends."""
+def _locked(folder: Path) -> Callable[[], None]:
+    """Take the folder's lock; the function lets go of it, as the system does when the process ends."""
     try:
-        import fcntl
-    except ImportError:  # Windows has none, and opens no folders
-        return os.open(os.devnull, os.O_RDONLY)
-    descriptor = os.open(folder, os.O_RDONLY)
+        from filelock import FileLock, Timeout
+    except ImportError as error:
+        raise ImportError('a comparison needs filelock and jinja2: pip install "bilevel[profiling]"') from error
+
+    lock = FileLock(folder / LOCK, blocking=False, thread_local=False)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
+        lock.acquire()
+    except Timeout:
         raise BlockingIOError(0, "another comparison is writing there; wait for it, or give another folder") from None
-    except OSError:
-        pass  # some network file systems have no locks
-    return descriptor
+    return lock.release

@@ -1,4 +1,4 @@
-"""What a comparison is to do, checked before any work is begun."""
+"""What a comparison is to do and how, checked before any work is begun."""
 
 import dataclasses
 import pickle
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import bilevel as bl
 from bilevel_profiling.cases.case import Setup
 from bilevel_profiling.cases.case_file import CaseError, Definition, given
 
@@ -18,25 +19,64 @@ class Plan:
         source: a function `setup(device)`, the name of a built-in case, or the path of a case file.
         overrides: fields of the case's `Definition` that are to be otherwise.
         labels: which of the case's estimators; None for all.
-        device: "cpu" or "cuda".
-        seed: set before `setup` and before each call, in every process.
-        repeats: of the clock.
-        time_limit: seconds for each process.
-        memory_limit: bytes that each run of an estimator may take beyond what torch itself has taken; None for no
-            limit. For a CPU, on Linux. The runs that make float64 references are not limited.
-        threads: of torch in each process. One is repeatable: two on two cores wait for each other whenever a neighbor
-            takes a core.
     """
 
     source: Setup | str
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     labels: Sequence[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a comparison measures: the same for all its cases.
+
+    Args:
+        device: "cpu" or "cuda".
+        seed: set before `setup` and before each call, in every process.
+        repeats: of the clock.
+        time_limit: seconds for each process.
+        threads: of torch in each process. One is repeatable: two on two cores wait for each other whenever a neighbor
+            takes a core.
+        memory_limit: bytes that each run of an estimator may take beyond what torch itself has taken; None for no
+            limit. For a CPU, on Linux. The runs that make float64 references are not limited.
+        resume: keep the finished rows of an earlier comparison in the folder, and measure only what is missing.
+        retry_failed: like `resume`, but rows and outer loops that ended with ERROR, CRASHED, TIMEOUT or OUT_OF_MEMORY
+            are measured anew.
+        trace: also write a torch.profiler trace of each run, into traces/.
+        snapshot: also write a snapshot of the CUDA allocator for each run, into snapshots/; of no effect on the CPU.
+        command: kept in the records' environments.
+    """
+
     device: str = "cpu"
     seed: int = 0
     repeats: int = 5
     time_limit: float = 300.0
     threads: int = 1
     memory_limit: int | None = None
+    resume: bool = False
+    retry_failed: bool = False
+    trace: bool = False
+    snapshot: bool = False
+    command: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One row to be: an estimator of the case under an inner solver."""
+
+    label: str
+    """Of the row: the estimator's, with the solver's where the case compares several."""
+    estimator: str
+    solver: bl.InnerSolver
+    solver_name: str = ""
+    """Where the case names its solvers; else it is told by the number of inner steps."""
+    by_task: bool = False
+    """Whether the estimate is a mean over tasks."""
+
+    @property
+    def steps(self) -> int:
+        """K, or the most steps that the solver may take."""
+        return self.solver.max_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +87,20 @@ class Settled:
     case: Definition
     labels: tuple[str, ...]
 
+    @property
+    def cells(self) -> list[Cell]:
+        """The rows to be, by solver in the order of K; with named solvers in the order of the case."""
+        case = self.case
+        solvers = [("", bl.Descent(case.optimizer, k)) for k in sorted(set(case.inner_steps))]
+        found: list[Cell] = []
+        for name, solver in case.solvers.items() or solvers:
+            for label in self.labels:
+                by_task = isinstance(case.estimators[label], bl.TaskMean)
+                found.append(Cell(f"{label}, {name}" if name else label, label, solver, name, by_task))
+        return found
 
-def settle(plans: Sequence[Plan]) -> list[Settled]:
+
+def settle(plans: Sequence[Plan], settings: Settings | None = None) -> list[Settled]:
     """Load the cases and check everything that can be checked beforehand.
 
     Raises:
@@ -67,8 +119,8 @@ def settle(plans: Sequence[Plan]) -> list[Settled]:
                 f"two cases are called {name}, and their rows could not be told apart; give each once, or rename a file"
             )
     _check_labels(found)
+    _check_numbers(settings or Settings())
     for each in found:
-        _check_numbers(each.plan)
         _check_sendable(each.plan)
     return [dataclasses.replace(each, labels=_labels(each)) for each in found]
 
@@ -89,21 +141,21 @@ def _check_labels(found: list[Settled]) -> None:
             raise CaseError(f"case {each.case.name} has none of the estimators asked for: {have}")
 
 
-def _check_numbers(plan: Plan) -> None:
-    if not plan.time_limit > 0:
-        raise CaseError(f"the time limit is {plan.time_limit!r}; a positive number of seconds was needed")
-    if not isinstance(plan.repeats, int) or plan.repeats < 1:
-        raise CaseError(f"repeats is {plan.repeats!r}; a positive integer was needed")
-    if plan.memory_limit is None:
+def _check_numbers(settings: Settings) -> None:
+    if not settings.time_limit > 0:
+        raise CaseError(f"the time limit is {settings.time_limit!r}; a positive number of seconds was needed")
+    if not isinstance(settings.repeats, int) or settings.repeats < 1:
+        raise CaseError(f"repeats is {settings.repeats!r}; a positive integer was needed")
+    if settings.memory_limit is None:
         return
-    if not isinstance(plan.memory_limit, int) or plan.memory_limit < 1:
-        raise CaseError(f"the memory limit is {plan.memory_limit!r}; a positive number of bytes was needed")
+    if not isinstance(settings.memory_limit, int) or settings.memory_limit < 1:
+        raise CaseError(f"the memory limit is {settings.memory_limit!r}; a positive number of bytes was needed")
     if sys.platform != "linux":
         raise CaseError(f"a memory limit was given; it needs Linux, and this is {sys.platform}")
-    if plan.device != "cpu":
+    if settings.device != "cpu":
         raise CaseError(
-            f"a memory limit was given for device {plan.device}; it limits the address space, of which CUDA takes more "
-            f"than it uses. Leave it out, or write torch.cuda.set_per_process_memory_fraction(...) into setup"
+            f"a memory limit was given for device {settings.device}; it limits the address space, of which CUDA takes "
+            f"more than it uses. Leave it out, or write torch.cuda.set_per_process_memory_fraction(...) into setup"
         )
 
 

@@ -4,13 +4,14 @@ error.
 Of the package's own modules only this one imports rich, and only when it is used.
 """
 
-import abc
 import dataclasses
 import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from bilevel_profiling.records import units
+from bilevel_profiling.records.failure import noted, unfinished
 from bilevel_profiling.records.record import Record
 
 if TYPE_CHECKING:
@@ -26,42 +27,23 @@ class Task:
     weight: float
 
 
-class Progress(abc.ABC):
-    """Told what is to be done, what is begun and how it went."""
+class Progress:
+    """Told what is to be done, what is begun and how it went. This one says nothing."""
 
-    @abc.abstractmethod
     def start(self, tasks: Sequence[Task]) -> None:
         """All the work, in order."""
 
-    @abc.abstractmethod
     def say(self, text: str) -> None:
         """What the user should know before the work begins."""
 
-    @abc.abstractmethod
     def begin(self, task: Task) -> None:
         """A piece of it begins."""
 
-    @abc.abstractmethod
     def finish(self, task: Task, said: str) -> None:
         """It ended, with a few words on how."""
 
-    @abc.abstractmethod
     def stop(self) -> None:
         """Nothing more will be done."""
-
-
-class Silent(Progress):
-    """Says nothing."""
-
-    def start(self, tasks: Sequence[Task]) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-    def begin(self, task: Task) -> None: ...
-
-    def finish(self, task: Task, said: str) -> None: ...
-
-    def stop(self) -> None: ...
 
 
 class Lines(Progress):
@@ -73,21 +55,26 @@ class Lines(Progress):
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._pace = _Pace([])
+        self._pieces, self._total = 0, 0.0
 
     def start(self, tasks: Sequence[Task]) -> None:
-        self._pace = _Pace(tasks)
+        self._pieces, self._total = len(tasks), sum(task.weight for task in tasks)
+        self._finished, self._weight, self._started = 0, 0.0, time.monotonic()
 
     def say(self, text: str) -> None:
         print(f"bilevel: {one_line(text)}", file=self._stream, flush=True)
 
-    def begin(self, task: Task) -> None: ...
-
     def finish(self, task: Task, said: str) -> None:
-        self._pace.finished(task)
-        print(f"{self._pace.text()}  {one_line(f'{task.case}: {task.text}: {said}')}", file=self._stream, flush=True)
+        self._finished += 1
+        self._weight += task.weight
+        print(f"{self._pace()}  {one_line(f'{task.case}: {task.text}: {said}')}", file=self._stream, flush=True)
 
-    def stop(self) -> None: ...
+    def _pace(self) -> str:
+        """How far the work is. The first pieces wait for torch to load, and say nothing about the rest."""
+        spent = time.monotonic() - self._started
+        told = self._weight >= 0.05 * self._total
+        left = f", about {_clock(spent * (self._total / self._weight - 1))} left" if told and self._weight else ""
+        return f"[{self._finished}/{self._pieces}, {_clock(spent)}{left}]"
 
 
 class Bar(Progress):
@@ -98,34 +85,36 @@ class Bar(Progress):
     """
 
     def __init__(self, console: "Console | None" = None) -> None:
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+        from rich import progress
 
         self._console = console or terminal()
-        self._pace = _Pace([])
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[pace]}"),
+        self._bar = progress.Progress(
+            progress.SpinnerColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.TextColumn("{task.fields[finished]}/{task.fields[count]}"),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
             console=self._console,
             transient=True,
+            speed_estimate_period=3600.0,  # the pieces are few and long
         )
         self._all: Any = None
+        self._finished = 0
 
     def start(self, tasks: Sequence[Task]) -> None:
-        self._pace = _Pace(tasks)
-        self._all = self._bar.add_task("", total=sum(task.weight for task in tasks), pace="")
+        self._all = self._bar.add_task("", total=sum(task.weight for task in tasks), finished=0, count=len(tasks))
         self._bar.start()
 
     def say(self, text: str) -> None:
         self._console.print(f"bilevel: {_escaped(text)}", highlight=False)
 
     def begin(self, task: Task) -> None:
-        self._bar.update(self._all, description=_escaped(f"{task.case}: {task.text}"), pace=self._pace.text())
+        self._bar.update(self._all, description=_escaped(f"{task.case}: {task.text}"))
 
     def finish(self, task: Task, said: str) -> None:
-        self._pace.finished(task)
-        self._bar.update(self._all, advance=task.weight, pace=self._pace.text())
+        self._finished += 1
+        self._bar.update(self._all, advance=task.weight, finished=self._finished)
         self._console.print(
             f"[dim]{_escaped(task.case)}[/dim]  {_escaped(task.text)}: {_escaped(said)}", highlight=False
         )
@@ -158,35 +147,15 @@ def terminal(*, stderr: bool = True) -> "Console":
 
 def row_text(record: Record) -> str:
     """A record in a few words."""
-    if record.status in ("ERROR", "CRASHED", "TIMEOUT", "OUT_OF_MEMORY"):  # failure.FAILURES, which lies beside torch
+    if unfinished(record):
         return f"{record.status}: {record.reason}"
     memory = record.peak_tensor_bytes if record.device == "cpu" else record.cuda_allocated_bytes
-    parts = [] if memory is None else [f"{memory / 2**20:.1f} MiB"]
-    parts += [] if record.wall_seconds is None else [f"{record.wall_seconds * 1000:.1f} ms"]
-    parts += [] if record.program_relative_error is None else [f"error {record.program_relative_error:.1e}"]
-    return ", ".join([*parts, *([record.status] if record.status != "OK" else [])])
-
-
-class _Pace:
-    """How far the work is."""
-
-    def __init__(self, tasks: Sequence[Task]) -> None:
-        self._count, self._total = len(tasks), sum(task.weight for task in tasks)
-        self._finished, self._weight, self._started = 0, 0.0, time.monotonic()
-
-    def finished(self, task: Task) -> None:
-        self._finished += 1
-        self._weight += task.weight
-
-    def text(self) -> str:
-        spent = time.monotonic() - self._started
-        # The first pieces wait for torch to load, and say nothing about the rest.
-        left = (
-            ""
-            if self._weight < 0.05 * self._total
-            else f", about {_clock(spent * (self._total - self._weight) / self._weight)} left"
-        )
-        return f"[{self._finished}/{self._count}, {_clock(spent)}{left}]"
+    parts = [] if memory is None else [units.size(memory)]
+    parts += [] if record.wall_seconds is None else [units.duration(record.wall_seconds)]
+    parts += (
+        [] if record.program_relative_error is None else [f"error {units.significant(record.program_relative_error)}"]
+    )
+    return ", ".join([*parts, *([record.status] if noted(record) else [])])
 
 
 def _clock(seconds: float) -> str:

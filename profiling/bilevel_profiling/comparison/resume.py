@@ -1,4 +1,5 @@
-"""Continuing a comparison: which rows are kept, and what must be the same for old and new rows to stand in one report.
+"""Continuing a comparison: which rows are kept, and what must be the same for old and new rows to stand in one
+report.
 
 A row is its case, label and K. It is finished when it is in the file, also as a failure: that a run was stopped after
 its time limit is a result. To retry, the rows that ended with ERROR, CRASHED, TIMEOUT or OUT_OF_MEMORY, and the outer
@@ -6,72 +7,62 @@ loops that did, are measured anew; what a hypergradient says of itself (DIVERGED
 would say it again. A row that the new plan does not ask for stays.
 
 The settings of an estimator, its device and its seed are in its row. What is not in it is kept beside the file: the
-case's code, the inner optimizer, the number of repeats and threads, and so on. Whatever differs is refused, by name: a
-report of rows that were measured differently compares nothing. Time and memory limits may differ, and so may the
-labels, the K and the cases.
+case's code with the local modules that it imports (see `code`), the inner optimizer, the number of repeats and
+threads, and so on. Whatever differs is refused, by name: a report of rows that were measured differently compares
+nothing. Time and memory limits may differ, and so may the labels, the K and the cases.
 """
 
-import ast
-import hashlib
-import importlib.util
-import inspect
 import json
 import re
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from bilevel_profiling.cases import builtin as cases
-from bilevel_profiling.cases.case_file import builtin_names
+from bilevel_profiling.comparison.code import fingerprint
 from bilevel_profiling.comparison.folder import DAMAGED, Folder
-from bilevel_profiling.comparison.plan import Settled
+from bilevel_profiling.comparison.plan import Settings, Settled
 from bilevel_profiling.measurement.environment import environment
-from bilevel_profiling.records.failure import FAILURES
+from bilevel_profiling.records.failure import unfinished
 from bilevel_profiling.records.record import Record
 from bilevel_profiling.records.records_file import Row, replace_file, scan
 
 Facts = Mapping[str, str]
 """What the rows of one case have in common and do not all say, by name."""
 _STEPS = "number of outer steps"
-# Compared by themselves, or free to grow; a change to them is no change of the problem.
-_SETTINGS = {"ESTIMATORS", "INNER_STEPS", "OUTER_STEPS", "PRELOAD"}
 
 
 class ResumeError(ValueError):
     """A comparison that cannot be continued, with a message that says what differs and what to write."""
 
 
-def facts(settled: Settled) -> Facts:
+def facts(settled: Settled, settings: Settings) -> Facts:
     """What the rows of a case are measured with."""
-    plan, case, here = settled.plan, settled.case, environment()
+    case, here = settled.case, environment()
     return {
-        "device": plan.device,
-        "seed": str(plan.seed),
-        "number of repeats": str(plan.repeats),
-        "number of threads": str(plan.threads),
+        "device": settings.device,
+        "seed": str(settings.seed),
+        "number of repeats": str(settings.repeats),
+        "number of threads": str(settings.threads),
         "inner optimizer": plain(case.optimizer),
         "solver for the solution": plain(case.solution),
         _STEPS: str(case.outer_steps),
-        "code": _code(settled),
+        "code": fingerprint(settled),
         "version of torch": here["torch"],
         "version of bilevel": here["bilevel"].partition(" ")[0],
         "processor": here["cpu"],
     }
 
 
-def begin(folder: Folder, settled: Sequence[Settled]) -> tuple[list[Row], list[str]]:
+def begin(folder: Folder, settled: Sequence[Settled], settings: Settings) -> tuple[list[Row], list[str]]:
     """Write down what a new comparison measures with. Earlier rows are set aside, which is said.
 
     Raises:
         OSError: a file cannot be written.
     """
     said = folder.set_aside()
-    _write(folder, {each.case.name: facts(each) for each in settled})
+    _write(folder, {each.case.name: facts(each, settings) for each in settled})
     return [], [said] if said else []
 
 
-def resume(folder: Folder, settled: Sequence[Settled]) -> tuple[list[Row], list[str]]:
+def resume(folder: Folder, settled: Sequence[Settled], settings: Settings) -> tuple[list[Row], list[str]]:
     """The rows that are there, and sentences for the user. A half-written last row is taken out of the file and kept
     beside it.
 
@@ -80,7 +71,7 @@ def resume(folder: Folder, settled: Sequence[Settled]) -> tuple[list[Row], list[
         OSError: a file cannot be read or written.
     """
     said: list[str] = []
-    new = {each.case.name: facts(each) for each in settled}
+    new = {each.case.name: facts(each, settings) for each in settled}
     old = _read(folder)
     rows: Sequence[Row] = ()
     if folder.records.exists():
@@ -100,7 +91,7 @@ def resume(folder: Folder, settled: Sequence[Settled]) -> tuple[list[Row], list[
             ]
             if records:
                 _check_facts(folder, each.case.name, (old or {}).get(each.case.name), new[each.case.name])
-            _check_rows(folder, each, records)
+            _check_rows(folder, each, settings, records)
         for damage in found.damage:
             folder.keep_damaged(damage.text)
             said.append(
@@ -116,14 +107,9 @@ def resume(folder: Folder, settled: Sequence[Settled]) -> tuple[list[Row], list[
     return list(rows), said
 
 
-def failed(record: Record) -> bool:
-    """Whether the run of a row failed, so that there are no figures, or not all."""
-    return record.status in FAILURES
-
-
 def loop_failed(record: Record) -> bool:
     """Whether the run of a row's outer loop failed."""
-    return any(iteration.status in FAILURES for iteration in record.iterations)
+    return any(map(unfinished, record.iterations))
 
 
 def plain(value: object) -> str:
@@ -149,20 +135,21 @@ def _check_facts(folder: Folder, name: str, old: Facts | None, new: Facts) -> No
         )
 
 
-def _check_rows(folder: Folder, settled: Settled, records: Sequence[Record]) -> None:
-    plan, case = settled.plan, settled.case
+def _check_rows(folder: Folder, settled: Settled, settings: Settings, records: Sequence[Record]) -> None:
+    cells = {(cell.label, cell.steps): cell for cell in settled.cells}
     for record in records:
-        now = {"device": plan.device, "seed": str(plan.seed)}
-        if record.estimator in case.estimators:
-            now["estimator"] = plain(case.estimators[record.estimator])
-        for key, before in {
-            "device": record.device,
-            "seed": str(record.seed),
-            "estimator": plain(record.settings),
-        }.items():
+        now = {"device": settings.device, "seed": str(settings.seed)}
+        then = {"device": record.device, "seed": str(record.seed), "estimator": plain(record.settings)}
+        cell = cells.get((record.estimator, record.inner_steps or 0))
+        known = settled.case.estimators.get(cell.estimator if cell is not None else record.estimator)
+        if known is not None:
+            now["estimator"] = plain(known)
+        if cell is not None and record.solver:
+            now["inner solver"], then["inner solver"] = plain(cell.solver), plain(record.solver)
+        for key, before in then.items():
             if now.get(key, before) != before:
                 raise ResumeError(
-                    f"{folder.records} cannot be continued: its row {case.name}, {record.estimator}, K = "
+                    f"{folder.records} cannot be continued: its row {settled.case.name}, {record.estimator}, K = "
                     f"{record.inner_steps} has {key} {before}, and this comparison has {now[key]}. Use the same, "
                     f"another label or another folder; without --resume the old rows are kept aside"
                 )
@@ -186,44 +173,3 @@ def _read(folder: Folder) -> dict[str, Facts] | None:
 
 def _write(folder: Folder, found: Mapping[str, Facts]) -> None:
     replace_file(folder.plan, (json.dumps(found, indent=1) + "\n").encode("utf-8"))
-
-
-def _code(settled: Settled) -> str:
-    """A mark of the code of a case, without comments and settings; empty parts where there is no source to read."""
-    source, overrides = settled.plan.source, settled.plan.overrides
-    functions = [overrides.get(name) for name in ("batches", "evaluate", "outer_optimizer")]
-    parts = [
-        _module(source) if isinstance(source, str) else _function(source),
-        *(_function(each) for each in functions if callable(each)),
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _module(source: str) -> str:
-    if source in builtin_names():
-        found = importlib.util.find_spec(f"{cases.__name__}.{source}")
-        path = Path(found.origin) if found is not None and found.origin else None
-    else:
-        path = Path(source).expanduser()
-    return "" if path is None else _meaning(path.read_bytes())
-
-
-def _function(function: Callable[..., Any]) -> str:
-    try:
-        return _meaning(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):  # made without a file, a callable object, or a part of an expression
-        return getattr(function, "__qualname__", "")
-
-
-def _meaning(text: str | bytes) -> str:
-    tree = ast.parse(text)
-    return "\n".join(ast.dump(node) for node in tree.body if not _set(node) & _SETTINGS and not _is_text(node))
-
-
-def _set(node: ast.stmt) -> set[str]:
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return {target.id for target in targets if isinstance(target, ast.Name)}
-
-
-def _is_text(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)

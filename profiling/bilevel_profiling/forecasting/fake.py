@@ -38,6 +38,7 @@ from bilevel_profiling.meters.oracles import Oracles
 from bilevel_profiling.meters.tensors import Tensors, in_blocks
 from bilevel_profiling.meters.work import Work
 from bilevel_profiling.records import sizes
+from bilevel_profiling.records.note import Note
 from bilevel_profiling.records.record import Record
 
 NOT_SEEN = (
@@ -121,7 +122,7 @@ def _of_call(call: Callable[[], object], name: str, device: Device | None, comma
     if figures.fields["kept_tensor_bytes"]:
         notes.append(LEFT_OVER.format(sizes.text(figures.fields["kept_tensor_bytes"])))
         warnings.warn(notes[-1], stacklevel=3)
-    return dataclasses.replace(figures.record(record), notes=tuple(notes))
+    return dataclasses.replace(figures.record(record), notes=tuple(map(Note, notes)))
 
 
 def _of_case(case: Case, device: Device | None, command: str) -> Record:
@@ -149,7 +150,7 @@ def _of_case(case: Case, device: Device | None, command: str) -> Record:
             notes += [
                 f"Of these, cuBLAS keeps {sizes.text(facts['cuda_workspace_bytes'])} on this GPU, as measured now."
             ]
-    return dataclasses.replace(figures.record(record), **facts, notes=tuple(notes))
+    return dataclasses.replace(figures.record(record), **facts, notes=tuple(map(Note, notes)))
 
 
 def here(case: Case) -> Case:

@@ -32,7 +32,10 @@ class Job:
     """Name, path, or a function; see `case_file.given`."""
     overrides: Mapping[str, Any]
     label: str
-    inner_steps: int
+    """Of the estimator in the case."""
+    solver: bl.InnerSolver
+    row: str = ""
+    """Label of the record, if it is another."""
     device: str = "cpu"
     seed: int = 0
     repeats: int = 5
@@ -52,12 +55,12 @@ class Job:
         """The case itself."""
         return Case(
             definition.setup,
-            solver=bl.Descent(definition.optimizer, self.inner_steps),
+            solver=self.solver,
             estimator=definition.estimators[self.label],
             device=self.device,
             seed=self.seed,
             name=definition.name,
-            label=self.label,
+            label=self.row or self.label,
             solution=definition.solution,
             outer_optimizer=definition.outer_optimizer,
         )

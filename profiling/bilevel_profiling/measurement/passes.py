@@ -21,6 +21,7 @@ import torch
 import bilevel as bl
 from bilevel.space import tree
 from bilevel_profiling.cases.case import Case, leaves_of, name_of
+from bilevel_profiling.cases.target import target_of
 from bilevel_profiling.measurement import references
 from bilevel_profiling.measurement.environment import environment
 from bilevel_profiling.meters.base import Meter, observe
@@ -152,6 +153,8 @@ def described(case: Case, command: str = "") -> Record:
         estimator=case.label,
         memory_growth=case.estimator.memory_growth,
         settings=repr(case.estimator),
+        target=target_of(case.estimator),
+        solver=repr(case.solver),
         inner_steps=case.solver.max_steps,
         device=case.device,
         seed=case.seed,

@@ -18,6 +18,7 @@ import torch
 
 from bilevel_profiling.measurement.environment import environment
 from bilevel_profiling.measurement.running import Running, instructions_of, number, status_of, went_through
+from bilevel_profiling.records.note import Note
 from bilevel_profiling.records.record import Alive, Iteration, Record
 from bilevel_profiling.records.records_file import append_iteration, scan
 
@@ -241,7 +242,7 @@ class Recorder:
         self._begun = True
         if self._device is None:
             self._device = torch.device("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu")
-        notes = (_SLOWED,) if self._every else ()
+        notes = (Note(_SLOWED),) if self._every else ()
         found = environment(device=self._device)
         record = Record(
             case=self._name, estimator=self._label, device=str(self._device), dtype="", notes=notes, environment=found

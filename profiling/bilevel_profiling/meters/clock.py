@@ -10,7 +10,7 @@ import torch
 
 from bilevel_profiling.meters.base import Meter
 from bilevel_profiling.meters.phases import OUTSIDE, Phases
-from bilevel_profiling.records.record import SPREADS
+from bilevel_profiling.records.note import Note, NoteKind
 
 LOW, HIGH = 0.1, 0.9
 """The quantiles reported beside the median (between the order statistics, as numpy does; with two repeats close to the
@@ -101,17 +101,20 @@ class Clock(Meter):
             return None
         return (_quantile(self.seconds, HIGH) - _quantile(self.seconds, LOW)) / statistics.median(self.seconds)
 
-    def _notes(self) -> tuple[str, ...]:
+    def _notes(self) -> tuple[Note, ...]:
         count, spread = len(self.seconds), self.spread
         if count < FEW:
             repeats = "1 repeat" if count == 1 else f"{count} repeats"
-            return (f"wall_seconds is of {repeats}, too few to know its spread: do not rank by it.",)
+            return (Note(f"wall_seconds is of {repeats}, too few to know its spread: do not rank by it."),)
         if spread is None or spread <= WIDE:
             return ()
         width = spread * statistics.median(self.seconds)
         return (
-            f"{SPREADS} by {spread:.0%} of the median ({count} repeats): time differences below {width:.2g} s mean "
-            f"nothing.",
+            Note(
+                f"wall_seconds spreads by {spread:.0%} of the median ({count} repeats): time differences below "
+                f"{width:.2g} s mean nothing.",
+                NoteKind.SPREAD,
+            ),
         )
 
     def phases(self) -> dict[str, dict[str, Any]]:

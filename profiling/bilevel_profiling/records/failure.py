@@ -1,18 +1,32 @@
-"""What went wrong with a run, as a status and a sentence, so that it can be a row; and which rows have failed.
+"""What went wrong with a run, as a status and a sentence, so that it can be a row; and which statuses are failures.
 
 Nothing here imports torch: an error of torch's comes from a torch that is loaded already.
 """
 
 import dataclasses
+import enum
 import signal
 import sys
 
-from bilevel_profiling.records.record import Record
+from bilevel_profiling.records.record import Iteration, Record
 
+OK = "OK"
 ERROR, CRASHED, TIMEOUT, OUT_OF_MEMORY = "ERROR", "CRASHED", "TIMEOUT", "OUT_OF_MEMORY"
 FAILURES = frozenset({ERROR, CRASHED, TIMEOUT, OUT_OF_MEMORY})
 """How a run can fail; all other statuses are a hypergradient's own."""
-_NOTES = {"INNER_ROSE", "MAX_STEPS", "INNER_MAX_STEPS"}
+_LESS_ACCURATE = frozenset({"INNER_ROSE", "INNER_UNSTABLE", "MAX_STEPS", "INNER_MAX_STEPS"})
+"""The names of the library's statuses with `Status.failed` False, OK apart: an answer is there, and less accurate."""
+
+
+class Severity(enum.IntEnum):
+    """What a status means for the result."""
+
+    OK = 0
+    NOTE = 1
+    """The result can be used, and is less accurate than was asked for."""
+    FAILED = 2
+    """The result must not be used."""
+
 
 # torch's CPU allocator raises a plain RuntimeError; C++ that is not torch's says bad_alloc, and the loader of libraries
 # "failed to map".
@@ -29,15 +43,49 @@ _LONGEST = 600
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A run without a result: one of the four statuses above, and a sentence on it."""
+    """A run without a result: one of the four statuses above or one that the error carried, and a sentence on it."""
 
     status: str
     reason: str
 
 
-def failed(record: Record) -> bool:
-    """Whether the row's result must not be used (an unmet tolerance alone is a less accurate answer, not a failure)."""
-    return record.status != "OK" and record.status not in _NOTES
+def severity(status: str) -> Severity:
+    """What a status means: the one definition in this package. A status that it does not know is a failure.
+
+    Example:
+        >>> severity("MAX_STEPS").name, severity("DIVERGED").name
+        ('NOTE', 'FAILED')
+    """
+    return Severity.OK if status == OK else Severity.NOTE if status in _LESS_ACCURATE else Severity.FAILED
+
+
+def failed(row: Record | Iteration) -> bool:
+    """Whether the result must not be used (an unmet tolerance alone is a less accurate answer, not a failure)."""
+    return severity(row.status) is Severity.FAILED
+
+
+def noted(row: Record | Iteration) -> bool:
+    """Whether the status is anything but OK."""
+    return severity(row.status) is not Severity.OK
+
+
+def unfinished(row: Record | Iteration) -> bool:
+    """Whether the run itself failed, so that there are no figures, or not all; running it again may end otherwise."""
+    return row.status in FAILURES
+
+
+def carried(error: BaseException) -> str | None:
+    """The name of the library's status that an exception carries as `error.status`; None if it carries none.
+
+    Example:
+        >>> import bilevel
+        >>> error = RuntimeError("diverged")
+        >>> error.status = bilevel.Status.DIVERGED
+        >>> carried(error), carried(ValueError())
+        ('DIVERGED', None)
+    """
+    outcome, status = sys.modules.get("bilevel.outcome"), getattr(error, "status", None)
+    return status.name if outcome is not None and isinstance(status, outcome.Status) else None
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -60,7 +108,7 @@ def of_error(error: BaseException) -> Failure:
     text = " ".join(_said(error).split())
     text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     text = text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
-    return Failure(OUT_OF_MEMORY if out_of_memory(error) else ERROR, text)
+    return Failure(carried(error) or (OUT_OF_MEMORY if out_of_memory(error) else ERROR), text)
 
 
 def of_exit(code: int | None, last_words: str = "") -> Failure:
@@ -84,7 +132,8 @@ def last_words(log: str) -> str:
     else the last line.
 
     Example:
-        >>> last_words("oh\nFatal Python error: Aborted\n\nCurrent thread 0x1 (most recent call first):\n  File \"a.py\", line 3 in f\n")
+        >>> thread = 'Current thread 0x1 (most recent call first):\n  File "a.py", line 3 in f\n'
+        >>> last_words(f"oh\nFatal Python error: Aborted\n\n{thread}")
         'oh; Fatal Python error: Aborted; File "a.py", line 3 in f'
     """
     lines = [line.strip() for line in log.splitlines() if line.strip()]

@@ -21,6 +21,8 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 
+from bilevel_profiling.records import units
+
 Points = Iterable[tuple[int, float]]
 """(K, value) pairs of one estimator, in any order."""
 
@@ -66,8 +68,8 @@ class Law:
 
     @property
     def text(self) -> str:
-        """The law of a memory in words: "0.68 MiB per inner step + 3.1 MiB"."""
-        return self.said(lambda count: f"{count / 2**20:.3g} MiB")
+        """The law of a memory in words: "696 KiB per inner step + 3.10 MiB"."""
+        return self.said(units.size)
 
     def said(self, write: Callable[[float], str]) -> str:
         """The law in words, with values written by `write`.
@@ -93,7 +95,7 @@ def fit(points: Points) -> Law | None:
 
     Example:
         >>> fit([(5, 5557112), (20, 15733772), (50, 36087092)]).text
-        '0.647 MiB per inner step + 2.06 MiB'
+        '663 KiB per inner step + 2.06 MiB'
         >>> fit([(5, 2889776), (20, 3005096), (50, 3158856)]).kind
         'sqrt'
         >>> fit([(5, 5557112), (20, 5595552), (50, 5595552)]).text

@@ -5,22 +5,25 @@ never 0.
 """
 
 import dataclasses
-import functools
+import enum
 import json
-import math
-import types
 from collections.abc import Mapping
-from typing import Any, get_args, get_origin
 
-SCHEMA = 2
-_READABLE = (1, SCHEMA)
-"""Schema 2 added fields to schema 1 and changed none but the timeline, whose points had three parts."""
+from bilevel_profiling.records import codec
+from bilevel_profiling.records.note import Note
+from bilevel_profiling.records.schemas import SCHEMA, upgraded
 
 Point = tuple[int, int, str, str, str]
 """(operation index, live bytes, phase, innermost span, operator)."""
 
-SPREADS = "wall_seconds spreads"
-"""How the clock's note on a wide spread begins: reports mark such times in their own way."""
+
+class Target(enum.StrEnum):
+    """What an estimator estimates: the two references that errors are measured against."""
+
+    PROGRAM = "program"
+    """The gradient of the program that takes K inner steps."""
+    SOLUTION = "solution"
+    """The hypergradient at a converged inner solution."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ class Iteration:
     inner_loss: float | None = None
     gradient_norm: float | None = None
     status: str = "OK"
+    """As a record's; also INTERRUPTED, of an iteration that a break or Ctrl-C ended."""
     wall_seconds: float | None = None
     peak_tensor_bytes: int | None = None
     cuda_allocated_bytes: int | None = None
@@ -89,7 +93,13 @@ class Record:
     """measured, or forecast: then no figure was measured, the run was made on tensors without data."""
     settings: str = ""
     """repr of the estimator, so that the row can be rebuilt."""
+    target: Target | None = None
+    """What the estimator gives but for rounding and unmet tolerances; None where that is neither (truncated sweeps,
+    first-order ones) or not known. The first to give the program is the baseline of a report's ratios."""
+    solver: str = ""
+    """repr of the inner solver."""
     inner_steps: int | None = None
+    """K; the most steps that the solver may take."""
     memory_growth: str = ""
     """The estimator's contract on how peak memory grows with K: constant, sqrt or linear; empty where there is none to
     hold it to."""
@@ -106,8 +116,8 @@ class Record:
     """A bilevel.Status name, or OUT_OF_MEMORY, TIMEOUT, CRASHED, ERROR."""
     reason: str = ""
     """A sentence on the status; empty when it is OK."""
-    notes: tuple[str, ...] = ()
-    """What a reader must know to use the figures, a sentence each."""
+    notes: tuple[Note, ...] = ()
+    """What a reader must know to use the figures, a sentence each; text is taken for a note of no special kind."""
 
     base_tensor_bytes: int | None = None
     """Tensor bytes that were there before the call: data, outer and inner variables, the outer optimizer's state."""
@@ -129,7 +139,9 @@ class Record:
     wall_seconds: float | None = None
     """Median over `repeats` calls, device synchronized."""
     wall_seconds_low: float | None = None
+    """The 10% quantile of the repeats."""
     wall_seconds_high: float | None = None
+    """The 90% quantile."""
     repeats: int | None = None
     matmul_flops: int | None = None
     """FLOPs of matmul-class operations (torch FlopCounterMode); elementwise work is not counted."""
@@ -166,9 +178,13 @@ class Record:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     schema: int = SCHEMA
 
+    def __post_init__(self) -> None:
+        notes = tuple(Note(note) if isinstance(note, str) else note for note in self.notes)
+        object.__setattr__(self, "notes", notes)
+
     def to_json(self) -> str:
         """One line of JSON, without newlines; a number that is not finite is written as {"nonfinite": "nan"}."""
-        return _line(dataclasses.asdict(self))
+        return codec.line(self)
 
     @classmethod
     def from_json(cls, line: str) -> "Record":
@@ -190,7 +206,7 @@ def iteration_json(iteration: Iteration) -> str:
         >>> from_line(iteration_json(Iteration(index=3, outer_loss=0.5))).outer_loss
         0.5
     """
-    return _line({"iteration": dataclasses.asdict(iteration)})
+    return codec.line({"iteration": iteration})
 
 
 def from_line(line: str) -> Record | Iteration:
@@ -206,114 +222,7 @@ def from_line(line: str) -> Record | Iteration:
     except RecursionError as error:
         raise ValueError("not a record: invalid JSON (nested too deeply)") from error
     if isinstance(data, dict) and set(data) == {"iteration"}:
-        found = _within("iteration", Iteration, _revive(data["iteration"]))
-        assert isinstance(found, Iteration)
-        return found
+        return codec.structured(data["iteration"], Iteration, "iteration")
     if not isinstance(data, dict) or "case" not in data or "estimator" not in data:
         raise ValueError("not a record: a JSON object with 'case' and 'estimator' was needed")
-    if data.get("schema") not in _READABLE:
-        readable = " and ".join(map(str, _READABLE))
-        raise ValueError(
-            f"record of schema {data.get('schema')!r}; this version of bilevel_profiling reads schemas {readable}. "
-            f"Read it with the version of bilevel that wrote it, or measure again with this one"
-        )
-    data = _revive(data)
-    if data["schema"] == 1 and isinstance(data.get("timeline"), list):
-        data["timeline"] = [[*point, "", ""] if isinstance(point, list) else point for point in data["timeline"]]
-    record = _built(Record, {**data, "schema": SCHEMA})
-    assert isinstance(record, Record)
-    return record
-
-
-_NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
-def _line(data: dict[str, Any]) -> str:
-    return json.dumps(_plain(data), allow_nan=False, separators=(",", ":"))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"nonfinite": str(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _revive(value: Any) -> Any:
-    if isinstance(value, dict):
-        if set(value) == {"nonfinite"} and value["nonfinite"] in _NONFINITE:
-            return _NONFINITE[value["nonfinite"]]
-        return {key: _revive(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_revive(item) for item in value]
-    return value
-
-
-def _built(wanted: Any, value: Any) -> Any:
-    """What JSON gave, as the type a field declares: a damaged file is refused here, with the place, and not where its
-    figures are used.
-
-    The message of an error begins with the place, which grows on its way up.
-    """
-    scalars, kind, parts = _parsed(wanted)
-    if type(value) in scalars:
-        return value
-    if kind is Mapping and isinstance(value, dict):
-        return {key: _within(f"[{key!r}]", parts[1], item) for key, item in value.items()}
-    if kind is tuple and isinstance(value, list):
-        each = [parts[0]] * len(value) if parts[-1] is Ellipsis else parts
-        if len(each) != len(value):
-            raise ValueError(f" has {len(value)} parts; {len(each)} were needed")
-        return tuple([_built(part, item) for part, item in zip(each, value, strict=True)])
-    if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
-        return _object(wanted, value)
-    names = [
-        "null" if part is types.NoneType else getattr(part, "__name__", str(part))
-        for part in (parts if kind is types.UnionType else (wanted,))
-    ]
-    raise ValueError(f" is {str(value)[:40]!r}; {' or '.join(names)} was needed")
-
-
-def _within(place: str, wanted: Any, value: Any) -> Any:
-    try:
-        return _built(wanted, value)
-    except ValueError as error:
-        raise ValueError(f"{place}{error}") from None
-
-
-@functools.cache
-def _parsed(wanted: Any) -> tuple[frozenset[type], Any, tuple[Any, ...]]:
-    """The scalar types that a declared type takes, its origin and its parts. JSON does not tell 1.0 from 1, so a number
-    is a number.
-    """
-    kind, parts = get_origin(wanted), get_args(wanted)
-    scalars = frozenset(
-        parts if kind is types.UnionType else (wanted,) if kind is None and not dataclasses.is_dataclass(wanted) else ()
-    )
-    return scalars | {int, float} if scalars & {int, float} else scalars, kind, parts
-
-
-@functools.cache
-def _types(wanted: Any) -> dict[str, Any]:
-    return {field.name: field.type for field in dataclasses.fields(wanted)}
-
-
-def _object(wanted: Any, value: dict[str, Any]) -> Any:
-    declared = _types(wanted)
-    unknown = sorted(set(value) - set(declared))
-    if unknown:
-        raise ValueError(f"{'record' if wanted is Record else ''} with unknown fields {unknown}")
-    dot = "" if wanted is Record else "."
-    found = {}
-    for name, item in value.items():
-        try:
-            found[name] = _built(declared[name], item)
-        except ValueError as error:
-            raise ValueError(f"{dot}{name}{error}") from None
-    try:
-        return wanted(**found)
-    except TypeError as error:  # a field without a default is missing
-        raise ValueError(f": {error}") from error
+    return codec.structured(upgraded(data), Record, "record")

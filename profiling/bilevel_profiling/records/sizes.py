@@ -1,6 +1,8 @@
-"""Sizes in bytes, as people write them."""
+"""Sizes in bytes, as people write them on a command line."""
 
 import re
+
+from bilevel_profiling.records import units
 
 _UNITS = {"": 1, "b": 1, **{f"{letter}ib": 2 ** (10 * power) for power, letter in enumerate("kmgt", 1)}}
 _UNITS |= {f"{letter}b": 10 ** (3 * power) for power, letter in enumerate("kmgt", 1)}
@@ -26,14 +28,5 @@ def parse(text: str | int) -> int:
     return round(float(found[1]) * unit)
 
 
-def text(size: int) -> str:
-    """A size as people read it.
-
-    Example:
-        >>> text(512), text(3 * 2**20), text(25_000_000_000)
-        ('512 B', '3.0 MiB', '23.3 GiB')
-    """
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if size >= 2 ** (10 * power):
-            return f"{size / 2 ** (10 * power):.1f} {unit}"
-    return f"{size} B"
+text = units.size
+"""How a size is written."""

@@ -21,8 +21,6 @@ from bilevel_profiling.report.terminal.table import print_table
 
 __all__ = ["print_alive", "print_table", "write", "write_png"]
 
-_IN_MARKDOWN = ("memory", "time", "program", "program-time", "solution", "solution-time", "loss")
-
 
 def write(records: Iterable[Record], out: Path, command: str = "") -> Path:
     """Write `out`/index.html (self-contained), `out`/report.md and the figures it shows, `out`/figures/*.svg.
@@ -53,7 +51,7 @@ def write(records: Iterable[Record], out: Path, command: str = "") -> Path:
     shown: dict[str, list[tuple[str, str]]] = {}
     for each, key in zip(groups, html.unique_keys(groups), strict=True):
         for figure in case_figures(each, looks, key):
-            if figure.drawing and figure.key.removeprefix(f"{key}-") in _IN_MARKDOWN:
+            if figure.drawing and figure.main:
                 _replace(out / "figures" / f"{figure.key}.svg", standalone(figure.drawing))
                 shown.setdefault(each.title, []).append((figure.title, f"figures/{figure.key}.svg"))
     _replace(out / "report.md", markdown.render(records, command=command, figures=shown))

@@ -10,7 +10,7 @@ from bilevel_profiling.report.content import alive, columns, footnotes, laws, lo
 from bilevel_profiling.report.content.groups import EXACT, Group, environment, group
 from bilevel_profiling.report.content.laws import GROWTH
 from bilevel_profiling.report.content.summary import PLAIN_TITLE, Name, Sentence, at, sentences
-from bilevel_profiling.report.content.text import clean, plural
+from bilevel_profiling.report.content.text import at_k, clean, plural
 
 _MOST_ALIVE = 8
 TITLE = "Hypergradient estimators: memory, time and error"
@@ -89,8 +89,7 @@ def _rows(each: Group) -> str:
 def _reasons(each: Group) -> str:
     lines = []
     for word, record in footnotes.reasons(each):
-        steps = "" if record.inner_steps is None else f", K = {record.inner_steps}"
-        lines.append(f"- {escape(word)} {escape(record.estimator)}{steps}: {escape(footnotes.reason(record))}")
+        lines.append(f"- {escape(word)} {escape(record.estimator)}{at_k(record)}: {escape(footnotes.reason(record))}")
     for mark, text in footnotes.lines(each):
         lines.append(f"- {escape(f'({mark})' if mark.isalpha() else mark or 'All rows:')} {escape(text)}")
     return "\n".join(lines)
@@ -104,10 +103,9 @@ def _alive(each: Group) -> list[str]:
     parts = []
     for label, record in alive.shown(each).items():
         header, rows = alive.table(record)
-        steps = "" if record.inner_steps is None else f", K = {record.inner_steps:,}"
         more = f"{plural(len(rows) - _MOST_ALIVE, 'more row')} in index.html." if len(rows) > _MOST_ALIVE else ""
         parts += [
-            f"#### {escape(label)}{steps}",
+            f"#### {escape(label)}{at_k(record)}",
             f"{escape(alive.headline(record))}.",
             _table(header, rows[:_MOST_ALIVE], left=0),
             more,

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bilevel_profiling.records.failure import noted
 from bilevel_profiling.records.record import Iteration, Record
 from bilevel_profiling.records.records_file import scan
 
@@ -64,7 +65,7 @@ def to_tensorboard(
             for iteration in record.iterations:
                 for name, value in _scalars(iteration):
                     writer.add_scalar(name, value, iteration.index)
-                if iteration.status != "OK":
+                if noted(iteration):
                     writer.add_text("status", iteration.status, iteration.index)
         finally:
             writer.close()
@@ -118,4 +119,4 @@ def _description(record: Record) -> Iterator[str]:
         **record.environment,
     }
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value)]
-    yield "\n".join(table + [""] * bool(record.notes) + list(record.notes))
+    yield "\n".join(table + [""] * bool(record.notes) + list(map(str, record.notes)))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from bilevel_profiling.records import units
 from bilevel_profiling.records.record import Alive, Record
 from bilevel_profiling.report.content.groups import Group
-from bilevel_profiling.report.content.text import clean, plural
+from bilevel_profiling.report.content.text import clean, plural, without_empty
 
 REST = "all others"
 TEXTS = ("phase", "span", "operator", "module", "line")
@@ -35,15 +35,15 @@ def table(record: Record) -> tuple[list[str], list[list[str]]]:
         for e in record.alive
     ]
     header = ["MiB", "of peak", "storages", *TEXTS]
-    kept = [place for place in range(len(header)) if place < 3 or any(row[place] != units.MISSING for row in rows)]
-    return [header[place] for place in kept], [[row[place] for place in kept] for row in rows]
+    return without_empty(header, rows, always=range(3))
 
 
 def headline(record: Record) -> str:
     """The peak and what holds most of it, in a few words."""
     first = max(record.alive, key=lambda entry: entry.bytes)
     made = " ".join(part for part in (clean(first.operator) or REST, _line(first)) if part)
-    return f"{units.size(total(record))} at the peak; {share(first, record):.0%} of it {made} ({plural(first.count, 'storage')})"
+    most = f"{share(first, record):.0%} of it {made} ({plural(first.count, 'storage')})"
+    return f"{units.size(total(record))} at the peak; {most}"
 
 
 def _texts(entry: Alive, last: bool) -> Sequence[str]:

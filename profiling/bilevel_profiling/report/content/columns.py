@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from bilevel_profiling.records import units
 from bilevel_profiling.records.record import Record
-from bilevel_profiling.report.content.footnotes import SPREAD, WIDE, marker, wide
+from bilevel_profiling.report.content.footnotes import QUANTILES, SPREAD, WIDE, marker, wide
 from bilevel_profiling.report.content.groups import Group
 from bilevel_profiling.report.content.text import clean
 
@@ -180,10 +180,10 @@ def _time(group: Group) -> list[Column]:
             "ms",
             "time",
             _time_cell,
-            f"median wall time of one hypergradient, device synchronized; {WIDE}: the calls spread by over "
-            f"{SPREAD:.0%}",
+            f"median wall time of one hypergradient, device synchronized; {WIDE}: the "
+            f"{QUANTILES} of the calls is over {SPREAD:.0%} of it wide",
         ),
-        Column("spread ms", "time", _spread, "lowest to highest of the repeated calls", short="spread", rank=5),
+        Column("spread ms", "time", _spread, f"{QUANTILES} of the repeated calls", short="spread", rank=5),
         Column(
             "x base",
             "time",
@@ -198,7 +198,10 @@ def _time(group: Group) -> list[Column]:
 def _roofline(group: Group) -> list[Column]:
     """A column for each device that a bound was computed for."""
     devices = dict.fromkeys(r.roofline_device for r in group.rows if r.roofline_seconds is not None)
-    said = "a lower bound on the time, not a measurement: for each operator the longer of computing and moving its bytes, on"
+    said = (
+        "a lower bound on the time, not a measurement: for each operator the longer of computing and moving its bytes, "
+        "on"
+    )
     made = []
     for device in devices:
         name = clean(device) or "a device without a name"
@@ -248,7 +251,10 @@ def _work(group: Group) -> list[Column]:
 def _errors() -> list[Column]:
     program, solution = "vs K-step program", "vs converged solution"
     exact = "the float64 gradient of the program that takes K inner steps"
-    limit = "the float64 hypergradient at a converged inner solution (a different quantity: an exact unroll has an error here too)"
+    limit = (
+        "the float64 hypergradient at a converged inner solution (a different quantity: an exact unroll has an error "
+        "here too)"
+    )
     return [
         Column(
             "rel. error",

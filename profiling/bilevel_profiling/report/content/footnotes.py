@@ -4,33 +4,29 @@ import string
 from collections.abc import Sequence
 
 from bilevel_profiling.records import units
-from bilevel_profiling.records.failure import failed
-from bilevel_profiling.records.record import SPREADS, Record
+from bilevel_profiling.records.failure import failed, noted
+from bilevel_profiling.records.note import NoteKind
+from bilevel_profiling.records.record import Record
 from bilevel_profiling.report.content.groups import Group
 from bilevel_profiling.report.content.text import clean
 
 SPREAD = 0.25
-"""Times whose lowest and highest call lie further apart than this share of the median are marked."""
+"""Times whose 10% and 90% quantiles lie further apart than this share of the median are marked."""
 WIDE = "~"
+QUANTILES = "10% to 90% quantile"
+"""What wall_seconds_low and wall_seconds_high are."""
 
 
 def marker(record: Record, group: Group) -> str:
     """OK, or the status with the number under which its reason is given; letters lead to notes."""
-    word = "OK"
-    if record.status != "OK":
-        noted = [r for r in group.rows if r.status != "OK"]
-        place = next(place for place, r in enumerate(noted, start=1) if r is record)
-        word = f"{'failed' if failed(record) else 'note'} [{place}]"
-    letters = [letter for letter, sentence in notes(group) if letter and sentence in map(clean, record.notes)]
+    word = next((word for word, row in reasons(group) if row is record), "OK")
+    letters = [letter for letter, sentence in notes(group) if letter and sentence in _said(record)]
     return f"{word} ({','.join(letters)})" if letters else word
 
 
 def reasons(group: Group) -> list[tuple[str, Record]]:
     """(marker, record) of every row that is not OK, in the order of the rows."""
-    return [
-        (f"{'failed' if failed(r) else 'note'} [{n}]", r)
-        for n, r in enumerate((r for r in group.rows if r.status != "OK"), start=1)
-    ]
+    return [(f"{'failed' if failed(r) else 'note'} [{n}]", r) for n, r in enumerate(filter(noted, group.rows), start=1)]
 
 
 def reason(record: Record) -> str:
@@ -43,11 +39,15 @@ def notes(group: Group) -> list[tuple[str, str]]:
     not fail.
     """
     done = [record for record in group.rows if not failed(record)]
-    said = [clean(note) for record in group.rows for note in record.notes if not note.startswith(SPREADS)]
-    found = dict.fromkeys(text for text in said if text)
-    shared = [text for text in found if done and all(text in map(clean, record.notes) for record in done)]
+    found = dict.fromkeys(text for record in group.rows for text in _said(record))
+    shared = [text for text in found if done and all(text in _said(record) for record in done)]
     rest = [text for text in found if text not in shared]
     return [*(("", text) for text in shared), *((_letter(place), text) for place, text in enumerate(rest))]
+
+
+def _said(record: Record) -> list[str]:
+    """Its notes, those left out that are told in another way."""
+    return [text for note in record.notes if note.kind is not NoteKind.SPREAD and (text := clean(note.text))]
 
 
 def wide(record: Record) -> bool:
@@ -69,7 +69,7 @@ def spread(group: Group) -> str:
         return ""
     worst = max(((r.wall_seconds_high or 0) - (r.wall_seconds_low or 0)) / (r.wall_seconds or 1) for r in found)
     many = "marks a time" if len(found) == 1 else "marks times"
-    return f"{many} whose repeated calls lie up to {worst:.0%} of the median apart: smaller differences mean nothing."
+    return f"{many} whose {QUANTILES} is up to {worst:.0%} of the median wide: smaller differences mean nothing."
 
 
 def lines(group: Group) -> Sequence[tuple[str, str]]:

@@ -8,14 +8,13 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from bilevel_profiling.records.failure import failed
-from bilevel_profiling.records.record import Record
-from bilevel_profiling.records.units import finite
+from bilevel_profiling.records.record import Record, Target
+from bilevel_profiling.records.units import finite, rounding
 
 EXACT = 1e-3
 """Largest relative error at which an estimate counts as the gradient of the K-step program (it leaves room for float32
 rounding)."""
 
-_ROUNDING = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 MEASURED = "measured"
 
 
@@ -135,18 +134,12 @@ class Group:
 
     @functools.cached_property
     def baseline(self) -> str | None:
-        """The estimator that ratios refer to: the first exact unroll of the comparison, else the first that was
-        measured to be exact.
+        """The estimator that ratios refer to: the first whose target is the program and that was not measured to
+        miss it, else the first that was measured to give it.
         """
-        unrolls = {
-            r.estimator
-            for r in self.records
-            if r.settings.startswith("Unrolled(") or (not r.settings and "unroll" in r.estimator.lower())
-        }
-        cut = {r.estimator for r in self.records if "trunc" in (r.estimator + r.settings).lower()}
+        programs = {r.estimator for r in self.records if r.target is Target.PROGRAM}
         seen = [e for e in self.estimators if self._exact_everywhere(e)]
-        unmeasured = [e for e in self.estimators if e not in cut and not self._errors(e)]
-        candidates = [e for e in self.estimators if e in unrolls and (e in seen or e in unmeasured)] or seen
+        candidates = [e for e in self.estimators if e in programs and (e in seen or not self._errors(e))] or seen
         return candidates[0] if candidates else None
 
     def ratio(self, record: Record, field: str) -> float | None:
@@ -158,7 +151,7 @@ class Group:
     @property
     def rounding(self) -> float:
         """Errors below this are rounding in the group's dtype, and count as equal."""
-        return _ROUNDING.get(self.records[0].dtype.removeprefix("torch."), 1e-5)
+        return rounding(self.records[0].dtype)
 
     def _errors(self, estimator: str) -> list[float]:
         return [value for k in self.steps if (value := self.value(estimator, k, "program_relative_error")) is not None]

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from bilevel_profiling.records import units
+from bilevel_profiling.records.failure import noted
 from bilevel_profiling.records.record import Iteration, Record
 from bilevel_profiling.report.content.groups import Group
-from bilevel_profiling.report.content.text import clean
+from bilevel_profiling.report.content.text import clean, plural, without_empty
 
 _MOST_ROWS = 200
 
@@ -25,10 +26,7 @@ def outcome(group: Group) -> tuple[list[str], list[list[str]]]:
         [clean(r.estimator), units.count(r.inner_steps), _length(r), _losses(r), *(_change(r, n) for n in names)]
         for r in runs
     ]
-    kept = [
-        place for place in range(len(header)) if place in (0, 2) or any(row[place] != units.MISSING for row in rows)
-    ]
-    return [header[place] for place in kept], [[row[place] for place in kept] for row in rows]
+    return without_empty(header, rows, always=(0, 2))
 
 
 def title(group: Group) -> str:
@@ -63,12 +61,7 @@ def iterations(record: Record) -> tuple[list[str], list[list[str]], int]:
         "status",
     ]
     rows = [_iteration(entry, names) for entry in entries]
-    kept = [
-        place
-        for place in range(len(header))
-        if header[place] in ("step", "status") or any(row[place] != units.MISSING for row in rows)
-    ]
-    return [header[place] for place in kept], [[row[place] for place in kept] for row in rows], hidden
+    return *without_empty(header, rows, always=(0, len(header) - 1)), hidden
 
 
 def logged(record: Record) -> list[str]:
@@ -78,8 +71,14 @@ def logged(record: Record) -> list[str]:
 
 def troubles(record: Record) -> dict[str, int]:
     """How often each status other than OK ended an iteration."""
-    statuses = [entry.status for entry in record.iterations if entry.status != "OK"]
+    statuses = [entry.status for entry in filter(noted, record.iterations)]
     return {status: statuses.count(status) for status in dict.fromkeys(statuses)}
+
+
+def told(record: Record) -> str:
+    """How many steps there were, and how many of them did not end OK."""
+    bad = ", ".join(f"{number:,} {clean(status)}" for status, number in troubles(record).items())
+    return plural(len(record.iterations), "step") + (f", of these {bad}" if bad else ", all OK")
 
 
 def _iteration(entry: Iteration, names: Sequence[str]) -> list[str]:
@@ -96,7 +95,7 @@ def _iteration(entry: Iteration, names: Sequence[str]) -> list[str]:
 
 def _length(record: Record) -> str:
     """Number of outer steps, and how many of them did not end as they should."""
-    bad = sum(entry.status != "OK" for entry in record.iterations)
+    bad = sum(map(noted, record.iterations))
     return units.count(len(record.iterations)) + (f" ({bad:,} not OK)" if bad else "")
 
 

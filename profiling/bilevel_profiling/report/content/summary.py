@@ -3,6 +3,7 @@
 import dataclasses
 
 from bilevel_profiling.records import units
+from bilevel_profiling.report.content.footnotes import QUANTILES
 from bilevel_profiling.report.content.groups import EXACT, MEASURED, Group
 from bilevel_profiling.report.content.laws import law
 from bilevel_profiling.report.content.text import listing, plural
@@ -62,7 +63,11 @@ def facts(group: Group) -> list[Fact]:
     fast = {e: v for e, v in times.items() if e in exact}
     if fast:
         label, rivals = _fastest(group, fast)
-        doubt = f"not told apart from {listing(rivals)}: their times overlap" if rivals else _error_text(group, label)
+        doubt = (
+            f"not told apart from {listing(rivals)}: their {QUANTILES} ranges overlap"
+            if rivals
+            else _error_text(group, label)
+        )
         found.insert(2, Fact("Fastest exact", units.duration(fast[label]), label, doubt))
     return found
 
@@ -156,7 +161,7 @@ def _exact(group: Group) -> Sentence:
     if rivals:
         return [
             *sentence,
-            "; which is the fastest cannot be told, the times of ",
+            f"; which is the fastest cannot be told, the times ({QUANTILES}) of ",
             *_names([fast, *rivals]),
             " overlap.",
         ]

@@ -2,7 +2,10 @@
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+from bilevel_profiling.records.record import Record
+from bilevel_profiling.records.units import MISSING
 
 
 def clean(text: str) -> str:
@@ -30,6 +33,19 @@ def slug(text: str) -> str:
 def plural(count: int, noun: str) -> str:
     """A count with its noun: "1 run", "2 runs"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def at_k(record: Record) -> str:
+    """What stands behind a label, as in ", K = 20"; nothing where K is unknown."""
+    return "" if record.inner_steps is None else f", K = {record.inner_steps:,}"
+
+
+def without_empty(
+    header: list[str], rows: list[list[str]], always: Collection[int] = ()
+) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns that hold nothing in any row, those in the places `always` apart."""
+    kept = [n for n in range(len(header)) if n in always or any(row[n] != MISSING for row in rows)]
+    return [header[n] for n in kept], [[row[n] for n in kept] for row in rows]
 
 
 def listing(items: Sequence[str]) -> str:

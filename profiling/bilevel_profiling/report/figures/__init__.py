@@ -2,6 +2,7 @@
 or dark scheme.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ def case_figures(group: Group, styles: Mapping[str, Style], key: str) -> list[Fi
     """The figures of one case, those that its records can fill; `key` starts every id inside them."""
     memory = group.measure
     fitted = {label: law for label in group.estimators if (law := laws.law(group, label)) is not None}
-    found = [
+    main = [
         lines.against_k(group, styles, f"{key}-memory", memory.field, memory.name, "MiB", 2.0**20, fitted),
         lines.against_k(group, styles, f"{key}-time", "wall_seconds", "time", "ms", 1e-3),
         *(
@@ -34,12 +35,16 @@ def case_figures(group: Group, styles: Mapping[str, Style], key: str) -> list[Fi
             for name, field, reference in _ERRORS
             for axis in (scatter.memory(group), scatter.TIME)
         ),
-        *loop.losses(group, styles, key),
+        loop.outer_loss(group, styles, key),
+    ]
+    more = [
+        *loop.logged(group, styles, key),
         *loop.costs(group, styles, key),
         *bars.metrics(group, styles, f"{key}-metric"),
         timeline.timelines(group, f"{key}-timeline"),
     ]
-    return [figure for figure in found if figure is not None]
+    shown = [dataclasses.replace(figure, main=True) for figure in main if figure is not None]
+    return [*shown, *(figure for figure in more if figure is not None)]
 
 
 def stylesheet() -> str:

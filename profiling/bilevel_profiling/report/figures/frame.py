@@ -31,3 +31,5 @@ class Figure:
     panels: tuple[Panel, ...] = ()
     legend: tuple[str, ...] = ()
     """The phases that the colors of the panels stand for."""
+    main: bool = False
+    """Whether report.md shows it too."""

@@ -5,6 +5,7 @@ are crossed out.
 from collections.abc import Callable, Mapping
 
 from bilevel_profiling.records import units
+from bilevel_profiling.records.failure import noted
 from bilevel_profiling.records.record import Iteration, Record
 from bilevel_profiling.report.content import loops
 from bilevel_profiling.report.content.groups import Group
@@ -20,12 +21,17 @@ _MOST_CROSSES = 30
 _MOST_LOGGED = 4
 
 
-def losses(group: Group, styles: Mapping[str, Style], key: str) -> list[Figure]:
-    """The outer loss and the first few of the numbers that the user logged, over the outer loop."""
+def outer_loss(group: Group, styles: Mapping[str, Style], key: str) -> Figure | None:
+    """The outer loss over the outer loop."""
+    return over_iterations(group, styles, f"{key}-loss", lambda entry: entry.outer_loss, "outer loss")
+
+
+def logged(group: Group, styles: Mapping[str, Style], key: str) -> list[Figure]:
+    """The first few of the numbers that the user logged, over the outer loop."""
     names = list(dict.fromkeys(name for record in loops.shown(group).values() for name in loops.logged(record)))[
         :_MOST_LOGGED
     ]
-    found = [over_iterations(group, styles, f"{key}-loss", lambda entry: entry.outer_loss, "outer loss")]
+    found = []
     for number, name in enumerate(names):
         found.append(
             over_iterations(group, styles, f"{key}-logged-{number}", _logged(name), clean(name).replace("_", " "))
@@ -131,7 +137,7 @@ def _crosses(
     record: Record, value: Callable[[Iteration], float | None], x: scales.Scale, y: scales.Scale, frame: svg.Frame
 ) -> Markup:
     """On the line, or on the upper edge where there is no value; of very many, evenly spaced ones."""
-    bad = [entry for entry in record.iterations if entry.status != "OK"]
+    bad = list(filter(noted, record.iterations))
     bad = bad[:: -(-len(bad) // _MOST_CROSSES)] if bad else []
     crosses = []
     for entry in bad:
@@ -154,4 +160,5 @@ def _told(runs: Mapping[str, Record]) -> str:
 
 def _range(record: Record, value: Callable[[Iteration], float | None], unit: str) -> str:
     values = [v for entry in record.iterations if (v := value(entry)) is not None]
-    return f"{units.significant(values[0])} to {units.significant(values[-1])}{f' {unit}' if unit else ''} in {len(record.iterations):,} steps"
+    span = f"{units.significant(values[0])} to {units.significant(values[-1])}{f' {unit}' if unit else ''}"
+    return f"{span} in {len(record.iterations):,} steps"

@@ -11,6 +11,10 @@ _VOID = {"meta", "br"}
 class Markup(str):
     """Text that is markup already."""
 
+    def __html__(self) -> str:
+        """How templates know it."""
+        return self
+
 
 def escape(value: object) -> Markup:
     """`value` as text of an element or an attribute."""
@@ -45,11 +49,15 @@ def decimal(value: float) -> str:
 def _piece(part: object) -> str:
     if isinstance(part, Markup):
         return part
-    text = str(part)
+    return html.escape(spaced(str(part)))
+
+
+def spaced(text: str) -> str:
+    """`clean`, but for the spaces at its ends, which stay one each."""
     inside = clean(text)
     if not inside:
         return " " if text else ""
-    return html.escape((" " if text[0].isspace() else "") + inside + (" " if text[-1].isspace() else ""))
+    return (" " if text[0].isspace() else "") + inside + (" " if text[-1].isspace() else "")
 
 
 def _attribute(key: str, value: object) -> str:

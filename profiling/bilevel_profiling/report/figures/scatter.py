@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Mapping
 
 from bilevel_profiling.records import units
+from bilevel_profiling.report.content.footnotes import QUANTILES
 from bilevel_profiling.report.content.groups import Group, pareto
 from bilevel_profiling.report.content.text import clean
 from bilevel_profiling.report.figures import scales, svg
@@ -17,7 +18,7 @@ _FRAME = svg.Frame(46, svg.WIDTH - 14, 34, 258)
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """What the error is set against. `spread` are the fields of the lowest and highest value, where there are such."""
+    """What the error is set against. `spread` are the fields of the 10% and 90% quantile, where there are such."""
 
     key: str
     name: str
@@ -101,11 +102,10 @@ def error_against(
         *parts,
     )
     k = f"K = {group.focus:,}. " if group.focus is not None else ""
-    equal = f" Errors below {units.tick(group.rounding)} are {clean(group.records[0].dtype).removeprefix('torch.')} rounding and count as equal."
+    dtype = clean(group.records[0].dtype).removeprefix("torch.")
+    equal = f" Errors below {units.tick(group.rounding)} are {dtype} rounding and count as equal."
     note = f"{k}Lower left is better. Filled, on the line: the Pareto front, which nothing beats in both."
-    note += (
-        " Thin bars: the fastest to the slowest call; where they overlap, the order means nothing." if ranges else ""
-    )
+    note += f" Thin bars: {QUANTILES} of the calls; where they overlap, the order means nothing." if ranges else ""
     return Figure(key, title, note + (equal if min(e for _, e in points.values()) < group.rounding else ""), drawing)
 
 
@@ -120,7 +120,7 @@ def front_points(group: Group, field: str, axis: Axis) -> dict[str, tuple[float,
 
 
 def _ranges(group: Group, axis: Axis, points: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-    """The lowest and highest cost of each point, where both are known and differ."""
+    """The 10% and 90% quantile of the cost of each point, where both are known and differ."""
     found = {}
     for label in points:
         edges = [group.value(label, group.focus, field) for field in axis.spread or ()]

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from bilevel_profiling.report.content.text import shorten
-from bilevel_profiling.report.figures.markup import Markup, decimal, join, tag
+from bilevel_profiling.report.figures.markup import Markup, decimal, tag
 from bilevel_profiling.report.figures.palette import Style, outline
 from bilevel_profiling.report.figures.scales import Scale
 
@@ -110,8 +110,8 @@ def end_labels(frame: Frame, ends: Sequence[tuple[str, Style, float, float]]) ->
     )
     parts = []
     for (label, style, x, y), place in zip(ends, places, strict=True):
-        tie = f"M{decimal(x + 6)} {decimal(y)}L{decimal(frame.right + 6)} {decimal(y)}L{decimal(frame.right + 14)} {decimal(place)}"
-        leader = tag("path", d=Markup(tie), class_="leader")
+        tie = [(x + 6, y), (frame.right + 6, y), (frame.right + 14, place)]
+        leader = tag("path", d=Markup("M" + "L".join(f"{decimal(a)} {decimal(b)}" for a, b in tie)), class_="leader")
         parts.append(series(style, leader, text(frame.right + 18, place + 4, clip(label), "label")))
     return tag("g", *parts)
 
@@ -194,8 +194,3 @@ def _overlap(a: Box, b: Box) -> bool:
 def described(pairs: Iterable[tuple[str, str]]) -> str:
     """Pairs as "label: value; ...", for the description of a figure."""
     return "; ".join(f"{label}: {value}" for label, value in pairs) + "."
-
-
-def stack(*parts: object) -> Markup:
-    """Parts drawn over each other, in order."""
-    return join(*parts)

@@ -1,25 +1,37 @@
 """Records as one self-contained index.html: no network, no other file, readable without JavaScript, on a phone, in the
-dark and on paper.
+dark and on paper. What it says is in `report.content`; how it is laid out, in page.html.j2.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bilevel_profiling.records.failure import failed
+from bilevel_profiling.records import units
+from bilevel_profiling.records.failure import Severity, failed, noted, severity
+from bilevel_profiling.records.growth import Verdict
 from bilevel_profiling.records.record import Record
-from bilevel_profiling.report.content import columns
+from bilevel_profiling.report.content import alive, columns, footnotes, laws, loops, summary
 from bilevel_profiling.report.content.groups import EXACT, Group, environment, estimators, group
-from bilevel_profiling.report.content.laws import GROWTH, broken
-from bilevel_profiling.report.content.summary import PLAIN_TITLE, Fact, Name, facts, sentences
-from bilevel_profiling.report.content.text import clean, listing, plural, slug
-from bilevel_profiling.report.figures import Figure, case_figures, styles, stylesheet
-from bilevel_profiling.report.figures.frame import Panel
-from bilevel_profiling.report.figures.markup import Markup, join, tag
-from bilevel_profiling.report.figures.palette import Style
+from bilevel_profiling.report.content.text import at_k, clean, listing, plural, slug
+from bilevel_profiling.report.figures import case_figures, styles, stylesheet
+from bilevel_profiling.report.figures.markup import Markup, spaced
+from bilevel_profiling.report.figures.palette import outline
 from bilevel_profiling.report.figures.timeline import PHASES
-from bilevel_profiling.report.html import tables
+
+if TYPE_CHECKING:
+    from jinja2.environment import TemplateModule
 
 TITLE = "Hypergradient estimators compared"
+_HERE = Path(__file__).parent
+_STATUS = {Severity.OK: "", Severity.NOTE: " status note", Severity.FAILED: " status bad"}
+_MOST_ALIVE = 8
+"""Rows of what was alive that are shown at once."""
+_WIDTHS = {"MiB": 5, "of peak": 7.5, "storages": 6, "phase": 10.5, "span": 9.5, "operator": 10}
+"""Columns of what was alive, in em, so that folded rows stand below the others."""
+_GAUGES = {"peak MiB": "peak_tensor_bytes", "ms": "wall_seconds"}
+"""Columns with a bar behind the number, and its field."""
 
 
 def render(records: Iterable[Record], command: str = "") -> str:
@@ -28,29 +40,31 @@ def render(records: Iterable[Record], command: str = "") -> str:
     Args:
         records: what was measured.
         command: the command line that made the records, shown as it is.
+
+    Raises:
+        ImportError: jinja2 is not installed.
     """
     records = list(records)
     groups = group(records)
-    looks = styles(estimators(groups))
-    keys = unique_keys(groups)
-    sections = [_case(each, looks, key) for each, key in zip(groups, keys, strict=True)]
-    body = [
-        tag("header", _head(records, groups, keys), class_="wrap"),
-        tag("main", *sections, _reading(groups) if groups else "", _environment(records, command), class_="wrap"),
-        tag("script", _asset("page.js")),
-    ]
-    head = [
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", _title(groups)),
-        tag("style", Markup(stylesheet()), _asset("page.css")),
-    ]
-    return "<!doctype html>\n" + tag("html", tag("head", *head), tag("body", *body), lang="en") + "\n"
+    bilevel = not groups or any(each.bilevel for each in groups)
+    return fragment(
+        "page",
+        groups=groups,
+        lede=_lede(records, groups, "estimator" if bilevel else "label"),
+        keys=unique_keys(groups),
+        looks=styles(estimators(groups)),
+        environment=environment(records),
+        command=command,
+        title=TITLE if bilevel else summary.PLAIN_TITLE,
+        reading=_reading(groups),
+        css=Markup(stylesheet() + _asset("page.css")),
+        js=Markup(_asset("page.js")),
+    )
 
 
-def _title(groups: Sequence[Group]) -> str:
-    return TITLE if not groups or any(each.bilevel for each in groups) else PLAIN_TITLE
+def fragment(name: str, *arguments: object, **named: object) -> str:
+    """A part of the page: the macro of this name in the template."""
+    return str(getattr(_templates(), name)(*arguments, **named))
 
 
 def unique_keys(groups: Sequence[Group]) -> list[str]:
@@ -66,100 +80,74 @@ def unique_keys(groups: Sequence[Group]) -> list[str]:
     return found
 
 
-def _head(records: Sequence[Record], groups: Sequence[Group], keys: Sequence[str]) -> Markup:
-    steps = sorted({record.inner_steps for record in records if record.inner_steps is not None})
-    lost = sum(failed(record) for record in records)
-    labels = plural(len({record.estimator for record in records}), "estimator" if _title(groups) == TITLE else "label")
-    lede = f"{plural(len(records), 'run')}: {labels} on {plural(len(groups), 'case')}"
-    lede += f", K = {listing([f'{k:,}' for k in steps])}" if 0 < len(steps) <= 8 else ""
-    lede += f"; {lost:,} of them failed." if lost else "."
-    links = [tag("a", each.title, href=f"#{key}") for each, key in zip(groups, keys, strict=True)]
-    nav = tag("nav", *links, aria_label="Cases") if len(links) > 1 else ""
-    return join(
-        tag("p", "bilevel", class_="kicker"),
-        tag("h1", _title(groups)),
-        tag("p", lede if records else "No records.", class_="lede"),
-        nav,
-    )
+@functools.cache
+def _templates() -> "TemplateModule":
+    try:
+        from jinja2 import Environment, FunctionLoader, StrictUndefined
+    except ImportError as error:
+        raise ImportError('the page needs jinja2: pip install "bilevel[profiling]"') from error
+
+    loader = FunctionLoader(lambda name: re.sub(r"\n\s*", "", _asset(name)))
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, finalize=_finalized)
+    made.filters["clean"] = clean
+    made.tests["name"] = lambda part: isinstance(part, summary.Name)
+    made.globals |= {
+        **{module.__name__.rpartition(".")[2]: module for module in (alive, columns, footnotes, laws, loops, summary)},
+        **{f.__name__: f for f in (at_k, case_figures, failed, noted, outline, plural, severity)},
+        **{"classes": _classes, "gauge": _gauge, "references": _references, "settings": _settings},
+        **{"sizes": _sizes, "BROKEN": Verdict.BROKEN.upper(), "EXACT": f"{EXACT:g}", "MISSING": units.MISSING},
+        **{"MOST_ALIVE": _MOST_ALIVE, "PHASES": PHASES, "STATUS": _STATUS, "WIDTHS": _WIDTHS},
+    }
+    return made.get_template("page.html.j2").module
 
 
-def _case(each: Group, looks: Mapping[str, Style], key: str) -> Markup:
+def _finalized(value: object) -> object:
+    """Whatever came from outside is made fit to print; what is markup already stays as it is."""
+    return value if hasattr(value, "__html__") else "" if value is None else spaced(str(value))
+
+
+def _classes(**on: object) -> str | None:
+    return " ".join(name for name, value in on.items() if value) or None
+
+
+def _gauge(each: Group, header: str, record: Record) -> str | None:
+    """The length of the bar behind a number, as style."""
+    if (field := _GAUGES.get(header)) is None or not units.finite(value := getattr(record, field)):
+        return None
+    longest = max(float(v) for r in each.rows if units.finite(v := getattr(r, field)))
+    return f"--w:{value / longest:.3f}" if longest > 0 else None
+
+
+def _references(each: Group) -> str:
+    notes = dict.fromkeys(clean(record.reference_note) for record in each.records)
+    base = f"x base: relative to {clean(each.baseline)} at the same K." if each.baseline is not None else ""
+    return " ".join([base, *(f"References: {note}" for note in notes if note)]).strip()
+
+
+def _settings(each: Group) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((record.estimator, record.settings) for record in each.records if record.settings))
+
+
+def _sizes(each: Group) -> str:
     first = each.records[0]
     sizes = (("P", first.inner_size, "inner"), ("Q", first.outer_size, "outer"), ("T", first.tasks, "tasks"))
     known = [f"{name} = {size:,} {what}" for name, size, what in sizes if size is not None]
-    paragraph = [
-        tag("strong", part) if isinstance(part, Name) else part
-        for sentence in sentences(each)
-        for part in (*sentence, " ")
-    ]
-    figures = case_figures(each, looks, key)
-    parts = [
-        tag("h2", each.title),
-        tag("p", "  ·  ".join([clean(first.device), clean(first.dtype), *known]), class_="sizes"),
-        tag("p", *paragraph, class_="summary"),
-        *(
-            tag("p", tag("strong", "Contract broken: ", label), " ", rest, class_="alert", role="alert")
-            for label, rest in broken(each)
-        ),
-        tag("dl", *(_fact(fact, looks) for fact in facts(each)), class_="facts"),
-        _legend(each, looks) if figures and len(each.estimators) > 1 else "",
-        tag("div", *(_figure(figure) for figure in figures if not figure.panels), class_="figures"),
-        *(_panels(figure) for figure in figures if figure.panels),
-        *tables.sections(each, looks, key),
-    ]
-    return tag("section", *parts, id=key, class_="case")
+    return "  ·  ".join([clean(first.device), clean(first.dtype), *known])
 
 
-def _fact(fact: Fact, looks: Mapping[str, Style]) -> Markup:
-    detail = tag("span", fact.detail, class_="detail") if fact.detail else ""
-    who = tag("span", tables.glyph(looks[fact.estimator]), fact.estimator, class_="who")
-    return tag("div", tag("dt", fact.title), tag("dd", tag("span", fact.value, class_="big"), who, detail))
+def _lede(records: Sequence[Record], groups: Sequence[Group], noun: str) -> str:
+    if not records:
+        return "No records."
+    steps = sorted({record.inner_steps for record in records if record.inner_steps is not None})
+    labels = plural(len({record.estimator for record in records}), noun)
+    lede = f"{plural(len(records), 'run')}: {labels} on {plural(len(groups), 'case')}"
+    lede += f", K = {listing([f'{k:,}' for k in steps])}" if 0 < len(steps) <= 8 else ""
+    lost = sum(map(failed, records))
+    return lede + (f"; {lost:,} of them failed." if lost else ".")
 
 
-def _legend(each: Group, looks: Mapping[str, Style]) -> Markup:
-    settings = {record.estimator: clean(record.settings) for record in each.records}
-    items = [
-        tag("li", tables.glyph(looks[e]), e, data_for=looks[e].place, title=settings[e] or None, tabindex=0)
-        for e in each.estimators
-    ]
-    return tag("ul", *items, class_="legend", aria_label="Estimators")
-
-
-def _figure(figure: Figure) -> Markup:
-    return tag(
-        "figure", tag("h3", figure.title), figure.drawing or "", tag("figcaption", figure.note) if figure.note else ""
-    )
-
-
-def _panels(figure: Figure) -> Markup:
-    panels = [
-        tag("div", tag("h4", panel.name), panel.drawing, _readout(panel), class_="timeline", data_points=panel.data)
-        for panel in figure.panels
-    ]
-    phases = [
-        tag("li", tag("span", class_=f"swatch {phase}" if phase in PHASES else "swatch"), phase)
-        for phase in figure.legend
-    ]
-    legend = tag("ul", *phases, class_="legend phases", aria_label="Phases") if phases else ""
-    hint = tag("span", " Point at a panel, or focus it and use the arrow keys, to read it.", class_="hint")
-    few = "panels few" if len(panels) <= 2 else "panels"
-    return tag(
-        "figure",
-        tag("h3", figure.title),
-        legend,
-        tag("div", *panels, class_=few),
-        tag("figcaption", figure.note, hint),
-        class_="wide",
-    )
-
-
-def _readout(panel: Panel) -> Markup:
-    return tag(
-        "p", tag("b", panel.value), tag("span", panel.place), tag("span", panel.where, class_="where"), class_="readout"
-    )
-
-
-def _reading(groups: Sequence[Group]) -> Markup:
+def _reading(groups: Sequence[Group]) -> dict[str, str]:
+    """What each column means, over all cases."""
     lines: dict[str, str] = {}
     for each in groups:
         for column in columns.columns(each):
@@ -167,29 +155,8 @@ def _reading(groups: Sequence[Group]) -> Markup:
             lines.setdefault("x base" if column.header == "x base" else name, column.explanation)
     if "x base" in lines:
         lines["x base"] = "memory or time over that of the case's baseline (named below its table) at the same K"
-    pairs = [part for name, text in lines.items() for part in (tag("dt", name), tag("dd", text))]
-    notes = (
-        f"An estimator is called exact here if its relative error against the K-step program is at most {EXACT:g}. The "
-        f"two references are different quantities: the gradient of the program that takes K inner steps, and the "
-        f"hypergradient at a converged inner solution. An exact unroll has no error against the first and, at small K, "
-        f"a large one against the second. {GROWTH}"
-    )
-    return tag(
-        "section",
-        tag("h2", "How to read this"),
-        tag("p", notes, class_="summary") if any(each.bilevel for each in groups) else "",
-        tag("dl", *pairs, class_="reading"),
-        id="reading",
-    )
+    return lines
 
 
-def _environment(records: Sequence[Record], command: str) -> Markup:
-    pairs = [part for name, value in environment(records).items() for part in (tag("dt", name), tag("dd", value))]
-    parts = [tag("h2", "How this was made")]
-    parts += [tag("pre", tag("code", command), tabindex=0)] if command else []
-    parts += [tag("dl", *pairs, class_="reading")] if pairs else []
-    return tag("section", *parts, id="environment") if len(parts) > 1 else Markup()
-
-
-def _asset(name: str) -> Markup:
-    return Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
+def _asset(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 
 from bilevel_profiling.records.record import Record
 from bilevel_profiling.report.content.alive import TEXTS, headline, table
-from bilevel_profiling.report.content.text import clean
+from bilevel_profiling.report.content.text import at_k, clean
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 _GIVEN_UP = ("phase", "storages", "span", "module")
 """Columns that a narrow terminal goes without."""
@@ -21,28 +22,18 @@ def print_alive(record: Record, console: "Console | None" = None) -> None:
     Raises:
         ImportError: rich is not installed.
     """
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = console or Console()
-    steps = "" if record.inner_steps is None else f", K = {record.inner_steps:,}"
     name = ", ".join(filter(None, (clean(record.case), clean(record.estimator))))
-    console.print(Text(f"{name}{steps}", style="bold"))
+    console.print(Text(f"{name}{at_k(record)}", style="bold"))
     if not record.alive:
         console.print(Text("What was alive at the peak was not recorded."))
         return
     console.print(Text(f"{headline(record)}."))
     header, rows = _fitting(*table(record), console.width)
-    made = Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        collapse_padding=True,
-        header_style="bold",
-    )
+    made = bare(gap=1)
     for name in header:
         made.add_column(
             Text(name), justify="left" if name in TEXTS else "right", no_wrap=name not in TEXTS, overflow="fold"
@@ -50,6 +41,21 @@ def print_alive(record: Record, console: "Console | None" = None) -> None:
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     console.print(made)
+
+
+def bare(gap: int) -> "Table":
+    """A table with one rule, below its header."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, gap, 0, 0),
+        collapse_padding=True,
+        header_style="bold",
+    )
 
 
 def _fitting(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> tuple[list[str], list[list[str]]]:

@@ -5,14 +5,15 @@ wider than the terminal.
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from bilevel_profiling.records.failure import failed
+from bilevel_profiling.records.failure import Severity, severity
 from bilevel_profiling.records.growth import Verdict
 from bilevel_profiling.records.record import Record
 from bilevel_profiling.report.content import footnotes, laws, loops
 from bilevel_profiling.report.content.columns import Column, columns, folded_calls
 from bilevel_profiling.report.content.groups import Group, group
 from bilevel_profiling.report.content.summary import Name, sentences
-from bilevel_profiling.report.content.text import clean, shorten
+from bilevel_profiling.report.content.text import at_k, clean, shorten
+from bilevel_profiling.report.terminal.alive import bare
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -24,6 +25,7 @@ _LABEL = 24
 _ROOMY = 120
 """From this width on, columns stand two spaces apart."""
 BROKEN = Verdict.BROKEN.value.upper()
+_COLORS = {Severity.OK: "green", Severity.NOTE: "yellow", Severity.FAILED: "red"}
 _SECTIONS = {"vs K-step program": "program", "vs converged solution": "solution", "": ""}
 _HEADERS = {"peak MiB": "MiB", "x base": "x", "rel. error": "error"}
 
@@ -59,9 +61,8 @@ def _case(each: Group, width: int) -> "list[RenderableType]":
     _fill(made, each, shown)
     parts.append(made)
     for word, record in footnotes.reasons(each):
-        steps = "" if record.inner_steps is None else f", K = {record.inner_steps}"
-        label = f"{word[word.index('[') :]} {clean(record.estimator)}{steps}: "
-        parts.append(Text.assemble((label, "red" if failed(record) else "yellow"), footnotes.reason(record)))
+        label = f"{word[word.index('[') :]} {clean(record.estimator)}{at_k(record)}: "
+        parts.append(Text.assemble((label, _COLORS[severity(record.status)]), footnotes.reason(record)))
     parts += [
         Text(f"{f'({mark}) ' if mark.isalpha() else f'{mark} ' if mark else 'All rows: '}{text}", "dim")
         for mark, text in footnotes.lines(each)
@@ -104,19 +105,9 @@ def _full(column: Column) -> str:
 
 
 def _frame(is_text: Sequence[bool], headings: Sequence[str], width: int) -> "Table":
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    gap = 1 if width >= _ROOMY else 0
-    made = Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, gap, 0, 0),
-        collapse_padding=True,
-        header_style="bold",
-    )
+    made = bare(gap=1 if width >= _ROOMY else 0)
     for place, (left, heading) in enumerate(zip(is_text, headings, strict=True)):
         longest = _LABEL if place == 0 else None
         made.add_column(
@@ -136,7 +127,7 @@ def _fill(made: "Table", each: Group, shown: Sequence[Column]) -> None:
     status = [column.header for column in shown].index("status")
     for place, record in enumerate(each.rows):
         cells = [Text(column.cell(record)) for column in shown]
-        cells[status].stylize("red" if failed(record) else "yellow" if record.status != "OK" else "green")
+        cells[status].stylize(_COLORS[severity(record.status)])
         last = place + 1 < len(each.rows) and each.rows[place + 1].inner_steps != record.inner_steps
         made.add_row(*cells, end_section=last)
 
