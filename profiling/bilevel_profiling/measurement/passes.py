@@ -131,6 +131,7 @@ def _measured_case(case: Case, passes: _Passes, errors: bool | references.Refere
         del trial
         if errors is not False and grad is not None:
             known = references.of_case(case) if errors is True else errors
+            known = known.of_compiled() if _compiled() else known
             program, solution = references.errors(grad, known.program), references.errors(grad, known.solution)
             record = dataclasses.replace(
                 record,
