@@ -55,6 +55,8 @@ class Shapes(FakeTensorMode):
         kind = _kinds.get(func)
         if kind is None:
             kind = _kinds[func] = _kind(func)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            _draw(func, args, kwargs)
         if kind == _VIEW and _plain(args[0]):
             device = args[0].fake_device
             with in_kernel_invocation_manager(self):
@@ -97,6 +99,18 @@ def _kind(func: OpOverload) -> int:
         return _VIEW if schema.arguments and str(schema.arguments[0].type) == "Tensor" else _OTHER
     aliased = any(argument.alias_info is not None for argument in (*schema.arguments, *schema.returns))
     return _OTHER if aliased else _FRESH
+
+
+def _draw(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Move the real generator, as the operator would: whoever looks whether numbers were drawn is to see it."""
+    schema = func._schema.arguments
+    given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    given |= dict(zip((argument.name for argument in schema), args, strict=False)) | dict(kwargs)
+    if given.get("dropout_p") == 0 or given.get("train", given.get("training")) is False:
+        return
+    device = next((leaf.fake_device for leaf in args if isinstance(leaf, FakeTensor)), given.get("device"))
+    with _disable_current_modes():
+        torch.rand(1, device=device or "cpu")
 
 
 def _plain(tensor: Any) -> bool:
