@@ -19,6 +19,7 @@ import bilevel as bl
 from bilevel.engine import spans
 from bilevel.space import tree
 from bilevel_profiling.cases.case import Case, name_of
+from bilevel_profiling.forecasting import kernels
 from bilevel_profiling.forecasting.margin import workspace_bytes
 from bilevel_profiling.forecasting.shapes import Shapes
 from bilevel_profiling.forecasting.unreadable import ForecastError as ForecastError
@@ -185,7 +186,8 @@ def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> 
     for meter in meters:
         with figures.of(meter):
             pass
-    return figures, unread.notes(), tensors.peak_block_bytes
+    notes = [*unread.notes(), *([kernels.note(shapes.unseen)] if shapes.unseen else [])]
+    return figures, notes, tensors.peak_block_bytes
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import _disable_current_modes
 
+from bilevel_profiling.forecasting import kernels
+
 _VIEW, _FRESH, _OTHER = range(3)
 _READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _NONE = object()
@@ -28,6 +30,8 @@ class Shapes(FakeTensorMode):
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self._known: dict[Any, Any] = {}
+        self.unseen: set[OpOverload] = set()
+        """Operators that make more than was counted."""
         self._doubles: dict[int, tuple[weakref.ref[Tensor], Tensor, Tensor | None]] = {}
 
     def stand_in(self, tensor: Tensor) -> Tensor:
@@ -66,6 +70,10 @@ class Shapes(FakeTensorMode):
                 if isinstance(seen, Tensor)
                 else [FakeTensor(self, part, device) for part in seen]
             )
+        if func in kernels.STORAGE:
+            return self._on_storage(super().dispatch(func, types, args, kwargs), kernels.STORAGE[func](args))
+        if func in kernels.UNSEEN:
+            self.unseen.add(func)
         key = _key(func, args, kwargs) if kind == _FRESH else None
         if key is None:
             return super().dispatch(func, types, args, kwargs)
@@ -86,6 +94,14 @@ class Shapes(FakeTensorMode):
             None if empty is None else FakeTensor(self, empty, out[3]) for empty, out in zip(bare, outputs, strict=True)
         ]
         return several(tensors) if several else tensors[0]
+
+    def _on_storage(self, output: Any, size: int) -> Any:
+        """The same tensor on a storage of at least `size` bytes."""
+        if output.untyped_storage().nbytes() >= size:
+            return output
+        with in_kernel_invocation_manager(self):
+            whole = torch.empty(-(-size // output.itemsize), dtype=output.dtype, device="meta")
+            return FakeTensor(self, whole.as_strided(output.shape, output.stride()), output.fake_device)
 
 
 _kinds: dict[OpOverload, int] = {}
