@@ -358,6 +358,37 @@ def test_bad_input(call, error, said):
         call()
 
 
+OPTIMIZERS = {
+    "Adam": torch.optim.Adam,
+    "SGD": lambda tensors: torch.optim.SGD(tensors, lr=0.1, momentum=0.9),
+    "Rprop": torch.optim.Rprop,
+}
+
+
+@pytest.mark.parametrize("begun", [0, 2])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_after_a_forecast_of_its_step_as_if_there_had_been_none(name, begun):
+    def trained(forecast_it):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+        data, optimizer = torch.randn(8, 4), OPTIMIZERS[name](net.parameters())
+
+        def step():
+            optimizer.zero_grad()
+            net(data).square().mean().backward()
+            optimizer.step()
+
+        for index in range(begun + 3):
+            if index == begun and forecast_it:
+                assert forecast(step).peak_tensor_bytes > 0  # and no warning of what is left over
+            step()
+        return [*net.state_dict().values(), *(leaf.grad for leaf in net.parameters())], optimizer.state_dict()
+
+    (tensors, state), (others, other) = trained(True), trained(False)
+    assert all(map(torch.equal, tensors, others))
+    assert str(state) == str(other)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_forecast_on_cuda_is_what_the_allocator_was_asked_for():

@@ -21,6 +21,7 @@ from bilevel.space import tree
 from bilevel_profiling.cases.case import Case, name_of
 from bilevel_profiling.forecasting import kernels
 from bilevel_profiling.forecasting.margin import workspace_bytes
+from bilevel_profiling.forecasting.optimizers import put_back
 from bilevel_profiling.forecasting.shapes import Shapes
 from bilevel_profiling.forecasting.unreadable import ForecastError as ForecastError
 from bilevel_profiling.forecasting.unreadable import explained
@@ -169,6 +170,7 @@ def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> 
     with contextlib.ExitStack() as around:
         around.enter_context(_few_full_collections())
         around.enter_context(unread)
+        around.enter_context(put_back())
         for meter in meters:
             around.enter_context(meter)
         result = call()

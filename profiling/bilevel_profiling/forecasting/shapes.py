@@ -40,6 +40,8 @@ class Shapes(FakeTensorMode):
         if known is None or known[0]() is not tensor:
             with _disable_current_modes():
                 double = self.from_tensor(tensor)
+                if not tensor.dim() and tensor.device.type == "cpu" and not tensor.requires_grad:
+                    double.constant = tensor.clone()  # such as the step count of an optimizer, which it reads
                 self._doubles[id(tensor)] = known = weakref.ref(tensor), double, tensor.grad if tensor.is_leaf else None
         return known[1]
 
