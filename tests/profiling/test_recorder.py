@@ -615,3 +615,32 @@ def test_tensorboard_itself_reads_what_is_written(tmp_path):
     events = EventAccumulator(str(folder)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("metrics/loss")] == [(0, 2.0), (1, 1.0)]
     assert "outer_loss" not in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize("loop", ["zip", "by hand"])
+def test_two_recorders_whose_loops_interleave_are_told_to_nest(tmp_path, loop, every):
+    def run():
+        with Recorder(tmp_path / "a", tensors_every=every) as a, Recorder(tmp_path / "b", tensors_every=every) as b:
+            first, second = a.watch(range(3)), b.watch(range(3))
+            if loop == "zip":
+                for _ in zip(first, second, strict=True):
+                    torch.ones(10)
+            else:
+                next(first), next(second), next(first)
+
+    with pytest.raises(RuntimeError, match="one loop wholly into the body of the other"):
+        run()
+    with Tensors() as meter:  # nothing of theirs is left open
+        torch.ones(10)
+    assert meter.peak_bytes == 40
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
+def test_two_recorders_may_be_nested(tmp_path):
+    with Recorder(tmp_path / "a", tensors_every=1) as a, Recorder(tmp_path / "b", tensors_every=1) as b:
+        for _ in a.watch(range(2)):
+            for _ in b.watch(range(2)):
+                torch.ones(10)
+    assert [step.peak_tensor_bytes for step in a.record.iterations] == [40, 40]
+    assert [step.peak_tensor_bytes for step in b.record.iterations] == [40] * 4

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import threading
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
@@ -19,6 +20,8 @@ from bilevel_profiling.meters.tensors import Tensors
 from bilevel_profiling.records.failure import of_error
 from bilevel_profiling.records.record import Iteration, Phase
 
+_open = threading.local()
+"""The iterations that are measured on this thread, in the order in which they began."""
 INTERRUPTED = "INTERRUPTED"
 """Status of an iteration that Ctrl-C, or sys.exit, ended."""
 
@@ -52,6 +55,7 @@ class Running:
             for meter in self._meters:
                 inside.enter_context(meter)
             self._inside = inside.pop_all()
+        _open.stack = [*_stack(), self]
 
     def look_at(self, item: object) -> None:
         """Take over what a step of `bilevel.iterate` says; nothing of it is kept."""
@@ -68,8 +72,23 @@ class Running:
             }
 
     def stop(self) -> Iteration:
-        """End the measurement."""
-        self._inside.close()
+        """End the measurement.
+
+        Raises:
+            RuntimeError: an iteration that began later is still measured, and ends now as well: meters nest, so neither
+                could be told from the other.
+        """
+        stack = _stack()
+        later = stack[stack.index(self) + 1 :] if self in stack else []
+        _open.stack = [running for running in stack if running is not self and running not in later]
+        for running in (*reversed(later), self):
+            running._inside.close()
+        if later:
+            raise RuntimeError(
+                "the loops of two recorders are interleaved: an iteration of one ended inside an iteration of the "
+                "other. Put one loop wholly into the body of the other, or watch one loop and log() what belongs to "
+                "the other: recorder.watch(zip(first, second))"
+            )
         fields: dict[str, Any] = {}
         phases: dict[str, dict[str, Any]] = {}
         for meter in self._meters:
@@ -86,6 +105,10 @@ class Running:
             metrics=self.metrics,
             **self._facts,
         )
+
+
+def _stack() -> list[Running]:
+    return getattr(_open, "stack", [])
 
 
 def number(name: str, value: Any) -> float:
