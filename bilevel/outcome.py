@@ -16,7 +16,11 @@ from bilevel.space.tree import Leaves, Tree
 
 
 class BilevelError(RuntimeError):
-    """A hypergradient that must not be used, raised on request by `Hypergradient.raise_if_failed`."""
+    """A hypergradient that must not be used, raised on request by `Hypergradient.raise_if_failed`; `status` says why."""
+
+    def __init__(self, message: str, status: "Status | None" = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class NotTwiceDifferentiableError(RuntimeError):
@@ -189,4 +193,4 @@ class Hypergradient:
         """
         status = self.status
         if status.failed or (strict and status is not Status.OK):
-            raise BilevelError(f"{status.name}: {status.value}")
+            raise BilevelError(f"{status.name}: {status.value}", status)
