@@ -1,5 +1,6 @@
 """Recorder: what it writes, when, and what is left of it when a loop ends badly."""
 
+import gc
 import itertools
 import json
 import os
@@ -206,7 +207,7 @@ def test_a_step_that_fails_is_an_iteration_with_that_status(path):
     with Recorder(path) as recorder, pytest.raises(bl.BilevelError) as caught:
         list(recorder.watch(loop(3, lr=1e30)))
     (step,) = recorder.record.iterations
-    assert f"{step.status}: " in str(caught.value)
+    assert step.status == caught.value.status.name
     assert bl.Status[step.status].failed
     assert step.outer_loss is None
     assert step.wall_seconds > 0
@@ -491,7 +492,7 @@ def test_a_run_can_be_read_while_it_runs_and_after_kill_9(path):
     assert [len(record.iterations) for record in scan(path).records] == [len(record.iterations), 2]
 
 
-def test_many_iterations_cost_little_memory_and_time(path):
+def test_many_iterations_cost_little_memory(path):
     """The recorder keeps no iteration: a long run does not grow."""
     import tracemalloc
 
@@ -500,14 +501,12 @@ def test_many_iterations_cost_little_memory_and_time(path):
         for _ in itertools.islice(watched, 200):
             pass
         tracemalloc.start()
-        started = time.perf_counter()
         for _ in watched:
             pass
-        seconds = time.perf_counter() - started
+        gc.collect()  # meters are cycles
         grown = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
-    assert grown < 200_000
-    assert seconds < 3
+    assert grown < 20_000
     assert len(recorder.record.iterations) == 1200
 
 

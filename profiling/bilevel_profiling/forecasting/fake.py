@@ -27,12 +27,12 @@ from bilevel_profiling.forecasting.unreadable import ForecastError as ForecastEr
 from bilevel_profiling.forecasting.unreadable import explained
 from bilevel_profiling.measurement.environment import environment
 from bilevel_profiling.measurement.passes import (
-    STEPPED_THROUGH,
     Figures,
     Trial,
     described,
     frozen_heap,
     own_random_state,
+    without_warnings,
 )
 from bilevel_profiling.meters.base import Meter
 from bilevel_profiling.meters.devices import DEVICES, Device
@@ -100,8 +100,7 @@ def forecast(
             f"forecast() was given a {type(what).__name__}; a Case or a function without arguments was needed"
         )
     device = on if isinstance(on, Device) or on is None else _device(on)
-    with own_random_state(), frozen_heap(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=STEPPED_THROUGH)
+    with own_random_state(), frozen_heap(), without_warnings():
         return _of_case(what, device, command) if isinstance(what, Case) else _of_call(what, name, device, command)
 
 

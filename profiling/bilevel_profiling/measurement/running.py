@@ -1,7 +1,6 @@
 """One iteration of somebody's loop: what it cost, and what ended it."""
 
 import contextlib
-import re
 import threading
 from collections.abc import Iterator
 from types import FrameType, TracebackType
@@ -71,8 +70,8 @@ class Running:
                 "status": found.status.name,
             }
 
-    def stop(self) -> Iteration:
-        """End the measurement.
+    def end(self) -> None:
+        """End the measurement; once more does nothing.
 
         Raises:
             RuntimeError: an iteration that began later is still measured, and ends now as well: meters nest, so neither
@@ -89,6 +88,10 @@ class Running:
                 "other. Put one loop wholly into the body of the other, or watch one loop and log() what belongs to "
                 "the other: recorder.watch(zip(first, second))"
             )
+
+    def stop(self, status: str = "") -> Iteration:
+        """End the measurement, and say what was found; a status given here is the iteration's."""
+        self.end()
         fields: dict[str, Any] = {}
         phases: dict[str, dict[str, Any]] = {}
         for meter in self._meters:
@@ -103,7 +106,7 @@ class Running:
             calls=fields["calls"] if any(fields["calls"].values()) else {},
             phases={name: Phase(**found) for name, found in phases.items()},
             metrics=self.metrics,
-            **self._facts,
+            **self._facts | ({"status": status} if status else {}),
         )
 
 
@@ -142,10 +145,8 @@ def status_of(error: BaseException) -> str:
         ('OUT_OF_MEMORY', 'ERROR', 'INTERRUPTED')
     """
     if isinstance(error, bl.BilevelError):
-        return next(
-            (status.name for status in bl.Status if re.search(rf"\b{status.name}: ", str(error))),
-            bl.Status.NONFINITE.name,
-        )
+        status = getattr(error, "status", None)
+        return (status if isinstance(status, bl.Status) else bl.Status.NONFINITE).name
     return of_error(error).status if isinstance(error, Exception) else INTERRUPTED
 
 
