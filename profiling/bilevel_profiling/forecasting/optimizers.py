@@ -1,5 +1,5 @@
-"""Optimizers that a forecast function steps, put back: on tensors without data a step leaves a state without data, which
-would make every later step do nothing.
+"""Optimizers that a forecast function steps, put back: a step on tensors without data leaves a state without data, and
+every later step would do nothing.
 """
 
 import contextlib

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-import bilevel as bl
-from bilevel_profiling.cases.case import Case
+from bilevel_profiling.cases.case import Case, in_steps
 from bilevel_profiling.cases.case_file import Definition, given
 from bilevel_profiling.measurement import references
 from bilevel_profiling.measurement.isolate import Gate
@@ -52,7 +51,7 @@ class Job:
         """The case itself."""
         return Case(
             definition.setup,
-            solver=bl.Descent(definition.optimizer, self.inner_steps),
+            solver=in_steps(definition.optimizer, self.inner_steps),
             estimator=definition.estimators[self.label],
             device=self.device,
             seed=self.seed,

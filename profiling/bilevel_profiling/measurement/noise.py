@@ -1,7 +1,7 @@
 """The same random numbers in another precision: a float64 run that draws what a float32 run drew.
 
-A generator gives other numbers for `torch.randn_like(y)` when y is float64, so a run cast to float64 would be of another
-loss. Here each draw is made in the dtype that a first run made it in, and its result is cast.
+A generator gives other numbers for `torch.randn_like(y)` when y is float64, so a run cast to float64 would be of
+another loss. Here each draw is made in the dtype that a first run made it in, and its result is cast.
 """
 
 import pickle

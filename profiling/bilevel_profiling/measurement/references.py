@@ -76,7 +76,9 @@ def program(case: Case) -> Reference:
         >>> program(case).note
         'float64, Unrolled(keep="iterates").'
     """
-    return _made(case, case.solver, bl.Unrolled(keep="iterates"), 'float64, Unrolled(keep="iterates")')
+    how = 'float64, Unrolled(keep="iterates")'
+    how += "" if case.solver.fixed else ", of the steps that the tolerance takes in float64"
+    return _made(case, case.solver, bl.Unrolled(keep="iterates"), how)
 
 
 def solution(case: Case) -> Reference:
@@ -190,8 +192,8 @@ def _unrepeatable(draws: Draws, strict: bool) -> str:
     """Why a reference cannot be given the noise that a run had, or ""."""
     if draws.elsewhere:
         return (
-            "the losses draw random numbers from a generator of their own, or from numpy's or Python's, which cannot be "
-            "put back; draw from torch's global generator"
+            "the losses draw random numbers from a generator of their own, or from numpy's or Python's, which cannot "
+            "be put back; draw from torch's global generator"
         )
     if strict and draws.log:
         return "the losses draw random numbers, so that there is no one solution"
