@@ -16,7 +16,7 @@ from bilevel.space.tree import Leaves, Tree
 
 
 class BilevelError(RuntimeError):
-    """A hypergradient that must not be used, raised on request by `Hypergradient.raise_if_failed`; `status` says why."""
+    """A hypergradient that must not be used, raised on request by `raise_if_failed`; its `status` says why."""
 
     def __init__(self, message: str, status: "Status | None" = None) -> None:
         super().__init__(message)

@@ -17,6 +17,7 @@ from bilevel_profiling.meters.devices import DEVICES, Device
 from bilevel_profiling.meters.oracles import Oracles
 from bilevel_profiling.meters.tensors import Tensors
 from bilevel_profiling.meters.work import Work
+from torch.utils._python_dispatch import _disable_current_modes
 
 import bilevel as bl
 from bilevel.problems import quadratic
@@ -164,7 +165,7 @@ def test_equal_to_the_byte_on_the_built_in_cases(name, label):
     definition = load(name)
     case = Case(
         definition.setup,
-        solver=bl.Descent(definition.optimizer, 3),
+        solver=bl.Descent(definition.optimizer, 2),
         estimator=definition.estimators[label],
         name=name,
         outer_optimizer=definition.outer_optimizer,
@@ -206,6 +207,35 @@ def test_random_numbers_in_the_loss_are_no_obstacle():
 
     for keep in ("graph", "iterates", "segments"):
         same(quadratic_case(setup=setup, estimator=bl.Unrolled(keep=keep)))
+
+
+DRAWING = {
+    "randn_like": (torch.randn_like, True),
+    "dropout": (torch.nn.functional.dropout, True),
+    "in place": (lambda x: x.clone().uniform_(), True),
+    "attention": (lambda x: torch.nn.functional.scaled_dot_product_attention(*[x[None, None]] * 3), False),
+    "rrelu in eval": (torch.nn.functional.rrelu, False),
+    "dropout in eval": (lambda x: torch.nn.functional.dropout(x, training=False), False),
+}
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_the_generator_moves_where_a_run_would_move_it(name):
+    """Estimators look at it, and keep a state where it has moved: bytes that a forecast has to count."""
+    call, draws = DRAWING[name]
+    moved = []
+
+    def step():
+        x = torch.ones(4, 8)
+        with _disable_current_modes():
+            before = torch.get_rng_state()
+        call(x)
+        with _disable_current_modes():
+            moved.append(not torch.equal(before, torch.get_rng_state()))
+
+    forecast(step)
+    measure(step, repeats=1)
+    assert set(moved) == {draws}
 
 
 def test_nothing_is_allocated():
