@@ -142,7 +142,8 @@ def _steps(
                 or not bool(tree.finite(found.grad))
             ):
                 raise BilevelError(
-                    f"outer step {index}: {status.name}: {status.value} The outer variable was not moved by this step."
+                    f"outer step {index}: {status.name}: {status.value} The outer variable was not moved by this step.",
+                    status,
                 )
             if status.failed or (status is Status.INNER_UNSTABLE and not warned):
                 warnings.warn(f"iterate() stepped through {status.name}: {status.value}", stacklevel=2)

@@ -16,7 +16,11 @@ from bilevel.space.tree import Leaves, Tree
 
 
 class BilevelError(RuntimeError):
-    """A hypergradient that must not be used, raised on request by `Hypergradient.raise_if_failed`."""
+    """A hypergradient that must not be used, raised on request by `raise_if_failed`; its `status` says why."""
+
+    def __init__(self, message: str, status: "Status | None" = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class NotTwiceDifferentiableError(RuntimeError):
@@ -241,4 +245,4 @@ class Adapted:
 
 def _raise_if_failed(status: Status, *, strict: bool) -> None:
     if status.failed or (strict and status is not Status.OK):
-        raise BilevelError(f"{status.name}: {status.value}")
+        raise BilevelError(f"{status.name}: {status.value}", status)

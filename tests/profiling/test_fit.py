@@ -661,3 +661,10 @@ def test_a_custom_operator_without_shapes_is_told_so():
 
     with pytest.raises(ForecastError, match="register_fake"):
         forecast(lambda: doubled(torch.ones(3)))
+
+
+def test_any_solver_is_fitted_over_its_limit_of_steps():
+    solver = bl.Converge(bl.SGD(lr=1.0), tol=1e-6, max_steps=3)
+    found = fit(dataclasses.replace(case(), solver=solver, estimator=bl.Unrolled()), "1 MiB", at_most=8)
+    assert found.value == found.at_most == 8
+    assert found.forecasts[8].inner_steps == 8

@@ -6,8 +6,10 @@ import itertools
 import pytest
 import torch
 from bilevel_profiling import Case, measure
-from bilevel_profiling.cases.case import Posed
+from bilevel_profiling.cases.case import Posed, in_steps
+from bilevel_profiling.cases.case_file import Definition
 from bilevel_profiling.measurement import references
+from bilevel_profiling.measurement.cell import Job
 from bilevel_profiling.meters.tensors import storage_bytes
 
 import bilevel as bl
@@ -205,6 +207,33 @@ def test_a_solution_that_is_not_reached_is_no_reference():
     assert found.solution.grad is None
     assert "INNER_MAX_STEPS" in found.solution.note
     assert found.program.grad is not None
+
+
+def test_a_solver_with_a_tolerance_is_compared_like_any_other():
+    defined = Definition("toy", quadratic.setup, optimizer=bl.Converge(bl.SGD(lr=1.0), tol=1e-2))
+    case = Job("quadratic", {}, "unrolled", inner_steps=30).case(defined)
+    assert case.solver == bl.Converge(bl.SGD(lr=1.0), tol=1e-2, max_steps=30)
+    found = measure(case, repeats=1)
+    assert found.inner_steps == 30
+    assert found.program_relative_error < 1e-10
+    assert "the steps that the tolerance takes in float64" in found.reference_note
+
+
+@dataclasses.dataclass(frozen=True)
+class Unlimited(bl.InnerSolver):
+    """A rule of the user's own, which always takes two steps."""
+
+    dynamics = optimizer = bl.SGD(lr=1.0)
+    max_steps = 2
+    fixed = True
+
+
+Unlimited.__abstractmethods__ = frozenset()  # it is never run
+
+
+def test_a_solver_without_a_limit_to_set_is_told_what_it_lacks():
+    with pytest.raises(ValueError, match="a field called steps or max_steps"):
+        in_steps(Unlimited(), 3)
 
 
 class Endless:

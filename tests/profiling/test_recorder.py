@@ -1,5 +1,6 @@
 """Recorder: what it writes, when, and what is left of it when a loop ends badly."""
 
+import gc
 import itertools
 import json
 import os
@@ -206,7 +207,7 @@ def test_a_step_that_fails_is_an_iteration_with_that_status(path):
     with Recorder(path) as recorder, pytest.raises(bl.BilevelError) as caught:
         list(recorder.watch(loop(3, lr=1e30)))
     (step,) = recorder.record.iterations
-    assert f"{step.status}: " in str(caught.value)
+    assert step.status == caught.value.status.name
     assert bl.Status[step.status].failed
     assert step.outer_loss is None
     assert step.wall_seconds > 0
@@ -491,7 +492,7 @@ def test_a_run_can_be_read_while_it_runs_and_after_kill_9(path):
     assert [len(record.iterations) for record in scan(path).records] == [len(record.iterations), 2]
 
 
-def test_many_iterations_cost_little_memory_and_time(path):
+def test_many_iterations_cost_little_memory(path):
     """The recorder keeps no iteration: a long run does not grow."""
     import tracemalloc
 
@@ -500,14 +501,12 @@ def test_many_iterations_cost_little_memory_and_time(path):
         for _ in itertools.islice(watched, 200):
             pass
         tracemalloc.start()
-        started = time.perf_counter()
         for _ in watched:
             pass
-        seconds = time.perf_counter() - started
+        gc.collect()  # meters are cycles
         grown = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
-    assert grown < 200_000
-    assert seconds < 3
+    assert grown < 20_000
     assert len(recorder.record.iterations) == 1200
 
 
@@ -615,3 +614,32 @@ def test_tensorboard_itself_reads_what_is_written(tmp_path):
     events = EventAccumulator(str(folder)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("metrics/loss")] == [(0, 2.0), (1, 1.0)]
     assert "outer_loss" not in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize("loop", ["zip", "by hand"])
+def test_two_recorders_whose_loops_interleave_are_told_to_nest(tmp_path, loop, every):
+    def run():
+        with Recorder(tmp_path / "a", tensors_every=every) as a, Recorder(tmp_path / "b", tensors_every=every) as b:
+            first, second = a.watch(range(3)), b.watch(range(3))
+            if loop == "zip":
+                for _ in zip(first, second, strict=True):
+                    torch.ones(10)
+            else:
+                next(first), next(second), next(first)
+
+    with pytest.raises(RuntimeError, match="one loop wholly into the body of the other"):
+        run()
+    with Tensors() as meter:  # nothing of theirs is left open
+        torch.ones(10)
+    assert meter.peak_bytes == 40
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
+def test_two_recorders_may_be_nested(tmp_path):
+    with Recorder(tmp_path / "a", tensors_every=1) as a, Recorder(tmp_path / "b", tensors_every=1) as b:
+        for _ in a.watch(range(2)):
+            for _ in b.watch(range(2)):
+                torch.ones(10)
+    assert [step.peak_tensor_bytes for step in a.record.iterations] == [40, 40]
+    assert [step.peak_tensor_bytes for step in b.record.iterations] == [40] * 4

@@ -14,6 +14,8 @@ from bilevel.space import tree
 
 Setup = Callable[..., Any]
 """`setup(device)` or `setup(device, seed=...)` -> (problem, outer, inner, batches)."""
+STEPS = ("steps", "max_steps")
+"""What the field of an inner solver is called that limits its steps."""
 OuterOptimizer = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 
 
@@ -140,6 +142,34 @@ def pose(setup: Setup, device: str, seed: int) -> Posed:
     if not tree.tensors(made[1]):
         raise TypeError("setup() returned an outer variable without tensors")
     return Posed(*made)
+
+
+def in_steps(moves: Any, steps: int) -> bl.InnerSolver:
+    """An inner solver that takes `steps` steps: of an optimizer or a dynamics as many, of a solver at most.
+
+    Raises:
+        ValueError: a solver of the user's own that has no field for them.
+
+    Example:
+        >>> import bilevel as bl
+        >>> in_steps(bl.SGD(lr=0.1), 3).max_steps, in_steps(bl.Converge(bl.SGD(lr=0.1), tol=1e-3), 7).max_steps
+        (3, 7)
+    """
+    if not isinstance(moves, bl.InnerSolver):
+        return bl.Descent(moves, steps)
+    name = limit_of(moves)
+    if name is None:
+        raise ValueError(
+            f"{type(moves).__name__} cannot be given a number of steps; give it a field called {' or '.join(STEPS)}"
+        )
+    solver: Any = moves
+    return dataclasses.replace(solver, **{name: steps})
+
+
+def limit_of(solver: Any) -> str | None:
+    """The field of an inner solver that limits its steps; None if it has none that is known as such."""
+    fields = {field.name for field in dataclasses.fields(solver)}
+    return next((name for name in STEPS if name in fields), None)
 
 
 def leaves_of(outer: Any) -> Any:

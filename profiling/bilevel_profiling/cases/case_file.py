@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | `setup(device)` | makes (problem, outer, inner, batches) | an error |
 | `ESTIMATORS` | dict of label to estimator | `default_estimators()` |
-| `OPTIMIZER` | the inner optimizer | bl.SGD(lr=0.1) |
+| `OPTIMIZER` | the inner optimizer; or an inner solver, whose limit of steps is then K | bl.SGD(lr=0.1) |
 | `INNER_STEPS` | the K to compare at | 1, 5, 20 |
 | `SOLVERS` | dict of label to inner solver, in place of the two above | Descent with these |
 | `SOLUTION` | an inner solver that converges, for the error against the solution | no such error |
@@ -32,6 +32,8 @@ import bilevel as bl
 from bilevel_profiling.cases import builtin as cases
 from bilevel_profiling.cases.case import OuterOptimizer, Setup, adam, name_of
 
+MOVES: tuple[type, ...] = (bl.Optimizer, bl.InnerSolver, *filter(None, [getattr(bl.inner, "Dynamics", None)]))
+
 
 class CaseError(ValueError):
     """A case that cannot be used, with a message that says what to write."""
@@ -58,7 +60,7 @@ class Definition:
     name: str
     setup: Setup
     estimators: Mapping[str, bl.Estimator] = dataclasses.field(default_factory=default_estimators)
-    optimizer: bl.Optimizer = dataclasses.field(default_factory=lambda: bl.SGD(lr=0.1))
+    optimizer: bl.Optimizer | bl.InnerSolver = dataclasses.field(default_factory=lambda: bl.SGD(lr=0.1))
     inner_steps: tuple[int, ...] = (1, 5, 20)
     solvers: Mapping[str, bl.InnerSolver] = dataclasses.field(default_factory=dict)
     solution: bl.InnerSolver | None = None
@@ -72,7 +74,7 @@ class Definition:
 
     def __post_init__(self) -> None:
         for value, kind, name, write in (
-            (self.optimizer, bl.Optimizer, "OPTIMIZER (optimizer=)", "bl.SGD(lr=0.1)"),
+            (self.optimizer, MOVES, "OPTIMIZER (optimizer=)", "bl.SGD(lr=0.1)"),
             (
                 self.solution,
                 (bl.InnerSolver, type(None)),

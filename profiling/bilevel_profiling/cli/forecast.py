@@ -156,14 +156,13 @@ def defined(options: argparse.Namespace) -> "Definition":
 
 def cases_of(definition: "Definition", options: argparse.Namespace, inner_steps: tuple[int, ...]) -> "Iterator[Case]":
     """One case for each K and estimator."""
-    import bilevel as bl
-    from bilevel_profiling.cases.case import Case
+    from bilevel_profiling.cases.case import Case, in_steps
 
     for steps in inner_steps:
         for label, estimator in definition.estimators.items():
             yield Case(
                 definition.setup,
-                solver=bl.Descent(definition.optimizer, steps),
+                solver=in_steps(definition.optimizer, steps),
                 estimator=estimator,
                 device=_device(options.device),
                 seed=options.seed,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import bilevel as bl
-from bilevel_profiling.cases.case import Setup
+from bilevel_profiling.cases.case import Setup, in_steps
 from bilevel_profiling.cases.case_file import CaseError, Definition, given
 
 
@@ -91,7 +91,7 @@ class Settled:
     def cells(self) -> list[Cell]:
         """The rows to be, by solver in the order of K; with named solvers in the order of the case."""
         case = self.case
-        solvers = [("", bl.Descent(case.optimizer, k)) for k in sorted(set(case.inner_steps))]
+        solvers = [("", in_steps(case.optimizer, k)) for k in sorted(set(case.inner_steps))]
         found: list[Cell] = []
         for name, solver in case.solvers.items() or solvers:
             for label in self.labels:

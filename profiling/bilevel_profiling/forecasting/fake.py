@@ -19,18 +19,20 @@ import bilevel as bl
 from bilevel.engine import spans
 from bilevel.space import tree
 from bilevel_profiling.cases.case import Case, name_of
+from bilevel_profiling.forecasting import kernels
 from bilevel_profiling.forecasting.margin import workspace_bytes
+from bilevel_profiling.forecasting.optimizers import put_back
 from bilevel_profiling.forecasting.shapes import Shapes
 from bilevel_profiling.forecasting.unreadable import ForecastError as ForecastError
 from bilevel_profiling.forecasting.unreadable import explained
 from bilevel_profiling.measurement.environment import environment
 from bilevel_profiling.measurement.passes import (
-    STEPPED_THROUGH,
     Figures,
     Trial,
     described,
     frozen_heap,
     own_random_state,
+    without_warnings,
 )
 from bilevel_profiling.meters.base import Meter
 from bilevel_profiling.meters.devices import DEVICES, Device
@@ -99,8 +101,7 @@ def forecast(
             f"forecast() was given a {type(what).__name__}; a Case or a function without arguments was needed"
         )
     device = on if isinstance(on, Device) or on is None else _device(on)
-    with own_random_state(), frozen_heap(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=STEPPED_THROUGH)
+    with own_random_state(), frozen_heap(), without_warnings():
         return _of_case(what, device, command) if isinstance(what, Case) else _of_call(what, name, device, command)
 
 
@@ -169,6 +170,7 @@ def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> 
     with contextlib.ExitStack() as around:
         around.enter_context(_few_full_collections())
         around.enter_context(unread)
+        around.enter_context(put_back())
         for meter in meters:
             around.enter_context(meter)
         result = call()
@@ -186,7 +188,8 @@ def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> 
     for meter in meters:
         with figures.of(meter):
             pass
-    return figures, unread.notes(), tensors.peak_block_bytes
+    notes = [*unread.notes(), *([kernels.note(shapes.unseen)] if shapes.unseen else [])]
+    return figures, notes, tensors.peak_block_bytes
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import bilevel as bl
-from bilevel_profiling.cases.case import Case
+from bilevel_profiling.cases.case import Case, in_steps, limit_of
 from bilevel_profiling.forecasting.fake import forecast
 from bilevel_profiling.records import sizes
 from bilevel_profiling.records.record import Record
@@ -168,14 +168,15 @@ def with_value(case: Case, over: str, value: int) -> Case:
     Raises:
         ValueError: the case has nothing of that name; the message lists what it has.
     """
-    if over == INNER_STEPS and isinstance(case.solver, bl.Descent):
-        return dataclasses.replace(case, solver=dataclasses.replace(case.solver, steps=value))
+    limited = limit_of(case.solver) is not None
+    if over == INNER_STEPS and limited:
+        return dataclasses.replace(case, solver=in_steps(case.solver, value))
     if over == CHUNK and isinstance(case.estimator, bl.TaskMean):
         return dataclasses.replace(case, estimator=dataclasses.replace(case.estimator, chunk=value))
     if over in parameters(case.setup):
         return dataclasses.replace(case, setup=functools.partial(case.setup, **{over: value}))
     known = [
-        *([INNER_STEPS] if isinstance(case.solver, bl.Descent) else []),
+        *([INNER_STEPS] if limited else []),
         *([CHUNK] if isinstance(case.estimator, bl.TaskMean) else []),
         *parameters(case.setup),
     ]

@@ -16,6 +16,8 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import _disable_current_modes
 
+from bilevel_profiling.forecasting import kernels
+
 _VIEW, _FRESH, _OTHER = range(3)
 _READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _NONE = object()
@@ -28,6 +30,8 @@ class Shapes(FakeTensorMode):
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self._known: dict[Any, Any] = {}
+        self.unseen: set[OpOverload] = set()
+        """Operators that make more than was counted."""
         self._doubles: dict[int, tuple[weakref.ref[Tensor], Tensor, Tensor | None]] = {}
 
     def stand_in(self, tensor: Tensor) -> Tensor:
@@ -36,6 +40,8 @@ class Shapes(FakeTensorMode):
         if known is None or known[0]() is not tensor:
             with _disable_current_modes():
                 double = self.from_tensor(tensor)
+                if not tensor.dim() and tensor.device.type == "cpu" and not tensor.requires_grad:
+                    double.constant = tensor.clone()  # such as the step count of an optimizer, which it reads
                 self._doubles[id(tensor)] = known = weakref.ref(tensor), double, tensor.grad if tensor.is_leaf else None
         return known[1]
 
@@ -55,6 +61,8 @@ class Shapes(FakeTensorMode):
         kind = _kinds.get(func)
         if kind is None:
             kind = _kinds[func] = _kind(func)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            _draw(func, args, kwargs)
         if kind == _VIEW and _plain(args[0]):
             device = args[0].fake_device
             with in_kernel_invocation_manager(self):
@@ -64,6 +72,10 @@ class Shapes(FakeTensorMode):
                 if isinstance(seen, Tensor)
                 else [FakeTensor(self, part, device) for part in seen]
             )
+        if func in kernels.STORAGE:
+            return self._on_storage(super().dispatch(func, types, args, kwargs), kernels.STORAGE[func](args))
+        if func in kernels.UNSEEN:
+            self.unseen.add(func)
         key = _key(func, args, kwargs) if kind == _FRESH else None
         if key is None:
             return super().dispatch(func, types, args, kwargs)
@@ -85,6 +97,14 @@ class Shapes(FakeTensorMode):
         ]
         return several(tensors) if several else tensors[0]
 
+    def _on_storage(self, output: Any, size: int) -> Any:
+        """The same tensor on a storage of at least `size` bytes."""
+        if output.untyped_storage().nbytes() >= size:
+            return output
+        with in_kernel_invocation_manager(self):
+            whole = torch.empty(-(-size // output.itemsize), dtype=output.dtype, device="meta")
+            return FakeTensor(self, whole.as_strided(output.shape, output.stride()), output.fake_device)
+
 
 _kinds: dict[OpOverload, int] = {}
 
@@ -97,6 +117,18 @@ def _kind(func: OpOverload) -> int:
         return _VIEW if schema.arguments and str(schema.arguments[0].type) == "Tensor" else _OTHER
     aliased = any(argument.alias_info is not None for argument in (*schema.arguments, *schema.returns))
     return _OTHER if aliased else _FRESH
+
+
+def _draw(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Move the real generator, as the operator would: whoever looks whether numbers were drawn is to see it."""
+    schema = func._schema.arguments
+    given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    given |= dict(zip((argument.name for argument in schema), args, strict=False)) | dict(kwargs)
+    if given.get("dropout_p") == 0 or given.get("train", given.get("training")) is False:
+        return
+    device = next((leaf.fake_device for leaf in args if isinstance(leaf, FakeTensor)), given.get("device"))
+    with _disable_current_modes():
+        torch.rand(1, device=device or "cpu")
 
 
 def _plain(tensor: Any) -> bool:

@@ -34,7 +34,6 @@ from bilevel_profiling.meters.work import Work
 from bilevel_profiling.records.failure import of_error, out_of_memory
 from bilevel_profiling.records.record import Phase, Record
 
-STEPPED_THROUGH = r"iterate\(\) stepped through"
 COMPILED = "torch.compile was at work in this process: functions that it compiled ran uncompiled while bytes and FLOPs were counted."
 _LONG = 1.5
 """Seconds after which the clock has seen enough: slow calls are repeated twice at least, not `repeats` times."""
@@ -86,8 +85,7 @@ def measure(
         raise TypeError(
             f"measure() was given a {type(what).__name__}; a Case or a function without arguments was needed"
         )
-    with own_random_state(), frozen_heap(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=STEPPED_THROUGH)  # the record's status says it
+    with own_random_state(), frozen_heap(), without_warnings():
         passes = _Passes(repeats, trace, snapshot)
         return (
             _measured_case(what, passes, errors, command)
@@ -132,6 +130,7 @@ def _measured_case(case: Case, passes: _Passes, errors: bool | references.Refere
         del trial
         if errors is not False and grad is not None:
             known = references.of_case(case) if errors is True else errors
+            known = known.of_compiled() if _compiled() else known
             program, solution = references.errors(grad, known.program), references.errors(grad, known.solution)
             record = dataclasses.replace(
                 record,
@@ -327,6 +326,14 @@ def phases_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Phase]:
     """Phases in the order in which they run."""
     order = {"inner": 0, "hypergradient": 1, "outer": 2}
     return {name: Phase(**found[name]) for name in sorted(found, key=lambda name: order.get(name, 3))}
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Leave out the warnings of a status that is stepped through: the record says it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"iterate\(\) stepped through")
+        yield
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from torch import Tensor
 import bilevel as bl
 from bilevel.space import tree
 from bilevel_profiling.cases.case import Case, Posed
+from bilevel_profiling.measurement.noise import Draws
 
 _DENSE_SIZE = 256
 """Up to this many inner numbers (of one task) the adjoint system is solved directly."""
@@ -33,6 +34,8 @@ class Reference:
 
     grad: tuple[Tensor, ...] | None
     note: str
+    random: bool = False
+    """Whether the losses drew random numbers, those of eager code."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,13 @@ class References:
     def note(self) -> str:
         """How they were made."""
         return f"Program: {self.program.note} Solution: {self.solution.note}"
+
+    def of_compiled(self) -> "References":
+        """Those that hold for compiled losses, which draw other random numbers than eager ones."""
+        if not self.program.random:
+            return self
+        why = "none, because the losses draw random numbers, and compiled code draws others than the reference."
+        return References(Reference(None, why), self.solution)
 
 
 NONE = Reference(None, "not asked for.")
@@ -66,7 +76,9 @@ def program(case: Case) -> Reference:
         >>> program(case).note
         'float64, Unrolled(keep="iterates").'
     """
-    return _made(case, case.solver, bl.Unrolled(keep="iterates"), 'float64, Unrolled(keep="iterates")')
+    how = 'float64, Unrolled(keep="iterates")'
+    how += "" if case.solver.fixed else ", of the steps that the tolerance takes in float64"
+    return _made(case, case.solver, bl.Unrolled(keep="iterates"), how)
 
 
 def solution(case: Case) -> Reference:
@@ -75,7 +87,7 @@ def solution(case: Case) -> Reference:
         return Reference(None, "the case declares no solver for it.")
     posed = case.pose()
     start = posed.inner if posed.inner is not None else posed.outer
-    small = tree.size(start) / (_tasks(posed) if _by_task(case) else 1) <= _DENSE_SIZE
+    small = tree.size(start) / _tasks(case, posed) <= _DENSE_SIZE
     linear: bl.LinearSolver = bl.Dense() if small else bl.CG(max_steps=2000, tol=1e-12)
     return _made(
         case, case.solution, bl.Implicit(linear), f"float64, {case.solution!r} and Implicit({linear!r})", strict=True
@@ -112,10 +124,8 @@ def cached(case: Case, kind: str, path: Path) -> Reference:
     made = program(case) if kind == "program" else solution(case)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}.tmp")
-    torch.save(
-        {"mark": mark, "grad": None if made.grad is None else [leaf.cpu() for leaf in made.grad], "note": made.note},
-        draft,
-    )
+    grad = None if made.grad is None else [leaf.cpu() for leaf in made.grad]
+    torch.save({"mark": mark, "grad": grad, "note": made.note, "random": made.random}, draft)
     draft.replace(path)
     return made
 
@@ -124,28 +134,31 @@ def load(path: Path) -> tuple[str, Reference] | None:
     """What `cached` wrote, with the mark of what it was made from; None if it is not readable."""
     try:
         found = torch.load(path, weights_only=True)
-        return found["mark"], Reference(None if found["grad"] is None else tuple(found["grad"]), found["note"])
+        grad = None if found["grad"] is None else tuple(found["grad"])
+        return found["mark"], Reference(grad, found["note"], found["random"])
     except (OSError, EOFError, RuntimeError, KeyError, ValueError):
         return None
 
 
-def _by_task(case: Case) -> bool:
-    return isinstance(case.estimator, bl.TaskMean)
-
-
-def _tasks(posed: Posed) -> int:
-    return max(1, tree.tensors(posed.batches.outer)[0].shape[0])
+def _tasks(case: Case, posed: Posed) -> int:
+    many = isinstance(case.estimator, bl.TaskMean)
+    return max(1, tree.tensors(posed.batches.outer)[0].shape[0]) if many else 1
 
 
 def _made(case: Case, solver: bl.InnerSolver, estimator: bl.Estimator, how: str, *, strict: bool = False) -> Reference:
     """The estimate in float64; whatever goes wrong is a note, because a row without an error is still a row."""
-    estimator = bl.TaskMean(estimator, chunk=1) if _by_task(case) else estimator
     try:
-        posed = case.pose().double()
-        torch.manual_seed(case.seed)
-        hg = bl.hypergradient(
-            posed.problem, posed.outer, posed.inner, posed.batches, solver=solver, estimator=estimator
-        )
+        posed, draws = case.pose(), Draws()
+        hg = _run(case, posed.double(), solver, _over_tasks(case, estimator, 1), draws)
+        if why := _unrepeatable(draws, strict):
+            return Reference(None, f"none, because {why}.")
+        if draws.log:
+            estimator = _over_tasks(case, estimator, None)
+            _run(case, posed, solver, estimator, own := Draws())
+            hg = _run(case, posed.double(), solver, estimator, draws := Draws(like=own))
+            if not draws.same_as(own):
+                return Reference(None, "none, because in float64 the losses draw other random numbers.")
+            how += f", with the random numbers of a {str(posed.dtype).removeprefix('torch.')} run"
     except Exception as error:
         text = " ".join(str(error).split())
         mixed = isinstance(error, RuntimeError) and any(word in text for word in ("dtype", "Double", "double"))
@@ -157,27 +170,53 @@ def _made(case: Case, solver: bl.InnerSolver, estimator: bl.Estimator, how: str,
         return Reference(
             None, f"none, because the outer loss of float64 arguments is {hg.outer_loss.dtype}: a loss casts."
         )
-    return Reference(tuple(leaf.detach() for leaf in tree.tensors(hg.grad)), f"{how}.")
+    return Reference(tuple(leaf.detach() for leaf in tree.tensors(hg.grad)), f"{how}.", bool(draws.log))
+
+
+def _run(case: Case, posed: Posed, solver: bl.InnerSolver, estimator: bl.Estimator, draws: Draws) -> bl.Hypergradient:
+    torch.manual_seed(case.seed)
+    with draws:
+        return bl.hypergradient(
+            posed.problem, posed.outer, posed.inner, posed.batches, solver=solver, estimator=estimator
+        )
+
+
+def _over_tasks(case: Case, estimator: bl.Estimator, chunk: int | None) -> bl.Estimator:
+    """`estimator` over the case's tasks, `chunk` at a time; None for as many as the case takes, which draw together."""
+    if not isinstance(case.estimator, bl.TaskMean):
+        return estimator
+    return dataclasses.replace(case.estimator, estimator=estimator, chunk=chunk or case.estimator.chunk)
+
+
+def _unrepeatable(draws: Draws, strict: bool) -> str:
+    """Why a reference cannot be given the noise that a run had, or ""."""
+    if draws.elsewhere:
+        return (
+            "the losses draw random numbers from a generator of their own, or from numpy's or Python's, which cannot "
+            "be put back; draw from torch's global generator"
+        )
+    if strict and draws.log:
+        return "the losses draw random numbers, so that there is no one solution"
+    return ""
 
 
 def _fingerprint(case: Case, kind: str) -> str:
     """Tells two problems apart: by their data, their solver, and what one inner step of them does to the outer loss."""
     posed = case.pose().double()
     solver = case.solver if kind == "program" else case.solution
-    inner = posed.batches.inner
-    seen = (
-        [inner[step] for step in range(min(len(inner), case.solver.max_steps))]
-        if isinstance(inner, bl.PerStep)
-        else inner
-    )
-    parts = tree.tensors((posed.outer, posed.inner, seen, posed.batches.outer))
-    one = dataclasses.replace(case, solver=bl.Descent(case.solver.optimizer, min(case.solver.max_steps, 1)))
-    found = program(one)
-    parts = [*parts, *(found.grad or ())]
+    found = program(dataclasses.replace(case, solver=_cut(case.solver, 1)))
+    parts = tree.tensors((posed.tensors(case.solver.max_steps), found.grad))
     stream = io.BytesIO()
     torch.save([leaf.detach().cpu().contiguous() for leaf in parts], stream)
-    words = f"{kind} {solver!r} {_by_task(case)} {found.note} {torch.__version__} {bl.__version__}"
+    over_tasks = repr(_over_tasks(case, bl.Unrolled(), None if found.random else 1))
+    words = f"{kind} {solver!r} {over_tasks} {found.note} {torch.__version__} {bl.__version__}"
     return hashlib.sha256(stream.getvalue() + words.encode()).hexdigest()
+
+
+def _cut(solver: bl.InnerSolver, most: int) -> bl.InnerSolver:
+    """As many steps as `solver` may take, and at most `most`, of what it moves y by."""
+    moves = getattr(solver, "dynamics", None) or solver.optimizer
+    return bl.Descent(moves, min(solver.max_steps, most))
 
 
 def _flat(leaves: Sequence[Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """One iteration of somebody's loop: what it cost, and what ended it."""
 
 import contextlib
-import re
+import threading
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
@@ -19,6 +19,8 @@ from bilevel_profiling.meters.tensors import Tensors
 from bilevel_profiling.records.failure import of_error
 from bilevel_profiling.records.record import Iteration, Phase
 
+_open = threading.local()
+"""The iterations that are measured on this thread, in the order in which they began."""
 INTERRUPTED = "INTERRUPTED"
 """Status of an iteration that Ctrl-C, or sys.exit, ended."""
 
@@ -52,6 +54,7 @@ class Running:
             for meter in self._meters:
                 inside.enter_context(meter)
             self._inside = inside.pop_all()
+        _open.stack = [*_stack(), self]
 
     def look_at(self, item: object) -> None:
         """Take over what a step of `bilevel.iterate` says; nothing of it is kept."""
@@ -67,9 +70,28 @@ class Running:
                 "status": found.status.name,
             }
 
-    def stop(self) -> Iteration:
-        """End the measurement."""
-        self._inside.close()
+    def end(self) -> None:
+        """End the measurement; once more does nothing.
+
+        Raises:
+            RuntimeError: an iteration that began later is still measured, and ends now as well: meters nest, so neither
+                could be told from the other.
+        """
+        stack = _stack()
+        later = stack[stack.index(self) + 1 :] if self in stack else []
+        _open.stack = [running for running in stack if running is not self and running not in later]
+        for running in (*reversed(later), self):
+            running._inside.close()
+        if later:
+            raise RuntimeError(
+                "the loops of two recorders are interleaved: an iteration of one ended inside an iteration of the "
+                "other. Put one loop wholly into the body of the other, or watch one loop and log() what belongs to "
+                "the other: recorder.watch(zip(first, second))"
+            )
+
+    def stop(self, status: str = "") -> Iteration:
+        """End the measurement, and say what was found; a status given here is the iteration's."""
+        self.end()
         fields: dict[str, Any] = {}
         phases: dict[str, dict[str, Any]] = {}
         for meter in self._meters:
@@ -84,8 +106,12 @@ class Running:
             calls=fields["calls"] if any(fields["calls"].values()) else {},
             phases={name: Phase(**found) for name, found in phases.items()},
             metrics=self.metrics,
-            **self._facts,
+            **self._facts | ({"status": status} if status else {}),
         )
+
+
+def _stack() -> list[Running]:
+    return getattr(_open, "stack", [])
 
 
 def number(name: str, value: Any) -> float:
@@ -119,10 +145,8 @@ def status_of(error: BaseException) -> str:
         ('OUT_OF_MEMORY', 'ERROR', 'INTERRUPTED')
     """
     if isinstance(error, bl.BilevelError):
-        return next(
-            (status.name for status in bl.Status if re.search(rf"\b{status.name}: ", str(error))),
-            bl.Status.NONFINITE.name,
-        )
+        status = getattr(error, "status", None)
+        return (status if isinstance(status, bl.Status) else bl.Status.NONFINITE).name
     return of_error(error).status if isinstance(error, Exception) else INTERRUPTED
 
 

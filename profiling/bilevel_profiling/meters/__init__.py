@@ -1,4 +1,4 @@
-"""Meters: context managers that yield numbers and say whether they perturb what they measure."""
+"""Meters: context managers that yield numbers."""
 
 from bilevel_profiling.meters.base import Meter as Meter
 from bilevel_profiling.meters.clock import Clock as Clock

@@ -4,18 +4,11 @@ import abc
 import gc
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 
 class Meter(abc.ABC):
-    """A context manager around the measured call. Its numbers are there after the block, also when the block raised.
-
-    Attributes:
-        perturbs: whether measuring changes what the other meters would see (time, above all). Such a meter gets a pass
-            of its own.
-    """
-
-    perturbs: ClassVar[bool]
+    """A context manager around the measured call. Its numbers are there after the block, also when the block raised."""
 
     @abc.abstractmethod
     def __enter__(self) -> Self: ...

@@ -46,8 +46,6 @@ class Clock(Meter):
         (3, True)
     """
 
-    perturbs = False
-
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
         self._cuda = self._device.type == "cuda" and torch.cuda.is_available()

@@ -63,8 +63,6 @@ class Cuda(Meter):
         True
     """
 
-    perturbs = False
-
     def __init__(
         self, device: torch.device | str | None = None, *, workspaces: bool = False, snapshot: str | Path | None = None
     ) -> None:

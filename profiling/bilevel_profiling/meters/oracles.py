@@ -24,8 +24,6 @@ class Oracles(Meter):
         {'calls': {'inner_gradient': 5}}
     """
 
-    perturbs = False
-
     def __init__(self) -> None:
         self._phases = Phases(lambda phase: None)
         self._total = spans.Calls()

@@ -32,8 +32,6 @@ class Resident(Meter):
         ImportError: memory-profiler is missing.
     """
 
-    perturbs = True
-
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._done = threading.Event()

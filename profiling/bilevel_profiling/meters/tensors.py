@@ -76,8 +76,6 @@ class Tensors(Meter):
         0
     """
 
-    perturbs = True
-
     def __init__(self, stand_in: Callable[[Tensor], Tensor] | None = None) -> None:
         self._stand_in = stand_in
         self._counted: dict[int, _Counted] = {}

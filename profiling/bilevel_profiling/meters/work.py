@@ -39,8 +39,6 @@ class Work(Meter):
         (48, 240)
     """
 
-    perturbs = True
-
     def __init__(self, device: Device | None = None) -> None:
         self._device = device
         self._flops: collections.Counter[str] = collections.Counter()
