@@ -71,13 +71,14 @@ class Instance:
         at: Callable[[int], At] | None = None,
         visit: Visit | None = None,
         moving: Moving | None = None,
+        masks: Sequence[Tensor] | None = None,
     ) -> Solution:
         """Run the inner solver; keeps no trajectory unless `visit` does."""
         oracles = self.oracles
         with spans.span(spans.INNER):
             y = oracles.start() if start is None else start
             before = oracles.generators.peek()
-            found = run(solver or self.solver, oracles, y, at or oracles.point, visit=visit, moving=moving)
+            found = run(solver or self.solver, oracles, y, at or oracles.point, visit=visit, moving=moving, masks=masks)
             return self.seen(found, drew=not oracles.generators.same(before, oracles.generators.peek()))
 
     def seen(self, found: Solution, *, drew: bool) -> Solution:

@@ -5,7 +5,7 @@
 | run | one per step, one more where a rule looks at the residual | y, its gradient, the state, one graph; none of the past |
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -61,6 +61,7 @@ def run(
     *,
     visit: Visit | None = None,
     moving: Moving | None = None,
+    masks: Sequence[Tensor] | None = None,
 ) -> Solution:
     """Move y from `start` until the rule is content.
 
@@ -71,6 +72,7 @@ def run(
         at: the inner problem of a step.
         visit: sees every iterate before it is moved.
         moving: sees which tasks are moved.
+        masks: the tasks that each step moves, where an earlier pass has found them out.
     """
     y, state = start, moves.begin(start)
     every = _CHECK_EVERY_ON_GPU if tree.tensors(start)[0].is_cuda else 1
@@ -88,6 +90,7 @@ def run(
                 return Solution(y, step, code, first, point.loss, residual, *_motion(rise, first, point.loss, state))
         if moving is not None and live is not None:
             moving(live)
+        live = live if masks is None else masks[step]
         moved, next_state = moves.step(y, state, point)
         if live is not None and moves.space.tasks is not None:
             moved = where(moves.space, live, moved, y)

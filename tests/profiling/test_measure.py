@@ -37,6 +37,7 @@ class Hoarding(Estimator):
 
     estimator: Estimator
     kept: list = dataclasses.field(default_factory=list)
+    sees = frozenset(bl.Path)
 
     def estimate(self, instance: Instance, state: object) -> Estimate:
         instance.solve(visit=lambda step, y, s: self.kept.append(y.clone()))

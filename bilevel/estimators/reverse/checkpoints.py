@@ -22,7 +22,7 @@ from bilevel.engine.embedding import Embedding
 from bilevel.engine.replay import State
 from bilevel.estimators.base import Instance
 from bilevel.estimators.reverse.growth import Growth
-from bilevel.inner.base import InnerSolver
+from bilevel.inner.descent import Descent
 from bilevel.inner.loop import where
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
@@ -41,20 +41,17 @@ class Checkpoints:
 
     Args:
         instance: what is solved.
-        solver: the stopping rule.
+        solver: how many steps of what.
         starts: the steps at which a segment begins; all of the last segment is kept. Steps before the first are not
             followed.
-        steps: how many steps the rule takes.
+        masks: the tasks that each step moves; None for all.
     """
 
-    def __init__(self, instance: Instance, solver: InnerSolver, starts: list[int], steps: int) -> None:
+    def __init__(self, instance: Instance, solver: Descent, starts: list[int], masks: list[Tensor] | None) -> None:
         oracles = instance.oracles
-        self._oracles, self._starts, self._steps = oracles, starts, steps
+        self._oracles, self._starts, self._steps, self._live = oracles, starts, solver.steps, masks
         self._snapshots, self._kept = list[_Kept](), list[_Kept]()
-        self._live: list[Tensor] = []
-        self.solution = instance.solve(oracles.start(), solver=solver, visit=self._keep, moving=self._rest)
-        # A rule that stops by itself looks at the last iterate, too.
-        del self._kept[steps - starts[-1] :]
+        self.solution = instance.solve(oracles.start(), solver=solver, visit=self._keep, masks=masks)
 
     def _keep(self, step: int, inner: Tree, state: Any) -> None:
         """Keep what a step is rebuilt from, if it begins a segment or is in the last one."""
@@ -62,11 +59,6 @@ class Checkpoints:
             past = self._kept or self._snapshots
             random = self._oracles.generators.state(past[-1].random if past else None)
             (self._kept if step >= self._starts[-1] else self._snapshots).append(_Kept(inner, state, random))
-
-    def _rest(self, live: Tensor) -> None:
-        """Keep which tasks a step moves."""
-        if self._oracles.space.tasks is not None:
-            self._live.append(live)
 
     def pull(self, cotangent: list[Tensor | None], *, to_start: bool) -> tuple[PartialLeaves, Growth]:
         """The cotangent of y_K to one of x, along the steps and the start.

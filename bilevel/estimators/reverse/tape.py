@@ -16,7 +16,7 @@ from bilevel.engine.point import At
 from bilevel.engine.refusals import check_step
 from bilevel.estimators.base import Instance
 from bilevel.estimators.reverse.growth import Growth, Watch, interval
-from bilevel.inner.base import InnerSolver
+from bilevel.inner.descent import Descent
 from bilevel.inner.loop import run
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
@@ -27,21 +27,21 @@ class Tape:
 
     Args:
         instance: what is solved.
-        solver: the stopping rule.
+        solver: how many steps of what.
         first: earlier steps leave no graph.
-        steps: how many steps the rule takes.
+        masks: the tasks that each step moves; None for all.
     """
 
-    def __init__(self, instance: Instance, solver: InnerSolver, first: int, steps: int) -> None:
+    def __init__(self, instance: Instance, solver: Descent, first: int, masks: list[Tensor] | None) -> None:
         oracles = instance.oracles
-        self._oracles, self._count = oracles, steps - first
+        self._oracles, self._count = oracles, solver.steps - first
         self._watch = Watch(oracles.space, interval(self._count))
         with spans.span(spans.INNER):
             start = oracles.start() if first > 0 else oracles.differentiable_start()
             self._start = [] if first > 0 or oracles.problem.init is not None else tree.tensors(start)
             before = oracles.generators.peek()
             moves = _Recorded(oracles, first, self._watch)
-            found = run(solver, moves, start, moves.point)
+            found = run(solver, moves, start, moves.point, masks=masks)
             drew = not oracles.generators.same(before, oracles.generators.peek())
         self._end, self.solution = tree.tensors(found.inner), instance.seen(found, drew=drew)
 
@@ -97,6 +97,4 @@ class _Recorded:
         return moved, state
 
     def stationarity(self, inner: Tree, at: At) -> list[Tensor]:
-        value = self.dynamics.stationarity(inner, self._oracles.attached, at)
-        assert value is not None, "the pass that learned the number of steps has refused this"
-        return tree.tensors(value)
+        raise AssertionError("a fixed number of steps does not ask")

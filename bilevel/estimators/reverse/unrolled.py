@@ -25,6 +25,8 @@ from bilevel.engine import spans
 from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance, Path
 from bilevel.estimators.reverse.checkpoints import Checkpoints, shrinking
 from bilevel.estimators.reverse.tape import Tape
+from bilevel.inner.descent import Descent
+from bilevel.outcome import Solution
 from bilevel.space import tree
 
 _KEEPS = ("graph", "iterates", "segments")
@@ -100,30 +102,35 @@ class Unrolled(Estimator):
         return f"truncated to the last {self.last} steps: an error that decays like (1 - lr mu)^{self.last}"
 
     def estimate(self, instance: Instance, state: Any) -> Estimate:
-        oracles, solver, steps = instance.oracles, instance.solver, instance.solver.max_steps
-        if not solver.fixed:
+        oracles, dynamics, steps = instance.oracles, instance.solver.dynamics, instance.solver.max_steps
+        learned: Solution | None = None
+        masks: list[Tensor] | None = None
+        if not instance.solver.fixed:
             # A solver that stops by itself runs once to learn K; then the program is known, whichever way it is kept.
             oracles.start()
             if not isinstance(instance.batches.inner, PerStep):
                 oracles.embedding(0)
-            before = oracles.generators.peek()
-            steps = instance.solve().steps
+            before, moving = oracles.generators.peek(), list[Tensor]()
+            learned = instance.solve(moving=moving.append)
+            steps, masks = learned.steps, moving if instance.tasks is not None else None
             oracles.generators.set(before)
-        first = 0 if self.last is None else max(steps - self.last, 0)
+        first, program = 0 if self.last is None else max(steps - self.last, 0), Descent(dynamics, steps)
         forward = (
-            Tape(instance, solver, first, steps)
+            Tape(instance, program, first, masks)
             if self.keep == "graph"
-            else Checkpoints(instance, solver, self._starts(first, steps), steps)
+            else Checkpoints(instance, program, self._starts(first, steps), masks)
         )
-        found = forward.solution
-        stopped = not solver.fixed and instance.problem.init is None
+        found, forgets = forward.solution, None
+        if learned is not None:
+            found = dataclasses.replace(found, code=learned.code, residual=learned.residual)
+            forgets = learned.code if instance.problem.init is None else None
+            del learned
         with spans.span(spans.HYPERGRADIENT):
             outer_loss, cotangent, direct = oracles.outer_gradient(found.inner)
             entering: list[Tensor | None] = list(cotangent)
             del cotangent
-            indirect, growth = forward.pull(entering, to_start=stopped)
-            grad = tree.accumulate(direct, indirect)
-            code = growth.code(forgets=found.code if stopped else None)
+            indirect, growth = forward.pull(entering, to_start=forgets is not None)
+            grad, code = tree.accumulate(direct, indirect), growth.code(forgets=forgets)
             return instance.finish(found, grad, outer_loss, codes=[code], stats=growth.figures())
 
     def _starts(self, first: int, steps: int) -> list[int]:

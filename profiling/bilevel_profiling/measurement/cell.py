@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import bilevel as bl
 from bilevel_profiling.cases.case import Case
 from bilevel_profiling.cases.case_file import Definition, given
 from bilevel_profiling.measurement import references

@@ -215,8 +215,7 @@ def _fingerprint(case: Case, kind: str) -> str:
 
 def _cut(solver: bl.InnerSolver, most: int) -> bl.InnerSolver:
     """As many steps as `solver` may take, and at most `most`, of what it moves y by."""
-    moves = getattr(solver, "dynamics", None) or solver.optimizer
-    return bl.Descent(moves, min(solver.max_steps, most))
+    return bl.Descent(solver.dynamics, min(solver.max_steps, most))
 
 
 def _flat(leaves: Sequence[Tensor]) -> Tensor:
