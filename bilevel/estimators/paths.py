@@ -51,7 +51,7 @@ def check(estimator: Estimator, instance: Instance) -> None:
     if not hidden:
         return
     blind = []
-    for name, taken in zip(tree.names(instance.outer), of(instance), strict=True):
+    for name, taken in zip(tree.names(instance.outer), of(instance) or (), strict=False):
         if not instance.solver.max_steps and Path.START in sees:
             taken = taken & {Path.START, Path.OUTER_LOSS}
         hidden = taken - sees
@@ -65,6 +65,8 @@ def check(estimator: Estimator, instance: Instance) -> None:
 def check_unreached(estimator: Estimator, instance: Instance, missed: frozenset[int]) -> None:
     """Raise if an outer tensor for which the estimator returned nothing does act on the problem."""
     taken, names = of(instance), tree.names(instance.outer)
+    if taken is None:
+        return
     blind = [f"{names[i]} through {path.value}" for i in sorted(missed) for path in Path if path in taken[i]]
     if blind and (instance.solver.max_steps or Path.START not in estimator.sees):
         raise ValueError(_refusal(estimator, estimator.sees_after(instance.solver.max_steps), blind))
@@ -88,8 +90,8 @@ def _refusal(estimator: Estimator, sees: frozenset[Path], blind: Sequence[str]) 
     )
 
 
-def of(instance: Instance) -> Paths:
-    """The paths of each outer tensor, remembered with the problem."""
+def of(instance: Instance) -> Paths | None:
+    """The paths of each outer tensor, remembered with the problem; None if a function of the problem fails."""
     remembered = instance.problem.memo.setdefault("paths", {})
     # Momentum acts from the second step on; a user's own schedule may do so at any.
     update = instance.solver.dynamics.update
@@ -101,7 +103,8 @@ def of(instance: Instance) -> Paths:
         if seen is dynamics or (type(seen) is type(dynamics) and _same(seen, dynamics)):
             return found
     found = _probed(instance, steps)
-    remembered.setdefault(signature, []).append((dynamics, found))
+    if found is not None:
+        remembered.setdefault(signature, []).append((dynamics, found))
     return found
 
 
@@ -112,7 +115,7 @@ def _same(one: Any, other: Any) -> bool:
         return False
 
 
-def _probed(instance: Instance, steps: int) -> Paths:
+def _probed(instance: Instance, steps: int) -> Paths | None:
     generators = instance.oracles.generators
     before = generators.peek()
     try:
@@ -121,8 +124,11 @@ def _probed(instance: Instance, steps: int) -> Paths:
                 with _without_data(instance) as fake:
                     return _trace(fake, steps)
             except Exception:  # whatever the user's functions do with numbers, they do on real ones
-                with _disable_current_modes():
-                    return _trace(instance, steps)
+                try:
+                    with _disable_current_modes():
+                        return _trace(instance, steps)
+                except Exception:  # which the estimate itself will meet, and raise from where it belongs
+                    return None
     finally:
         generators.set(before)
 

@@ -130,7 +130,9 @@ def test_resident_memory_grows_by_what_a_call_takes(tmp_path, mib):
         meters.append(Resident(pid))
         return meters[-1]
 
-    job = cell.Job(str(path), {"estimators": {"corrected": bl.FirstOrderCorrected()}}, "corrected", 1)
+    job = cell.Job(
+        str(path), {"estimators": {"corrected": bl.FirstOrderCorrected()}}, "corrected", bl.Descent(bl.SGD(0.1), 1)
+    )
     outcome = run(cell.resident, job, time_limit=60, around=around)
     assert outcome.failure is None, outcome.log
     grown = meters[0].figures()["resident_bytes"]

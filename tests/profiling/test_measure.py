@@ -212,7 +212,7 @@ def test_a_solution_that_is_not_reached_is_no_reference():
 
 def test_a_solver_with_a_tolerance_is_compared_like_any_other():
     defined = Definition("toy", quadratic.setup, optimizer=bl.Converge(bl.SGD(lr=1.0), tol=1e-2))
-    case = Job("quadratic", {}, "unrolled", inner_steps=30).case(defined)
+    case = Job("quadratic", {}, "unrolled", in_steps(defined.optimizer, 30)).case(defined)
     assert case.solver == bl.Converge(bl.SGD(lr=1.0), tol=1e-2, max_steps=30)
     found = measure(case, repeats=1)
     assert found.inner_steps == 30
