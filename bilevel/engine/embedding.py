@@ -1,7 +1,8 @@
 """The inner batch as the losses receive it, and the way of its cotangents back to x."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -12,8 +13,9 @@ from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
 
 
-class Source(Protocol):
-    """What an embedding needs of the oracles."""
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What functions of x are evaluated with: the problem's functions, x as it is and attached, and the generators."""
 
     evaluation: Evaluation
     generators: Generators
@@ -22,6 +24,13 @@ class Source(Protocol):
 
     def replayed(self, before: State | None, function: Callable[[Tree, Any], Any], batch: Any) -> Any:
         """A function of the attached x, drawing what it drew before, if it did."""
+        if before is None:
+            return function(self.attached, batch)
+        now = self.generators.peek()
+        self.generators.set(before)
+        value = function(self.attached, batch)
+        self.generators.set(now)
+        return value
 
 
 class Embedding:

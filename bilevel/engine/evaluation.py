@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.engine.replay import Generators
-from bilevel.problem import Problem, distance
+from bilevel.problem import Problem
 from bilevel.space import tree
 from bilevel.space.tree import Tree
 
@@ -25,19 +25,14 @@ class Evaluation:
     Args:
         problem: what is evaluated.
         tasks: number of tasks, when inner variable and batches have a leading task dimension.
-        anchor: y_0 as a function of x, for a proximal term.
     """
 
-    def __init__(self, problem: Problem, tasks: int | None, anchor: Callable[[Tree], Tree]) -> None:
-        self.problem, self.tasks, self._anchor = problem, tasks, anchor
+    def __init__(self, problem: Problem, tasks: int | None) -> None:
+        self.problem, self.tasks = problem, tasks
 
     def inner(self, inner: Tree, outer: Tree, embedded: Any) -> Tensor:
-        """The inner loss at the result of `embed`: 0-dim, or of shape (tasks,)."""
-        if not self.problem.proximal_strength:
-            return self._loss("inner_loss", inner, outer, embedded)
-        # Before the loss, so that its copies are gone when the loss's activations come.
-        pull = distance(self.problem.proximal_strength, inner, self._anchor(outer), self.tasks)
-        return self._loss("inner_loss", inner, outer, embedded) + pull
+        """The inner loss at the result of `embed`, without a proximal term: 0-dim, or of shape (tasks,)."""
+        return self._loss("inner_loss", inner, outer, embedded)
 
     def outer(self, inner: Tree, outer: Tree, embedded: Any) -> Tensor:
         """The outer loss at the result of `embed`, likewise."""

@@ -13,7 +13,7 @@ H = d stationarity / dy (d2g/dy2 for gradient methods), M v = d/dx <stationarity
 x, attached once, the batches as the losses receive them, and the engine that computes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from bilevel.engine import autodiff, spans, twice
 from bilevel.engine.base import Engine
 from bilevel.engine.cotangents import Cotangents, floating
 from bilevel.engine.eager import Eager
-from bilevel.engine.embedding import Embedding
+from bilevel.engine.embedding import Embedding, Source
 from bilevel.engine.evaluation import Evaluation
 from bilevel.engine.linearization import Linearization
 from bilevel.engine.point import At
@@ -32,7 +32,7 @@ from bilevel.engine.refusals import check_step, restless, used
 from bilevel.engine.replay import Generators, State
 from bilevel.inner.dynamics import Dynamics
 from bilevel.optim.base import Optimizer
-from bilevel.problem import Problem
+from bilevel.problem import Problem, distance
 from bilevel.space import tree
 from bilevel.space.inner_product import Space
 from bilevel.space.tree import Leaves, PartialLeaves, Tree
@@ -64,8 +64,10 @@ class Oracles:
     ) -> None:
         self.problem, self.batches, self.dynamics, self.space = problem, batches, dynamics, Space(tasks)
         self.x, self.attached = tree.detach(outer), tree.attach(outer)
-        self.evaluation, self.engine = Evaluation(problem, tasks, self._anchor), engine or Eager()
+        self.evaluation, self.engine = Evaluation(problem, tasks), engine or Eager()
         self.generators = Generators(tree.tensors(outer)[0].device)
+        # (What an embedding holds must not hold the embedding: a cycle would keep every call's tensors until a collection.)
+        self.source = Source(self.evaluation, self.generators, self.x, self.attached)
         self._shared: Any = None if isinstance(batches.inner, PerStep) else _Unset
         self._start: Tree | None = inner
         self._before_start: State | None = None
@@ -97,31 +99,30 @@ class Oracles:
         pairs = [(leaf, weight) for leaf, weight in zip(leaves, cotangents, strict=True) if weight is not None]
         return autodiff.grad([leaf for leaf, _ in pairs], tree.tensors(self.attached), [weight for _, weight in pairs])
 
-    def replayed(self, before: State | None, function: Callable[[Tree, Any], Any], batch: Any) -> Any:
-        """A function of the attached x, drawing what it drew before, if it did."""
-        if before is None:
-            return function(self.attached, batch)
-        now = self.generators.peek()
-        self.generators.set(before)
-        value = function(self.attached, batch)
-        self.generators.set(now)
-        return value
-
     def _anchor(self, outer: Tree) -> Tree:
         """y_0 as a function of x: what a proximal term pulls to."""
         return self.start() if outer is self.x else self._replayed_start()
 
+    def inner(self, inner: Tree, outer: Tree, embedded: Any) -> Tensor:
+        """g at an embedded batch, as the arguments come, per task."""
+        strength = self.problem.proximal_strength
+        if not strength:
+            return self.evaluation.inner(inner, outer, embedded)
+        # Before the loss, so that its copies are gone when the loss's activations come.
+        pull = distance(strength, inner, self._anchor(outer), self.space.tasks)
+        return self.evaluation.inner(inner, outer, embedded) + pull
+
     def _replayed_start(self) -> Tree:
-        return self.replayed(self._before_start, self.evaluation.start, self.batches.inner_at(0))
+        return self.source.replayed(self._before_start, self.evaluation.start, self.batches.inner_at(0))
 
     # --- batches as the losses receive them
 
     def embedding(self, step: int) -> Embedding:
         """The embedded inner batch of a step: made once when every step sees the same batch."""
         if self._shared is None:
-            return Embedding(self, self.batches.inner_at(step))
+            return Embedding(self.source, self.batches.inner_at(step))
         if self._shared is _Unset:
-            self._shared = Embedding(self, self.batches.inner_at(step))
+            self._shared = Embedding(self.source, self.batches.inner_at(step))
         return self._shared
 
     def differentiable_embedding(self, step: int) -> Any:
@@ -132,7 +133,7 @@ class Oracles:
         before = self.generators.peek() if self.problem.features is not None else None
         value = self.evaluation.embed(self.attached, batch)
         if self._shared is _Unset:
-            self._shared = Embedding(self, batch, made=(before, tree.detach(value)))
+            self._shared = Embedding(self.source, batch, made=(before, tree.detach(value)))
         return value
 
     # --- the inner problem
@@ -174,12 +175,12 @@ class Oracles:
 
     def _gradient(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves]:
         with spans.span(spans.INNER_GRADIENT):
-            loss, gradient = self.engine.gradient(self.evaluation.inner, inner, self.x, embedded)
+            loss, gradient = self.engine.gradient(self.inner, inner, self.x, embedded)
             return loss, used(gradient)
 
     def inner_value(self, inner: Tree, embedded: Any) -> Tensor:
         """G at an embedded batch, without a graph, per task."""
-        return self.evaluation.inner(inner, self.x, embedded).detach()
+        return self.inner(inner, self.x, embedded).detach()
 
     def differentiable_gradient(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves]:
         """G and dg/dy of arguments as they come, with a graph."""
@@ -189,9 +190,9 @@ class Oracles:
 
     def _twice(self, inner: Tree, outer: Tree, embedded: Any) -> Tensor:
         """The inner loss; the first time, whether its second derivative is there."""
-        loss = self.evaluation.inner(inner, outer, embedded)
+        loss = self.inner(inner, outer, embedded)
         if not self.problem.memo.get("twice differentiable"):
-            twice.check(loss, self.evaluation.inner, inner, outer, embedded)
+            twice.check(loss, self.inner, inner, outer, embedded)
             self.problem.memo["twice differentiable"] = True
         return loss
 
@@ -202,7 +203,7 @@ class Oracles:
     def inner_gradient_in_outer(self, inner: Tree, steps: int) -> tuple[Tensor, PartialLeaves]:
         """G and dg/dx at a fixed solution (None where x does not enter g)."""
         batch = self.evaluation.embed(self.attached, self.batches.inner_at(max(steps - 1, 0)))
-        return self._in_outer(spans.INNER_GRADIENT, self.evaluation.inner, inner, batch)
+        return self._in_outer(spans.INNER_GRADIENT, self.inner, inner, batch)
 
     # --- the outer loss
 
@@ -243,7 +244,7 @@ class Oracles:
         """The stationarity condition at a solution found after `steps` steps."""
         step = max(steps - 1, 0)
         apart = self.batches.curvature is not None
-        embedding = Embedding(self, self.batches.curvature_at(step)) if apart else self.embedding(step)
+        embedding = Embedding(self.source, self.batches.curvature_at(step)) if apart else self.embedding(step)
 
         def condition(y: Tree, x: Tree, batch: Any) -> tuple[Tensor | None, Tree]:
             at = At(step, batch, self.differentiable_gradient, self.differentiable_value)
@@ -293,7 +294,7 @@ class Oracles:
 
     def differentiable_value(self, inner: Tree, embedded: Any) -> Tensor:
         """G of an attached x, with its graph."""
-        return self.evaluation.inner(inner, self.attached, embedded)
+        return self.inner(inner, self.attached, embedded)
 
     def _split_step_vjp(
         self,

@@ -33,7 +33,7 @@ def check(estimator: Estimator, instance: Instance) -> None:
     with torch.no_grad():
         generators = oracles.generators
         before = generators.peek()
-        _, gradient = oracles.engine.gradient(oracles.evaluation.inner, y, oracles.x, oracles.embedding(0).value)
+        _, gradient = oracles.engine.gradient(oracles.inner, y, oracles.x, oracles.embedding(0).value)
         generators.set(before)
         g = tree.like(y, gradient)
         if Path.HYPERPARAMETER not in estimator.sees:

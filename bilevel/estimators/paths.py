@@ -21,6 +21,7 @@ from bilevel.engine import autodiff
 from bilevel.engine.oracles import Oracles
 from bilevel.engine.point import At
 from bilevel.estimators.base import Estimator, Instance, Path
+from bilevel.optim.base import Optimizer
 from bilevel.outcome import NotTwiceDifferentiableError
 from bilevel.space import tree
 from bilevel.space.tree import Tree
@@ -47,8 +48,7 @@ def check(estimator: Estimator, instance: Instance) -> None:
     sees = estimator.sees_after(instance.solver.max_steps)
     if not isinstance(sees, frozenset) or not all(isinstance(path, Path) for path in sees):
         raise TypeError(f"{type(estimator).__name__}.sees is {sees!r}; a frozenset of bilevel.Path was needed")
-    hidden = frozenset(Path) - sees - (frozenset() if instance.problem.init else {Path.START})
-    if not hidden:
+    if frozenset(Path) - sees <= _impossible(instance):
         return
     blind = []
     for name, taken in zip(tree.names(instance.outer), of(instance) or (), strict=False):
@@ -60,6 +60,18 @@ def check(estimator: Estimator, instance: Instance) -> None:
         blind += [f"{name} through {path.value}" for path in Path if path in hidden]
     if blind:
         raise ValueError(_refusal(estimator, sees, blind))
+
+
+def _impossible(instance: Instance) -> frozenset[Path]:
+    """Paths that need not be looked for: no init, no hyper-parameter that is a function of x."""
+    update = instance.solver.dynamics.update
+    constant = update is not None and _ours(update) and not any(map(callable, tree.flatten(vars(update))[0]))
+    without_init = frozenset() if instance.problem.init else frozenset({Path.START})
+    return without_init | (frozenset({Path.HYPERPARAMETER, Path.STATIONARITY}) if constant else frozenset())
+
+
+def _ours(update: Optimizer | None) -> bool:
+    return update is not None and type(update).__module__.startswith("bilevel.optim")
 
 
 def check_unreached(estimator: Estimator, instance: Instance, missed: frozenset[int]) -> None:
@@ -94,9 +106,7 @@ def of(instance: Instance) -> Paths | None:
     """The paths of each outer tensor, remembered with the problem; None if a function of the problem fails."""
     remembered = instance.problem.memo.setdefault("paths", {})
     # Momentum acts from the second step on; a user's own schedule may do so at any.
-    update = instance.solver.dynamics.update
-    known = update is not None and type(update).__module__.startswith("bilevel.optim")
-    steps = min(2 if known else _MANY, instance.solver.max_steps)
+    steps = min(2 if _ours(instance.solver.dynamics.update) else _MANY, instance.solver.max_steps)
     signature = tuple(tree.names(instance.outer)), instance.inner is None, instance.tasks is None, steps
     dynamics = instance.solver.dynamics
     for seen, found in remembered.get(signature, ()):
@@ -176,12 +186,12 @@ def _trace(instance: Instance, steps: int) -> Paths:
 
 def _through_inner_loss(oracles: Oracles, y: Tree, embedded: Any, xs: Sequence[Tensor]) -> frozenset[int]:
     # What moves y is dg/dy: an x that only shifts g has no influence through it.
-    loss = oracles.evaluation.inner(y, oracles.attached, embedded).sum()
+    loss = oracles.inner(y, oracles.attached, embedded).sum()
     try:
         gradient = autodiff.grad([loss], tree.tensors(y), create_graph=True)
         return _reached([leaf for leaf in gradient if leaf is not None], xs)
     except NotTwiceDifferentiableError:
-        return _reached([oracles.evaluation.inner(y, oracles.attached, embedded)], xs)
+        return _reached([oracles.inner(y, oracles.attached, embedded)], xs)
 
 
 def _through_steps(oracles: Oracles, y: Tree, embedded: Any, xs: Sequence[Tensor], steps: int) -> frozenset[int]:
