@@ -194,8 +194,8 @@ def test_differences_growth_and_margin(quick):
     assert margin["reserved_ratio"] == pytest.approx(22 * MIB / (2 * MIB + 512))
     text = quick.tables.gpu(rows)
     assert (
-        "| perceptron | unrolled | 8 | 17.0 | 8.0 | +9,437,184 | 18.0 | 8.0 | +10,485,248 | 2.75 | 1 MiB per inner "
-        "step + 9 MiB | 500.0 | 5.0 |" in text
+        "| perceptron | unrolled | 8 | 17.0 | 8.0 | +9,437,184 | 18.0 | 8.0 | +10,485,248 | 2.75 | 1.00 MiB per inner "
+        "step + 9.00 MiB | 500.0 | 5.0 |" in text
     )
     assert "| perceptron | hvp | unrolled, kept graph | 250.000 | 2.50 |" in text
     assert "Margin of a forecast, over 3 cells" in text
