@@ -30,7 +30,6 @@ class Problem:
         features: the part of both losses that does not involve y, called as `features(outer, batch)`; the losses then
             receive its result in place of the batch. Declared so that estimators that keep no trajectory run it once
             instead of once a step (y a head on a feature extractor x). None: the losses receive the batch itself.
-        proximal_strength: set by `proximal`: strength/2 |y - y_0|^2 is added to the inner loss.
 
     The losses may run under torch.autocast, opened inside them or around the whole call, and may take gradients of their
     own (a physics-informed net, a gradient penalty).
@@ -49,7 +48,6 @@ class Problem:
     outer_loss: Loss
     init: Init | None = None
     features: Callable[[Tree, Any], Any] | None = None
-    proximal_strength: float = 0.0
     # What was learned about the problem in earlier calls (which paths x takes, ...): asked once, then remembered.
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -64,11 +62,7 @@ class Problem:
 
     def inner(self, inner: Tree, outer: Tree, batch: Any) -> Tensor:
         """The inner loss at a batch as it comes from `Batches`."""
-        loss = self.inner_loss(inner, outer, batch if self.features is None else self.features(outer, batch))
-        if not self.proximal_strength:
-            return loss
-        assert self.init is not None
-        return loss + distance(self.proximal_strength, inner, self.init(outer, batch))
+        return self.inner_loss(inner, outer, batch if self.features is None else self.features(outer, batch))
 
     def outer(self, inner: Tree, outer: Tree, batch: Any) -> Tensor:
         """The outer loss at a batch as it comes from `Batches`."""
@@ -106,7 +100,26 @@ def proximal(problem: Problem, strength: float) -> Problem:
         )
     if not strength > 0:
         raise ValueError(f"proximal() was given strength={strength}; a positive number was needed")
-    return dataclasses.replace(problem, proximal_strength=problem.proximal_strength + strength)
+    loss = problem.inner_loss
+    pulled = (
+        Pulled(loss.inner_loss, problem.init, loss.strength + strength)
+        if isinstance(loss, Pulled)
+        else Pulled(loss, problem.init, strength)
+    )
+    return dataclasses.replace(problem, inner_loss=pulled)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pulled:
+    """An inner loss and a pull to the start. The oracles know the start; called by itself it takes init at the batch."""
+
+    inner_loss: Loss
+    init: Init
+    strength: float
+
+    def __call__(self, inner: Tree, outer: Tree, batch: Any) -> Tensor:
+        """The inner loss + strength/2 |inner - init(outer, batch)|^2."""
+        return self.inner_loss(inner, outer, batch) + distance(self.strength, inner, self.init(outer, batch))
 
 
 def distance(strength: float, inner: Tree, start: Tree, tasks: int | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.engine.replay import Generators
-from bilevel.problem import Problem
+from bilevel.problem import Problem, Pulled
 from bilevel.space import tree
 from bilevel.space.tree import Tree
 
@@ -75,6 +75,7 @@ class Evaluation:
 
     def _loss(self, name: str, inner: Tree, outer: Tree, batch: Any) -> Tensor:
         function = getattr(self.problem, name)
+        function = function.inner_loss if isinstance(function, Pulled) else function
         watched = {"inner variable": tree.tensors(inner), "outer variable": tree.tensors(outer)}
         watched["batch"] = tree.tensors(batch)
         versions = [[leaf._version for leaf in leaves] for leaves in watched.values()]

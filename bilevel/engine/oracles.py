@@ -32,7 +32,7 @@ from bilevel.engine.refusals import check_step, restless, used
 from bilevel.engine.replay import Generators, State
 from bilevel.inner.dynamics import Dynamics
 from bilevel.optim.base import Optimizer
-from bilevel.problem import Problem, distance
+from bilevel.problem import Problem, Pulled, distance
 from bilevel.space import tree
 from bilevel.space.inner_product import Space
 from bilevel.space.tree import Leaves, PartialLeaves, Tree
@@ -105,11 +105,10 @@ class Oracles:
 
     def inner(self, inner: Tree, outer: Tree, embedded: Any) -> Tensor:
         """g at an embedded batch, as the arguments come, per task."""
-        strength = self.problem.proximal_strength
-        if not strength:
+        if not isinstance(self.problem.inner_loss, Pulled):
             return self.evaluation.inner(inner, outer, embedded)
         # Before the loss, so that its copies are gone when the loss's activations come.
-        pull = distance(strength, inner, self._anchor(outer), self.space.tasks)
+        pull = distance(self.problem.inner_loss.strength, inner, self._anchor(outer), self.space.tasks)
         return self.evaluation.inner(inner, outer, embedded) + pull
 
     def _replayed_start(self) -> Tree:

@@ -43,7 +43,8 @@ class Generators:
         carriers = tuple(torch.empty(number.numel(), dtype=torch.uint8) for number in state.numbers)
         if type(carriers[0]) is not Tensor:
             return State(state.numbers, carriers)
-        return State(tuple(carrier.copy_(number) for carrier, number in zip(carriers, state.numbers, strict=True)))
+        with _disable_current_modes():  # a copy that a forecast does not make is not counted
+            return State(tuple(carrier.copy_(number) for carrier, number in zip(carriers, state.numbers, strict=True)))
 
     @staticmethod
     def same(one: State, other: State) -> bool:
