@@ -312,7 +312,7 @@ class HiddenDecay(bl.Optimizer):
     "estimator", [bl.Implicit(bl.CG(10)), bl.Implicit(bl.Dense()), bl.MemoryReduced()], ids=lambda e: type(e).__name__
 )
 def test_a_hidden_decay_is_refused_wherever_y_begins(estimator: Any, start: float) -> None:
-    # The check of a user's optimizer takes its gradient under no_grad, where every loss without a gradient of its own has
+    # The check of a user's optimizer takes its gradient under no_grad, where a loss without a gradient of its own has
     # none: it compares None with None and passes everything. With that mended, y_0 = 0 still hides a decay.
     def solution(x: Tensor) -> Tensor:
         return towards_one(x / 2, None, None)
@@ -344,7 +344,7 @@ class LateDecay(bl.Optimizer):
 
 
 def test_a_decay_that_begins_after_a_warm_up_is_no_less_a_decay() -> None:
-    # y rests at x / 2, where grad is not 0: Implicit doubles the hypergradient. The first step alone cannot show it; the
+    # y rests at x / 2, where grad is not 0: Implicit doubles the hypergradient. The first step cannot show it; the
     # residual of the stationarity at the solution can.
     def solution(x: Tensor) -> Tensor:
         return towards_one(x / 2, None, None)
@@ -434,12 +434,12 @@ class Cube(torch.autograd.Function):
     """y^3 / 30 with a backward that is right once and loses its own derivative."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, y: Tensor) -> Tensor:
         ctx.save_for_backward(y)
         return y**3 / 30
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Tensor:
         return g * ctx.saved_tensors[0].detach() ** 2 / 10
 
 
@@ -447,12 +447,12 @@ class Product(torch.autograd.Function):
     """Z w with a backward that is right once and loses how the gradient in w depends on Z."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, z: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, w: Tensor, z: Tensor) -> Tensor:
         ctx.save_for_backward(w, z)
         return z @ w
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
         w, z = ctx.saved_tensors
         return z.detach().T @ g, torch.outer(g, w)
 
@@ -595,7 +595,7 @@ STALE = {
 
 @pytest.mark.parametrize("case", list(STALE))
 def test_a_path_that_opens_later_is_seen(case: str) -> None:
-    # x.detach() for a warm-up, then x: refused at once where it is the first call, zeros with OK where it is the second.
+    # x.detach() for a warm-up, then x: refused where it is the first call, zeros with OK where it is the second.
     problem, inner, estimator = STALE[case]
 
     def call(on: bool, problem: bl.Problem) -> bl.Hypergradient:
@@ -644,7 +644,7 @@ def test_a_gradient_penalty_that_is_switched_on_later_works(estimator: Any) -> N
 
 @pytest.mark.parametrize("scheme", ["symmetric", "forward"])
 def test_a_solved_inner_problem_and_a_linear_outer_loss_do_not_run_away(scheme: str) -> None:
-    # From y_0 = y*(x) with g = f = 0 there, any distance of order nu looked like an escape: UNBOUNDED of a right number.
+    # From y_0 = y*(x) with g = f = 0 there, any distance of order nu looked like an escape: UNBOUNDED, of a right one.
     slope = torch.tensor([1.0, 2.0], dtype=D)
     hg = bl.hypergradient(
         bl.Problem(near, lambda y, x, b: (y * slope).sum()),
@@ -711,7 +711,7 @@ def test_features_that_draw_are_those_that_y_was_solved_on(scheme: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, D])
 def test_an_inner_problem_solved_to_rounding_is_not_unstable(dtype: torch.dtype) -> None:
-    # SGD at 1 / L on least squares with more unknowns than data: g ends at 1e-14 (1e-31), where its last digits and what
+    # SGD at 1 / L on least squares with more unknowns than data: g ends at 1e-14 (1e-31), where its digits and what
     # its last step promised are rounding; "a step that gains nothing" is judged relative to g itself.
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(8, 20, generator=generator).to(dtype)
@@ -733,9 +733,9 @@ def test_an_inner_problem_solved_to_rounding_is_not_unstable(dtype: torch.dtype)
 class Loose(bl.InnerSolver):
     """Stops at a residual of its own, and answers with a plain bool."""
 
-    dynamics = bl.inner.GradientDynamics(bl.SGD(lr=0.3))  # type: ignore[assignment]
-    max_steps = 200  # type: ignore[assignment]
-    fixed = False  # type: ignore[assignment]
+    dynamics = bl.inner.GradientDynamics(bl.SGD(lr=0.3))
+    max_steps = 200
+    fixed = False
 
     def solved(self, residual: Tensor) -> Any:
         return bool(residual < 1e-9)
