@@ -145,6 +145,22 @@ class Oracles:
         """The inner problem of a step, for steps without a graph."""
         return At(step, self.embedding(step).value, self._gradient, self.inner_value)
 
+    def begin_vjp(self, cotangents: Cotangents) -> PartialLeaves:
+        """Pull cotangents of the first state back to x, and add what reaches y_0 to those of y_0."""
+        y = tree.attach(self.start())
+        leaves = tree.flatten(self.dynamics.init(y, self.attached))[0]
+        pairs = [
+            (leaf, weight)
+            for leaf, weight in zip(leaves, cotangents.state or (), strict=True)
+            if weight is not None and leaf.requires_grad
+        ]
+        cotangents.state, ys = None, tree.tensors(y)
+        if not pairs:
+            return (None,) * len(tree.tensors(self.attached))
+        pulled = autodiff.grad([leaf for leaf, _ in pairs], [*ys, *tree.tensors(self.attached)], [w for _, w in pairs])
+        cotangents.inner = list(tree.accumulate(tuple(cotangents.inner), pulled[: len(ys)]))
+        return pulled[len(ys) :]
+
     def step(self, inner: Tree, state: Any, at: At) -> tuple[Tree, Any]:
         """One step of the dynamics, without a graph.
 
@@ -153,8 +169,7 @@ class Oracles:
         """
         with torch.no_grad():
             moved, state = self.dynamics.step(inner, state, self.x, at)
-        check_step(self.dynamics, inner, moved)
-        return moved, state
+        return check_step(self.dynamics, inner, moved), state
 
     def stationarity(self, inner: Tree, at: At) -> list[Tensor]:
         """The tensors that are zero where the dynamics rests, without a graph.
@@ -166,7 +181,7 @@ class Oracles:
             value = self.dynamics.stationarity(inner, self.x, at)
         if value is None:
             raise ValueError(restless(self.dynamics, "Converge"))
-        return tree.tensors(value)
+        return tree.tensors(tree.ordered(value, inner))
 
     def inner_gradient(self, inner: Tree, step: int) -> tuple[Tensor, PartialLeaves]:
         """G and dg/dy at a step's batch, without a graph; None for tensors that g does not use."""
@@ -201,7 +216,9 @@ class Oracles:
 
     def inner_gradient_in_outer(self, inner: Tree, steps: int) -> tuple[Tensor, PartialLeaves]:
         """G and dg/dx at a fixed solution (None where x does not enter g)."""
-        batch = self.evaluation.embed(self.attached, self.batches.inner_at(max(steps - 1, 0)))
+        step = max(steps - 1, 0)
+        shared = isinstance(self._shared, Embedding)
+        batch = self._shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
         return self._in_outer(spans.INNER_GRADIENT, self.inner, inner, batch)
 
     # --- the outer loss
@@ -250,7 +267,7 @@ class Oracles:
             value = self.dynamics.stationarity(y, x, at)
             if value is None:
                 raise ValueError(restless(self.dynamics, "an estimator at the solution"))
-            return at.loss, value
+            return at.loss, tree.ordered(value, y)
 
         with_graph = self.engine.linearize(condition, inner, self.attached, embedding.value, embedding.leaves)
         return Linearization(with_graph, embedding, symmetric=self.dynamics.symmetric)
@@ -282,7 +299,8 @@ class Oracles:
     ) -> tuple[Cotangents, PartialLeaves, PartialLeaves]:
         y, s, xs = tree.attach(inner), tree.attach(state), tree.tensors(self.attached)
         at = At(step, embedding.value, self.differentiable_gradient, self.differentiable_value)
-        moved = self.dynamics.step(y, s, self.attached, at)
+        stepped, state = self.dynamics.step(y, s, self.attached, at)
+        moved = tree.ordered(stepped, y), state
         with spans.span(spans.HVP):
             outputs, weights = cotangents.take(*moved)
             wanted = [*tree.tensors(y), *floating(s)] if to_inner else []
@@ -360,7 +378,9 @@ class Oracles:
     ) -> tuple[PartialLeaves, Cotangents, PartialLeaves]:
         g = [None if leaf is None else leaf.requires_grad_() for leaf in gradient]
         y, s, xs = tree.attach(inner), tree.attach(state), tree.tensors(self.attached)
-        moved = optimizer.step(tree.like(inner, g), s, y, self.attached)
+        stepped, state = optimizer.step(tree.like(inner, g), s, y, self.attached)
+        moved = tree.ordered(stepped, y), state
+        del stepped, state
         outputs, weights = cotangents.take(*moved)
         del moved
         given = [leaf for leaf in g if leaf is not None]

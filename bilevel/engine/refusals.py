@@ -15,8 +15,13 @@ def used(gradient: PartialLeaves) -> PartialLeaves:
     return gradient
 
 
-def check_step(dynamics: Dynamics, inner: Tree, moved: Tree) -> None:
-    """Raise ValueError if a step changed a shape or dtype."""
+def check_step(dynamics: Dynamics, inner: Tree, moved: Tree) -> Tree:
+    """`moved` in the order of `inner`.
+
+    Raises:
+        ValueError: the step changed the structure, a shape or a dtype.
+    """
+    moved = tree.ordered(moved, inner)
     for before, after in zip(tree.tensors(inner), tree.tensors(moved), strict=True):
         if before.shape != after.shape or before.dtype != after.dtype:
             raise ValueError(
@@ -25,6 +30,7 @@ def check_step(dynamics: Dynamics, inner: Tree, moved: Tree) -> None:
                 f"{type(dynamics.update or dynamics).__name__} has a shape that broadcasts against y; give a 0-dim "
                 f"tensor or a tree like inner"
             )
+    return moved
 
 
 def restless(dynamics: Dynamics, who: str) -> str:

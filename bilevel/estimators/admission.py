@@ -30,14 +30,15 @@ def check(estimator: Estimator, instance: Instance) -> None:
     y = oracles.start()
     if type(tree.tensors(y)[0]) is not Tensor:
         return  # nothing can be compared on tensors without data
-    with torch.no_grad():
-        generators = oracles.generators
-        before = generators.peek()
+    generators = oracles.generators
+    before = generators.peek()
+    with torch.enable_grad():
         _, gradient = oracles.engine.gradient(oracles.inner, y, oracles.x, oracles.embedding(0).value)
-        generators.set(before)
+    generators.set(before)
+    with torch.no_grad():
         g = tree.like(y, gradient)
         if Path.HYPERPARAMETER not in estimator.sees:
-            _check_rest(update, g, y, oracles.x)
+            _check_rest(update, g, _elsewhere(y), oracles.x)
         if instance.tasks is not None and instance.tasks > 1:
             _check_tasks(update, g, y, oracles.x)
     instance.problem.memo.setdefault(key, []).append(update)
@@ -48,6 +49,14 @@ def _wraps(update: Optimizer) -> bool:
     return any(
         isinstance(value, Optimizer) and not type(value).__module__.startswith("bilevel.")
         for value in vars(update).values()
+    )
+
+
+def _elsewhere(y: Tree) -> Tree:
+    """A point beside y: at y = 0 a weight decay does not show."""
+    seed = torch.Generator().manual_seed(0)
+    return tree.tree_map(
+        lambda leaf: leaf + (1 + leaf.abs()) * torch.randn(leaf.shape, generator=seed, dtype=torch.float64).to(leaf), y
     )
 
 

@@ -40,12 +40,15 @@ class InnerSolver(Strategy):
 
     def solved(self, residual: Tensor) -> Tensor:
         """For a solver that is not `fixed`: which tasks are solved, given the norm of the stationarity per task."""
-        raise NotImplementedError(f"{type(self).__name__} has fixed=False and no solved(residual)")
+        raise ValueError(f"{type(self).__name__} has fixed=False and no solved(residual); define when it is content")
 
     def tightened(self, factor: float, floor: float) -> "InnerSolver":
         """The same rule with its tolerance times `factor`, where that is above `floor`; a number of steps has none."""
         if not self.fixed:
-            raise NotImplementedError(f"{type(self).__name__} has fixed=False and no tightened(factor, floor)")
+            raise ValueError(
+                f"{type(self).__name__} has fixed=False and no tightened(factor, floor), which FirstOrderCorrected needs to "
+                f"solve both sides to a tolerance that dividing by nu leaves meaningful. Define it, or use Converge"
+            )
         return self
 
 

@@ -83,7 +83,7 @@ def run(
         point, live = at(step), None
         if not solver.fixed:
             residual = moves.space.norm(moves.stationarity(y, point)).detach()
-            live = ~solver.solved(residual)
+            live = ~torch.as_tensor(solver.solved(residual), device=residual.device)
             first = point.loss if first is None else first
             if step == solver.max_steps or (step % every == 0 and settled(live)):
                 code = code_if(live, Status.INNER_MAX_STEPS)

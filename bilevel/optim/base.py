@@ -106,10 +106,16 @@ def coupled_rest(grad: Tree, lr: Hyper, weight_decay: Hyper, inner: Tree, outer:
 
     None where some tensors are held fixed by a step size of 0: those rest anywhere.
     """
-    fixed = [off(rate) for rate in spread(value_of(lr, outer), inner, "lr")]
-    if any(fixed) and not all(fixed):
+    rates = spread(value_of(lr, outer), inner, "lr")
+    fixed = [off(rate) for rate in rates]
+    if (any(fixed) and not all(fixed)) or any(_partly_zero(rate) for rate in rates):
         return None
     return tree.like(inner, coupled(gradients(grad, inner), value_of(weight_decay, outer), inner))
+
+
+def _partly_zero(rate: Any) -> bool:
+    """Whether some entries of an element-wise step size are 0, where that can be read."""
+    return type(rate) is Tensor and rate.dim() > 0 and bool((rate.detach() == 0).any())
 
 
 def spread(value: Any, inner: Tree, name: str) -> list[Any]:

@@ -89,6 +89,22 @@ def aligned(tree: Tree, reference: Tree) -> list[Tensor] | None:
     return tensors(tree) if pytree.tree_structure(tree) == pytree.tree_structure(reference) else None
 
 
+def ordered(value: Tree, reference: Tree) -> Tree:
+    """`value`, a tree like `reference`, with the entries of a dict in the same order.
+
+    Raises:
+        ValueError: its structure is another.
+    """
+    if isinstance(value, dict) and isinstance(reference, dict) and set(value) == set(reference):
+        value = {name: ordered(value[name], reference[name]) for name in reference}
+    if _flat(value) is None and pytree.tree_structure(value) != pytree.tree_structure(reference):
+        raise ValueError(
+            f"an inner step or its stationarity returned the structure {pytree.tree_structure(value)}, where that of the "
+            f"inner variable, {pytree.tree_structure(reference)}, was needed"
+        )
+    return value
+
+
 def accumulate(total: PartialLeaves, new: PartialLeaves) -> PartialLeaves:
     """Sum where None is zero. Out of place: what autograd returns may alias something else."""
     return tuple(b if a is None else a if b is None else a + b for a, b in zip(total, new, strict=True))

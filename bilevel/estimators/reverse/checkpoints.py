@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from bilevel.batches import PerStep
-from bilevel.engine.cotangents import Cotangents
+from bilevel.engine.cotangents import Cotangents, floating
 from bilevel.engine.embedding import Embedding
 from bilevel.engine.replay import State
 from bilevel.estimators.base import Instance
@@ -34,6 +34,17 @@ class _Kept(NamedTuple):
     inner: Tree
     state: Any
     random: State
+    versions: tuple[int, ...]
+
+
+def _versions(inner: Tree, state: Any) -> tuple[int, ...]:
+    return tuple(leaf._version for leaf in (*tree.tensors(inner), *tree.tensors(state)))
+
+
+_IN_PLACE = (
+    "{name}.step() changed the inner variable or its state in place, after it was kept to rebuild the step from. Steps are "
+    "pure: write state = {{'t': state['t'] + 1}} instead of state['t'] += 1 on a tensor, and y = y - d instead of y.sub_(d)"
+)
 
 
 class Checkpoints:
@@ -51,14 +62,20 @@ class Checkpoints:
         oracles = instance.oracles
         self._oracles, self._starts, self._steps, self._live = oracles, starts, solver.steps, masks
         self._snapshots, self._kept = list[_Kept](), list[_Kept]()
+        self._initial: list[Tensor] = []
         self.solution = instance.solve(oracles.start(), solver=solver, visit=self._keep, masks=masks)
 
     def _keep(self, step: int, inner: Tree, state: Any) -> None:
         """Keep what a step is rebuilt from, if it begins a segment or is in the last one."""
+        if step == 0:
+            self._initial = floating(state)
         if step >= self._starts[-1] or step in self._starts:
             past = self._kept or self._snapshots
             random = self._oracles.generators.state(past[-1].random if past else None)
-            (self._kept if step >= self._starts[-1] else self._snapshots).append(_Kept(inner, state, random))
+            # A user's step may go on with the same dict; the tensors in it are checked to be as they were.
+            state = tree.tree_map(lambda leaf: leaf, state)
+            kept = _Kept(inner, state, random, _versions(inner, state))
+            (self._kept if step >= self._starts[-1] else self._snapshots).append(kept)
 
     def pull(self, cotangent: list[Tensor | None], *, to_start: bool) -> tuple[PartialLeaves, Growth]:
         """The cotangent of y_K to one of x, along the steps and the start.
@@ -74,16 +91,19 @@ class Checkpoints:
         cotangent.clear()
         shared = not isinstance(oracles.batches.inner, PerStep)
         total: PartialLeaves = (None,) * len(tree.tensors(oracles.attached))
+        to_state = first == 0 and bool(self._initial)
         through_init, pending = oracles.problem.init is not None and first == 0, None
         for begin, stop in reversed(list(itertools.pairwise([*self._starts, self._steps]))):
             if begin < stop and not self._kept:
                 self._kept = self._recomputed(self._snapshots.pop(), begin, stop)
             for step in reversed(range(begin, stop)):
                 kept = self._kept.pop()
+                if kept.versions != _versions(kept.inner, kept.state):
+                    raise ValueError(_IN_PLACE.format(name=type(oracles.dynamics.update or oracles.dynamics).__name__))
                 oracles.generators.set(kept.random)
                 embedding = oracles.embedding(step)
                 cotangents, in_outer, in_batch = self._step_back(
-                    kept, step, embedding, cotangents, to_inner=step > first or through_init or to_start
+                    kept, step, embedding, cotangents, to_inner=step > first or through_init or to_start or to_state
                 )
                 del kept
                 if growth.wanted(step - first):
@@ -95,6 +115,8 @@ class Checkpoints:
                     total = tree.accumulate(total, embedding.pull(in_batch))
         if pending is not None:
             total = tree.accumulate(total, oracles.embedding(0).pull(pending))
+        if to_state and cotangents.state is not None:
+            total = tree.accumulate(total, oracles.begin_vjp(cotangents))
         if through_init:
             total = tree.accumulate(total, oracles.start_vjp(cotangents.inner))
         oracles.generators.set(end)
@@ -112,6 +134,12 @@ class Checkpoints:
             Cotangents(self._masked(mask, cotangents.inner), cotangents.state and self._masked(mask, cotangents.state))
             for mask in (~live, live)
         )
+        shared = [leaf is not None and leaf.dim() == 0 for leaf in cotangents.state or ()]
+        if moving.state is not None and any(shared):
+            moving.state = [
+                given if alike else kept_
+                for given, kept_, alike in zip(cotangents.state or (), moving.state, shared, strict=True)
+            ]
         back, in_outer, in_batch = oracles.step_vjp(kept.inner, kept.state, step, embedding, moving, to_inner=to_inner)
         if to_inner:
             back.inner = list(tree.accumulate(tuple(back.inner), tuple(resting.inner)))
@@ -120,8 +148,9 @@ class Checkpoints:
         return back, in_outer, in_batch
 
     def _masked(self, tasks: Tensor, cotangents: list[Tensor | None]) -> list[Tensor | None]:
+        # (A number that tasks share is moved by every step.)
         return [
-            leaf if leaf is None or leaf.dim() == 0 else leaf * self._oracles.space.per_task(tasks, leaf)
+            leaf if leaf is None else None if leaf.dim() == 0 else leaf * self._oracles.space.per_task(tasks, leaf)
             for leaf in cotangents
         ]
 
@@ -130,12 +159,12 @@ class Checkpoints:
         oracles, kept = self._oracles, [snapshot]
         oracles.generators.set(snapshot.random)
         for step in range(begin, stop - 1):
-            y, s, random = kept[-1]
+            y, s, random, _ = kept[-1]
             moved, state = oracles.step(y, s, oracles.point(step))
             if self._live:
                 moved = where(oracles.space, self._live[step], moved, y)
                 state = state if step == 0 else where(oracles.space, self._live[step], state, s)
-            kept.append(_Kept(moved, state, oracles.generators.state(random)))
+            kept.append(_Kept(moved, state, oracles.generators.state(random), _versions(moved, state)))
         return kept
 
 

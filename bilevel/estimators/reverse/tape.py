@@ -92,7 +92,7 @@ class _Recorded:
             moved, state = self._oracles.step(inner, state, at)
             return (tree.attach(moved) if at.step == self._first - 1 else moved), state
         moved, state = self.dynamics.step(inner, state, self._oracles.attached, at)
-        check_step(self.dynamics, inner, moved)
+        moved = check_step(self.dynamics, inner, moved)
         self._watch.iterate(at.step + 1 - self._first, moved)
         return moved, state
 
