@@ -32,7 +32,8 @@ class Status(enum.Enum):
 
     OK = "Computed as asked."
     INNER_UNSTABLE = (
-        "The inner loop is unstable: its loss rose over many of its steps, or errors grow so much along its trajectory that "
+        "The inner loop is unstable: its loss rose over many of its steps, its last step gained next to nothing of what its "
+        "gradient promised, or errors grow so much along its trajectory that "
         "few digits of the hypergradient are left: see stats['inner_rise'] and stats['digits']. Lower the step size of the "
         "inner optimizer, take fewer steps, or compute in float64."
     )
@@ -134,7 +135,7 @@ class Solution:
     the first and at the last point where a gradient was taken, per task (None for zero steps); `residual` is the norm of
     the stationarity there per task, for solvers that look at it; `rise` is the part of all the motion of the inner loss
     that went up, per task, and `unsteady` whether that says that the steps are too long; `promised` is what the last
-    gradient step would gain per task if it were short.
+    gradient step would gain per task if it were short, and `grown` the norm of its gradient over that of the first.
     """
 
     inner: Tree
@@ -146,6 +147,7 @@ class Solution:
     rise: Tensor | None = None
     unsteady: Tensor | None = None
     promised: Tensor | None = None
+    grown: Tensor | None = None
 
     @property
     def status(self) -> Status:

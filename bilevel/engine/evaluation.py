@@ -115,9 +115,10 @@ class Evaluation:
         try:
             result = function(*arguments)
         except RuntimeError as error:
-            if before is None or state is None or _NEEDS_GRAPH not in str(error):
+            if _NEEDS_GRAPH not in str(error):
                 raise
-            before.set(state)
+            if before is not None and state is not None:
+                before.set(state)
             try:
                 result = self._attached(function, dims, arguments)
             except RuntimeError:
@@ -159,7 +160,7 @@ def _over_tasks(name: str, function: Callable[..., Any], dims: tuple[int | None,
             # "different": tasks draw their own dropout masks, as they would one after another.
             return torch.func.vmap(function, in_dims=in_dims, randomness="different")(*arguments)
         except (RuntimeError, ValueError) as error:
-            if not any(word in str(error) for word in ("vmap", "Batching rule", "functorch")):
+            if not any(word in str(error) for word in ("vmap", "Batching rule", "functorch", "storage", "transform")):
                 raise
             raise ValueError(
                 f"torch.func.vmap cannot map {name} over tasks: {str(error).splitlines()[0]} "

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bilevel._strategy import Strategy
@@ -152,10 +153,14 @@ class Instance:
             codes.append(code_if(last_loss > found.first_loss + found.first_loss.abs(), Status.INNER_ROSE))
         if found.unsteady is not None:
             codes.append(code_if(found.unsteady, Status.INNER_UNSTABLE))
-        if found.promised is not None and found.last_loss is not None and last_loss is not None:
+        # (Of few steps, a large first one that gains nothing is how training of a net may begin.)
+        if found.promised is not None and found.last_loss is not None and last_loss is not None and found.steps >= 10:
             # A step of length c gains c (1 - c h / 2) |dg/dy|^2 along a curvature h: nothing is left of it at c = 2 / h.
             gained, size = found.last_loss - last_loss, found.last_loss.abs() + last_loss.abs()
-            idle = (gained < _GAINED * found.promised) & (found.promised > _NOTABLE * size)
+            rounding = torch.finfo(size.dtype).eps * (
+                size if found.first_loss is None else size + found.first_loss.abs()
+            )
+            idle = (gained < _GAINED * found.promised) & (found.promised > _NOTABLE * size + 10 * rounding)
             codes.append(code_if(idle, Status.INNER_UNSTABLE))
         return worst(*codes)
 

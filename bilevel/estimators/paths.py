@@ -76,7 +76,12 @@ def _ours(update: Optimizer | None) -> bool:
 
 def check_unreached(estimator: Estimator, instance: Instance, missed: frozenset[int]) -> None:
     """Raise if an outer tensor for which the estimator returned nothing does act on the problem."""
-    taken, names = of(instance), tree.names(instance.outer)
+    names = tree.names(instance.outer)
+    if estimator.sees_after(instance.solver.max_steps) >= frozenset(Path) and type(estimator).__module__.startswith(
+        "bilevel."
+    ):
+        return  # what followed every path and arrived nowhere is on none
+    taken = _at_any_step(instance)
     if taken is None:
         return
     blind = [f"{names[i]} through {path.value}" for i in sorted(missed) for path in Path if path in taken[i]]
@@ -100,6 +105,21 @@ def _refusal(estimator: Estimator, sees: frozenset[Path], blind: Sequence[str]) 
         f"{type(estimator).__name__} cannot see how the outer variable acts here: it sees {followed}, but x enters as "
         f"{'; '.join(blind)}. Its hypergradient would be zero, which is wrong. {remedy}."
     )
+
+
+def _at_any_step(instance: Instance) -> Paths | None:
+    """The paths as they are now, at every batch of the steps: what was remembered may have been of another batch."""
+    inner = instance.batches.inner
+    steps = min(_MANY, instance.solver.max_steps)
+    batches = [inner[step] for step in range(min(steps, len(inner)))] if isinstance(inner, PerStep) else [inner]
+    taken: list[frozenset[Path]] | None = None
+    for batch in batches or [None]:
+        at = dataclasses.replace(instance, batches=dataclasses.replace(instance.batches, inner=batch))
+        found = _probed(at if batches else instance, steps)
+        if found is None:
+            return None
+        taken = list(found) if taken is None else [a | b for a, b in zip(taken, found, strict=True)]
+    return None if taken is None else tuple(taken)
 
 
 def of(instance: Instance) -> Paths | None:

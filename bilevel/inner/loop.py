@@ -76,7 +76,7 @@ def run(
     """
     y, state = start, moves.begin(start)
     every = _CHECK_EVERY_ON_GPU if tree.tensors(start)[0].is_cuda else 1
-    first = last = rise = residual = promised = None
+    first = last = rise = residual = promised = entered = left = moving_on = None
     for step in range(solver.max_steps + (0 if solver.fixed else 1)):
         if visit is not None:
             visit(step, y, state)
@@ -87,7 +87,9 @@ def run(
             first = point.loss if first is None else first
             if step == solver.max_steps or (step % every == 0 and settled(live)):
                 code = code_if(live, Status.INNER_MAX_STEPS)
-                return Solution(y, step, code, first, point.loss, residual, *_motion(rise, first, point.loss, state))
+                return Solution(
+                    y, step, code, first, point.loss, residual, *_motion(rise, first, point.loss, state, None)
+                )
         if moving is not None and live is not None:
             moving(live)
         live = live if masks is None else masks[step]
@@ -95,8 +97,11 @@ def run(
         if live is not None and moves.space.tasks is not None:
             moved = where(moves.space, live, moved, y)
             next_state = next_state if step == 0 else where(moves.space, live, next_state, state)
-        if step == solver.max_steps - 1 and solver.fixed:
-            promised = _promised(moves, point, y)
+        if solver.fixed and point.loss is not None and step == 0:
+            entered = _slope(moves, point, y)
+        if solver.fixed and point.loss is not None and step == solver.max_steps - 1:
+            left, moving_on = _slope(moves, point, y), _moves_on(moves.space, y, moved)
+            promised = _promised(moves, left, moving_on)
         y, state, loss = moved, next_state, point.loss
         if loss is not None:
             if last is not None:
@@ -104,21 +109,48 @@ def run(
                 rise = up if rise is None else rise + up
             first, last = loss if first is None else first, loss
         del point, moved, next_state, loss
-    return Solution(y, solver.max_steps, 0, first, last, residual, *_motion(rise, first, last, state), promised)
+    return Solution(
+        y,
+        solver.max_steps,
+        0,
+        first,
+        last,
+        residual,
+        *_motion(rise, first, last, state, moving_on),
+        promised,
+        _grown(entered, left),
+    )
 
 
-def _promised(moves: Moves, point: Seen, inner: Tree) -> Tensor | None:
+def _slope(moves: Moves, point: Seen, inner: Tree) -> Tensor:
+    """The norm of the gradient that a step was made with, per task."""
+    return moves.space.norm([leaf.detach() for leaf in tree.tensors(point.gradient(inner))])
+
+
+def _grown(entered: Tensor | None, left: Tensor | None) -> Tensor | None:
+    """The norm of the last gradient over that of the first, per task."""
+    return None if entered is None or left is None else left / torch.where(entered > 0, entered, 1.0)
+
+
+def _moves_on(space: Space, before: Tree, after: Tree) -> Tensor:
+    """Where a step moved y by more than the last digits, per task; less says nothing about its length."""
+    moved = size = None
+    for a, b in zip(tree.tensors(before), tree.tensors(after), strict=True):  # one by one: no second y is made
+        part, whole = space.norm([(b - a).detach()]).square(), space.norm([b.detach()]).square()
+        moved, size = (part, whole) if moved is None or size is None else (moved + part, size + whole)
+    assert moved is not None and size is not None
+    return moved > _STILL**2 * size
+
+
+def _promised(moves: Moves, slope: Tensor, moving_on: Tensor) -> Tensor | None:
     """What a plain gradient step of length c lets the loss fall by where its curvature is small: c |dg/dy|^2, per task."""
     update = moves.dynamics.update
     rate = None if update is None else update.plain_rate
-    if rate is None or point.loss is None:
-        return None
-    gradient = [leaf.detach() for leaf in tree.tensors(point.gradient(inner))]
-    return rate * moves.space.norm(gradient).square()
+    return None if rate is None else torch.where(moving_on, rate * slope.square(), 0.0)
 
 
 def _motion(
-    rise: Tensor | None, first: Tensor | None, last: Tensor | None, state: Any
+    rise: Tensor | None, first: Tensor | None, last: Tensor | None, state: Any, moving_on: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of all that the inner loss moved, the part that went up, and whether that says that steps are too long; per task.
 
@@ -129,15 +161,18 @@ def _motion(
         return None, None
     fell, size = rise + first - last, first.abs() + last.abs()
     share = rise / (rise + fell).clamp_min(torch.finfo(first.dtype).tiny)
-    if not tree.tensors(state):
-        # Small motion is rounding, or the last turns around a solution.
-        return share, (share > _PLAIN_RISE) & (rise > _MOTION * size)
-    return share, (rise > _IN_PLACE * (first - last).abs()) & (rise > _TURNS * size)
+    # Small motion is rounding, or the last turns around a solution.
+    unsteady = (
+        (rise > _IN_PLACE * (first - last).abs()) & (rise > _TURNS * size)
+        if tree.tensors(state)
+        else (share > _PLAIN_RISE) & (rise > _MOTION * size)
+    )
+    return share, unsteady if moving_on is None else unsteady & moving_on
 
 
 # Held against convergent and divergent loops in tests/bilevel/test_wrong_numbers_stability.py.
 _PLAIN_RISE, _MOTION = 0.1, 0.05
-_IN_PLACE, _TURNS = 5.0, 2.0
+_IN_PLACE, _TURNS, _STILL = 5.0, 2.0, 1e-5
 
 
 def where(space: Space, live: Tensor, new: Any, old: Any) -> Any:

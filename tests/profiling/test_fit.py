@@ -12,6 +12,7 @@ from bilevel_profiling import Case, ForecastError, forecast, largest_fit, measur
 from bilevel_profiling.forecasting import NotMonotone, fit, search
 from bilevel_profiling.forecasting.search import needed, with_value
 from bilevel_profiling.records import sizes
+from bilevel_profiling.records.units import size as text
 from bilevel_profiling.records.record import Record
 from torch.nn import functional as F
 
@@ -181,7 +182,7 @@ def test_what_grows_but_fits_is_capped():
 
 def _hardly_grows(steps):
     """Whether one step more is written with the same digits."""
-    return size(need("inner_steps", steps)) == size(need("inner_steps", steps + 1))
+    return text(need("inner_steps", steps)) == text(need("inner_steps", steps + 1))
 
 
 def test_the_three_sizes_of_a_sentence_can_be_told_apart():

@@ -140,7 +140,7 @@ class FirstOrderCorrected(Estimator):
                 codes=[
                     other.found.code,
                     *(instance.health(side.found, side.found.inner, side.found.last_loss) for side in (one, other)),
-                    code_if((_rose(one) | _rose(other)) & _apart(oracles.space, one, other, starts), Status.UNBOUNDED),
+                    _unbounded(oracles.space, one, other, starts),
                 ],
                 stats={"inner_steps": one.found.steps + other.found.steps, "nu": nu},
                 state=Sides(one=one.found.inner, other=other.found.inner) if self.warm_sides else None,
@@ -164,7 +164,6 @@ def default_nu(dtype: torch.dtype, scheme: str) -> float:
 @dataclasses.dataclass(frozen=True)
 class _Side:
     found: Solution
-    g: Tensor
     g_x: PartialLeaves
     f_x: PartialLeaves
 
@@ -175,26 +174,35 @@ def _side(instance: Instance, solver: InnerSolver, nu: float, start: Tree) -> _S
     # (The loss after the last step is that of g alone, which says nothing about what the step on g + nu f gained.)
     found = dataclasses.replace(instance.solve(start, solver=solver, at=_perturbed(oracles, nu)), promised=None)
     with spans.span(spans.HYPERGRADIENT):
-        g, g_x = oracles.inner_gradient_in_outer(found.inner, found.steps)
+        _, g_x = oracles.inner_gradient_in_outer(found.inner, found.steps)
         _, f_x = oracles.outer_gradient_in_outer(found.inner)
-    return _Side(found, g, g_x, f_x)
+    return _Side(found, g_x, f_x)
 
 
-def _rose(side: _Side) -> Tensor:
-    """Where a perturbed loop has left the valley of g, per task."""
-    first = side.found.first_loss
-    return torch.zeros_like(side.g, dtype=torch.bool) if first is None else side.g > first + 2 * first.abs()
+def _unbounded(space: Space, one: _Side, other: _Side, starts: tuple[Tree, Tree]) -> Tensor | int:
+    """UNBOUNDED where a side's gradient has grown while the sides went apart: then it is nu that drove them.
 
-
-def _apart(space: Space, one: _Side, other: _Side, starts: tuple[Tree, Tree]) -> Tensor:
-    """Where the sides have gone apart instead of moving along, per task: then it is nu that drove them."""
+    A side that has a minimum near comes to rest, and its gradient shrinks; in a loop whose steps are too long both
+    sides run away alike.
+    """
 
     def distance(a: Tree, b: Tree) -> Tensor:
         return space.norm([x - y for x, y in zip(tree.tensors(a), tree.tensors(b), strict=True)])
 
+    grown = [side.found.grown for side in (one, other) if side.found.grown is not None]
+    if not grown:
+        return 0
     between = distance(one.found.inner, other.found.inner)
     moved = [distance(side.found.inner, start) for side, start in zip((one, other), starts, strict=True)]
-    return between > 0.5 * torch.maximum(*moved)
+    apart = between > 0.5 * torch.maximum(*moved)
+    # Beyond rounding: a loop that starts at rest has a gradient of nothing.
+    size = space.norm(tree.tensors(one.found.inner))
+    away = (torch.stack(grown).amax(0) > _RUNAWAY) & apart & (between > 1e-3 * size)
+    return code_if(away, Status.UNBOUNDED)
+
+
+_RUNAWAY = 2.0
+"""How many times its first norm the gradient of a perturbed loss must have for its loop to have run away."""
 
 
 def _perturbed(oracles: Oracles, nu: float) -> Callable[[int], At]:
