@@ -2,3 +2,4 @@
 
 from bilevel.testing.catalogue import ENTRIES as ENTRIES
 from bilevel.testing.catalogue import Entry as Entry
+from bilevel.testing.estimator_checks import check_estimator as check_estimator
