@@ -113,7 +113,8 @@ def _recomputed(steps: int, segment: int | None) -> int:
 
 def _at_solution(label: str, estimator: bl.Estimator, **more: Any) -> Entry:
     """The entry of an estimator that differentiates the solution with a linear solve: K steps, then the solver's
-    products at one more gradient."""
+    products at one more gradient.
+    """
     return Entry(
         label,
         estimator,

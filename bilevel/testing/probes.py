@@ -1,6 +1,6 @@
 """Small bilevel problems whose hypergradient is known: in closed form, or from a program written out by hand.
 
-Inner Hessians have eigenvalues between 0.5 and 2, so that 200 steps of size 0.5 end within rounding of the solution and
+Inner Hessians have eigenvalues between 0.5 and 2, so that 100 steps of size 0.5 end within rounding of the solution and
 a linear solver with its usual budget is exact.
 """
 
@@ -16,7 +16,7 @@ from bilevel.engine import autodiff
 from bilevel.space import tree
 from bilevel.space.tree import Tree
 
-PROGRAM_STEPS, SOLUTION_STEPS = 6, 200
+PROGRAM_STEPS, SOLUTION_STEPS = 6, 100
 _RATE = 0.5
 _SIZES = P, Q = 4, 3
 Hyper = Callable[[Tree], Any]
@@ -36,6 +36,7 @@ class Probe:
         rate: the step size, a number or a function of x.
         decay: the weight decay, likewise.
         tasks: how many tasks there are, for use under TaskMean; None for a problem of its own.
+        random: whether the losses draw random numbers; then there is no solution.
         closed_form: dF/dx of K steps (None: at the solution), where a formula is known.
     """
 
@@ -48,9 +49,10 @@ class Probe:
     rate: float | Hyper = _RATE
     decay: float | Hyper = 0.0
     tasks: int | None = None
+    random: bool = False
     closed_form: Callable[[int | None], list[Tensor]] | None = None
 
-    def solver(self, steps: int) -> bl.Descent:
+    def solver(self, steps: int) -> bl.InnerSolver:
         """That many plain steps."""
         return bl.Descent(bl.SGD(lr=self.rate, weight_decay=self.decay), steps)
 
@@ -66,7 +68,8 @@ class Probe:
 
 
 def written_out(probe: Probe, steps: int) -> list[Tensor]:
-    """The gradient of the K-step program, written as a loop and differentiated once."""
+    """The gradient of the K-step program under seed 0, written as a loop and differentiated once."""
+    torch.manual_seed(0)
     x = tree.attach(probe.outer)
     total = torch.zeros((), dtype=tree.tensors(x)[0].dtype)
     for task in range(probe.tasks or 1):
@@ -124,7 +127,7 @@ INNER, OUTER = bl.Path.INNER_LOSS, bl.Path.OUTER_LOSS
 def probes(dtype: torch.dtype) -> list[Probe]:
     """All of them, the simplest first."""
     general = [_quadratic(dtype), _softmax(dtype), _started(dtype), _decayed(dtype), _tasks(dtype), _minibatches(dtype)]
-    return [*general, _nested(dtype), *_single_paths(dtype)]
+    return [*general, _nested(dtype), _random(dtype), *_single_paths(dtype)]
 
 
 def _quadratic(dtype: torch.dtype) -> Probe:
@@ -222,12 +225,16 @@ def _tasks(dtype: torch.dtype) -> Probe:
 
 
 def _minibatches(dtype: torch.dtype) -> Probe:
-    """Every step has its own batch, and all have the same solution, so that it exists."""
+    """Every step has its own batch. After the first steps these are one loss, its rows in another order, so that there is
+    a solution, also of a perturbed loss.
+    """
     draw = _Draws(dtype, 5)
     problem = bl.Problem(
-        lambda y, x, b: 0.5 * (b * (y - x).square()).sum(), lambda y, x, b: (y - b).square().sum() + x.sum()
+        lambda y, x, b: 0.5 * (b * (y - x).square()).sum(-1).mean(), lambda y, x, b: (y - b).square().sum() + x.sum()
     )
-    steps = [0.5 + draw(P).sigmoid() for _ in range(SOLUTION_STEPS)]
+    rows = draw(6, P).sigmoid()
+    first = [0.5 + draw(6, P).sigmoid() for _ in range(PROGRAM_STEPS)]
+    steps = [*first, *(0.5 + rows.roll(step, 0) for step in range(SOLUTION_STEPS - PROGRAM_STEPS))]
     batches = bl.Batches(bl.PerStep(steps), draw(P))
     return Probe("a batch for each step", problem, draw(P), draw(P), batches, frozenset({INNER, OUTER}))
 
@@ -239,13 +246,31 @@ def _nested(dtype: torch.dtype) -> Probe:
 
     def inner_loss(y: Tree, x: Tree, batch: Any) -> Tensor:
         (head,), (pair, single) = y[0].values(), y[1]
-        return _smooth(head, x["deep"][0]) + _smooth(pair, x["flat"]) + _smooth(single, x["deep"][1][0] * pair.sum() / 4)
+        return (
+            _smooth(head, x["deep"][0]) + _smooth(pair, x["flat"]) + _smooth(single, x["deep"][1][0] * pair.sum() / 4)
+        )
 
     def outer_loss(y: Tree, x: Tree, batch: Any) -> Tensor:
         return (y[0]["a"] - 1).square().sum() + (y[1][0] * x["flat"]).sum() + y[1][1] ** 2
 
     problem, batches = bl.Problem(inner_loss, outer_loss), bl.Batches(None, None)
     return Probe("nested trees of variables", problem, outer, inner, batches, frozenset({INNER, OUTER}))
+
+
+def _random(dtype: torch.dtype) -> Probe:
+    """A mask is drawn at every evaluation; whoever evaluates once more must draw the same."""
+    draw = _Draws(dtype, 8)
+
+    def masked(y: Tensor) -> Tensor:
+        return y * torch.bernoulli(torch.full_like(y, 0.5))
+
+    problem = bl.Problem(
+        lambda y, x, b: _smooth(masked(y), x), lambda y, x, b: (masked(y) - b).square().sum() + x.sum()
+    )
+    batches = bl.Batches(None, draw(P))
+    return Probe(
+        "a loss with random numbers", problem, draw(P), draw(P), batches, frozenset({INNER, OUTER}), random=True
+    )
 
 
 def _single_paths(dtype: torch.dtype) -> list[Probe]:

@@ -1,5 +1,5 @@
-"""The lists that the conformance matrix runs over. Estimators are the entries of bilevel.testing; adding an optimizer or
-a problem adds one line here."""
+"""The lists that the conformance matrix runs over. Estimators are the entries of bilevel.testing; adding an
+optimizer or a problem adds one line here."""
 
 import torch
 

@@ -1,8 +1,8 @@
 """Memory as a contract: how the peak of each estimator grows with K.
 
 The net of ../shared/bench P2 at a quarter of each size: an MLP 196-75-10 (15,535 numbers), 1250 data weights, minibatch
-125, K = 10, 50, 200. Peaks are the same multiples of P there to within a tenth. Bytes are counted, not timed: one run is
-exact. Which law each estimator is held to stands in its entry of bilevel.testing.
+125, K = 10, 50, 200. Peaks are the same multiples of P there to within a tenth. Bytes are counted, not timed: one run
+is exact. Which law each estimator is held to stands in its entry of bilevel.testing.
 """
 
 import dataclasses

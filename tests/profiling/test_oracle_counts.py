@@ -128,7 +128,9 @@ def tasks():
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 2, 5, 9])
-@pytest.mark.parametrize("name", ["graph", "segments", "implicit cg", "implicit dense", "memory reduced", "corrected", "first order"])
+@pytest.mark.parametrize(
+    "name", ["graph", "segments", "implicit cg", "implicit dense", "memory reduced", "corrected", "first order"]
+)
 def test_of_tasks_once_a_chunk(name, chunk):
     """One vmapped call is one call, however many tasks it holds."""
     found, _, _ = run(bl.TaskMean(FORMULAS[name].at(M), chunk), descent(5), problem=tasks())
