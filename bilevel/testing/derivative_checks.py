@@ -76,7 +76,7 @@ def check_second_derivative(case: Case) -> Found:
         if lacking > max(_OFF * wanted, floor) and float((wide - narrow).norm()) < _STEADY * lacking:
             sentence = (
                 f"the second derivative of inner_loss in (inner, {name}) along a random direction has norm "
-                f"{float(product.norm()):.6g}, and differences of the gradient have {wanted:.6g}: autograd lacks a part "
+                f"{float(product.norm()):.6g}, and differences of the gradient have {wanted:.6g}: autograd lacks some "
                 f"(a backward that computes with detached tensors, a .detach() or .item() in a factor)"
             )
             found.append(("NOT_TWICE_DIFFERENTIABLE", sentence))
@@ -146,7 +146,7 @@ def check_program(case: Case) -> Found:
         if abs(coarse - fine) >= _STEADY * lacking:
             raise CannotTellError("finite differences of two widths disagree: the program is not smooth here")
         sentence = (
-            f"along a random direction of x the gradient of the program of {solver.count} steps is {slope:.6g}, and its "
+            f"along a direction of x the gradient of the program of {solver.count} steps is {slope:.6g}, and its "
             f"finite difference is {fine:.6g}: a path is cut (.detach(), .item(), torch.no_grad(), numpy, a custom "
             f"backward), or x is used from a closure"
         )
@@ -177,7 +177,7 @@ def check_digits(case: Case) -> Found:
     if off <= _OFF * size or size == 0:
         return []
     sentence = (
-        f"the hypergradient in {case.dtype} is {off / size:.2g} (relative) off that in float64, of norm {size:.3g}. Compute "
-        f"in float64, take fewer steps or a smaller step size, or look for differences of large numbers in the losses"
+        f"the hypergradient in {case.dtype} is {off / size:.2g} (relative) off that in float64, of norm {size:.3g}. "
+        f"Use float64, take fewer steps or a smaller step size, or look for differences of large numbers in the losses"
     )
     return [("DIGITS_LOST", sentence)]

@@ -37,19 +37,21 @@ def check_estimator(
     """Hold an estimator to its contract on small problems whose hypergradient is known.
 
     The problems: a strongly convex quadratic, weighted softmax regression, a start that is x, weight decay, two tasks
-    under `TaskMean`, a batch for each step, nested trees of variables, and for each `Path` one in which x acts only
-    there. Inner Hessians have eigenvalues between 0.5 and 2. Checked in each: the value and the status; structure, dtype
-    and ownership of what comes back; that no argument is changed; the same seed, the same answer; that state survives
-    being saved, and that another's is refused; that tasks one by one equal tasks at once and the mean of problems of
-    their own; how peak memory grows with K. A problem may be refused (ValueError) if x acts there along a path that
+    under `TaskMean`, a batch for each step, nested trees of variables, a loss with random numbers, and for each `Path`
+    one in which x acts only there. Inner Hessians have eigenvalues between 0.5 and 2.
+
+    Checked in each: the value and the status; structure, dtype and ownership of what comes back; that no argument is
+    changed; the same seed, the same answer; that state survives being saved, and that another's is refused; that tasks
+    one by one equal tasks at once and the mean of problems of their own. Besides: a solver that stops by itself, begun at
+    the solution; how peak memory grows with K. A problem may be refused (ValueError) if x acts there along a path that
     `sees` leaves out.
 
     Args:
         estimator: of one task (it is put into TaskMean here).
         target: "program" if it is the gradient of the K-step program, "solution" if it is that of the inner solution,
             None if it is biased: then all but the value and the status is checked.
-        memory_growth: "constant", "sqrt" or "linear"; None for what the estimator says itself (`Estimator.memory_growth`),
-            where "" promises nothing.
+        memory_growth: "constant", "sqrt" or "linear"; None for what the estimator says itself, where ""
+            promises nothing.
         dtype: of all variables.
         tolerance: on |found - expected| / max(1, |expected|); None for 1e-10 (program) and 2e-6 (solution) in float64,
             1e-4 and 5e-3 in less.
@@ -123,8 +125,8 @@ class _Checks:
                 )
                 return False
             raise AssertionError(
-                f"{self.estimator} does not see what it says, on {probe.name}: `sees` names {_seen(self.estimator)}, which "
-                f"is all that x acts through there, and it raised {type(refusal).__name__}: {refusal}"
+                f"{self.estimator} does not see what it says, on {probe.name}: `sees` names {_seen(self.estimator)}, "
+                f"and x acts through no more there, and it raised {type(refusal).__name__}: {refusal}"
             ) from refusal
         self.hold(not arguments.changed(), "changes its arguments", probe, arguments.changed())
         self.value(first, probe)
@@ -166,7 +168,7 @@ class _Checks:
         where = f"right for its target ({self.target})"
         numbers = (
             f"relative error {error / max(1.0, size):.2e}, at most {self.tolerance:.0e} was allowed (|found| = "
-            f"{_norm(grad):.6g}, |expected| = {size:.6g}, |found - expected| = {error:.3g}, status {found.status.name}). "
+            f"{_norm(grad):.6g}, |expected| = {size:.6g}, |difference| = {error:.3g}, status {found.status.name}). "
             f"If x acts along a path that the estimator does not follow, leave that out of `sees`"
         )
         self.hold(error <= self.tolerance * max(1.0, size), f"is not {where}", probe, numbers)

@@ -36,8 +36,8 @@ def check_evaluations(case: Case) -> Found:
             found.append(
                 (
                     "KEEPS_STATE",
-                    f"{name} changes {', '.join(moved)}, which it holds. Pass it in the batch, or switch off what writes "
-                    f"it (BatchNorm's running statistics: track_running_stats=False, or eval mode)",
+                    f"{name} changes {', '.join(moved)}, which it holds. Pass it in the batch, or switch off what "
+                    f"writes it (BatchNorm's running statistics: track_running_stats=False, or eval mode)",
                 )
             )
         found += _repeated(name, function, case, keeps=bool(moved))
@@ -112,8 +112,8 @@ def _repeated(name: str, function: Callable[..., Any], case: Case, *, keeps: boo
     return [
         (
             "KEEPS_STATE",
-            f"{numbers}, and neither Python's random numbers nor numpy's explain it: it keeps something (a counter, running "
-            f"statistics, a generator of its own), or reads a clock. Pass it in the batch",
+            f"{numbers}, and neither Python's random numbers nor numpy's explain it: it keeps something (a counter, "
+            f"running statistics, a generator of its own), or reads a clock. Pass it in the batch",
         )
     ]
 

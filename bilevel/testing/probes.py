@@ -225,8 +225,8 @@ def _tasks(dtype: torch.dtype) -> Probe:
 
 
 def _minibatches(dtype: torch.dtype) -> Probe:
-    """Every step has its own batch. After the first steps these are one loss, its rows in another order, so that there is
-    a solution, also of a perturbed loss.
+    """Every step has its own batch. After the first steps these are one loss, its rows in another order, so that there
+    is a solution, also of a perturbed loss.
     """
     draw = _Draws(dtype, 5)
     problem = bl.Problem(

@@ -70,10 +70,10 @@ def check_problem(
     """Look for what makes hypergradients wrong or useless: in the losses, their derivatives and their arithmetic.
 
     Looked for, each a `Kind`: random numbers that torch's seed does not control; losses that keep state; arguments
-    changed in place; tensors that nothing uses; a missing second derivative (products with it against differences of the
-    gradient); losses that are not finite, at the start and after the inner loop; a hypergradient in float32 or less that
-    is more than 1% off that in float64 (where the problem can be cast); a gradient of the program of at most 3 steps that
-    its finite differences do not confirm. Costs about ten hypergradients with Unrolled("segments").
+    changed in place; tensors that nothing uses; a missing second derivative (products with it against differences of
+    the gradient); losses that are not finite, at the start and after the inner loop; a hypergradient in float32 or less
+    that is more than 1% off that in float64 (where the problem can be cast); a gradient of the program of at most 3
+    steps that its finite differences do not confirm. Costs about ten hypergradients with Unrolled("segments").
 
     Args:
         problem: the two losses; of one task (take one task's batches for a problem under TaskMean).

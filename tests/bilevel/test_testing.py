@@ -169,11 +169,23 @@ def test_sees_that_is_too_wide_is_found():
         check_estimator(Claims(), target="program")
 
 
-@pytest.mark.parametrize("defect", ["lost on saving", "goes on differently", "holds a function", "wrong tasks"])
+@pytest.mark.parametrize(
+    "defect",
+    [
+        "lost on saving",
+        "goes on differently",
+        "holds a function",
+        "wrong tasks",
+        "of any size",
+        "of any owner",
+        "changed",
+        "with a graph",
+    ],
+)
 def test_a_planted_defect_of_a_state_is_found(defect):
     @dataclasses.dataclass(frozen=True)
     class Kept(State):
-        inner: Any = per_task()
+        inner: Any = per_task()  # noqa: RUF009
         extra: Any = None
 
         def to_dict(self):
@@ -198,7 +210,10 @@ def test_a_planted_defect_of_a_state_is_found(defect):
 
         def admit_state(self, instance, state):
             if isinstance(state, dict):
-                super().admit_state(instance, state)
+                if defect == "of any owner":
+                    state = state | {"owner": "Kept"}
+                if defect != "of any size":
+                    super().admit_state(instance, state)
                 return Kept.from_dict(state)
             if not isinstance(state, Kept):
                 raise ValueError("state")
@@ -207,6 +222,10 @@ def test_a_planted_defect_of_a_state_is_found(defect):
         def estimate(self, instance, state):
             if state is not None:
                 y = state.inner
+                if defect == "of any size":
+                    y = tree.tree_map(lambda a, b: a[tuple(map(slice, b.shape))], y, instance.oracles.start())
+                if defect == "changed":
+                    tree.tensors(y)[0].add_(1e-3)
                 if defect == "wrong tasks" and instance.tasks is not None:
                     y = tree.tree_map(lambda leaf: leaf.flip(0), y)
                 instance = dataclasses.replace(
@@ -214,12 +233,18 @@ def test_a_planted_defect_of_a_state_is_found(defect):
                 )
             found = bl.Unrolled().estimate(instance, None)
             extra = print if defect == "holds a function" else 1.0
+            if defect == "with a graph":
+                extra = torch.ones(1, requires_grad=True) * 2
             return dataclasses.replace(found, state=Kept(found.inner, extra=extra))
 
     message = {
         "lost on saving": "loses numbers of its state",
         "goes on differently": "goes on differently from a saved state|loses numbers",
         "holds a function": "holds more than tensors and numbers",
+        "of any size": "accepts a state of another problem",
+        "of any owner": "accepts a state of another owner",
+        "changed": "changes the state that it is given",
+        "with a graph": r"returns tensors with a graph.*hg\.state",
         "wrong tasks": "mixes the states of tasks",
     }[defect]
     with pytest.raises(AssertionError, match=message):
@@ -236,7 +261,7 @@ def test_an_estimator_blind_to_a_solved_start_is_found():
         def estimate(self, instance: Instance, state: Any) -> Estimate:
             return bl.Unrolled("iterates").estimate(instance, state)
 
-    with pytest.raises(AssertionError, match="not right.*with Converge from its solution"):
+    with pytest.raises(AssertionError, match=r"not right.*with Converge from its solution"):
         check_estimator(Blind(), target="solution")
 
 
@@ -248,7 +273,7 @@ def test_an_estimator_that_refuses_everything_is_found():
         def estimate(self, instance: Instance, state: Any) -> Estimate:
             raise AssertionError
 
-    with pytest.raises(AssertionError, match="refused every problem.*sees nothing"):
+    with pytest.raises(AssertionError, match=r"refused every problem.*sees nothing"):
         check_estimator(Shy(), target=None)
 
 
@@ -477,7 +502,7 @@ def test_a_loss_that_raises_is_a_finding():
 
 
 def test_wrong_arguments_of_a_problem_are_refused_as_ever():
-    with pytest.raises(TypeError, match="check_problem.* as solver"):
+    with pytest.raises(TypeError, match=r"check_problem.* as solver"):
         check_problem(bl.Problem(inner_loss, outer_loss), X, Y, bl.Batches(None, None), solver=bl.SGD(0.1))
 
 
