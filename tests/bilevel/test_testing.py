@@ -1,6 +1,7 @@
 """bilevel.testing: the library's own entries pass, and each check is seen to fail on a planted defect."""
 
 import dataclasses
+import itertools
 import random
 import time
 from typing import Any
@@ -40,6 +41,8 @@ def test_labels_are_unique_and_words_are_checked():
 
 
 # check_estimator
+
+COUNT = itertools.count(1)
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.label)
@@ -87,6 +90,8 @@ class Planted(bl.Estimator):
         return self.honest.admit_state(instance, state)
 
     def estimate(self, instance: Instance, state: Any) -> Estimate:
+        if self.defect == "draws":
+            torch.rand(next(COUNT))
         if self.defect == "refuses":
             raise ValueError("not today")
         if self.defect == "edits the start":
@@ -123,6 +128,7 @@ class Planted(bl.Estimator):
         ("one percent", r"is not right for its target \(program\), on a strongly convex quadratic: relative error \d"),
         ("fails", "says that it failed, on a strongly convex quadratic: UNSOLVED"),
         ("noise", "another answer under the same seed.*largest difference"),
+        ("draws", r"draws differently under the same seed.*global random state"),
         ("refuses", r"does not see what it says.*raised ValueError: not today"),
         ("edits the start", "changes its arguments.*inner .* was written to"),
         ("edits the batch", r"changes its arguments.*Batches.inner .* moved by 1"),
