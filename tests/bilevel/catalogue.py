@@ -1,30 +1,22 @@
-"""The lists that the conformance matrix runs over. Adding an estimator, optimizer or problem adds one line here."""
+"""The lists that the conformance matrix runs over. Estimators are the entries of bilevel.testing; adding an
+optimizer or a problem adds one line here."""
 
 import torch
 
 import bilevel as bl
+from bilevel import testing
 
 D = torch.float64
 
-EXACT = {  # the gradient of the K-step program
-    "graph": bl.Unrolled(keep="graph"),
-    "iterates": bl.Unrolled(keep="iterates"),
-    "segments": bl.Unrolled(keep="segments"),
-    "segments of 3": bl.Unrolled(keep="segments", segment=3),
-}
-AT_SOLUTION = {  # estimates of the hypergradient at the inner solution
-    "implicit cg": bl.Implicit(bl.CG(max_steps=60, tol=1e-13)),
-    "implicit dense": bl.Implicit(bl.Dense()),
-    "implicit neumann": bl.Implicit(bl.Neumann(steps=2500, step_size=0.8)),
-    "memory reduced": bl.MemoryReduced(steps=60, tol=1e-13),
-    "corrected": bl.FirstOrderCorrected(),
-}
+ENTRIES = {entry.label: entry for entry in testing.ENTRIES}
+EXACT = {label: entry.estimator for label, entry in ENTRIES.items() if entry.exact}
+"""The gradient of the K-step program."""
+AT_SOLUTION = {label: entry.estimator for label, entry in ENTRIES.items() if entry.target == "solution"}
+"""Estimates of the hypergradient at the inner solution, with accurate linear solves."""
 ESTIMATORS = {
-    **EXACT,
-    **AT_SOLUTION,
+    **{label: entry.estimator for label, entry in ENTRIES.items()},
+    # The accurate series takes 2,500 products: too many for a matrix of forecasts.
     "implicit neumann": bl.Implicit(bl.Neumann(steps=30, step_size=0.5)),
-    "corrected forward": bl.FirstOrderCorrected(scheme="forward"),
-    "first order": bl.FirstOrder(),
 }
 OPTIMIZERS = {
     "sgd": bl.SGD(0.3),

@@ -1,5 +1,5 @@
-"""What each estimator asks of a problem, with the formula written out: the tables in bilevel/estimators, held to the
-number."""
+"""What each estimator asks of a problem: the formulas of bilevel.testing's entries, which are the tables in
+bilevel/estimators, held to the number."""
 
 import math
 
@@ -8,8 +8,9 @@ import torch
 from bilevel_profiling.meters.oracles import Oracles
 
 import bilevel as bl
-from bilevel.estimators.reverse.unrolled import shrinking
+from bilevel.estimators.reverse.checkpoints import shrinking
 from bilevel.problems import quadratic
+from bilevel.testing.catalogue import ENTRIES, counts, unrolled
 
 M = 3
 """Products of the iterative linear solvers: fewer than the P = 6 after which conjugate gradients would be done and stop
@@ -19,42 +20,22 @@ STEPS = (0, 1, 5, 12)
 RATE = 0.3
 
 
-def counts(inner_gradient, outer_gradient, hvp, mixed):
-    return {"inner_gradient": inner_gradient, "outer_gradient": outer_gradient, "hvp": hvp, "mixed": mixed}
-
-
-def recomputed(lengths):
-    """Every segment but the last is run again from its first iterate, up to its last."""
-    return sum(length - 1 for length in lengths[:-1])
-
-
-def uniform(steps, segment):
-    return [min(segment, steps - begin) for begin in range(0, steps, segment)]
-
-
 FORMULAS = {
-    "graph": (bl.Unrolled(), lambda k: counts(k, 1, k, 0)),
-    "graph last 2": (bl.Unrolled(last=2), lambda k: counts(k, 1, min(2, k), 0)),
-    "graph last 50": (bl.Unrolled(last=50), lambda k: counts(k, 1, k, 0)),
-    "iterates": (bl.Unrolled("iterates"), lambda k: counts(2 * k, 1, k, 0)),
-    "iterates last 2": (bl.Unrolled("iterates", last=2), lambda k: counts(k + min(2, k), 1, min(2, k), 0)),
-    "segments": (bl.Unrolled("segments"), lambda k: counts(2 * k + recomputed(shrinking(k)), 1, k, 0)),
-    "segments of 1": (bl.Unrolled("segments", segment=1), lambda k: counts(2 * k, 1, k, 0)),
-    "segments of 2": (bl.Unrolled("segments", segment=2), lambda k: counts(2 * k + recomputed(uniform(k, 2)), 1, k, 0)),
-    "segments of 5": (bl.Unrolled("segments", segment=5), lambda k: counts(2 * k + recomputed(uniform(k, 5)), 1, k, 0)),
-    "segments of 99": (bl.Unrolled("segments", segment=99), lambda k: counts(2 * k, 1, k, 0)),
-    "segments last 4": (
-        bl.Unrolled("segments", last=4),
-        lambda k: counts(k + min(4, k) + recomputed(shrinking(min(4, k))), 1, min(4, k), 0),
-    ),
-    "CG": (bl.Implicit(bl.CG(M, tol=0.0)), lambda k: counts(k + 1, 1, M, 1)),
-    "Neumann": (bl.Implicit(bl.Neumann(M, RATE)), lambda k: counts(k + 1, 1, M, 1)),
-    "Dense": (bl.Implicit(bl.Dense()), lambda k: counts(k + 1, 1, P, 1)),
-    "memory-reduced": (bl.MemoryReduced(steps=M), lambda k: counts(k + 1, 1, M, 1)),
-    "corrected": (bl.FirstOrderCorrected(), lambda k: counts(2 * k + 2, 2 * k + 2, 0, 0)),
-    "corrected forward": (bl.FirstOrderCorrected(scheme="forward"), lambda k: counts(2 * k + 2, k + 2, 0, 0)),
-    "first-order": (bl.FirstOrder(), lambda k: counts(k, 1, 0, 0)),
+    entry.label: entry
+    for entry in (
+        *ENTRIES,
+        unrolled("graph last 50", "graph", last=50),
+        unrolled("segments of 1", "segments", segment=1),
+        unrolled("segments of 2", "segments", segment=2),
+        unrolled("segments of 5", "segments", segment=5),
+        unrolled("segments of 99", "segments", segment=99),
+    )
 }
+
+
+def formula(name, steps):
+    """What the entry of that name promises of so many steps."""
+    return FORMULAS[name].calls(steps, P if FORMULAS[name].quadratic_in_inner else M)
 
 
 def run(estimator, solver, state=None, problem=None):
@@ -75,9 +56,8 @@ def descent(steps):
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("name", FORMULAS)
 def test_of_a_fixed_number_of_steps(name, steps):
-    estimator, formula = FORMULAS[name]
-    found, phases, _ = run(estimator, descent(steps))
-    assert found == formula(steps)
+    found, phases, _ = run(FORMULAS[name].at(M), descent(steps))
+    assert found == formula(name, steps)
     if "corrected" not in name:
         # The inner phase runs the inner solver and nothing else.
         assert phases.get("inner", {"calls": {}})["calls"] == ({"inner_gradient": steps} if steps else {})
@@ -85,9 +65,8 @@ def test_of_a_fixed_number_of_steps(name, steps):
 
 @pytest.mark.parametrize("steps", [100, 200, 1000])
 def test_segments_cost_about_what_the_table_says(steps):
-    lengths = shrinking(steps)
-    assert sum(lengths) == steps
-    total = 2 * steps + recomputed(lengths)
+    assert sum(shrinking(steps)) == steps
+    total = formula("segments", steps)["inner_gradient"]
     assert total == pytest.approx(3 * steps - math.sqrt(2 * steps), rel=0.01)
 
 
@@ -113,18 +92,22 @@ def test_conjugate_gradients_stop_when_they_are_done():
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_of_a_solver_that_stops_by_itself(name):
-    """To learn K costs K + 1 gradients. Implicit estimators go on from there; unrolling runs the K-step program again."""
-    estimator, formula = FORMULAS[name]
-    found, _, hg = run(estimator, bl.Converge(bl.SGD(1.0), tol=1e-2, max_steps=500))
+    """It looks at K + 1 gradients to take K steps. Implicit estimators go on from there; those that go back through the
+    program then run its K steps again."""
+    entry = FORMULAS[name]
+    found, _, hg = run(entry.at(M), bl.Converge(bl.SGD(1.0), tol=1e-2, max_steps=500))
+    assert 2 < hg.stats["inner_steps"] < 500
     steps = hg.stats["inner_steps"]
-    assert 2 < steps < 1000
     if "corrected" in name:
-        # Each side stops by itself, having looked once more, and has its derivatives in x taken.
+        # Each side stops by itself, after a number of steps of its own, and looks at its own end.
         assert found["inner_gradient"] == steps + 4
+        if "forward" in name:  # f is on one side only
+            assert 2 < found["outer_gradient"] - 2 < steps + 2
+        else:
+            assert found["outer_gradient"] == steps + 4
         return
-    at_solution = name in ("CG", "Neumann", "Dense", "memory-reduced", "first-order")
-    expected = formula(steps)
-    expected["inner_gradient"] += 1 if at_solution else steps + 1
+    expected = formula(name, steps)
+    expected["inner_gradient"] += steps + 1 if isinstance(entry.estimator, bl.Unrolled) else 1
     assert found == expected
 
 
@@ -145,13 +128,14 @@ def tasks():
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 2, 5, 9])
-@pytest.mark.parametrize("name", ["graph", "segments", "CG", "Dense", "memory-reduced", "corrected", "first-order"])
+@pytest.mark.parametrize(
+    "name", ["graph", "segments", "implicit cg", "implicit dense", "memory reduced", "corrected", "first order"]
+)
 def test_of_tasks_once_a_chunk(name, chunk):
     """One vmapped call is one call, however many tasks it holds."""
-    estimator, formula = FORMULAS[name]
-    found, _, _ = run(bl.TaskMean(estimator, chunk), descent(5), problem=tasks())
+    found, _, _ = run(bl.TaskMean(FORMULAS[name].at(M), chunk), descent(5), problem=tasks())
     chunks = 1 if chunk is None else math.ceil(TASKS / chunk)
-    assert found == {oracle: chunks * count for oracle, count in formula(5).items()}
+    assert found == {oracle: chunks * count for oracle, count in formula(name, 5).items()}
 
 
 def test_features_and_a_start_add_no_calls():
@@ -162,27 +146,30 @@ def test_features_and_a_start_add_no_calls():
         problem.inner_loss, problem.outer_loss, init=lambda x, b: torch.zeros(P, dtype=x.dtype) + 0 * x.sum()
     )
     for name in ("graph", "iterates", "segments"):
-        estimator, formula = FORMULAS[name]
-        assert run(estimator, descent(5), problem=(with_features, outer, inner, batches))[0] == formula(5)
-        assert run(estimator, descent(5), problem=(started, outer, None, batches))[0] == formula(5)
+        estimator, expected = FORMULAS[name].at(M), formula(name, 5)
+        assert run(estimator, descent(5), problem=(with_features, outer, inner, batches))[0] == expected
+        assert run(estimator, descent(5), problem=(started, outer, None, batches))[0] == expected
 
 
-@pytest.mark.parametrize("name", ["iterates", "CG", "corrected"])
+@pytest.mark.parametrize("name", ["iterates", "implicit cg", "corrected"])
 def test_nested_meters_count_alike_and_a_later_one_starts_at_zero(name):
-    estimator, formula = FORMULAS[name]
+    estimator, one, five = FORMULAS[name].at(M), formula(name, 1), formula(name, 5)
     with Oracles() as outside:
         run(estimator, descent(5))
         with Oracles() as inside:
             run(estimator, descent(1))
-    assert inside.figures()["calls"] == formula(1)
-    assert outside.figures()["calls"] == {oracle: count + formula(5)[oracle] for oracle, count in formula(1).items()}
+    assert inside.figures()["calls"] == one
+    assert outside.figures()["calls"] == {oracle: count + five[oracle] for oracle, count in one.items()}
 
 
 def test_calls_before_an_error_are_counted():
-    def outer_loss(y, x, b):
-        raise KeyError("no")
-
     problem, outer, inner, batches = quadratic.setup()
+
+    def outer_loss(y, x, b):
+        if type(y) is torch.Tensor:
+            raise KeyError("no")
+        return problem.outer_loss(y, x, b)  # how x acts is looked at before anything is counted, without numbers
+
     with pytest.raises(KeyError), Oracles() as meter:
         bl.hypergradient(
             bl.Problem(problem.inner_loss, outer_loss),
