@@ -127,10 +127,10 @@ class Solution:
     """What an inner solver found.
 
     `inner` has the structure of the start; `steps` counts updates made; `first_loss`, `last_loss` are the inner loss at
-    the first and at the last point where a gradient was taken, per task (None for zero steps); `residual` is the norm of
-    the stationarity there per task, for solvers that look at it; `rise` is the part of all the motion of the inner loss
-    that went up, per task, and `unsteady` whether that says that the steps are too long; `promised` is what the last
-    gradient step would gain per task if it were short.
+    the first and at the last point where a gradient was taken, per task (None for zero steps); `residual` is the norm
+    of the stationarity there per task, for solvers that look at it; `rise` is the part of all the motion of the inner
+    loss that went up, per task, and `unsteady` whether that says that the steps are too long; `promised` is what the
+    last gradient step would gain per task if it were short.
     """
 
     inner: Tree
@@ -153,7 +153,7 @@ class Solution:
 class LinearSolution:
     """What a linear solver found for A v = b.
 
-    `residual` is |b - A v| / |b| (one number a task), the true one when it comes from `LinearSolver.solve`; `steps`
+    `residual` is |b - A v| / |b| (per task), the true one when it comes from `LinearSolver.solve`; `steps`
     counts products with A that moved v (the largest over tasks).
     """
 

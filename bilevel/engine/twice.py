@@ -23,7 +23,7 @@ _MISSING = 1e-3
 
 
 def check(value: Tensor, loss: Losses, inner: Tree, outer: Tree, batch: object) -> None:
-    """Raise unless the loss behind `value`, a loss with its graph, has the second derivative in y that autograd returns.
+    """Raise unless autograd returns the whole second derivative in y of the loss behind `value`, a loss with its graph.
 
     Raises:
         NotTwiceDifferentiableError: it has not, with the name of the node.

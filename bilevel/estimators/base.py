@@ -150,7 +150,7 @@ class Instance:
         if found.unsteady is not None:
             codes.append(code_if(found.unsteady, Status.INNER_UNSTABLE))
         if found.promised is not None and found.last_loss is not None and last_loss is not None:
-            # A step of length c gains c (1 - c h / 2) |dg/dy|^2 along a curvature h: nothing is left of it at c = 2 / h.
+            # A step of length c gains c (1 - c h / 2) |dg/dy|^2 along a curvature h: nothing is left at c = 2 / h.
             gained, size = found.last_loss - last_loss, found.last_loss.abs() + last_loss.abs()
             idle = (gained < _GAINED * found.promised) & (found.promised > _NOTABLE * size)
             codes.append(code_if(idle, Status.INNER_UNSTABLE))

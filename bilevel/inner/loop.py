@@ -2,7 +2,7 @@
 
 | | inner gradients | memory |
 | --- | --- | --- |
-| run | one per step, one more where a rule looks at the residual | y, its gradient, the state, one graph; none of the past |
+| run | one per step, one more where a rule looks at the residual | y, its gradient, the state, one graph |
 """
 
 from collections.abc import Callable
@@ -105,7 +105,7 @@ def run(
 
 
 def _promised(moves: Moves, point: Seen, inner: Tree) -> Tensor | None:
-    """What a plain gradient step of length c lets the loss fall by where its curvature is small: c |dg/dy|^2, per task."""
+    """What a gradient step of length c lets the loss fall by where its curvature is small: c |dg/dy|^2, per task."""
     update = moves.dynamics.update
     rate = None if update is None else update.plain_rate
     if rate is None or point.loss is None:
