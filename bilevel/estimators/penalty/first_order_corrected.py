@@ -150,8 +150,8 @@ def default_nu(dtype: torch.dtype, scheme: str) -> float:
     """The perturbation that balances truncation and rounding for losses and gradients of order one.
 
     Symmetric eps^(1/3) and forward eps^(1/2), rounded up to a power of ten, because noise from an inexact inner
-    solve grows faster below than truncation does above: 1e-5 and 1e-7 in float64, 1e-2 and 1e-3 in float32, 0.1 in 16 bits.
-    tests/bilevel/test_conformance.py holds them to the best of a grid.
+    solve grows faster below than truncation does above: 1e-5 and 1e-7 in float64, 1e-2 and 1e-3 in float32, 0.1 in 16
+    bits. tests/bilevel/test_conformance.py holds them to the best of a grid.
     """
     eps = torch.finfo(dtype).eps
     if scheme == "symmetric":
