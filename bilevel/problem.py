@@ -29,7 +29,7 @@ class Problem:
             `init=lambda outer, batch: outer`. With it, `inner=None` is passed to `hypergradient`.
         features: the part of both losses that does not involve y, called as `features(outer, batch)`; the losses then
             receive its result in place of the batch. Declared so that estimators that keep no trajectory run it once
-            instead of once a step (y a head on a feature extractor x). None: the losses receive the batch itself.
+            instead of once per step (y a head on a feature extractor x). None: the losses receive the batch itself.
         proximal_strength: set by `proximal`: strength/2 |y - y_0|^2 is added to the inner loss.
 
     The losses may run under torch.autocast, opened inside them or around the whole call, and may take gradients of
