@@ -166,7 +166,7 @@ class Oracles:
         return tree.tensors(value)
 
     def inner_gradient(self, inner: Tree, step: int) -> tuple[Tensor, PartialLeaves]:
-        """g and dg/dy at a step's batch, without a graph; None for tensors that g does not use."""
+        """G and dg/dy at a step's batch, without a graph; None for tensors that g does not use."""
         return self._gradient(inner, self.embedding(step).value)
 
     def _gradient(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves]:
@@ -175,11 +175,11 @@ class Oracles:
             return loss, used(gradient)
 
     def inner_value(self, inner: Tree, embedded: Any) -> Tensor:
-        """g at an embedded batch, without a graph, per task."""
+        """G at an embedded batch, without a graph, per task."""
         return self.evaluation.inner(inner, self.x, embedded).detach()
 
     def differentiable_gradient(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves]:
-        """g and dg/dy of arguments as they come, with a graph."""
+        """G and dg/dy of arguments as they come, with a graph."""
         with spans.span(spans.INNER_GRADIENT):
             loss, gradient = self.engine.differentiable_gradient(self._twice, inner, self.attached, embedded)
             return loss, used(gradient)
@@ -193,18 +193,18 @@ class Oracles:
         return loss
 
     def inner_loss(self, inner: Tree, steps: int) -> Tensor:
-        """g at a solution found after `steps` steps, per task."""
+        """G at a solution found after `steps` steps, per task."""
         return self.inner_value(inner, self.embedding(max(steps - 1, 0)).value)
 
     def inner_gradient_in_outer(self, inner: Tree, steps: int) -> tuple[Tensor, PartialLeaves]:
-        """g and dg/dx at a fixed solution (None where x does not enter g)."""
+        """G and dg/dx at a fixed solution (None where x does not enter g)."""
         batch = self.evaluation.embed(self.attached, self.batches.inner_at(max(steps - 1, 0)))
         return self._in_outer(spans.INNER_GRADIENT, self.evaluation.inner, inner, batch)
 
     # --- the outer loss
 
     def outer_loss(self, inner: Tree) -> Tensor:
-        """f at `inner`, per task."""
+        """F at `inner`, per task."""
         return self.evaluation.outer(inner, self.x, self._outer_batch(graph=False)).detach()
 
     def outer_gradient(self, inner: Tree) -> tuple[Tensor, Leaves, PartialLeaves]:
@@ -216,12 +216,12 @@ class Oracles:
             return loss, autodiff.filled(in_y, tree.tensors(inner)), in_x
 
     def outer_gradient_in_inner(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
-        """f and df/dy (None for tensors that f does not use)."""
+        """F and df/dy (None for tensors that f does not use)."""
         with spans.span(spans.OUTER_GRADIENT):
             return self.engine.gradient(self.evaluation.outer, inner, self.x, self._outer_batch(graph=False))
 
     def outer_gradient_in_outer(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
-        """f and df/dx at a fixed y (None where x does not enter f directly)."""
+        """F and df/dx at a fixed y (None where x does not enter f directly)."""
         return self._in_outer(spans.OUTER_GRADIENT, self.evaluation.outer, inner, self._outer_batch(graph=True))
 
     def _outer_batch(self, *, graph: bool) -> Any:
@@ -255,9 +255,8 @@ class Oracles:
     ) -> tuple["Cotangents", PartialLeaves, PartialLeaves]:
         """Pull cotangents of (y', s') = step(y, s, x) back to (y, s), x and the embedded batch.
 
-        The graph of this one step is rebuilt, on its embedded batch. `cotangents` is emptied on the way, so that its
-        tensors are freed as soon as they are used. `to_inner=False` leaves out H w, when the step's start is a
-        constant.
+        The graph of this one step is rebuilt, on its embedded batch. `cotangents` is emptied on the way, so that its tensors are freed as soon
+        as they are used. `to_inner=False` leaves out H w, when the step's start is a constant.
 
         Returns:
             cotangents of (y, s) (empty without `to_inner`), of x, and of the leaves of the step's embedding.
@@ -281,7 +280,7 @@ class Oracles:
         return back, pulled[count : count + len(xs)], pulled[count + len(xs) :]
 
     def differentiable_value(self, inner: Tree, embedded: Any) -> Tensor:
-        """g of an attached x, with its graph."""
+        """G of an attached x, with its graph."""
         return self.evaluation.inner(inner, self.attached, embedded)
 
     def _split_step_vjp(
@@ -317,8 +316,8 @@ class Oracles:
                 ]
                 products = autodiff.grad([root for root, _ in pairs], wanted, [weight for _, weight in pairs])
             else:
-                # U(g, y) = y - rate g: the products of the cotangent itself, scaled after, so that no second P-vector
-                # is held meanwhile.
+                # U(g, y) = y - rate g: the products of the cotangent itself, scaled after, so that no second P-vector is
+                # held meanwhile.
                 del gradient
                 direct, to_outer = Cotangents(list(cotangents.inner), None), (None,) * len(xs)
                 pairs = [
