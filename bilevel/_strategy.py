@@ -1,8 +1,7 @@
 """Strategy: the base of everything that is swapped by passing another object.
 
 Abstract or final: an abstract strategy defines an interface, a concrete one is what runs, and nobody overrides what is
-    implemented.
-Variation goes through arguments or wrappers.
+implemented. Variation goes through arguments or wrappers.
 """
 
 import abc

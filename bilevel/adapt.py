@@ -46,8 +46,9 @@ def adapt(
 ) -> Adapted:
     """Move the inner variable at a fixed outer one.
 
-    Costs the inner solver's gradients, one evaluation of g and one of f; no second derivative, no trajectory. Memory: y,
-    its gradient, the optimizer's state and one graph, independent of the number of steps; times the tasks of a chunk.
+    Costs the inner solver's gradients, one evaluation of g and one of f; no second derivative, no trajectory. Memory:
+    y, its gradient, the optimizer's state and one graph, independent of the number of steps; times the tasks of a
+    chunk.
 
     Args:
         problem: the two losses.
@@ -69,7 +70,8 @@ def adapt(
         >>> import torch, bilevel as bl
         >>> problem = bl.Problem(lambda y, x, b: (y - b) ** 2, lambda y, x, b: (y - b) ** 2, init=lambda x, b: x)
         >>> tasks = bl.Batches(inner=torch.tensor([0.0, 4.0]), outer=torch.tensor([0.0, 4.0]))
-        >>> found = bl.adapt(problem, torch.tensor(2.0), None, tasks, solver=bl.Descent(bl.SGD(lr=0.25), steps=1), tasks=True)
+        >>> found = bl.adapt(problem, torch.tensor(2.0), None, tasks, solver=bl.Descent(bl.SGD(lr=0.25), steps=1),
+        ...     tasks=True)
         >>> found.inner, found.outer_loss
         (tensor([1., 3.]), tensor([1., 1.]))
     """

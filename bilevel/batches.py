@@ -8,7 +8,7 @@ from bilevel.space import tree
 
 
 class PerStep:
-    """One inner batch a step: step k sees `batches[k]`.
+    """One inner batch per step: step k sees `batches[k]`.
 
     Args:
         batches: indexable and replayable (a list, or any object with `__getitem__` and `__len__`), because estimators
@@ -63,9 +63,9 @@ class Batches:
             `PerStep(batches)`.
         outer: the batch of the outer loss.
         curvature: the inner batch at which estimators that invert the curvature of g (Implicit, MemoryReduced) take its
-            derivatives at the solution: one batch, or `PerStep`, of which they take that of the last step. None: `inner`
-            itself, or the last batch of `PerStep`, which the solution has seen least of. Others differentiate what ran:
-            `Unrolled` the steps, FirstOrderCorrected the loss that it perturbed.
+            derivatives at the solution: one batch, or `PerStep`, of which they take that of the last step. None:
+            `inner` itself, or the last batch of `PerStep`, which the solution has seen least of. Others differentiate
+            what ran: `Unrolled` the steps, FirstOrderCorrected the loss that it perturbed.
         index: the identity of the batch (rows of a data set, an epoch and a position, ...): any object, handed on to
             whoever needs it; losses do not see it.
         task_ids: with `TaskMean`, the identity of each task: a tensor or list of length T, sliced with the tasks.

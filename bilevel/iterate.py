@@ -34,7 +34,7 @@ class Step:
 
     @property
     def outer_loss(self) -> Tensor:
-        """F before the step."""
+        """The outer loss before the step."""
         return self.hypergradient.outer_loss
 
 
@@ -86,7 +86,8 @@ def iterate(
         >>> x = torch.tensor(1.0, requires_grad=True)
         >>> problem = bl.Problem(lambda y, x, b: (y - x) ** 2, lambda y, x, b: (y - 3) ** 2)
         >>> loop = bl.iterate(problem, x, torch.tensor(0.0), itertools.repeat(bl.Batches(None, None), 30),
-        ...     solver=bl.Descent(bl.SGD(lr=0.25), steps=5), estimator=bl.Implicit(bl.CG(1)), optimizer=torch.optim.SGD([x], lr=0.25))
+        ...     solver=bl.Descent(bl.SGD(lr=0.25), steps=5), estimator=bl.Implicit(bl.CG(1)),
+        ...     optimizer=torch.optim.SGD([x], lr=0.25))
         >>> for step in loop: pass
         >>> step.index, round(x.item(), 3)
         (29, 3.0)

@@ -159,7 +159,7 @@ class Solution:
 class LinearSolution:
     """What a linear solver found for A v = b.
 
-    `residual` is |b - A v| / |b| (one number a task), the true one when it comes from `LinearSolver.solve`; `steps`
+    `residual` is |b - A v| / |b| (per task), the true one when it comes from `LinearSolver.solve`; `steps`
     counts products with A that moved v (the largest over tasks).
     """
 

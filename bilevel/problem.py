@@ -31,8 +31,8 @@ class Problem:
             receive its result in place of the batch. Declared so that estimators that keep no trajectory run it once
             instead of once a step (y a head on a feature extractor x). None: the losses receive the batch itself.
 
-    The losses may run under torch.autocast, opened inside them or around the whole call, and may take gradients of their
-    own (a physics-informed net, a gradient penalty).
+    The losses may run under torch.autocast, opened inside them or around the whole call, and may take gradients of
+    their own (a physics-informed net, a gradient penalty).
 
     Example:
         >>> import torch, bilevel as bl
@@ -89,7 +89,8 @@ def proximal(problem: Problem, strength: float) -> Problem:
 
     Example:
         >>> import torch, bilevel as bl
-        >>> maml = bl.Problem(lambda y, x, b: (y - b).pow(2).sum(), lambda y, x, b: (y - b).pow(2).sum(), init=lambda x, b: x)
+        >>> loss = lambda y, x, b: (y - b).pow(2).sum()
+        >>> maml = bl.Problem(loss, loss, init=lambda x, b: x)
         >>> bl.proximal(maml, 2.0).inner(torch.ones(1), torch.zeros(1), torch.ones(1))
         tensor(1.)
     """
@@ -124,7 +125,8 @@ class Pulled:
 
 def distance(strength: float, inner: Tree, start: Tree, tasks: int | None = None) -> Tensor:
     """strength/2 |inner - start|^2, per task where there are tasks."""
-    # On one flat vector: leaf by leaf, the many small operators of a conv net's parameters take a tenth of its gradient.
+    # On one flat vector: leaf by leaf, the many small operators of a conv net's parameters take a tenth of its
+    # gradient.
     rows = 1 if tasks is None else tasks
     moved, begun = (
         torch.cat([leaf.reshape(rows, -1) for leaf in tree.tensors(value)], dim=1) for value in (inner, start)

@@ -82,7 +82,8 @@ def inline_formula(self, node):
 
     svg, depth = formula(node.astext(), 12)
     self.body.append(
-        f'<span class="formula" role="img" aria-label="{self.attval(node.astext())}" style="vertical-align: -{depth}pt">{svg}</span>'
+        f'<span class="formula" role="img" aria-label="{self.attval(node.astext())}" '
+        f'style="vertical-align: -{depth}pt">{svg}</span>'
     )
     raise nodes.SkipNode
 

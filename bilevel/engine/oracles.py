@@ -184,7 +184,7 @@ class Oracles:
         return tree.tensors(tree.ordered(value, inner))
 
     def inner_gradient(self, inner: Tree, step: int) -> tuple[Tensor, PartialLeaves]:
-        """G and dg/dy at a step's batch, without a graph; None for tensors that g does not use."""
+        """g and dg/dy at a step's batch, without a graph; None for tensors that g does not use."""
         return self._gradient(inner, self.embedding(step).value)
 
     def _gradient(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves]:
@@ -193,11 +193,11 @@ class Oracles:
             return loss, used(gradient)
 
     def inner_value(self, inner: Tree, embedded: Any) -> Tensor:
-        """G at an embedded batch, without a graph, per task."""
+        """g at an embedded batch, without a graph, per task."""
         return self.inner(inner, self.x, embedded).detach()
 
     def differentiable_gradient(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves]:
-        """G and dg/dy of arguments as they come, with a graph."""
+        """g and dg/dy of arguments as they come, with a graph."""
         with spans.span(spans.INNER_GRADIENT):
             loss, gradient = self.engine.differentiable_gradient(self._twice, inner, self.attached, embedded)
             return loss, used(gradient)
@@ -211,11 +211,11 @@ class Oracles:
         return loss
 
     def inner_loss(self, inner: Tree, steps: int) -> Tensor:
-        """G at a solution found after `steps` steps, per task."""
+        """g at a solution found after `steps` steps, per task."""
         return self.inner_value(inner, self.embedding(max(steps - 1, 0)).value)
 
     def inner_gradient_in_outer(self, inner: Tree, steps: int) -> tuple[Tensor, PartialLeaves]:
-        """G and dg/dx at a fixed solution (None where x does not enter g)."""
+        """g and dg/dx at a fixed solution (None where x does not enter g)."""
         step = max(steps - 1, 0)
         shared = isinstance(self._shared, Embedding)
         batch = self._shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
@@ -224,7 +224,7 @@ class Oracles:
     # --- the outer loss
 
     def outer_loss(self, inner: Tree) -> Tensor:
-        """F at `inner`, per task."""
+        """f at `inner`, per task."""
         return self.evaluation.outer(inner, self.x, self._outer_batch(graph=False)).detach()
 
     def outer_gradient(self, inner: Tree) -> tuple[Tensor, Leaves, PartialLeaves]:
@@ -236,12 +236,12 @@ class Oracles:
             return loss, autodiff.filled(in_y, tree.tensors(inner)), in_x
 
     def outer_gradient_in_inner(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
-        """F and df/dy (None for tensors that f does not use)."""
+        """f and df/dy (None for tensors that f does not use)."""
         with spans.span(spans.OUTER_GRADIENT):
             return self.engine.gradient(self.evaluation.outer, inner, self.x, self._outer_batch(graph=False))
 
     def outer_gradient_in_outer(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
-        """F and df/dx at a fixed y (None where x does not enter f directly)."""
+        """f and df/dx at a fixed y (None where x does not enter f directly)."""
         return self._in_outer(spans.OUTER_GRADIENT, self.evaluation.outer, inner, self._outer_batch(graph=True))
 
     def _outer_batch(self, *, graph: bool) -> Any:
@@ -310,7 +310,7 @@ class Oracles:
         return back, pulled[count : count + len(xs)], pulled[count + len(xs) :]
 
     def differentiable_value(self, inner: Tree, embedded: Any) -> Tensor:
-        """G of an attached x, with its graph."""
+        """g of an attached x, with its graph."""
         return self.inner(inner, self.attached, embedded)
 
     def _split_step_vjp(

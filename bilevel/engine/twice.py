@@ -3,7 +3,7 @@
 torch's own operators have a right second derivative or raise. Three kinds of node may drop it without a word: what
 torch.compile made, a Function marked @once_differentiable whose incoming gradient is a constant, and a Function of the
 user's whose backward computes with detached tensors. The first is refused; for the others a product with the second
-derivatives is held against differences of the gradient, once a problem.
+derivatives is held against differences of the gradient, once per problem.
 """
 
 import torch
@@ -25,7 +25,7 @@ _MISSING = 1e-3
 
 
 def check(value: Tensor, loss: Losses, inner: Tree, outer: Tree, batch: object) -> None:
-    """Raise unless the loss behind `value`, a loss with its graph, has the second derivative in y that autograd returns.
+    """Raise unless autograd returns the whole second derivative in y of the loss behind `value`, a loss with its graph.
 
     Raises:
         NotTwiceDifferentiableError: it has not, with the name of the node.

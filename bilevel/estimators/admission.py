@@ -1,4 +1,4 @@
-"""What a user's own optimizer says of itself, held against what it does, once a problem.
+"""What a user's own optimizer says of itself, held against what it does, once per problem.
 
 The library's optimizers are tested. One that a user wrote may claim to rest where the inner gradient vanishes and yet
 move there (a hidden weight decay), or may mix tasks (a clip by the norm over all of them). Either would be a wrong

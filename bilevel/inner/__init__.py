@@ -1,4 +1,4 @@
-"""How the inner variable is found: a dynamics that moves it, under a rule that says when to stop."""
+"""How the inner problem is solved: a dynamics that moves it, under a rule that says when to stop."""
 
 from bilevel.inner.base import InnerSolver as InnerSolver
 from bilevel.inner.converge import Converge as Converge

@@ -29,7 +29,7 @@ class Point(Protocol):
         """The step's batch, as the losses receive it."""
 
     def gradient(self, inner: Tree) -> Tree:
-        """dg/dy at `inner`; None for tensors that the loss does not use. Differentiable where `step` is differentiated."""
+        """dg/dy at `inner`; None for tensors that the loss does not use. Differentiable where `step` is."""
 
     def value(self, inner: Tree) -> Tensor:
         """The inner loss at `inner`: 0-dim, or of shape (tasks,). Differentiable likewise."""

@@ -2,7 +2,7 @@
 
 | | inner gradients | memory |
 | --- | --- | --- |
-| run | one per step, one more where a rule looks at the residual | y, its gradient, the state, one graph; none of the past |
+| run | one per step, one more where a rule looks at the residual | y, its gradient, the state, one graph |
 """
 
 from collections.abc import Callable, Sequence

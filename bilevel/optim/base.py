@@ -92,7 +92,7 @@ def gradients(grad: Tree, inner: Tree) -> PartialLeaves:
 
 
 def coupled(grad: Sequence[Tensor | None], decay: Any, inner: Tree) -> PartialLeaves:
-    """Grad + decay * inner; None stays None."""
+    """grad + decay * inner; None stays None."""
     if off(decay):
         return tuple(grad)
     rates = spread(decay, inner, "weight_decay")
@@ -178,13 +178,13 @@ def complements(values: list[Any]) -> list[Any]:
 
 
 def minus(y: Tensor, rate: Any, d: Tensor) -> Tensor:
-    """Y - rate d, without a temporary where the rate is a number."""
+    """y - rate d, without a temporary where the rate is a number."""
     # add with a negative alpha: the backward of sub negates and scales in two passes, that of add in one.
     return y - rate * d if isinstance(rate, Tensor) else torch.add(y, d, alpha=-rate)
 
 
 def plus(y: Tensor, rate: Any, d: Tensor) -> Tensor:
-    """Y + rate d, likewise."""
+    """y + rate d, likewise."""
     return y + rate * d if isinstance(rate, Tensor) else torch.add(y, d, alpha=rate)
 
 

@@ -8,7 +8,7 @@ the memory of vmap over torch.func.grad and 1.35 times as fast.
 
 | | compute | memory |
 | --- | --- | --- |
-| TaskMean(estimator, chunk=c) | T times the estimator's | c times the estimator's, plus T P for the adapted inner variables |
+| TaskMean(estimator, chunk=c) | T times the estimator's | c times the estimator's, plus T P for `hg.inner` |
 """
 
 import dataclasses

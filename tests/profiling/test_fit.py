@@ -12,8 +12,8 @@ from bilevel_profiling import Case, ForecastError, forecast, largest_fit, measur
 from bilevel_profiling.forecasting import NotMonotone, fit, search
 from bilevel_profiling.forecasting.search import needed, with_value
 from bilevel_profiling.records import sizes
-from bilevel_profiling.records.units import size as text
 from bilevel_profiling.records.record import Record
+from bilevel_profiling.records.units import size as text
 from torch.nn import functional as F
 
 import bilevel as bl

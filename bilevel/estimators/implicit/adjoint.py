@@ -2,8 +2,8 @@
 
     (H + damping I)' v = df/dy,    dF/dx = df/dx - M v
 
-with H = d c/dy and M v = d/dx <c, v> for the stationarity condition c (dg/dy, and what weight decay adds), both at (y, x)
-and on one batch.
+with H = d c/dy and M v = d/dx <c, v> for the stationarity condition c (dg/dy, and what weight decay adds), both at
+(y, x) and on one batch.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from bilevel.space.tree import Leaves, PartialLeaves, Tree
 
 @dataclasses.dataclass(frozen=True)
 class Adjoint:
-    """The implicit hypergradient (None where x enters neither the condition nor f), the solve behind it, and the losses."""
+    """The implicit hypergradient (None where x enters neither the condition nor f), its linear solve, the losses."""
 
     grad: PartialLeaves
     linear: LinearSolution

@@ -4,12 +4,12 @@
 
 | | inner gradients | HVPs | mixed products | memory |
 | --- | --- | --- | --- | --- |
-| Implicit(linear) | K + 1 | m, the solver's products | 1 | the solver's vectors + one retained graph of a gradient, independent of K |
+| Implicit(linear) | K + 1 | m, the solver's products | 1 | the solver's vectors + one graph; independent of K |
 
 References: Bengio 2000; Lorraine et al. 2020, arXiv 1911.02590; iMAML, arXiv 1909.04630, is `proximal(problem,
-    strength)` with this estimator.
+strength)` with this estimator.
 Differences from peers: the residual is the true one (the mixed product yields H v in the same sweep), and an indefinite
-    Hessian is a status.
+Hessian is a status.
 """
 
 import dataclasses

@@ -5,13 +5,12 @@
 
 | | inner gradients | HVPs | mixed products | memory |
 | --- | --- | --- | --- | --- |
-| MemoryReduced(steps=m) | K + 1 | at most m (one more when v is warm) | 1 | y, v, r, p, Hp: 5 P + one graph; independent of K |
+| MemoryReduced(steps=m) | K + 1 | at most m (warm v: m + 1) | 1 | y, v, r, p, Hp: 5 P + one graph; independent of K |
 
 Reference: Yang, Ma and Yu 2024, arXiv 2412.12030. Differences from the released code: features that do not involve y
-    are computed once and
-without a graph when the problem declares them (`Problem.features`), and the mixed product passes them as one plain
-backward; the code re-runs the extractor with a graph at every inner step, also in its baselines. Warm starts of y and v
-are options (the released code stores but never uses them); curvature and residual are reported.
+are computed once and without a graph when the problem declares them (`Problem.features`), and the mixed product passes
+them as one plain backward; the code re-runs the extractor with a graph at every inner step, also in its baselines. Warm
+starts of y and v are options (the released code stores but never uses them); curvature and residual are reported.
 """
 
 import dataclasses
@@ -29,7 +28,7 @@ from bilevel.space.tree import Tree
 
 @dataclasses.dataclass(frozen=True)
 class WarmStart(State):
-    """Where the next inner loop and the next linear solve begin: the last y and the last v, both like the inner variable."""
+    """Where the next inner loop and the next linear solve begin: the last y and the last v, both like `inner`."""
 
     inner: Tree = per_task()
     adjoint: Tree = per_task()
@@ -52,8 +51,8 @@ class MemoryReduced(Estimator):
         cache_features: run `Problem.features` once per call instead of once per inner step and product. False re-runs
             it, as the released code does, for comparison. No effect on a problem without features.
 
-    State: a `WarmStart` with y_K and v when a warm start is asked for, else None. With TaskMean it is by position, so tasks
-    must come back in the same order.
+    State: a `WarmStart` with y_K and v when a warm start is asked for, else None. With TaskMean it is by position, so
+    tasks must come back in the same order, unless `Batches(task_ids=)` names them.
 
     Memory: independent of K and of `steps`; linear in T.
 

@@ -58,9 +58,9 @@ class FirstOrderCorrected(Estimator):
         nu: the perturbation; None picks `default_nu` by dtype and scheme. -nu must leave the inner problem convex: nu <
             mu / L_f. Rounding adds an error of order eps / nu, truncation one of order nu^2 (nu for "forward").
         scheme: "symmetric" differences the two sides +nu and -nu, "forward" the sides 0 and nu.
-        warm_sides: each side goes on from where it ended in the state, instead of both from `inner` or Problem.init. The
-            two differ by O(nu), which a few steps from a common start do not build up; carried, they do. The forward
-            scheme then is F2SA with 1 / nu as the penalty.
+        warm_sides: each side goes on from where it ended in the state, instead of both from `inner` or Problem.init.
+            The two differ by O(nu), which a few steps from a common start do not build up; carried, they do. The
+            forward scheme then is F2SA with 1 / nu as the penalty.
 
     State: `Sides` with the two inner variables when `warm_sides`, else None.
 
@@ -150,10 +150,9 @@ class FirstOrderCorrected(Estimator):
 def default_nu(dtype: torch.dtype, scheme: str) -> float:
     """The perturbation that balances truncation and rounding for losses and gradients of order one.
 
-    Symmetric eps^(1/3) and forward eps^(1/2), rounded up to a power of ten, because noise from an inexact inner solve
-    grows faster below than
-    truncation does above: 1e-5 and 1e-7 in float64, 1e-2 and 1e-3 in float32, 0.1 in 16 bits.
-    tests/bilevel/test_conformance.py holds them to the best of a grid.
+    Symmetric eps^(1/3) and forward eps^(1/2), rounded up to a power of ten, because noise from an inexact inner
+    solve grows faster below than truncation does above: 1e-5 and 1e-7 in float64, 1e-2 and 1e-3 in float32, 0.1 in 16
+    bits. tests/bilevel/test_conformance.py holds them to the best of a grid.
     """
     eps = torch.finfo(dtype).eps
     if scheme == "symmetric":
@@ -229,7 +228,7 @@ def _perturbed(oracles: Oracles, nu: float) -> Callable[[int], At]:
 
 
 def _plus(nu: float, f: Tensor | None, g: Tensor | None) -> Tensor | None:
-    """G + nu f, where None is a tensor that a loss does not use."""
+    """g + nu f, where None is a tensor that a loss does not use."""
     if f is None:
         return g
     return nu * f if g is None else torch.add(g, f, alpha=nu)
