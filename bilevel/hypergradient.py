@@ -259,7 +259,8 @@ def _check_variables(who: str, outer: Tree, inner: Tree | None, problem: Problem
                 raise ValueError(_INFERENCE.format(name=f"{variable} {name}"))
             if leaf.layout is not torch.strided:
                 raise TypeError(
-                    f"{variable} {name} is a sparse tensor ({leaf.layout}); dense tensors were needed. Write .to_dense()"
+                    f"{variable} {name} is a sparse tensor ({leaf.layout}); dense tensors were needed. Write "
+                    f".to_dense()"
                 )
             seen.setdefault((leaf.device, leaf.dtype), f"{variable} {name}")
     if len(seen) > 1:

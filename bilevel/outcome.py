@@ -32,9 +32,11 @@ class Status(enum.Enum):
 
     OK = "Computed as asked."
     INNER_UNSTABLE = (
-        "The inner loop is unstable: its loss rose over many of its steps, its last step gained next to nothing of what its "
+        "The inner loop is unstable: its loss rose over many of its steps, its last step gained next to nothing of "
+        "what its "
         "gradient promised, or errors grow so much along its trajectory that "
-        "few digits of the hypergradient are left: see stats['inner_rise'] and stats['digits']. Lower the step size of the "
+        "few digits of the hypergradient are left: see stats['inner_rise'] and stats['digits']. Lower the step size "
+        "of the "
         "inner optimizer, take fewer steps, or compute in float64."
     )
     INNER_ROSE = (
@@ -65,7 +67,8 @@ class Status(enum.Enum):
         "differentiate the solution itself, or Descent with a fixed number of steps."
     )
     UNBOUNDED = (
-        "A perturbed inner loop of FirstOrderCorrected ran away from the solution: g - nu f or g + nu f has no minimum near "
+        "A perturbed inner loop of FirstOrderCorrected ran away from the solution: g - nu f or g + nu f has no "
+        "minimum near "
         "it. Lower nu below the curvature of g over that of f, or make g more convex (a proximal term, weight decay)."
     )
     BREAKDOWN = "The linear system is singular to working precision. Add damping, or a regularizer to the inner loss."
@@ -78,7 +81,10 @@ class Status(enum.Enum):
         "division by 0, overflow in reduced precision); a hypergradient through many steps also overflows when the "
         "inner loop is chaotic."
     )
-    DIVERGED = "The inner loop diverged: the inner variable is not finite. Lower the step size of the inner optimizer, clip, or take fewer steps."
+    DIVERGED = (
+        "The inner loop diverged: the inner variable is not finite. Lower the step size of the inner optimizer, clip, or "
+        "take fewer steps."
+    )
 
     @property
     def code(self) -> int:
@@ -132,10 +138,11 @@ class Solution:
     """What an inner solver found.
 
     `inner` has the structure of the start; `steps` counts updates made; `first_loss`, `last_loss` are the inner loss at
-    the first and at the last point where a gradient was taken, per task (None for zero steps); `residual` is the norm of
-    the stationarity there per task, for solvers that look at it; `rise` is the part of all the motion of the inner loss
-    that went up, per task, and `unsteady` whether that says that the steps are too long; `promised` is what the last
-    gradient step would gain per task if it were short, and `grown` the norm of its gradient over that of the first.
+    the first and at the last point where a gradient was taken, per task (None for zero steps); `residual` is the norm
+    of the stationarity there per task, for solvers that look at it; `rise` is the part of all the motion of the inner
+    loss that went up, per task, and `unsteady` whether that says that the steps are too long; `promised` is what the
+    last gradient step would gain per task if it were short, and `grown` the norm of its gradient over that of the
+    first.
     """
 
     inner: Tree

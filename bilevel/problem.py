@@ -112,7 +112,7 @@ def proximal(problem: Problem, strength: float) -> Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Pulled:
-    """An inner loss and a pull to the start. The oracles know the start; called by itself it takes init at the batch."""
+    """An inner loss and a pull to the start. The oracles know the start; by itself it takes init at the batch."""
 
     inner_loss: Loss
     init: Init

@@ -63,7 +63,8 @@ class Evaluation:
                     else f"a {type(leaf).__name__}"
                 )
                 raise TypeError(
-                    f"Problem.init returned {given}; a pytree of tensors of the dtype and device of outer ({like.dtype} "
+                    f"Problem.init returned {given}; a pytree of tensors of the dtype and device of outer "
+                    f"({like.dtype} "
                     f"on {like.device}) was needed"
                 )
         return start

@@ -66,7 +66,8 @@ class Oracles:
         self.x, self.attached = tree.detach(outer), tree.attach(outer)
         self.evaluation, self.engine = Evaluation(problem, tasks), engine or Eager()
         self.generators = Generators(tree.tensors(outer)[0].device)
-        # (What an embedding holds must not hold the embedding: a cycle would keep every call's tensors until a collection.)
+        # (What an embedding holds must not hold the embedding: a cycle would keep every call's tensors until a
+        # collection.)
         self.source = Source(self.evaluation, self.generators, self.x, self.attached)
         self._shared: Any = None if isinstance(batches.inner, PerStep) else _Unset
         self._start: Tree | None = inner
@@ -284,8 +285,8 @@ class Oracles:
     ) -> tuple[Cotangents, PartialLeaves, PartialLeaves]:
         """Pull cotangents of (y', s') = step(y, s, x) back to (y, s), x and the embedded batch.
 
-        The graph of this one step is rebuilt, on its embedded batch. `cotangents` is emptied on the way, so that its tensors are freed as soon
-        as they are used. `to_inner=False` leaves out H w, when the step's start is a constant.
+        The graph of this one step is rebuilt, on its embedded batch. `cotangents` is emptied on the way, so that its
+        tensors are freed as soon as they are used. `to_inner=False` leaves out H w, when the step's start is a constant.
 
         Returns:
             cotangents of (y, s) (empty without `to_inner`), of x, and of the leaves of the step's embedding.
@@ -346,8 +347,8 @@ class Oracles:
                 ]
                 products = autodiff.grad([root for root, _ in pairs], wanted, [weight for _, weight in pairs])
             else:
-                # U(g, y) = y - rate g: the products of the cotangent itself, scaled after, so that no second P-vector is
-                # held meanwhile.
+                # U(g, y) = y - rate g: the products of the cotangent itself, scaled after, so that no second P-vector
+                # is held meanwhile.
                 del gradient
                 direct, to_outer = Cotangents(list(cotangents.inner), None), (None,) * len(xs)
                 pairs = [

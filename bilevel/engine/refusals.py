@@ -1,4 +1,4 @@
-"""What the oracles refuse: a loss without y, a step that changes shapes, a dynamics that does not say where it rests."""
+"""What the oracles refuse: a loss without y, a step that changes shapes, a dynamics that is silent on where it rests."""
 
 from bilevel.inner.dynamics import Dynamics
 from bilevel.space import tree
@@ -39,6 +39,7 @@ def restless(dynamics: Dynamics, who: str) -> str:
     return (
         f"{who} needs to know where the inner loop comes to rest, and {name} does not say. Its stationarity() returns "
         f"None: with decoupled weight decay (AdamW) that point depends on the moments, not on the losses alone. Use "
-        f"Unrolled(), or an optimizer that says: SGD and Adam with weight_decay, or AdamW(weight_decay=0) with the decay "
+        f"Unrolled(), or an optimizer that says: SGD and Adam with weight_decay, or AdamW(weight_decay=0) with the "
+        f"decay "
         f"written into inner_loss; an optimizer of your own defines stationarity(grad, inner, outer)"
     )

@@ -37,6 +37,7 @@ def check(estimator: Estimator, instance: Instance) -> None:
     generators.set(before)
     with torch.no_grad():
         g = tree.like(y, gradient)
+        _check_purity(update, g, y, oracles.x)
         if Path.HYPERPARAMETER not in estimator.sees:
             _check_rest(update, g, _elsewhere(y), oracles.x)
         if instance.tasks is not None and instance.tasks > 1:
@@ -50,6 +51,18 @@ def _wraps(update: Optimizer) -> bool:
         isinstance(value, Optimizer) and not type(value).__module__.startswith("bilevel.")
         for value in vars(update).values()
     )
+
+
+def _check_purity(update: Optimizer, gradient: Tree, y: Tree, x: Tree) -> None:
+    """A step must leave what it is given as it is; asked of copies, so that the caller's tensors are not lost."""
+    copies = [tree.tree_map(lambda leaf: None if leaf is None else leaf.clone(), each) for each in (gradient, y)]
+    before = [leaf._version for each in copies for leaf in tree.flatten(each)[0] if leaf is not None]
+    update.step(copies[0], update.init(copies[1]), copies[1], x)
+    if before != [leaf._version for each in copies for leaf in tree.flatten(each)[0] if leaf is not None]:
+        raise ValueError(
+            f"{type(update).__name__}.step() changes its arguments in place. Steps are pure: write y = y - rate * g instead "
+            f"of y.sub_(rate * g), and return the new tensors"
+        )
 
 
 def _elsewhere(y: Tree) -> Tree:
@@ -92,7 +105,8 @@ def _check_tasks(update: Optimizer, gradient: Tree, y: Tree, x: Tree) -> None:
     first = tree.tree_map(lambda leaf: leaf[:1], together)
     if _distance(first, single) > 1e-4 * _distance(single, alone[1]) + 1e-7 * _size(alone[1]):
         raise ValueError(
-            f"{type(update).__name__}.step() mixes tasks: the step of a task depends on the others (a norm over the whole "
+            f"{type(update).__name__}.step() mixes tasks: the step of a task depends on the others (a norm over the "
+            f"whole "
             f"of y, where y has a leading task dimension). Write TaskMean(estimator, chunk=1), which takes one task "
             f"after another"
         )

@@ -155,7 +155,8 @@ class Instance:
             codes.append(code_if(found.unsteady, Status.INNER_UNSTABLE))
         # (Of few steps, a large first one that gains nothing is how training of a net may begin.)
         if found.promised is not None and found.last_loss is not None and last_loss is not None and found.steps >= 10:
-            # A step of length c gains c (1 - c h / 2) |dg/dy|^2 along a curvature h: nothing is left of it at c = 2 / h.
+            # A step of length c gains c (1 - c h / 2) |dg/dy|^2 along a curvature h: nothing is left of it at c = 2 /
+            # h.
             gained, size = found.last_loss - last_loss, found.last_loss.abs() + last_loss.abs()
             rounding = torch.finfo(size.dtype).eps * (
                 size if found.first_loss is None else size + found.first_loss.abs()

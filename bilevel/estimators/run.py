@@ -22,7 +22,8 @@ def estimated(estimator: Estimator, instance: Instance, carried: Any) -> Estimat
     found = estimator.estimate(instance, carried)
     if not isinstance(found, Estimate):
         raise TypeError(
-            f"{type(estimator).__name__}.estimate() returned a {type(found).__name__}; an Estimate was needed: end it with "
+            f"{type(estimator).__name__}.estimate() returned a {type(found).__name__}; an Estimate was needed: end it "
+            f"with "
             f"return instance.finish(found, grad, outer_loss)"
         )
     shapes = [leaf.shape for leaf in tree.tensors(instance.outer)]
@@ -31,7 +32,8 @@ def estimated(estimator: Estimator, instance: Instance, carried: Any) -> Estimat
     ):
         raise ValueError(
             f"{type(estimator).__name__}.estimate() returned a gradient of "
-            f"{[None if leaf is None else tuple(leaf.shape) for leaf in found.grad]}; one entry for each outer tensor was "
+            f"{[None if leaf is None else tuple(leaf.shape) for leaf in found.grad]}; one entry for each outer tensor "
+            f"was "
             f"needed, of shapes {[tuple(shape) for shape in shapes]}"
         )
     missed = frozenset(i for i, leaf in enumerate(found.grad) if leaf is None) - found.unused

@@ -71,7 +71,8 @@ def checked(owner: str, state: Any, template: State | None) -> Any:
         given, wanted = getattr(state, field.name), getattr(template, field.name)
         if _described(given) != _described(wanted):
             raise ValueError(
-                f"{owner} was given a state whose {field.name!r} does not have the shapes and dtypes of this problem: it "
+                f"{owner} was given a state whose {field.name!r} does not have the shapes and dtypes of this problem: "
+                f"it "
                 f"is {_described(given)}, where {_described(wanted)} was needed. Pass state=None to start afresh"
             )
     return state

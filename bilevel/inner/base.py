@@ -46,7 +46,8 @@ class InnerSolver(Strategy):
         """The same rule with its tolerance times `factor`, where that is above `floor`; a number of steps has none."""
         if not self.fixed:
             raise ValueError(
-                f"{type(self).__name__} has fixed=False and no tightened(factor, floor), which FirstOrderCorrected needs to "
+                f"{type(self).__name__} has fixed=False and no tightened(factor, floor), which FirstOrderCorrected "
+                f"needs to "
                 f"solve both sides to a tolerance that dividing by nu leaves meaningful. Define it, or use Converge"
             )
         return self

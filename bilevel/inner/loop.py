@@ -138,12 +138,13 @@ def _moves_on(space: Space, before: Tree, after: Tree) -> Tensor:
     for a, b in zip(tree.tensors(before), tree.tensors(after), strict=True):  # one by one: no second y is made
         part, whole = space.norm([(b - a).detach()]).square(), space.norm([b.detach()]).square()
         moved, size = (part, whole) if moved is None or size is None else (moved + part, size + whole)
-    assert moved is not None and size is not None
+    assert moved is not None, "an inner variable has tensors"
+    assert size is not None
     return moved > _STILL**2 * size
 
 
 def _promised(moves: Moves, slope: Tensor, moving_on: Tensor) -> Tensor | None:
-    """What a plain gradient step of length c lets the loss fall by where its curvature is small: c |dg/dy|^2, per task."""
+    """What a plain step of length c lets the loss fall by where its curvature is small: c |dg/dy|^2, per task."""
     update = moves.dynamics.update
     rate = None if update is None else update.plain_rate
     return None if rate is None else torch.where(moving_on, rate * slope.square(), 0.0)

@@ -99,7 +99,8 @@ def ordered(value: Tree, reference: Tree) -> Tree:
         value = {name: ordered(value[name], reference[name]) for name in reference}
     if _flat(value) is None and pytree.tree_structure(value) != pytree.tree_structure(reference):
         raise ValueError(
-            f"an inner step or its stationarity returned the structure {pytree.tree_structure(value)}, where that of the "
+            f"an inner step or its stationarity returned the structure {pytree.tree_structure(value)}, where that of "
+            f"the "
             f"inner variable, {pytree.tree_structure(reference)}, was needed"
         )
     return value

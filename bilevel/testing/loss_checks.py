@@ -172,8 +172,8 @@ def check_use(case: Case) -> Found:
         case.batches,
         case.solver,
     )
-    used = paths.of(instance)
-    for name, taken in zip(tree.names(case.outer), used, strict=True):
+    used = paths.of(instance) or ()
+    for name, taken in zip(tree.names(case.outer), used, strict=False):
         if not taken:
             found.append(("UNUSED", f"outer variable {name} influences neither loss nor the inner loop"))
     inner, outer = (tree.attach(value) for value in case.variables())

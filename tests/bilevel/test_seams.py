@@ -122,7 +122,7 @@ def test_the_solution_of_a_dynamics_of_ones_own_is_differentiated_where_it_rests
 
 
 def test_an_estimator_that_perturbs_the_inner_loss_refuses_a_dynamics_that_need_not_follow_it():
-    with pytest.raises(ValueError, match="FirstOrderCorrected (perturbs the inner loss|cannot see)"):
+    with pytest.raises(ValueError, match=r"FirstOrderCorrected (perturbs the inner loss|cannot see)"):
         run(bl.FirstOrderCorrected(), Map())
 
 

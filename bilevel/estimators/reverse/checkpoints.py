@@ -42,8 +42,10 @@ def _versions(inner: Tree, state: Any) -> tuple[int, ...]:
 
 
 _IN_PLACE = (
-    "{name}.step() changed the inner variable or its state in place, after it was kept to rebuild the step from. Steps are "
-    "pure: write state = {{'t': state['t'] + 1}} instead of state['t'] += 1 on a tensor, and y = y - d instead of y.sub_(d)"
+    "{name}.step() changed the inner variable or its state in place, after it was kept to rebuild the step from. "
+    "Steps are "
+    "pure: write state = {{'t': state['t'] + 1}} instead of state['t'] += 1 on a tensor, and y = y - d instead of "
+    "y.sub_(d)"
 )
 
 
