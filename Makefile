@@ -10,13 +10,13 @@ report: setup
 	$(BIN)/bilevel compare hypercleaning fewshot --out report
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 format: setup

@@ -82,7 +82,8 @@ class Status(enum.Enum):
         "inner loop is chaotic."
     )
     DIVERGED = (
-        "The inner loop diverged: the inner variable is not finite. Lower the step size of the inner optimizer, clip, or "
+        "The inner loop diverged: the inner variable is not finite. Lower the step size of the inner optimizer, clip, "
+        "or "
         "take fewer steps."
     )
 

@@ -84,6 +84,12 @@ _MISSING = (
 
 
 def _explained(error: Exception) -> Exception:
+    if "escaped from inside a function being vmapped" in str(error):
+        return ValueError(
+            "a loss under TaskMean recomputes in its backward, outside of torch.func.vmap (torch.utils.checkpoint "
+            "does). "
+            "Write TaskMean(estimator, chunk=1), which takes one task after another without vmap"
+        )
     if "double backward" in str(error) and ("compile" in str(error) or "aot_autograd" in str(error)):
         return not_twice_differentiable("torch.compile", compiled=True)
     for pattern in _MISSING:

@@ -286,7 +286,7 @@ class Oracles:
         """Pull cotangents of (y', s') = step(y, s, x) back to (y, s), x and the embedded batch.
 
         The graph of this one step is rebuilt, on its embedded batch. `cotangents` is emptied on the way, so that its
-        tensors are freed as soon as they are used. `to_inner=False` leaves out H w, when the step's start is a constant.
+        tensors are freed as soon as they are used. `to_inner=False` leaves out H w, for a start that is a constant.
 
         Returns:
             cotangents of (y, s) (empty without `to_inner`), of x, and of the leaves of the step's embedding.

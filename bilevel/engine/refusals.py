@@ -1,4 +1,4 @@
-"""What the oracles refuse: a loss without y, a step that changes shapes, a dynamics that is silent on where it rests."""
+"""What the oracles refuse: a loss without y, a step that changes shapes, a dynamics that does not say its rest."""
 
 from bilevel.inner.dynamics import Dynamics
 from bilevel.space import tree

@@ -5,9 +5,15 @@ move there (a hidden weight decay), or may mix tasks (a clip by the norm over al
 number without a word.
 """
 
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from bilevel.batches import Batches, PerStep
+from bilevel.engine.replay import State
 from bilevel.estimators.base import Estimator, Instance, Path
 from bilevel.optim.base import Optimizer
 from bilevel.space import tree
@@ -20,11 +26,12 @@ def check(estimator: Estimator, instance: Instance) -> None:
     Raises:
         ValueError: it moves y where its stationarity() is zero, or it mixes tasks.
     """
-    update = instance.solver.dynamics.update
-    if update is None or (type(update).__module__.startswith("bilevel.") and not _wraps(update)):
+    dynamics = instance.solver.dynamics
+    update = dynamics.update
+    if update is not None and type(update).__module__.startswith("bilevel.") and not _wraps(update):
         return
     key = ("admitted", instance.tasks is None, bool(estimator.sees & {Path.STATIONARITY, Path.INNER_LOSS}))
-    if any(seen is update for seen in instance.problem.memo.get(key, ())):
+    if any(seen is (update or dynamics) for seen in instance.problem.memo.get(key, ())):
         return
     oracles = instance.oracles
     y = oracles.start()
@@ -32,17 +39,18 @@ def check(estimator: Estimator, instance: Instance) -> None:
         return  # nothing can be compared on tensors without data
     generators = oracles.generators
     before = generators.peek()
-    with torch.enable_grad():
-        _, gradient = oracles.engine.gradient(oracles.inner, y, oracles.x, oracles.embedding(0).value)
+    if update is not None:
+        with torch.enable_grad():
+            _, gradient = oracles.engine.gradient(oracles.inner, y, oracles.x, oracles.embedding(0).value)
+        with torch.no_grad():
+            g = tree.like(y, gradient)
+            _check_purity(update, g, y, oracles.x)
+            if Path.HYPERPARAMETER not in estimator.sees:
+                _check_rest(update, g, _elsewhere(y), oracles.x)
+    if instance.tasks is not None and instance.tasks > 1:
+        _check_tasks(instance, before)
     generators.set(before)
-    with torch.no_grad():
-        g = tree.like(y, gradient)
-        _check_purity(update, g, y, oracles.x)
-        if Path.HYPERPARAMETER not in estimator.sees:
-            _check_rest(update, g, _elsewhere(y), oracles.x)
-        if instance.tasks is not None and instance.tasks > 1:
-            _check_tasks(update, g, y, oracles.x)
-    instance.problem.memo.setdefault(key, []).append(update)
+    instance.problem.memo.setdefault(key, []).append(update or dynamics)
 
 
 def _wraps(update: Optimizer) -> bool:
@@ -60,7 +68,8 @@ def _check_purity(update: Optimizer, gradient: Tree, y: Tree, x: Tree) -> None:
     update.step(copies[0], update.init(copies[1]), copies[1], x)
     if before != [leaf._version for each in copies for leaf in tree.flatten(each)[0] if leaf is not None]:
         raise ValueError(
-            f"{type(update).__name__}.step() changes its arguments in place. Steps are pure: write y = y - rate * g instead "
+            f"{type(update).__name__}.step() changes its arguments in place. Steps are pure: write y = y - rate * g "
+            f"instead "
             f"of y.sub_(rate * g), and return the new tensors"
         )
 
@@ -97,19 +106,55 @@ def _check_rest(update: Optimizer, gradient: Tree, y: Tree, x: Tree) -> None:
         )
 
 
-def _check_tasks(update: Optimizer, gradient: Tree, y: Tree, x: Tree) -> None:
-    """One task's step must not depend on the others."""
-    alone = [tree.tree_map(lambda leaf: None if leaf is None else leaf[:1], each) for each in (gradient, y)]
-    together, _ = update.step(gradient, update.init(y), y, x)
-    single, _ = update.step(alone[0], update.init(alone[1]), alone[1], x)
-    first = tree.tree_map(lambda leaf: leaf[:1], together)
-    if _distance(first, single) > 1e-4 * _distance(single, alone[1]) + 1e-7 * _size(alone[1]):
+def _check_tasks(instance: Instance, before: State) -> None:
+    """The steps of the first task must not depend on the others."""
+    oracles, batches = instance.oracles, instance.batches
+
+    def first(value: Tree) -> Tree:
+        return tree.tree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) else leaf, value)
+
+    alone = dataclasses.replace(
+        instance,
+        tasks=None,
+        inner=None if instance.inner is None else first(instance.inner),
+        batches=Batches(PerStep(_First(batches, first)), None),
+    ).oracles
+    ends = []
+    for each in (oracles, alone):
+        oracles.generators.set(before)
+        y = each.start()
+        state = each.begin(y)
+        for step in range(min(_LOOKS, instance.solver.max_steps)):
+            y, state = each.step(y, state, each.point(step))
+        ends.append(y)
+        if not oracles.generators.same(before, oracles.generators.peek()):
+            return  # tasks draw their own numbers, and differ by that
+    together, single, begun = first(ends[0]), ends[1], alone.start()
+    if _distance(together, single) > 1e-4 * _distance(single, begun) + 1e-7 * _size(begun):
+        name = type(instance.solver.dynamics.update or instance.solver.dynamics).__name__
         raise ValueError(
-            f"{type(update).__name__}.step() mixes tasks: the step of a task depends on the others (a norm over the "
-            f"whole "
-            f"of y, where y has a leading task dimension). Write TaskMean(estimator, chunk=1), which takes one task "
-            f"after another"
+            f"{name}.step() mixes tasks: the steps of a task depend on the others (a norm over the whole of y, where "
+            f"y has "
+            f"a leading task dimension). Write TaskMean(estimator, chunk=1), which takes one task after another"
         )
+
+
+_LOOKS = 20
+"""Steps of a dynamics not our own that are taken twice, once with and once without the other tasks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _First(Sequence[Any]):
+    """The first task's batch of every step."""
+
+    batches: Batches
+    take: Callable[[Tree], Tree]
+
+    def __getitem__(self, step: Any) -> Any:
+        return self.take(self.batches.inner_at(step))
+
+    def __len__(self) -> int:
+        return _LOOKS
 
 
 def _zeros(leaf: Tensor | None) -> Tensor | None:

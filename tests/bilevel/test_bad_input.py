@@ -316,7 +316,8 @@ def test_too_few_batches_are_refused(name):
 def test_per_step_refuses_what_can_be_read_only_once(make):
     with pytest.raises(
         TypeError,
-        match=r"PerStep was given a \w+, which can be read only once.*Write PerStep\(list\(itertools\.islice\(loader, K\)\)\)",
+        match=r"PerStep was given a \w+, which can be read only once.*"
+        r"Write PerStep\(list\(itertools\.islice\(loader, K\)\)\)",
     ):
         bl.PerStep(make())
 
@@ -415,7 +416,8 @@ def test_an_estimator_that_cannot_see_the_start_refuses_an_outer_variable_that_i
     )
     with pytest.raises(
         ValueError,
-        match=r"cannot see .*\['w'\] through the start of the inner loop \(Problem\.init\).*would be zero, which is wrong",
+        match=r"cannot see .*\['w'\] through the start of the inner loop \(Problem\.init\).*"
+        r"would be zero, which is wrong",
     ):
         solve(maml, {"w": vector(0.5, -0.3)}, estimator=ESTIMATORS[name])
     proximal = solve(bl.proximal(maml, 2.0), {"w": vector(0.5, -0.3)}, estimator=ESTIMATORS[name])

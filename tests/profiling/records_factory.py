@@ -200,7 +200,8 @@ def _record(case: str, name: str, k: int, rng: random.Random, shape: tuple[float
         solution_cosine=max(-1.0, 1 - solution**2 / 2) if hypercleaning else None,
         reference_note="Program: float64 unroll. Solution: float64 CG at 5,000 inner steps."
         if hypercleaning
-        else "Program: float64 unroll. The inner problem has no unique solution, so there is no reference at convergence.",
+        else "Program: float64 unroll. The inner problem has no unique solution, "
+        "so there is no reference at convergence.",
         iterations=_loop(name, program, 120 if hypercleaning else 40, rng, peak, seconds) if runs else (),
         metrics_before={"accuracy": 0.812} | ({"AUC of weights": 0.5} if hypercleaning else {}) if runs else {},
         metrics={"accuracy": 0.812 + gain} | ({"AUC of weights": 0.5 + 3.3 * gain} if hypercleaning else {})
@@ -264,7 +265,10 @@ def make() -> list[Record]:
                 "The process asked for more than the limit of 512 MiB while the hypergradient was computed.",
             )
         elif key == ("hypercleaning", "implicit", 10):
-            reason = "Conjugate gradients met a direction of non-positive curvature: the inner Hessian is not positive definite there."
+            reason = (
+                "Conjugate gradients met a direction of non-positive curvature: the inner Hessian is not positive "
+                "definite there."
+            )
             record = _failure(record, "NEGATIVE_CURVATURE", reason)
         elif key == ("fewshot", "memory-reduced", 200):
             record = _failure(record, "TIMEOUT", "The run was stopped after 600 s.")

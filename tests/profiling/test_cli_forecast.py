@@ -17,7 +17,8 @@ INNER_STEPS = [3]
 
 def setup(device, *, size: int = 1000):
     inner = lambda y, x, b: ((y - x) ** 2).sum()%s
-    return bl.Problem(inner, lambda y, x, b: (y**2).sum()), torch.zeros(size, device=device), torch.ones(size, device=device), bl.Batches(None, None)
+    return bl.Problem(inner, lambda y, x, b: (y**2).sum()), torch.zeros(size, device=device),\
+ torch.ones(size, device=device), bl.Batches(None, None)
 """
 
 

@@ -81,7 +81,8 @@ import bilevel as bl
 
 def setup(device):
     x, y = torch.ones(3, device=device), torch.zeros(3, device=device)
-    return bl.Problem(lambda y, x, b: ((y - x) ** 2).sum(), lambda y, x, b: (y ** 2).sum()), x, y, bl.Batches(None, None)
+    return bl.Problem(lambda y, x, b: ((y - x) ** 2).sum(), lambda y, x, b: (y ** 2).sum()), x, y,\
+ bl.Batches(None, None)
 
 OPTIMIZER = bl.SGD(lr=0.25)
 INNER_STEPS = [2, 4]

@@ -147,8 +147,15 @@ def test_a_cell_that_would_take_too_long_is_left_out(quick, monkeypatch):
 
     def cell(case):
         now[0] += case.solver.max_steps
-        return {"kind": "cell", "model": case.name, "estimator": case.label, "inner_steps": case.solver.max_steps, "status": "ERROR", "reason": "",
-                "cell_seconds": case.solver.max_steps}  # fmt: skip
+        return {
+            "kind": "cell",
+            "model": case.name,
+            "estimator": case.label,
+            "inner_steps": case.solver.max_steps,
+            "status": "ERROR",
+            "reason": "",
+            "cell_seconds": case.solver.max_steps,
+        }
 
     monkeypatch.setattr(quick, "cell", cell)
     rows = quick.run(

@@ -116,7 +116,8 @@ import bilevel as bl
 def setup(device):
     def outer_loss(y, x, batch):
         return (y ** 2).sum() + 0 * torch.ones({size}).sum()
-    return bl.Problem(lambda y, x, b: ((y - x) ** 2).sum(), outer_loss), torch.ones(3), torch.zeros(3), bl.Batches(None, None)
+    return bl.Problem(lambda y, x, b: ((y - x) ** 2).sum(), outer_loss), torch.ones(3), torch.zeros(3),\
+ bl.Batches(None, None)
 """
 
 

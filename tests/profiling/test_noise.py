@@ -81,7 +81,7 @@ def test_tasks_that_draw_together_do_so_in_the_reference(chunk):
     [
         lambda y: torch.randn(y.shape, generator=GENERATOR),
         lambda y: random.random(),
-        lambda y: torch.as_tensor(numpy.random.rand(len(y)), dtype=y.dtype),  # noqa: NPY002
+        lambda y: torch.as_tensor(numpy.random.rand(len(y)), dtype=y.dtype),
     ],
     ids=["a generator", "random", "numpy"],
 )

@@ -160,7 +160,8 @@ def test_memory(steps):
     result.assert_outcomes(passed=2, failed=1)
     result.stdout.fnmatch_lines(
         [
-            "peak memory grows with steps: 5: 1.02 KiB, 50: 1.20 KiB (4 B per steps); flat_in allows a difference of 179 B"
+            "peak memory grows with steps: 5: 1.02 KiB, 50: 1.20 KiB (4 B per steps); "
+            "flat_in allows a difference of 179 B"
         ]
     )
 
@@ -217,7 +218,8 @@ def test_memory(dtype):
     result.assert_outcomes(passed=2, failed=1)
     result.stdout.fnmatch_lines(
         [
-            "peak memory changes with dtype: torch.float32: 1.00 KiB, torch.float64: 2.00 KiB; flat_in allows no difference"
+            "peak memory changes with dtype: torch.float32: 1.00 KiB, torch.float64: 2.00 KiB; "
+            "flat_in allows no difference"
         ]
     )
 
@@ -277,7 +279,8 @@ WRONG = {
     'max_bytes="ten"': "was given max_bytes='ten': 'ten' is no size",
     "max_bytes=0": "was given max_bytes=0: ",
     "max_bytes=1, tolerance=3": "was given tolerance, which belongs to flat_in",
-    'flat_in="steps"': "was given flat_in='steps', but the test is parametrized only over width; write @pytest.mark.parametrize('steps',",
+    'flat_in="steps"': "was given flat_in='steps', but the test is parametrized only over width; "
+    "write @pytest.mark.parametrize('steps',",
     'max_slope="1 MiB"': "was given max_slope='1 MiB'; a dict was needed",
     'max_slope={"width": "1 MiB"}': "was given max_slope for width, whose value here is 'wide'; numbers were needed",
     'flat_in="width", tolerance="x"': "was given tolerance='x': ",

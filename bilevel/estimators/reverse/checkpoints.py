@@ -162,7 +162,7 @@ class Checkpoints:
         oracles.generators.set(snapshot.random)
         for step in range(begin, stop - 1):
             y, s, random, _ = kept[-1]
-            moved, state = oracles.step(y, s, oracles.point(step))
+            moved, state = oracles.step(y, tree.tree_map(lambda leaf: leaf, s), oracles.point(step))
             if self._live:
                 moved = where(oracles.space, self._live[step], moved, y)
                 state = state if step == 0 else where(oracles.space, self._live[step], state, s)

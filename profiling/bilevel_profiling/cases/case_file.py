@@ -86,21 +86,23 @@ class Definition:
                 raise CaseError(f"case {self.name}: {name} is a {type(value).__name__}; write {write}")
         if not (isinstance(self.estimators, Mapping) and self.estimators):
             raise CaseError(
-                f'case {self.name}: ESTIMATORS is not a dict with at least one entry; write {{"unrolled": bl.Unrolled()}}'
+                f"case {self.name}: ESTIMATORS is not a dict with at least one entry; write "
+                f'{{"unrolled": bl.Unrolled()}}'
             )
         if not self.name or "" in self.estimators:
             raise CaseError(f"case {self.name!r}: a case and an estimator need a name, and one of them is ''")
         for label, estimator in self.estimators.items():
             if not isinstance(label, str) or not isinstance(estimator, bl.Estimator):
                 raise CaseError(
-                    f'case {self.name}: ESTIMATORS maps {label!r} to a {type(estimator).__name__}; write "label": bl.Unrolled()'
+                    f"case {self.name}: ESTIMATORS maps {label!r} to a {type(estimator).__name__}; "
+                    f'write "label": bl.Unrolled()'
                 )
         if not isinstance(self.solvers, Mapping) or not all(
             isinstance(solver, bl.InnerSolver) for solver in self.solvers.values()
         ):
             raise CaseError(
-                f"case {self.name}: SOLVERS (solvers=) is {self.solvers!r}; a dict of inner solvers was needed, such as "
-                f'{{"to 1e-6": bl.Converge(bl.SGD(lr=0.1), tol=1e-6)}}'
+                f"case {self.name}: SOLVERS (solvers=) is {self.solvers!r}; a dict of inner solvers was needed, "
+                f'such as {{"to 1e-6": bl.Converge(bl.SGD(lr=0.1), tol=1e-6)}}'
             )
         steps = self.inner_steps
         if not steps or not all(isinstance(k, int) and not isinstance(k, bool) and k >= 0 for k in steps):
@@ -114,7 +116,8 @@ class Definition:
             )
         if isinstance(self.preload, str) or not all(isinstance(name, str) for name in self.preload):
             raise CaseError(
-                f'case {self.name}: PRELOAD is {self.preload!r}; names of modules were needed, such as ["sklearn.datasets"]'
+                f"case {self.name}: PRELOAD is {self.preload!r}; names of modules were needed, "
+                f'such as ["sklearn.datasets"]'
             )
         for name in ("setup", "outer_optimizer", "batches", "evaluate"):
             value = getattr(self, name)

@@ -107,7 +107,8 @@ def largest_fit(case: Case, budget: str | int, over: str = INNER_STEPS, *, at_mo
         >>> from bilevel.problems import hypercleaning
         >>> case = Case(hypercleaning.setup, solver=bl.Descent(bl.SGD(lr=0.1), steps=1), estimator=bl.Unrolled())
         >>> steps = largest_fit(case, "8MiB")
-        >>> needed(forecast(with_value(case, "inner_steps", steps))) <= 8 * 2**20 < needed(forecast(with_value(case, "inner_steps", steps + 1)))
+        >>> fits, exceeds = (needed(forecast(with_value(case, "inner_steps", k))) for k in (steps, steps + 1))
+        >>> fits <= 8 * 2**20 < exceeds
         True
     """
     return fit(case, budget, over, at_most=at_most).value

@@ -11,9 +11,10 @@ from bilevel_profiling.meters.origin import users_file
 _VALUE = "needs the value of a tensor"
 _SIZE = "makes a tensor whose size depends on values"
 _REMEDIES = {
-    _VALUE: "Keep it a tensor (torch.where(condition, a, b) instead of if; no .item(), .tolist(), float() or .numpy() of a tensor; num_classes for "
-    "one_hot)",
-    _SIZE: "Keep sizes fixed (torch.where(mask, a, 0) or a weighted mean instead of a[mask] or nonzero(); repeat_interleave with output_size)",
+    _VALUE: "Keep it a tensor (torch.where(condition, a, b) instead of if; no .item(), .tolist(), float() or "
+    ".numpy() of a tensor; num_classes for one_hot)",
+    _SIZE: "Keep sizes fixed (torch.where(mask, a, 0) or a weighted mean instead of a[mask] or nonzero(); "
+    "repeat_interleave with output_size)",
 }
 _UNSUPPORTED = (fake_tensor.UnsupportedOperatorException, fake_tensor.UnsupportedFakeTensorException)
 

@@ -40,7 +40,10 @@ from bilevel_profiling.records.failure import (
 
 # torch._dynamo: every torch.optim optimizer imports it when it is made, which takes seconds.
 _PRELOAD = ["torch", "torch._dynamo", "bilevel_profiling.measurement.cell"]
-_NEVER_BEGAN = "The process ended while it imported the main script. Is the call that starts it under `if __name__ == '__main__':`?"
+_NEVER_BEGAN = (
+    "The process ended while it imported the main script. "
+    "Is the call that starts it under `if __name__ == '__main__':`?"
+)
 _WAIT = "OMP_WAIT_POLICY"
 Gate = Callable[[], None]
 """Called by the function in the other process when it is ready to be watched; returns when it is."""

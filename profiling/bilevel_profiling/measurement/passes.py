@@ -34,7 +34,10 @@ from bilevel_profiling.meters.work import Work
 from bilevel_profiling.records.failure import of_error, out_of_memory
 from bilevel_profiling.records.record import Phase, Record
 
-COMPILED = "torch.compile was at work in this process: functions that it compiled ran uncompiled while bytes and FLOPs were counted."
+COMPILED = (
+    "torch.compile was at work in this process: functions that it compiled ran uncompiled while bytes and FLOPs "
+    "were counted."
+)
 _LONG = 1.5
 """Seconds after which the clock has seen enough: slow calls are repeated twice at least, not `repeats` times."""
 
@@ -52,8 +55,7 @@ def measure(
     """Run something and say what it cost.
 
     A case is measured as one outer step: the hypergradient, and the outer optimizer's step, so that all three phases
-        are seen. The outer variable
-    is put back after each pass, and the global random state at the end.
+    are seen. The outer variable is put back after each pass, and the global random state at the end.
 
     Args:
         what: a `Case`, or any function without arguments, which need not have to do with bilevel problems.

@@ -25,7 +25,10 @@ from bilevel_profiling.records.records_file import append_iteration, scan
 Item = TypeVar("Item")
 
 _HEADS = (b'{"case"', b'{"iteration"')
-_SLOWED = "Counting bytes slows an iteration down: where peak_tensor_bytes is there, wall_seconds is not comparable with that of the others."
+_SLOWED = (
+    "Counting bytes slows an iteration down: where peak_tensor_bytes is there, wall_seconds is not comparable with "
+    "that of the others."
+)
 
 
 class Recorder:

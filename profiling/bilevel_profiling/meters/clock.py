@@ -25,8 +25,7 @@ class Clock(Meter):
     """Each `with` block is one repeat; the figures are over all of them.
 
     The device is waited for at both ends of the block and never between, so that phases are timed as they overlap with
-        the host: on CUDA by
-    events in its stream.
+    the host: on CUDA by events in its stream.
 
     When a comparison of times would mean little, because the repeats are few or spread widely, a sentence in
     `figures()["notes"]` says so.

@@ -25,8 +25,10 @@ class Device:
 
     Example:
         >>> device = Device("mine", flops={"float32": 10e12}, bandwidth=500e9, memory=16 * 2**30)
-        >>> device.seconds(flops=10e12, moved=1e9, dtype="float32"), device.seconds(flops=0, moved=500e9, dtype="float32")
-        (1.0, 1.0)
+        >>> device.seconds(flops=10e12, moved=1e9, dtype="float32")
+        1.0
+        >>> device.seconds(flops=0, moved=500e9, dtype="float32")
+        1.0
     """
 
     name: str
@@ -38,8 +40,8 @@ class Device:
         if not self.flops.get("float32", 0) > 0 or not self.bandwidth > 0:
             raise ValueError(
                 f"Device {self.name!r} was given flops={dict(self.flops)!r} and bandwidth={self.bandwidth!r}; positive "
-                f"numbers, with one for "
-                f'float32, were needed, such as Device("A100", flops={{"float32": 19.5e12}}, bandwidth=2.04e12, memory=80 * 2**30)'
+                f"numbers, with one for float32, were needed, such as "
+                f'Device("A100", flops={{"float32": 19.5e12}}, bandwidth=2.04e12, memory=80 * 2**30)'
             )
 
     def seconds(self, flops: float, moved: float, dtype: str) -> float:

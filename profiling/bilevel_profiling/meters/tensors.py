@@ -50,8 +50,7 @@ class Tensors(Meter):
     counts from its own start.
 
     Inputs of an operator are older than its outputs: an output on an input's storage is a view, and is not counted. A
-        storage that grows later
-    (`resize_`, `out=`) counts with its new size, and an older one with its growth.
+    storage that grows later (`resize_`, `out=`) counts with its new size, and an older one with its growth.
 
     After the block `live_bytes` goes on falling as tensors die: read when the result is dropped, it is what leaked.
 

@@ -64,7 +64,10 @@ class Growth:
             else ""
         )
         allowed = f"a difference of {sizes.text(self.tolerance)}" if self.tolerance else "no difference"
-        return f"peak memory {'grows' if rising else 'changes'} with {self.parameter}: {listed}{slope}; flat_in allows {allowed}"
+        return (
+            f"peak memory {'grows' if rising else 'changes'} with {self.parameter}: {listed}{slope}; "
+            f"flat_in allows {allowed}"
+        )
 
     def _too_steep(self, ordered: Sequence[Any], listed: str) -> str:
         assert self.slope is not None
@@ -107,7 +110,8 @@ def contract(positional: Sequence[Any], arguments: Mapping[str, Any], parameters
         raise ValueError(f"was given {given}; it takes {', '.join(f'{name}=' for name in _ARGUMENTS)} by name")
     if not {"max_bytes", "flat_in", "max_slope"} & set(arguments):
         raise ValueError(
-            'asks for nothing; write max_bytes="10 MiB", flat_in="name of a parameter", or max_slope={"name of a parameter": "1 MiB"}'
+            'asks for nothing; write max_bytes="10 MiB", flat_in="name of a parameter", '
+            'or max_slope={"name of a parameter": "1 MiB"}'
         )
     if "tolerance" in arguments and "flat_in" not in arguments:
         raise ValueError("was given tolerance, which belongs to flat_in; write both, or neither")
