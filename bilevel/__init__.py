@@ -3,12 +3,6 @@
 The problem is written once, every estimator of the hypergradient is one argument. See `hypergradient`.
 """
 
-from bilevel import estimators as estimators
-from bilevel import inner as inner
-from bilevel import linear as linear
-from bilevel import optim as optim
-from bilevel import outer as outer
-from bilevel import tasks as tasks
 from bilevel.adapt import adapt as adapt
 from bilevel.batches import Batches as Batches
 from bilevel.batches import PerStep as PerStep

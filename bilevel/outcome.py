@@ -235,6 +235,14 @@ class Adapted:
         outer_loss: f at `inner` likewise; None if it was not asked for.
         stats: `calls` (oracle calls by name), `inner_steps`, and, where they apply, `inner_residual`, `inner_rise`.
         code: the status as an integer tensor, not yet waited for.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.Problem(lambda y, x, b: (y - x) ** 2, lambda y, x, b: y**2)
+        >>> found = bl.adapt(problem, torch.tensor(1.0), torch.tensor(0.0), bl.Batches(None, None),
+        ...     solver=bl.Descent(bl.SGD(lr=0.5), steps=1))
+        >>> found.inner, found.outer_loss, found.status.name
+        (tensor(1.), tensor(1.), 'OK')
     """
 
     inner: Tree

@@ -29,16 +29,9 @@ def reference(problem, outer, inner, batches, optimizer, steps):
 
     def program(x):
         y = inner if problem.init is None else problem.init(x, batches.inner_at(0))
-        anchor, state = pytree.tree_leaves(y), optimizer.init(y)
-
-        def inner_loss(y, batch):
-            """With the proximal term, which pulls to y_0 as a function of x."""
-            pairs = zip(pytree.tree_leaves(y), anchor, strict=True)
-            pull = sum((leaf - start).square().sum() for leaf, start in pairs)
-            return problem.inner_loss(y, x, batch) + problem.proximal_strength / 2 * pull
-
+        state = optimizer.init(y)
         for step in range(steps):
-            gradient = torch.func.grad(inner_loss)(y, batches.inner_at(step))
+            gradient = torch.func.grad(problem.inner_loss)(y, x, batches.inner_at(step))
             y, state = optimizer.step(gradient, state, y, x)
         return problem.outer_loss(y, x, batches.outer)
 

@@ -350,7 +350,7 @@ def test_learned_weights_find_the_corrupted_labels(digits):
         inner,
         [batches] * 30,
         solver=solver,
-        estimator=bl.Implicit(bl.Neumann(10, 0.1)),
+        estimator=bl.Implicit(bl.Neumann(10, 0.3, damping=0.1)),
         optimizer=optimizer,
     ):
         assert torch.isfinite(step.outer_loss)

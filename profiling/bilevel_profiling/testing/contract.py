@@ -41,7 +41,7 @@ class Growth:
 
         Example:
             >>> Growth("inner_steps", tolerance=0).broken_by([(5, 2**20), (50, 10 * 2**20)])
-            'peak memory grows with inner_steps: 5: 1.0 MiB, 50: 10.0 MiB (204.8 KiB per inner_steps); flat_in allows no
+            'peak memory grows with inner_steps: 5: 1.00 MiB, 50: 10.0 MiB (205 KiB per inner_steps); flat_in allows no
             difference'
             >>> Growth("inner_steps", slope=2**20).broken_by([(5, 2**20), (50, 10 * 2**20)])
             ''
@@ -137,9 +137,9 @@ def above(peak: int, limit: int, alive: Sequence[Alive]) -> str:
 
     Example:
         >>> print(above(4096, 1024, [Alive(bytes=4096, count=1, operator="aten.mm", line="model.py:31")]))
-        peak memory is 4.0 KiB, above max_bytes = 1.0 KiB
+        peak memory is 4.00 KiB, above max_bytes = 1.00 KiB
         alive at the peak:
-          4.0 KiB  aten.mm  model.py:31
+          4.00 KiB  aten.mm  model.py:31
     """
     found, allowed = _distinct([peak, limit])
     lines = [f"peak memory is {found}, above max_bytes = {allowed}"]
