@@ -8,7 +8,7 @@ from torch import Tensor
 from bilevel.batches import Batches
 from bilevel.engine import spans
 from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance
-from bilevel.hypergradient import Owned, check_arguments, prepared
+from bilevel.hypergradient import Owned, check_arguments, given_in, prepared
 from bilevel.inner.base import InnerSolver
 from bilevel.outcome import Adapted, Status, code_if, worst
 from bilevel.problem import Problem
@@ -83,7 +83,7 @@ def adapt(
     calls = spans.Calls()
     with prepared(), spans.listen(calls):
         found = estimator.estimate(instance, None)
-    own = Owned([*tree.tensors(instance.outer), *tree.tensors(instance.inner)])
+    own = Owned([*tree.tensors(instance.outer), *tree.tensors(instance.inner), *given_in(batches)])
     sound = tree.finite([found.inner_loss, found.outer_loss])
     return Adapted(
         inner=own.tree(found.inner),

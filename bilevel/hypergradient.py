@@ -78,7 +78,7 @@ def hypergradient(
             stacklevel=2,
         )
     xs = tree.tensors(instance.outer)
-    own = Owned([*xs, *tree.tensors(instance.inner)])
+    own = Owned([*xs, *tree.tensors(instance.inner), *given_in(batches)])
     grad = own.leaves([leaf.detach() for leaf in autodiff.filled(estimate.grad, xs)])
     sound = tree.finite([*grad, estimate.outer_loss, estimate.inner_loss])
     return Hypergradient(
@@ -108,6 +108,12 @@ def prepared() -> Iterator[None]:
         torch.set_autocast_cache_enabled(cached)
 
 
+def given_in(batches: Batches) -> list[Tensor]:
+    """The tensors of the batches that are at hand (those of a PerStep are made when asked for)."""
+    inner = [] if isinstance(batches.inner, PerStep) else tree.tensors(batches.inner)
+    return [*inner, *tree.tensors(batches.outer)]
+
+
 class Owned:
     """Tensors that may be changed in place: no result shares memory with an argument or with another result.
 
@@ -120,6 +126,7 @@ class Owned:
 
     def tensor(self, leaf: Tensor) -> Tensor:
         """The tensor, or a copy."""
+        leaf = leaf.detach()
         shared = leaf.untyped_storage()._cdata in self._seen or not leaf.is_contiguous()
         owned = leaf.clone(memory_format=torch.contiguous_format) if shared else leaf
         self._seen.add(owned.untyped_storage()._cdata)

@@ -39,4 +39,6 @@ def estimated(estimator: Estimator, instance: Instance, carried: Any) -> Estimat
     missed = frozenset(i for i, leaf in enumerate(found.grad) if leaf is None) - found.unused
     if missed:
         paths.check_unreached(estimator, instance, missed)
-    return dataclasses.replace(found, unused=found.unused | missed)
+    # (Without a step nothing is known of what the steps would have used.)
+    stood_still = found.stats.get("inner_steps") == 0
+    return found if stood_still else dataclasses.replace(found, unused=found.unused | missed)
