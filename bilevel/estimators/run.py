@@ -40,5 +40,5 @@ def estimated(estimator: Estimator, instance: Instance, carried: Any) -> Estimat
     if missed:
         paths.check_unreached(estimator, instance, missed)
     # (Without a step nothing is known of what the steps would have used.)
-    stood_still = found.stats.get("inner_steps") == 0
+    stood_still = found.stats.get("inner_steps") == 0 and not instance.solver.fixed
     return found if stood_still else dataclasses.replace(found, unused=found.unused | missed)

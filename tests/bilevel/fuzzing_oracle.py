@@ -176,7 +176,7 @@ def corrected(
     for weight in (nu, -nu) if scheme == "symmetric" else (0.0, nu):
         run = descend(task, task.xs, steps, rounding, nu=weight, tol=tol)
         xs = attached(task.xs)
-        at = task.curvature if task.curvature is not None else task.batch(max(steps - 1, 0))
+        at = task.batch(max(steps - 1, 0))  # it differentiates the loss that it perturbed, at no other batch
         g_x = grads(task.g(run.ys, xs, at, task.program.embed(xs, at)), list(xs.values()))
         f_x = grads(task.f(run.ys, xs), list(xs.values()))
         sides.append((run, [None if d is None else rounding(d) for d in g_x], f_x))
