@@ -4,13 +4,17 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: report test check format lint types docs setup clean
+.PHONY: report test examples check format lint types docs setup clean
 
 report: setup
 	$(BIN)/bilevel compare hypercleaning fewshot --out report
 
 test: setup
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
+
+# All example scripts, small. A part of `make test` and `make check`.
+examples: setup
+	$(BIN)/python -m pytest -q -n auto --dist worksteal tests/test_examples.py
 
 check: setup
 	$(BIN)/ruff format --check .

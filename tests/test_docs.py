@@ -1,5 +1,4 @@
-"""The documentation runs: every Python block of every page, in order, with the output it shows; and every example
-script.
+"""The documentation runs: every Python block of every page, in order, with the output it shows.
 
 A ```python block is executed in its page's namespace. A ```text block right after it is what it prints ("..." stands
 for anything).
@@ -11,19 +10,15 @@ import io
 import itertools
 import pathlib
 import re
-import runpy
-import sys
 
 import bilevel_profiling
 import pytest
 import torch
-from bilevel_profiling.cases import case_file
 
 import bilevel as bl
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if "_build" not in path.parts]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -79,34 +74,6 @@ def test_every_status_is_explained():
     text = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
     for status in bl.Status:
         assert f"| `{status.name}` | {'yes' if status.failed else 'no'} |" in text
-
-
-@pytest.mark.parametrize("script", EXAMPLES, ids=name)
-def test_an_example_runs(script, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BILEVEL_EXAMPLE_SMALL", "1")
-    monkeypatch.setenv("BILEVEL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys, "argv", [str(script)])
-    runpy.run_path(str(script), run_name="__main__")
-    assert capsys.readouterr().out.strip() or script.name == "my_cases.py"
-
-
-def test_the_example_case_file_is_usable(monkeypatch):
-    pytest.importorskip("sklearn")
-    monkeypatch.setenv("BILEVEL_EXAMPLE_SMALL", "1")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    definition = case_file.load(str(ROOT / "examples" / "my_cases.py"))
-    solver = bl.Descent(definition.optimizer, definition.inner_steps[0])
-    estimator = definition.estimators["implicit CG"]
-    record = bilevel_profiling.measure(
-        bilevel_profiling.Case(definition.setup, solver=solver, estimator=estimator, solution=definition.solution),
-        repeats=1,
-    )
-    assert not bl.Status[record.status].failed
-    assert record.solution_relative_error is not None
-    assert set(definition.evaluate(definition.setup("cpu")[1], "cpu")) == {"test_loss", "test_accuracy"}
 
 
 def test_the_citation_names_this_version():

@@ -81,6 +81,7 @@ LIBRARY = House(
         {"tasks", "hypergradient"},
         {"iterate", "adapt"},
         {"data"},
+        {"meta"},
         {"problems", "testing", "integrations"},
         {"__init__"},
     ),

@@ -1,0 +1,1 @@
+"""Meta-learning: what adapts, from where, how, how the outer gradient is estimated, and how x moves."""
