@@ -18,7 +18,8 @@ import torch
 import bilevel as bl
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if "_build" not in path.parts]
+MADE = {"_build", "made"}  # what sphinx and scripts write
+PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if MADE.isdisjoint(path.parts)]
 BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
