@@ -101,7 +101,7 @@ class Learner:
     solver: InnerSolver | None = None
     rates: Rates | None = None
     estimator: Estimator = dataclasses.field(default_factory=Unrolled)
-    optimizer: Optimizing = functools.partial(torch.optim.Adam, lr=1e-3)
+    optimizer: Optimizing = dataclasses.field(default=functools.partial(torch.optim.Adam, lr=1e-3))
     weights: Any = None
     chunk: int | None = None
     reuse_features: bool = True

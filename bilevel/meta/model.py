@@ -2,8 +2,8 @@
 
 | | y | x["parameters"] |
 | --- | --- | --- |
-| `InParameters` | the parameters that adapt, by name | all that require grad; without those of a start that is not learned |
-| `InFunctionSpace` | what a head fits: coefficients, points | all that require grad; x["head"]: the head's own variables |
+| `InParameters` | the parameters that adapt, by name | all that require grad, without those of a fixed start |
+| `InFunctionSpace` | what a head fits: coefficients, points | all that require grad; x["head"]: its own variables |
 """
 
 import abc
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from bilevel.functional import Trainable, functional
 from bilevel.meta.head import Head
 from bilevel.meta.start import Start
-from bilevel.space import tree
 from bilevel.space.tree import Tree
 
 Loss = Callable[[Any, Any], Tensor]
@@ -78,8 +77,8 @@ class InParameters(Model):
             )
         if adapts is not True and len(chosen) == len(everything):
             raise ValueError(
-                f"Learner was given adapts={adapts!r}, which matches every parameter of the module, {list(everything)}, "
-                f"as no mask would. Write adapts=True if that is meant"
+                f"Learner was given adapts={adapts!r}, which matches every parameter of the module, "
+                f"{list(everything)}, as no mask would. Write adapts=True if that is meant"
             )
         _, free = functional(module, requires_grad=False)
         self._module, self._start, self._adapts = module, start, tuple(chosen)
