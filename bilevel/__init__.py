@@ -30,6 +30,7 @@ from bilevel.optim import SGD as SGD
 from bilevel.optim import Adam as Adam
 from bilevel.optim import AdamW as AdamW
 from bilevel.optim import Optimizer as Optimizer
+from bilevel.optim import Scheduled as Scheduled
 from bilevel.outcome import Adapted as Adapted
 from bilevel.outcome import BilevelError as BilevelError
 from bilevel.outcome import Hypergradient as Hypergradient
