@@ -46,8 +46,14 @@ def jacobian(function: Callable[[Tree], Tensor], at: Tree) -> tuple[Tensor, Tree
 
 
 def gradient(function: Callable[[Tree], Tensor], at: Tree) -> tuple[Tensor, Tree]:
-    """f(at), 0-dim, and its gradient. Cost: 1 gradient."""
+    """f(at), 0-dim, and its gradient. Cost: 1 gradient.
+
+    Raises:
+        ValueError: f(at) is not 0-dim.
+    """
     value, pull = pullback(function, at)
+    if value.dim():
+        raise ValueError(f"a loss has the shape {tuple(value.shape)}; a 0-dim tensor was needed")
     return value, pull(torch.ones_like(value))
 
 
@@ -96,7 +102,8 @@ def _batch_norm(
         if running_mean is not None:  # it writes its statistics; `functional` refuses such layers
             return F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
         return _affine(_standardized(input, [0, *range(2, input.dim())], eps), weight, bias, shape)
-    assert running_mean is not None and running_var is not None
+    assert running_mean is not None
+    assert running_var is not None
     fixed = (input - running_mean.reshape(shape)) * (running_var + eps).rsqrt().reshape(shape)
     return _affine(fixed, weight, bias, shape)
 

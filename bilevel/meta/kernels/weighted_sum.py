@@ -69,9 +69,7 @@ class Sum(Kernel):
         return torch.stack([_for_every_output(gram, size) for gram in grams]).sum(0)
 
     def carry(self, support: Embedded, coefficients: Tensor, variables: Variables) -> Tree:
-        return [
-            kernel.carry(support, coefficients, part(variables, str(i))) for i, kernel in enumerate(self.kernels)
-        ]
+        return [kernel.carry(support, coefficients, part(variables, str(i))) for i, kernel in enumerate(self.kernels)]
 
     def evaluate(self, carried: Tree, query: Embedded, variables: Variables) -> Tensor:
         values = [
