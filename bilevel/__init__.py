@@ -42,6 +42,9 @@ from bilevel.outer import ClippedSGD as ClippedSGD
 from bilevel.outer import NormalizedSGD as NormalizedSGD
 from bilevel.problem import Problem as Problem
 from bilevel.problem import proximal as proximal
+from bilevel.tasks import GivenWeights as GivenWeights
+from bilevel.tasks import GradientSimilarity as GradientSimilarity
 from bilevel.tasks import TaskMean as TaskMean
+from bilevel.tasks import TaskWeights as TaskWeights
 
 __version__ = "0.1.0"
