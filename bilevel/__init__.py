@@ -25,6 +25,7 @@ from bilevel.linear import CG as CG
 from bilevel.linear import Dense as Dense
 from bilevel.linear import LinearSolver as LinearSolver
 from bilevel.linear import Neumann as Neumann
+from bilevel.meta import Learner as Learner
 from bilevel.optim import SGD as SGD
 from bilevel.optim import Adam as Adam
 from bilevel.optim import AdamW as AdamW
