@@ -59,4 +59,4 @@ class OptimisticSGD(Elementwise):
             change = change + hint
         elif last is not None:
             del memory["hint"]
-        x.sub_(group["lr"] * (change if last is None else change - last))
+        x.add_(change if last is None else change - last, alpha=-group["lr"])
