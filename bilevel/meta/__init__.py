@@ -20,3 +20,7 @@ from bilevel.meta.reptile import Reptile as Reptile
 from bilevel.meta.start import Fixed as Fixed
 from bilevel.meta.start import Shared as Shared
 from bilevel.meta.start import Start as Start
+from bilevel.meta.update_rule import RuleStep as RuleStep
+from bilevel.meta.update_rule import Seen as Seen
+from bilevel.meta.update_rule import last_gradient as last_gradient
+from bilevel.meta.update_rule import learned_updates as learned_updates
