@@ -75,7 +75,7 @@ LIBRARY = House(
         {"engine.oracles"},
         {"estimators.state"},
         {"estimators.base"},
-        {"estimators.paths", "estimators.admission", "estimators.reverse.growth"},
+        {"estimators.paths", "estimators.admission", "estimators.reverse.growth", "estimators.penalty.perturbation"},
         {"estimators.run", "estimators.reverse.tape", "estimators.reverse.checkpoints"},
         {"estimators"},
         {"tasks", "hypergradient"},
