@@ -14,6 +14,8 @@ from bilevel.estimators import Implicit as Implicit
 from bilevel.estimators import MemoryReduced as MemoryReduced
 from bilevel.estimators import Path as Path
 from bilevel.estimators import Unrolled as Unrolled
+from bilevel.estimators import best_nu as best_nu
+from bilevel.estimators import calibrated_nu as calibrated_nu
 from bilevel.functional import functional as functional
 from bilevel.hypergradient import hypergradient as hypergradient
 from bilevel.hypergradient import set_grad as set_grad

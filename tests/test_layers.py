@@ -76,7 +76,14 @@ LIBRARY = House(
         {"engine.oracles"},
         {"estimators.state"},
         {"estimators.base"},
-        {"estimators.paths", "estimators.admission", "estimators.reverse.growth", "estimators.reverse.terms", "estimators.bootstrapped.base"},
+        {
+            "estimators.paths",
+            "estimators.admission",
+            "estimators.reverse.growth",
+            "estimators.reverse.terms",
+            "estimators.bootstrapped.base",
+            "estimators.penalty.perturbation",
+        },
         {
             "estimators.run",
             "estimators.reverse.tape",
