@@ -26,6 +26,8 @@ def check(estimator: Estimator, instance: Instance) -> None:
     Raises:
         ValueError: it moves y where its stationarity() is zero, or it mixes tasks.
     """
+    if estimator.delegates:
+        return  # (the functions of one task cannot be called on a batch of many)
     dynamics = instance.solver.dynamics
     update = dynamics.update
     if update is not None and type(update).__module__.startswith("bilevel.") and not _wraps(update):
