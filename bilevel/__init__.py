@@ -25,10 +25,12 @@ from bilevel.linear import CG as CG
 from bilevel.linear import Dense as Dense
 from bilevel.linear import LinearSolver as LinearSolver
 from bilevel.linear import Neumann as Neumann
+from bilevel.meta import Learner as Learner
 from bilevel.optim import SGD as SGD
 from bilevel.optim import Adam as Adam
 from bilevel.optim import AdamW as AdamW
 from bilevel.optim import Optimizer as Optimizer
+from bilevel.optim import Scheduled as Scheduled
 from bilevel.outcome import Adapted as Adapted
 from bilevel.outcome import BilevelError as BilevelError
 from bilevel.outcome import Hypergradient as Hypergradient

@@ -15,7 +15,7 @@ from torch import Tensor
 from bilevel.batches import Batches, PerStep
 from bilevel.engine.replay import State
 from bilevel.estimators.base import Estimator, Instance, Path
-from bilevel.optim.base import Optimizer
+from bilevel.optim.base import Optimizer, held
 from bilevel.space import tree
 from bilevel.space.tree import Tree
 
@@ -46,9 +46,12 @@ def check(estimator: Estimator, instance: Instance) -> None:
             _, gradient = oracles.engine.gradient(oracles.inner, y, oracles.x, oracles.embedding(0).value)
         with torch.no_grad():
             g = tree.like(y, gradient)
-            _check_purity(update, g, y, oracles.x)
-            if Path.HYPERPARAMETER not in estimator.sees:
-                _check_rest(update, g, _elsewhere(y), oracles.x)
+            # A schedule of ours makes its first step with one of those that it holds; what a user's does with them is
+            # not known.
+            for each in (update, *(held(update) if type(update).__module__.startswith("bilevel.") else ())):
+                _check_purity(each, g, y, oracles.x)
+                if Path.HYPERPARAMETER not in estimator.sees:
+                    _check_rest(each, g, _elsewhere(y), oracles.x)
     if instance.tasks is not None and instance.tasks > 1:
         _check_tasks(instance, before)
     generators.set(before)
@@ -57,10 +60,7 @@ def check(estimator: Estimator, instance: Instance) -> None:
 
 def _wraps(update: Optimizer) -> bool:
     """Whether an optimizer of the library holds one that is not."""
-    return any(
-        isinstance(value, Optimizer) and not type(value).__module__.startswith("bilevel.")
-        for value in vars(update).values()
-    )
+    return any(not type(each).__module__.startswith("bilevel.") for each in held(update))
 
 
 def _check_purity(update: Optimizer, gradient: Tree, y: Tree, x: Tree) -> None:

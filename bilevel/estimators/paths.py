@@ -21,7 +21,7 @@ from bilevel.engine import autodiff
 from bilevel.engine.oracles import Oracles
 from bilevel.engine.point import At
 from bilevel.estimators.base import Estimator, Instance, Path
-from bilevel.optim.base import Optimizer
+from bilevel.optim.base import Optimizer, held
 from bilevel.outcome import NotTwiceDifferentiableError
 from bilevel.space import tree
 from bilevel.space.tree import Tree
@@ -65,13 +65,14 @@ def check(estimator: Estimator, instance: Instance) -> None:
 def _impossible(instance: Instance) -> frozenset[Path]:
     """Paths that need not be looked for: no init, no hyper-parameter that is a function of x."""
     update = instance.solver.dynamics.update
-    constant = update is not None and _ours(update) and not any(map(callable, tree.flatten(vars(update))[0]))
+    constant = _ours(update) and not any(map(callable, tree.flatten(vars(update))[0]))
     without_init = frozenset() if instance.problem.init else frozenset({Path.START})
     return without_init | (frozenset({Path.HYPERPARAMETER, Path.STATIONARITY}) if constant else frozenset())
 
 
 def _ours(update: Optimizer | None) -> bool:
-    return update is not None and type(update).__module__.startswith("bilevel.optim")
+    """Whether it is one of the library that holds no other: a schedule acts by others, and at any step."""
+    return update is not None and type(update).__module__.startswith("bilevel.optim") and not held(update)
 
 
 def check_unreached(estimator: Estimator, instance: Instance, missed: frozenset[int]) -> None:
