@@ -50,14 +50,7 @@ class Along:
         """
         with torch.enable_grad(), spans.span(spans.HVP):
             y = tree.tree_map(lambda leaf: leaf if self._graph and leaf.requires_grad else _leaf(leaf), inner)
-            found = tree.flatten(self._evaluation.mapped(function, (y,), self._outer, batch))[0]
-            for each in found:
-                if not isinstance(each, Tensor) or not each.is_floating_point():
-                    given = each.dtype if isinstance(each, Tensor) else type(each).__name__
-                    raise TypeError(
-                        f"{_name(function)} returned {given}; floating tensors were needed, whose change along a "
-                        f"direction can be taken"
-                    )
+            found = tree.tensors(self._evaluation.mapped(_floating(function), (y,), self._outer, batch))
             weights = [torch.zeros_like(each).requires_grad_() for each in found]
             pulled = autodiff.grad(found, tree.tensors(y), weights, create_graph=True)
             if all(leaf is None for leaf in pulled):
@@ -77,6 +70,23 @@ class Along:
 
 def _leaf(leaf: Any) -> Any:
     return leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _floating(function: Callable[..., Any]) -> Callable[..., list[Tensor]]:
+    """The same, as a list of floating tensors."""
+
+    def checked(*arguments: Any) -> list[Tensor]:
+        found = tree.flatten(function(*arguments))[0]
+        for each in found:
+            if not isinstance(each, Tensor) or not each.is_floating_point():
+                given = each.dtype if isinstance(each, Tensor) else type(each).__name__
+                raise TypeError(
+                    f"{_name(function)} returned {given}; floating tensors were needed, whose change along a direction "
+                    f"can be taken"
+                )
+        return found
+
+    return checked
 
 
 def _name(function: Callable[..., Any]) -> str:

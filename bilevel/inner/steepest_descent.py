@@ -87,14 +87,7 @@ class SteepestDescent(Dynamics):
         bend = at.space.dot(pushed, pushed)
         if self.curvature is not None:
             filled = [torch.zeros_like(y) if d is None else d for y, d in zip(tree.tensors(inner), given, strict=True)]
-            more = at.apply(self.curvature, inner, tree.like(inner, filled))
-            if not isinstance(more, Tensor) or more.shape != slope.shape:
-                shape = tuple(more.shape) if isinstance(more, Tensor) else type(more).__name__
-                raise TypeError(
-                    f"SteepestDescent's curvature returned {shape} for all tasks; one number per task (a "
-                    f"0-dim tensor each) was needed"
-                )
-            bend = bend + more
+            bend = bend + at.apply(_scalar(self.curvature), inner, tree.like(inner, filled))
         total = bend.clamp_min(self.floor) + self.damping * slope
         # (Two wheres: a division by zero in the branch not taken would make its derivative NaN.)
         sound = total > 0
@@ -107,6 +100,19 @@ class SteepestDescent(Dynamics):
 
     def stationarity(self, inner: Tree, outer: Tree, at: Point) -> Tree | None:
         return at.gradient(inner)
+
+
+def _scalar(curvature: Callable[..., Any]) -> Callable[..., Tensor]:
+    """The same, whose result for one task is looked at."""
+
+    def checked(*arguments: Any) -> Tensor:
+        found = curvature(*arguments)
+        if not isinstance(found, Tensor) or found.dim():
+            given = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise TypeError(f"SteepestDescent's curvature returned {given} for one task; a 0-dim tensor was needed")
+        return found
+
+    return checked
 
 
 def half_square(residuals: Callable[[Tree, Tree, Any], Tree]) -> Callable[[Tree, Tree, Any], Tensor]:
