@@ -21,7 +21,6 @@ from torch import Tensor
 
 from bilevel.batches import Batches, PerStep
 from bilevel.engine import autodiff, spans, twice
-from bilevel.engine.along import Along
 from bilevel.engine.base import Engine
 from bilevel.engine.cotangents import Cotangents, floating
 from bilevel.engine.eager import Eager
@@ -145,15 +144,13 @@ class Oracles:
 
     def point(self, step: int) -> At:
         """The inner problem of a step, for steps without a graph."""
-        return At(step, self.embedding(step).value, self._gradient, self.inner_value, self.along(graph=False))
-
-    def along(self, *, graph: bool) -> Along:
-        """Functions of the dynamics' own at x."""
-        return Along(self.evaluation, self.attached if graph else self.x, graph=graph)
+        return At(step, self.embedding(step).value, self._gradient, self.inner_value, self.source.along(graph=False))
 
     def differentiable_point(self, step: int, embedded: Any) -> At:
         """The inner problem of a step on an embedded batch, for steps with a graph."""
-        return At(step, embedded, self.differentiable_gradient, self.differentiable_value, self.along(graph=True))
+        return At(
+            step, embedded, self.differentiable_gradient, self.differentiable_value, self.source.along(graph=True)
+        )
 
     def begin_vjp(self, cotangents: Cotangents) -> PartialLeaves:
         """Pull cotangents of the first state back to x, and add what reaches y_0 to those of y_0."""
@@ -308,8 +305,7 @@ class Oracles:
         self, inner: Tree, state: Any, step: int, embedding: Embedding, cotangents: Cotangents, *, to_inner: bool
     ) -> tuple[Cotangents, PartialLeaves, PartialLeaves]:
         y, s, xs = tree.attach(inner), tree.attach(state), tree.tensors(self.attached)
-        at = self.differentiable_point(step, embedding.value)
-        stepped, state = self.dynamics.step(y, s, self.attached, at)
+        stepped, state = self.dynamics.step(y, s, self.attached, self.differentiable_point(step, embedding.value))
         moved = tree.ordered(stepped, y), state
         with spans.span(spans.HVP):
             outputs, weights = cotangents.take(*moved)

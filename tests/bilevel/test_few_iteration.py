@@ -278,7 +278,7 @@ def test_an_estimator_that_perturbs_the_loss_refuses_it():
 
 
 def test_a_dynamics_of_the_users_own_is_admitted_task_by_task():
-    """TaskMean called init and losses with the batches of all tasks at once, to look at a dynamics that is no optimizer;
+    """TaskMean called init and losses with the batches of all tasks, to look at a dynamics that is no optimizer;
     functions that look at shapes failed there."""
 
     @dataclasses.dataclass(frozen=True)
