@@ -67,3 +67,7 @@ class Embedding:
         outputs = [leaf for leaf in tree.tensors(self.again()) if leaf.is_floating_point()]
         pairs = [(z, w) for z, w in zip(outputs, cotangents, strict=True) if w is not None]
         return autodiff.grad([z for z, _ in pairs], xs, [w for _, w in pairs])
+
+
+class Unset:
+    """In the place of an embedding that is shared, before it is made."""

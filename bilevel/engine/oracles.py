@@ -24,7 +24,7 @@ from bilevel.engine import autodiff, spans, twice
 from bilevel.engine.base import Engine
 from bilevel.engine.cotangents import Cotangents, floating
 from bilevel.engine.eager import Eager
-from bilevel.engine.embedding import Embedding, Source
+from bilevel.engine.embedding import Embedding, Source, Unset
 from bilevel.engine.evaluation import Evaluation
 from bilevel.engine.linearization import Linearization
 from bilevel.engine.point import At
@@ -69,7 +69,7 @@ class Oracles:
         # (What an embedding holds must not hold the embedding: a cycle would keep every call's tensors until a
         # collection.)
         self.source = Source(self.evaluation, self.generators, self.x, self.attached)
-        self._shared: Any = None if isinstance(batches.inner, PerStep) else _Unset
+        self._shared: Any = None if isinstance(batches.inner, PerStep) else Unset
         self._start: Tree | None = inner
         self._before_start: State | None = None
 
@@ -119,11 +119,11 @@ class Oracles:
 
     def embedding(self, step: int) -> Embedding:
         """The embedded inner batch of a step: made once when every step sees the same batch."""
-        if self._shared is None:
-            return Embedding(self.source, self.batches.inner_at(step))
-        if self._shared is _Unset:
-            self._shared = Embedding(self.source, self.batches.inner_at(step))
-        return self._shared
+        if isinstance(self._shared, Embedding):
+            return self._shared
+        made = Embedding(self.source, self.batches.inner_at(step))
+        self._shared = made if self._shared is Unset else None
+        return made
 
     def differentiable_embedding(self, step: int) -> Any:
         """The embedded inner batch of a step with its graph in the attached x; shared likewise."""
@@ -132,7 +132,7 @@ class Oracles:
             return self._shared.again()
         before = self.generators.peek() if self.problem.features is not None else None
         value = self.evaluation.embed(self.attached, batch)
-        if self._shared is _Unset:
+        if self._shared is Unset:
             self._shared = Embedding(self.source, batch, made=(before, tree.detach(value)))
         return value
 
@@ -399,7 +399,3 @@ class Oracles:
             Cotangents.of(y, s, back) if to_inner else Cotangents([], None),
             pulled[len(given) + len(start) :],
         )
-
-
-class _Unset:
-    """The shared embedding before it is made."""
