@@ -66,8 +66,7 @@ class Oracles:
         self.x, self.attached = tree.detach(outer), tree.attach(outer)
         self.evaluation, self.engine = Evaluation(problem, tasks), engine or Eager()
         self.generators = Generators(tree.tensors(outer)[0].device)
-        # (What an embedding holds must not hold the embedding: a cycle would keep every call's tensors until a
-        # collection.)
+        # (It must not hold an embedding: such a cycle would keep every call's tensors until a collection.)
         self.source = Source(self.evaluation, self.generators, self.x, self.attached)
         self._shared: Any = None if isinstance(batches.inner, PerStep) else Unset
         self._start: Tree | None = inner
