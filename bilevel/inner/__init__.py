@@ -6,3 +6,5 @@ from bilevel.inner.descent import Descent as Descent
 from bilevel.inner.dynamics import Dynamics as Dynamics
 from bilevel.inner.dynamics import Point as Point
 from bilevel.inner.gradient import GradientDynamics as GradientDynamics
+from bilevel.inner.steepest_descent import SteepestDescent as SteepestDescent
+from bilevel.inner.steepest_descent import half_square as half_square
