@@ -68,7 +68,7 @@ LIBRARY = House(
         {"outcome", "batches"},
         {"engine.autodiff", "engine.base", "engine.cotangents", "problem", "functional"},
         {"optim", "linear", "outer", "engine.eager", "engine.twice", "engine.evaluation"},
-        {"inner.dynamics", "engine.embedding"},
+        {"inner.dynamics", "engine.embedding", "engine.update"},
         {"inner.gradient", "engine.linearization", "engine.point"},
         {"inner.base"},
         {"inner", "engine.refusals"},

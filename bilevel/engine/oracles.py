@@ -30,6 +30,7 @@ from bilevel.engine.linearization import Linearization
 from bilevel.engine.point import At
 from bilevel.engine.refusals import check_step, restless, used
 from bilevel.engine.replay import Generators, State
+from bilevel.engine.update import update_vjp
 from bilevel.inner.dynamics import Dynamics
 from bilevel.optim.base import Optimizer
 from bilevel.problem import Problem, Pulled, distance
@@ -144,7 +145,11 @@ class Oracles:
 
     def point(self, step: int) -> At:
         """The inner problem of a step, for steps without a graph."""
-        return At(step, self.embedding(step).value, self._gradient, self.inner_value)
+        return At(step, self.embedding(step).value, self._gradient, self.inner_value, self.outer_gradient_in_inner)
+
+    def differentiable_point(self, step: int, embedded: Any) -> At:
+        """The inner problem of a step at an embedded batch, for steps with a graph."""
+        return At(step, embedded, self.differentiable_gradient, self.differentiable_value, self._outer_direction)
 
     def begin_vjp(self, cotangents: Cotangents) -> PartialLeaves:
         """Pull cotangents of the first state back to x, and add what reaches y_0 to those of y_0."""
@@ -241,6 +246,12 @@ class Oracles:
         with spans.span(spans.OUTER_GRADIENT):
             return self.engine.gradient(self.evaluation.outer, inner, self.x, self._outer_batch(graph=False))
 
+    def _outer_direction(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
+        """f and df/dy of arguments as they come, with a graph."""
+        with spans.span(spans.OUTER_GRADIENT):
+            batch = self._outer_batch(graph=True)
+            return self.engine.differentiable_gradient(self.evaluation.outer, inner, self.attached, batch)
+
     def outer_gradient_in_outer(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
         """f and df/dx at a fixed y (None where x does not enter f directly)."""
         return self._in_outer(spans.OUTER_GRADIENT, self.evaluation.outer, inner, self._outer_batch(graph=True))
@@ -264,7 +275,7 @@ class Oracles:
         embedding = Embedding(self.source, self.batches.curvature_at(step)) if apart else self.embedding(step)
 
         def condition(y: Tree, x: Tree, batch: Any) -> tuple[Tensor | None, Tree]:
-            at = At(step, batch, self.differentiable_gradient, self.differentiable_value)
+            at = self.differentiable_point(step, batch)
             value = self.dynamics.stationarity(y, x, at)
             if value is None:
                 raise ValueError(restless(self.dynamics, "an estimator at the solution"))
@@ -299,7 +310,7 @@ class Oracles:
         self, inner: Tree, state: Any, step: int, embedding: Embedding, cotangents: Cotangents, *, to_inner: bool
     ) -> tuple[Cotangents, PartialLeaves, PartialLeaves]:
         y, s, xs = tree.attach(inner), tree.attach(state), tree.tensors(self.attached)
-        at = At(step, embedding.value, self.differentiable_gradient, self.differentiable_value)
+        at = self.differentiable_point(step, embedding.value)
         stepped, state = self.dynamics.step(y, s, self.attached, at)
         moved = tree.ordered(stepped, y), state
         with spans.span(spans.HVP):
@@ -336,8 +347,8 @@ class Oracles:
             wanted = [*(ys if to_inner else ()), *xs, *embedding.leaves]
             if rate is None or any(leaf is None for leaf in gradient):
                 gradient = tuple(None if leaf is None else leaf.detach() for leaf in gradient)
-                weights, direct, to_outer = self._update_vjp(
-                    optimizer, gradient, inner, state, cotangents, to_inner=to_inner
+                weights, direct, to_outer = update_vjp(
+                    optimizer, gradient, inner, state, self.attached, cotangents, to_inner=to_inner
                 )
                 del gradient
                 pairs = [
@@ -366,34 +377,6 @@ class Oracles:
             direct.inner[i] = product if known is None else known if product is None else known + product
         to_outer = tree.accumulate(to_outer, products[count : count + len(xs)])
         return direct if to_inner else Cotangents([], None), to_outer, products[count + len(xs) :]
-
-    def _update_vjp(
-        self,
-        optimizer: Optimizer,
-        gradient: PartialLeaves,
-        inner: Tree,
-        state: Any,
-        cotangents: Cotangents,
-        *,
-        to_inner: bool,
-    ) -> tuple[PartialLeaves, Cotangents, PartialLeaves]:
-        g = [None if leaf is None else leaf.requires_grad_() for leaf in gradient]
-        y, s, xs = tree.attach(inner), tree.attach(state), tree.tensors(self.attached)
-        stepped, state = optimizer.step(tree.like(inner, g), s, y, self.attached)
-        moved = tree.ordered(stepped, y), state
-        del stepped, state
-        outputs, weights = cotangents.take(*moved)
-        del moved
-        given = [leaf for leaf in g if leaf is not None]
-        start = [*tree.tensors(y), *floating(s)] if to_inner else []
-        pulled = autodiff.grad(outputs, [*given, *start, *xs], weights)
-        in_gradient = iter(pulled[: len(given)])
-        back = pulled[len(given) : len(given) + len(start)]
-        return (
-            tuple(None if leaf is None else next(in_gradient) for leaf in g),
-            Cotangents.of(y, s, back) if to_inner else Cotangents([], None),
-            pulled[len(given) + len(start) :],
-        )
 
 
 class _Unset:

@@ -18,6 +18,7 @@ class At:
         batch: as the losses receive it.
         gradient: (inner, batch) -> the loss and dg/dy, with a graph or without.
         value: (inner, batch) -> the loss likewise.
+        outer: inner -> the outer loss and df/dy likewise; None where an estimator moves y by g alone.
     """
 
     def __init__(
@@ -26,10 +27,11 @@ class At:
         batch: Any,
         gradient: Callable[[Tree, Any], tuple[Tensor, PartialLeaves]],
         value: Callable[[Tree, Any], Tensor],
+        outer: Callable[[Tree], tuple[Tensor, PartialLeaves]] | None = None,
     ) -> None:
         self.step, self.batch = step, batch
         self.loss: Tensor | None = None
-        self._gradient, self._value = gradient, value
+        self._gradient, self._value, self._outer = gradient, value, outer
         self._last: tuple[Tree, Tree] | None = None
 
     def gradient(self, inner: Tree) -> Tree:
@@ -47,3 +49,17 @@ class At:
         """The inner loss at `inner`."""
         with torch.enable_grad():
             return self._value(inner, self.batch)
+
+    def outer_gradient(self, inner: Tree) -> Tree:
+        """df/dy at `inner`.
+
+        Raises:
+            ValueError: the estimator moves y by g alone.
+        """
+        if self._outer is None:
+            raise ValueError(
+                "the inner dynamics asks for the gradient of the outer loss, and this estimator perturbs the inner "
+                "loss alone. Use Unrolled()"
+            )
+        with torch.enable_grad():
+            return tree.like(inner, self._outer(inner)[1])

@@ -221,14 +221,14 @@ def _through_steps(oracles: Oracles, y: Tree, embedded: Any, xs: Sequence[Tensor
     state = oracles.dynamics.init(moved, oracles.attached)
     outputs: list[Tensor] = []
     for step in range(steps):
-        at = At(step, embedded, _constant, oracles.differentiable_value)
+        at = At(step, embedded, _constant, oracles.differentiable_value, lambda inner: _constant(inner, None))
         moved, state = oracles.dynamics.step(moved, state, oracles.attached, at)
         outputs += tree.tensors(moved)
     return _reached(outputs, xs)
 
 
 def _through_stationarity(oracles: Oracles, y: Tree, embedded: Any, xs: Sequence[Tensor]) -> frozenset[int]:
-    at = At(0, embedded, _constant, oracles.differentiable_value)
+    at = At(0, embedded, _constant, oracles.differentiable_value, lambda inner: _constant(inner, None))
     condition = oracles.dynamics.stationarity(y, oracles.attached, at)
     return frozenset() if condition is None else _reached(tree.tensors(condition), xs)
 

@@ -34,6 +34,9 @@ class Point(Protocol):
     def value(self, inner: Tree) -> Tensor:
         """The inner loss at `inner`: 0-dim, or of shape (tasks,). Differentiable likewise."""
 
+    def outer_gradient(self, inner: Tree) -> Tree:
+        """df/dy at `inner` on the outer batch; None for tensors that f does not use. Differentiable likewise."""
+
 
 class Dynamics(Strategy):
     """How the inner variable moves. A frozen dataclass with `step`, and with `stationarity` where there is one.
