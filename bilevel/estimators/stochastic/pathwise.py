@@ -51,7 +51,8 @@ class Pathwise(Estimator):
             samples of this chain. "decay" and "identity" are of first order in memory and biased.
         gamma: of "decay", above 0 and at most 1: how much of r is kept by a step.
         window: steps after which an increment of r is forgotten; None for never.
-        burn_in: steps before the first sample.
+        burn_in: steps before the first sample. The recursion begins at zero in every call: some 2 / (eps a) steps, for
+            a curvature a, let it build up, also where the chain goes on from the last call.
         thinning: steps from one sample to the next; K = burn_in + thinning * samples.
 
     Stats: `samples`; `outer_loss_std`, the standard deviation of f over them, per task.
@@ -182,16 +183,15 @@ class Pathwise(Estimator):
 
         c_i = sum over samples k > i of gamma^(k - 1 - i), without those more than `window` steps later.
         """
-        gamma = 1.0 if self.gamma is None else float(self.gamma)
-        weights = [0.0] * (steps + 1)
-        for step in reversed(range(steps)):
-            weights[step] = (1.0 if step + 1 in kept else 0.0) + gamma * weights[step + 1]
-        if self.window is not None:
-            late = [weights[min(step + self.window, steps)] for step in range(steps + 1)]
-            # (Not by subtraction: what is small beside what was subtracted would be rounding.)
-            weights = [weight - gamma**self.window * after for weight, after in zip(weights, late, strict=True)]
-            last = max(kept)
-            weights = [0.0 if step >= last else weight for step, weight in enumerate(weights)]
+        gamma, weights = 1.0 if self.gamma is None else float(self.gamma), [0.0] * (steps + 1)
+        if self.window is None:
+            for step in reversed(range(steps)):
+                weights[step] = (1.0 if step + 1 in kept else 0.0) + gamma * weights[step + 1]
+        else:
+            powers = [gamma**age for age in range(min(self.window, steps))]
+            for sample in kept:
+                for age in range(min(self.window, sample)):
+                    weights[sample - 1 - age] += powers[age]
         return [weight / len(kept) for weight in weights[:steps]]
 
 
