@@ -143,12 +143,24 @@ class Oracles:
 
     def point(self, step: int) -> At:
         """The inner problem of a step, for steps without a graph."""
-        return At(step, self.embedding(step).value, self._gradient, self.inner_value, self.source.along(graph=False))
+        return At(
+            step,
+            self.embedding(step).value,
+            self._gradient,
+            self.inner_value,
+            self.source.along(graph=False),
+            self.outer_gradient_in_inner,
+        )
 
     def differentiable_point(self, step: int, embedded: Any) -> At:
         """The inner problem of a step on an embedded batch, for steps with a graph."""
         return At(
-            step, embedded, self.differentiable_gradient, self.differentiable_value, self.source.along(graph=True)
+            step,
+            embedded,
+            self.differentiable_gradient,
+            self.differentiable_value,
+            self.source.along(graph=True),
+            self._outer_direction,
         )
 
     def begin_vjp(self, cotangents: Cotangents) -> PartialLeaves:
@@ -245,6 +257,12 @@ class Oracles:
         """f and df/dy (None for tensors that f does not use)."""
         with spans.span(spans.OUTER_GRADIENT):
             return self.engine.gradient(self.evaluation.outer, inner, self.x, self._outer_batch(graph=False))
+
+    def _outer_direction(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
+        """f and df/dy of arguments as they come, with a graph."""
+        with spans.span(spans.OUTER_GRADIENT):
+            batch = self._outer_batch(graph=True)
+            return self.engine.differentiable_gradient(self.evaluation.outer, inner, self.attached, batch)
 
     def outer_gradient_in_outer(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
         """f and df/dx at a fixed y (None where x does not enter f directly)."""

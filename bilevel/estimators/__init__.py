@@ -1,5 +1,6 @@
 """How the hypergradient is estimated: one estimator a file."""
 
+from bilevel.estimators import stochastic as stochastic
 from bilevel.estimators.base import Estimate as Estimate
 from bilevel.estimators.base import Estimator as Estimator
 from bilevel.estimators.base import Instance as Instance
