@@ -116,6 +116,8 @@ class Episodes(TaskStream):
                 f"Episodes was given data in which {listed(twice)} stands more than once; a task could have the same "
                 f"class under two labels. Merge them, or give them different names"
             )
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"Episodes was given dtype={dtype!r}; a torch.dtype was needed, such as torch.float32")
         if dtype is not None and not dtype.is_floating_point and isinstance(data, ImageSet):
             raise ValueError(f"Episodes was given dtype={dtype}; images in [0, 1] need a floating one")
         self.dtype = dtype

@@ -129,6 +129,10 @@ def test_examples_of_the_wrong_kind():
         ClassSet.of([torch.zeros(2), torch.zeros(3)], labels)
     with pytest.raises(TypeError, match="could not make one tensor of x, a ndarray"):
         ClassSet.of(numpy.array([object(), object()]), labels)
+    with pytest.raises(TypeError, match="it has masked entries"):
+        ClassSet.of(numpy.ma.masked_array([1.0, 2.0], mask=[0, 1]), labels)
+    with pytest.raises(TypeError, match=r"layout torch\.sparse_coo; write x\.to_dense"):
+        ClassSet.of(torch.eye(2).to_sparse(), labels)
     with pytest.raises(TypeError, match=r"ClassSet\.of_dataset\(dataset\)"):
         ClassSet.of(torch.utils.data.TensorDataset(torch.zeros(2)), labels)
     with pytest.raises(TypeError, match=r"examples of type list; a tensor was needed"):
@@ -300,6 +304,10 @@ def test_image_folders_say_what_is_missing(tmp_path):
     whole = (tmp_path / "dog" / "1.png").read_bytes()
     (tmp_path / "cat" / "1.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"cat/1\.jpg could not be read as an image"):
+        image_folder(tmp_path, side=4)
+    (tmp_path / "cat" / "1.jpg").unlink()
+    Image.new("F", (4, 4), 0.5).save(tmp_path / "cat" / "1.tif")
+    with pytest.raises(ValueError, match=r"cat/1\.tif could not be read as an image: its pixels are floating"):
         image_folder(tmp_path, side=4)
     with pytest.raises(ValueError, match="side=0"):
         image_folder(tmp_path, side=0)
@@ -584,3 +592,9 @@ def test_mini_imagenet_pickles_say_what_is_wrong(tmp_path):
         mini_imagenet(tmp_path, "dev")
     with pytest.raises(ValueError, match="side=0"):
         mini_imagenet(tmp_path, side=0)
+
+
+def test_the_random_split_of_vinyals_has_its_sizes():
+    parts = named(*map(str, range(1623))).split((1200 / 1623, 0, 423 / 1623), seed=0)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 1200, "validation": 0, "test": 423}
+    disjoint(parts)

@@ -393,6 +393,8 @@ def test_episodes_say_what_is_lacking():
         Episodes(data, way=2, shot=1, query=1, pool=3)
     with pytest.raises(ValueError, match="images in "):
         Episodes(images([4, 4]), way=2, shot=1, query=1, dtype=torch.uint8)
+    with pytest.raises(TypeError, match=r"dtype='float32'; a torch\.dtype was needed"):
+        Episodes(data, way=2, shot=1, query=1, dtype="float32")
     twins = ImageSet(images([4, 4]).images, (4, 4), ("a", "a"))
     with pytest.raises(ValueError, match="'a' stands more than once; a task could have the same class under two"):
         Episodes(twins, way=2, shot=1, query=1)

@@ -49,6 +49,8 @@ def test_sinusoids_bad_input():
             Sinusoids(**{name: 0})
     with pytest.raises(ValueError, match=r"dtype=torch\.int64; a floating one"):
         Sinusoids(dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"dtype='float32'; a torch\.dtype"):
+        Sinusoids(dtype="float32")
     with pytest.raises(ValueError, match="seed=-3"):
         Sinusoids(seed=-3)
 
