@@ -15,7 +15,8 @@ from torch import Tensor
 from bilevel.batches import Batches, PerStep
 from bilevel.engine.replay import State
 from bilevel.estimators.base import Estimator, Instance, Path
-from bilevel.optim.base import Optimizer
+from bilevel.inner.dynamics import Dynamics
+from bilevel.optim.base import Optimizer, held
 from bilevel.space import tree
 from bilevel.space.tree import Tree
 
@@ -26,10 +27,14 @@ def check(estimator: Estimator, instance: Instance) -> None:
     Raises:
         ValueError: it moves y where its stationarity() is zero, or it mixes tasks.
     """
+    if estimator.delegates:
+        return  # (the functions of one task cannot be called on a batch of many)
     dynamics = instance.solver.dynamics
     update = dynamics.update
-    if update is not None and type(update).__module__.startswith("bilevel.") and not _wraps(update):
+    if type(update or dynamics).__module__.startswith("bilevel.") and not _wraps(update or dynamics):
         return
+    if update is None and type(dynamics).__module__.startswith("bilevel."):
+        return  # the functions that it was given are mapped over tasks, and so cannot mix them
     key = ("admitted", instance.tasks is None, bool(estimator.sees & {Path.STATIONARITY, Path.INNER_LOSS}))
     if any(seen is (update or dynamics) for seen in instance.problem.memo.get(key, ())):
         return
@@ -44,21 +49,21 @@ def check(estimator: Estimator, instance: Instance) -> None:
             _, gradient = oracles.engine.gradient(oracles.inner, y, oracles.x, oracles.embedding(0).value)
         with torch.no_grad():
             g = tree.like(y, gradient)
-            _check_purity(update, g, y, oracles.x)
-            if Path.HYPERPARAMETER not in estimator.sees:
-                _check_rest(update, g, _elsewhere(y), oracles.x)
+            # A schedule of ours makes its first step with one of those that it holds; what a user's does with them is
+            # not known.
+            for each in (update, *(held(update) if type(update).__module__.startswith("bilevel.") else ())):
+                _check_purity(each, g, y, oracles.x)
+                if Path.HYPERPARAMETER not in estimator.sees:
+                    _check_rest(each, g, _elsewhere(y), oracles.x)
     if instance.tasks is not None and instance.tasks > 1:
         _check_tasks(instance, before)
     generators.set(before)
     instance.problem.memo.setdefault(key, []).append(update or dynamics)
 
 
-def _wraps(update: Optimizer) -> bool:
-    """Whether an optimizer of the library holds one that is not."""
-    return any(
-        isinstance(value, Optimizer) and not type(value).__module__.startswith("bilevel.")
-        for value in vars(update).values()
-    )
+def _wraps(update: Optimizer | Dynamics) -> bool:
+    """Whether an optimizer or a dynamics of the library holds an optimizer that is not."""
+    return any(not type(each).__module__.startswith("bilevel.") for each in held(update))
 
 
 def _check_purity(update: Optimizer, gradient: Tree, y: Tree, x: Tree) -> None:
@@ -117,7 +122,7 @@ def _check_tasks(instance: Instance, before: State) -> None:
         instance,
         tasks=None,
         inner=None if instance.inner is None else first(instance.inner),
-        batches=Batches(PerStep(_First(batches, first)), None),
+        batches=Batches(PerStep(_First(batches, first)), first(batches.outer)),
     ).oracles
     ends = []
     for each in (oracles, alone):

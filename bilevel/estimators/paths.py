@@ -21,10 +21,10 @@ from bilevel.engine import autodiff
 from bilevel.engine.oracles import Oracles
 from bilevel.engine.point import At
 from bilevel.estimators.base import Estimator, Instance, Path
-from bilevel.optim.base import Optimizer
+from bilevel.optim.base import Optimizer, held
 from bilevel.outcome import NotTwiceDifferentiableError
 from bilevel.space import tree
-from bilevel.space.tree import Tree
+from bilevel.space.tree import PartialLeaves, Tree
 
 _MANY = 200
 """Steps of a dynamics not our own that are looked at."""
@@ -65,13 +65,14 @@ def check(estimator: Estimator, instance: Instance) -> None:
 def _impossible(instance: Instance) -> frozenset[Path]:
     """Paths that need not be looked for: no init, no hyper-parameter that is a function of x."""
     update = instance.solver.dynamics.update
-    constant = update is not None and _ours(update) and not any(map(callable, tree.flatten(vars(update))[0]))
+    constant = _ours(update) and not any(map(callable, tree.flatten(vars(update))[0]))
     without_init = frozenset() if instance.problem.init else frozenset({Path.START})
     return without_init | (frozenset({Path.HYPERPARAMETER, Path.STATIONARITY}) if constant else frozenset())
 
 
 def _ours(update: Optimizer | None) -> bool:
-    return update is not None and type(update).__module__.startswith("bilevel.optim")
+    """Whether it is one of the library that holds no other: a schedule acts by others, and at any step."""
+    return update is not None and type(update).__module__.startswith("bilevel.optim") and not held(update)
 
 
 def check_unreached(estimator: Estimator, instance: Instance, missed: frozenset[int]) -> None:
@@ -220,14 +221,14 @@ def _through_steps(oracles: Oracles, y: Tree, embedded: Any, xs: Sequence[Tensor
     state = oracles.dynamics.init(moved, oracles.attached)
     outputs: list[Tensor] = []
     for step in range(steps):
-        at = At(step, embedded, _constant, oracles.differentiable_value)
+        at = At(step, embedded, _constant, oracles.differentiable_value, oracles.source.along(graph=True), _no_outer)
         moved, state = oracles.dynamics.step(moved, state, oracles.attached, at)
         outputs += tree.tensors(moved)
     return _reached(outputs, xs)
 
 
 def _through_stationarity(oracles: Oracles, y: Tree, embedded: Any, xs: Sequence[Tensor]) -> frozenset[int]:
-    at = At(0, embedded, _constant, oracles.differentiable_value)
+    at = At(0, embedded, _constant, oracles.differentiable_value, oracles.source.along(graph=True), _no_outer)
     condition = oracles.dynamics.stationarity(y, oracles.attached, at)
     return frozenset() if condition is None else _reached(tree.tensors(condition), xs)
 
@@ -243,3 +244,7 @@ def _reached(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> frozenset[i
     floating = [output for output in outputs if output.is_floating_point()]
     found = autodiff.grad(floating, inputs, [torch.ones_like(output) for output in floating], retain_graph=True)
     return frozenset(i for i, leaf in enumerate(found) if leaf is not None)
+
+
+def _no_outer(inner: Tree) -> tuple[Tensor, PartialLeaves]:
+    return _constant(inner, None)

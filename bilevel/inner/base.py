@@ -53,6 +53,17 @@ class InnerSolver(Strategy):
         return self
 
 
+def check_limit(owner: str, dynamics: Dynamics, steps: int) -> None:
+    """Raise ValueError if the optimizer is made for fewer steps."""
+    limit = None if dynamics.update is None else dynamics.update.step_limit
+    if limit is not None and steps > limit:
+        raise ValueError(
+            f"{owner} was given {steps} steps of a {type(dynamics.update).__name__} that is made for {limit}; one "
+            f"optimizer per step was needed. Give it more, take fewer steps, or write Scheduled(optimizers, "
+            f"hold=True), with which the last one goes on"
+        )
+
+
 def as_dynamics(owner: str, value: object) -> Dynamics:
     """An optimizer as the gradient dynamics, a dynamics as it is.
 

@@ -11,7 +11,7 @@ import dataclasses
 
 from torch import Tensor
 
-from bilevel.inner.base import InnerSolver, as_dynamics
+from bilevel.inner.base import InnerSolver, as_dynamics, check_limit
 from bilevel.inner.dynamics import Dynamics
 from bilevel.optim.base import Optimizer
 
@@ -49,6 +49,7 @@ class Converge(InnerSolver):
             raise ValueError(f"Converge was given tol={self.tol!r}; a positive number was needed")
         if not isinstance(self.max_steps, int) or isinstance(self.max_steps, bool) or self.max_steps < 1:
             raise ValueError(f"Converge was given max_steps={self.max_steps!r}; an integer of at least 1 was needed")
+        check_limit("Converge", self.dynamics, self.max_steps)
 
     @property
     def dynamics(self) -> Dynamics:

@@ -7,7 +7,7 @@
 
 import dataclasses
 
-from bilevel.inner.base import InnerSolver, as_dynamics
+from bilevel.inner.base import InnerSolver, as_dynamics, check_limit
 from bilevel.inner.dynamics import Dynamics
 from bilevel.optim.base import Optimizer
 
@@ -36,6 +36,7 @@ class Descent(InnerSolver):
         as_dynamics("Descent", self.optimizer)
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 0:
             raise ValueError(f"Descent was given steps={self.steps!r}; an integer of at least 0 was needed")
+        check_limit("Descent", self.dynamics, self.steps)
 
     @property
     def dynamics(self) -> Dynamics:

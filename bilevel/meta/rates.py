@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import bilevel.optim as optim
 from bilevel._strategy import Strategy
 from bilevel.inner.base import InnerSolver
 from bilevel.inner.descent import Descent
 from bilevel.optim.base import Optimizer
+from bilevel.optim.scheduled import Scheduled
 from bilevel.space.tree import Tree
 
 _PER = ("element", "tensor", "all")
@@ -92,9 +92,9 @@ class Rates(Strategy):
         """The solver with these rates in place of its own."""
         optimizer = _optimizer(solver)
         if not self.per_step:
-            return dataclasses.replace(solver, optimizer=dataclasses.replace(optimizer, lr=self._at(None)))  # type: ignore[call-arg,type-var]
-        made = [dataclasses.replace(optimizer, lr=self._at(step)) for step in range(solver.max_steps)]  # type: ignore[call-arg,type-var]
-        return dataclasses.replace(solver, optimizer=optim.Scheduled(tuple(made)))  # type: ignore[call-arg,type-var]
+            return _with(solver, optimizer=_with(optimizer, lr=self._at(None)))
+        made = [_with(optimizer, lr=self._at(step)) for step in range(solver.max_steps)]
+        return _with(solver, optimizer=Scheduled(tuple(made)))
 
     def _at(self, step: int | None) -> "_Rate":
         return _Rate(self.per == "all", self.log, step)
@@ -111,8 +111,8 @@ class Rates(Strategy):
         lr: Any = getattr(optimizer, "lr", None)
         if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not lr > 0:
             raise ValueError(
-                f"Rates was used with an inner optimizer whose lr is {lr!r}, which says nothing about where the learned "
-                f"ones start; write Rates(initial=0.1)"
+                f"Rates was used with an inner optimizer whose lr is {lr!r}, which says nothing about where the "
+                f"learned ones start; write Rates(initial=0.1)"
             )
         return float(lr)
 
@@ -134,9 +134,13 @@ class _Rate:
         return rate.exp() if self.log else rate
 
 
+def _with(strategy: Any, **changes: Any) -> Any:
+    return dataclasses.replace(strategy, **changes)
+
+
 def _optimizer(solver: InnerSolver) -> Optimizer:
     optimizer = getattr(solver, "optimizer", None)
-    if not isinstance(optimizer, Optimizer) or "lr" not in {field.name for field in dataclasses.fields(optimizer)}:  # type: ignore[arg-type]
+    if not (isinstance(optimizer, Optimizer) and dataclasses.is_dataclass(optimizer) and hasattr(optimizer, "lr")):
         raise ValueError(
             f"Rates was used with a {type(solver).__name__} of {type(optimizer).__name__}, which has no lr to learn; "
             f"write Descent(SGD(lr=0.1), steps=5)"

@@ -68,6 +68,16 @@ class Optimizer(Strategy):
         """
         return None
 
+    @property
+    def step_limit(self) -> int | None:
+        """The most steps it can make, where it is made for a number of them; None for any number."""
+        return None
+
+
+def held(owner: object) -> list[Optimizer]:
+    """The optimizers that an optimizer or a dynamics holds in its fields."""
+    return [value for value in tree.flatten(getattr(owner, "__dict__", {}))[0] if isinstance(value, Optimizer)]
+
 
 def value_of(hyper: Hyper, outer: Tree) -> Any:
     """The value of a hyper-parameter at `outer`."""
