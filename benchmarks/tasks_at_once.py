@@ -112,8 +112,8 @@ def table(found):
             lines.append(f"| {problem} | {method} | " + " | ".join(cells) + " |")
     where = ", ".join(f"{key} {value}" for key, value in found[0]["environment"].items())
     return "\n".join(lines) + (
-        f"\n\nMade by `python benchmarks/tasks_at_once.py`: time of one hypergradient over {TASKS} tasks as a multiple of "
-        f"the plain loop's (chunk 1), median of {ROUNDS} rounds taken in turns, and peak tensor memory. {where}.\n"
+        f"\n\nMade by `python benchmarks/tasks_at_once.py`: time of one hypergradient over {TASKS} tasks over "
+        f"that of the plain loop (chunk 1), median of {ROUNDS} rounds taken in turns, and peak tensor memory. {where}.\n"
     )
 
 
