@@ -31,7 +31,7 @@ class StepBack:
         dynamics: how y moves.
         attached: x, as graph leaves.
         gradient: (inner, embedded batch) -> g and dg/dy of arguments as they come, with a graph.
-        value: likewise g alone.
+        point: (step, embedded batch) -> the inner problem there, for steps with a graph.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class StepBack:
         dynamics: Dynamics,
         attached: Tree,
         gradient: Callable[[Tree, Any], tuple[Tensor, PartialLeaves]],
-        value: Callable[[Tree, Any], Tensor],
+        point: Callable[[int, Any], At],
     ) -> None:
-        self._dynamics, self._attached, self._gradient, self._value = dynamics, attached, gradient, value
+        self._dynamics, self._attached, self._gradient, self._point = dynamics, attached, gradient, point
 
     def pull(
         self,
@@ -65,8 +65,7 @@ class StepBack:
         self, inner: Tree, state: Any, step: int, embedding: Embedding, cotangents: Cotangents, *, to_inner: bool
     ) -> Pulled:
         y, s, xs = tree.attach(inner), tree.attach(state), tree.tensors(self._attached)
-        at = At(step, embedding.value, self._gradient, self._value)
-        stepped, state = self._dynamics.step(y, s, self._attached, at)
+        stepped, state = self._dynamics.step(y, s, self._attached, self._point(step, embedding.value))
         moved = tree.ordered(stepped, y), state
         with spans.span(spans.HVP):
             outputs, weights = cotangents.take(*moved)

@@ -101,8 +101,7 @@ class _Recorded:
         if self._embedded is None or isinstance(self._oracles.batches.inner, PerStep):
             # In a list, because a batch may be anything, None too.
             self._embedded = [self._oracles.differentiable_embedding(step)]
-        oracles = self._oracles
-        return At(step, self._embedded[0], oracles.differentiable_gradient, oracles.differentiable_value)
+        return self._oracles.differentiable_point(step, self._embedded[0])
 
     def step(self, inner: Tree, state: Any, at: At) -> tuple[Tree, Any]:
         if at.step < self._first:
