@@ -3,9 +3,11 @@
 import dataclasses
 import gc
 
+import bilevel_profiling
 import catalogue
 import pytest
 import torch
+from bilevel_profiling.cases.target import target_of
 from bilevel_profiling.meters.tensors import Tensors
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -399,3 +401,41 @@ def test_growth_figures_agree_where_a_tensor_is_handed_on_by_every_step():
         assert found.status is bl.Status.OK
         figures.append(found.stats["cotangent_growth"].item())
     assert figures == pytest.approx([figures[0]] * 3, rel=1e-9)
+
+
+def case_of(device):
+    g = torch.Generator().manual_seed(0)
+    problem = bl.Problem(
+        lambda y, x, b: ((b @ y - x["targets"]) ** 2).mean() + y.pow(4).sum() / 100,
+        lambda y, x, b: ((y - 1) ** 2).sum(),
+    )
+    rows = torch.randn(2, 8, 300, generator=g) / 20
+    return (
+        problem,
+        {"targets": torch.randn(8, generator=g)},
+        torch.zeros(300),
+        bl.Batches(rows[0], None, curvature=rows[1]),
+    )
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        *(bl.Unrolled(keep, step_weights=(0.1, 0.0, 0.2, 0.3, 0.4)) for keep in KEEPS),
+        *(bl.Unrolled(keep, resampled=True) for keep in ("iterates", "segments")),
+        bl.Unrolled("segments", step_weights=(0.1, 0.0, 0.2, 0.3, 0.4), resampled=True, last=3),
+    ],
+    ids=str,
+)
+def test_forecasts_are_exact_and_no_target_is_claimed(estimator):
+    """Peak bytes and oracle calls on tensors without data equal those of a run."""
+    solver = bl.Descent(bl.SGD(0.1, momentum=0.9), 5)
+    forecast = bilevel_profiling.forecast(bilevel_profiling.Case(case_of, solver=solver, estimator=estimator))
+    problem, outer, inner, batches = case_of("cpu")
+    bl.hypergradient(problem, outer, inner, batches, solver=solver, estimator=estimator)  # what is made once
+    gc.collect()
+    with Tensors() as meter:
+        found = bl.hypergradient(problem, outer, inner, batches, solver=solver, estimator=estimator)
+    assert forecast.calls == found.stats["calls"]
+    assert forecast.peak_tensor_bytes == meter.peak_bytes
+    assert target_of(estimator) is None
