@@ -439,3 +439,20 @@ def test_forecasts_are_exact_and_no_target_is_claimed(estimator):
     assert forecast.calls == found.stats["calls"]
     assert forecast.peak_tensor_bytes == meter.peak_bytes
     assert target_of(estimator) is None
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_truncated_noise_is_the_same_for_every_way_of_keeping(last):
+    """Terms of the iterates that are cut off are evaluated on the way there, by all three at the same moment."""
+    x = {"w": torch.linspace(0.5, 1.5, 4, dtype=D), "to": torch.linspace(-1, 1, 4, dtype=D)}
+    problem = bl.Problem(
+        lambda y, x, b: (torch.rand(4, dtype=D) * (y - x["to"]).pow(4)).sum() / 4,
+        lambda y, x, b: (torch.rand(4, dtype=D) * y.pow(3)).sum() + (torch.rand(4, dtype=D) * x["w"]).sum(),
+    )
+    answers = []
+    for keep in KEEPS:
+        torch.manual_seed(7)
+        found = found_by(problem, x, torch.ones(4, dtype=D), NONE, bl.SGD(0.1), (0.5, 1, 0, 2, 1), keep, last=last)
+        answers.append(torch.cat([flat(found.grad), found.outer_loss.reshape(1), torch.rand(1, dtype=D)]))
+    torch.testing.assert_close(answers[1], answers[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(answers[2], answers[0], rtol=1e-12, atol=0)
