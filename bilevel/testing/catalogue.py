@@ -201,6 +201,16 @@ ENTRIES = (
         sees=frozenset({bl.Path.START, bl.Path.OUTER_LOSS}),
         bias="K lr |H|",
     ),
+    Entry(
+        "bootstrapped",
+        bl.Bootstrapped(bl.Unrolled(), bl.estimators.FurtherSteps(3)),
+        target="program",
+        # K + 3 steps to the target, K differentiated ones, and f once more for its direct part.
+        calls=lambda steps, products: counts(2 * steps + 3, 2, steps, 0),
+        memory="linear",
+        sees=EVERYWHERE,
+        bias="the gradient of the matching loss, not of F",
+    ),
 )
 """Every variant that the library answers for."""
 
