@@ -257,6 +257,8 @@ def test_a_step_size_that_fits_the_start_fails_later_where_clipped_and_normalize
         return cosine(theta, 2).abs().item()
 
     assert ends(lambda xs: torch.optim.SGD(xs, lr=9 / 4), 60) > 1.0
+    # (1 / L0 is short enough: in one dimension, with h = phi^2 / 2, no step passes the minimizer.)
+    assert ends(lambda xs: torch.optim.SGD(xs, lr=1 / 4), 40) < 1e-4
     # 1.3: 1 / (2 L0) and 1 / (2 L1), with L0 = 4 and L1 = 2
     assert ends(lambda xs: bl.ClippedSGD(xs, lr=1 / 8, radius=1 / 4), 65) < 1e-4
     assert ends(lambda xs: bl.NormalizedSGD(xs, lr=1 / 4, momentum=0.5), 150, 0.98) < 0.1

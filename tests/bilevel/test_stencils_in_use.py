@@ -235,6 +235,44 @@ def test_a_far_side_that_runs_away_is_told_where_the_near_ones_are_bounded(tasks
     assert run("symmetric").status is not bl.Status.UNBOUNDED
 
 
+@pytest.mark.parametrize(("scheme", "nu"), [("symmetric", 1.5), ("symmetric", 1.0), (4, 0.8), (4, 0.5)])
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+def test_a_side_that_runs_away_under_a_tolerance_is_told(scheme, nu, chunk):
+    """It ran out of steps somewhere at 1e79, which alone is no failed status."""
+    problem = bl.Problem(lambda y, x, b: 0.5 * (y - x).square().sum(), lambda y, x, b: 0.5 * (y - 3).square().sum())
+    hg = bl.hypergradient(
+        problem,
+        X,
+        torch.zeros(3, 2, dtype=D),
+        bl.Batches(torch.zeros(3), None),
+        solver=bl.Converge(bl.SGD(0.4), 1e-8, 100),
+        estimator=bl.TaskMean(bl.FirstOrderCorrected(nu, scheme), chunk),
+    )
+    assert hg.status is bl.Status.UNBOUNDED
+
+
+@pytest.mark.parametrize("start", ["solution", "near", "far"])
+@pytest.mark.parametrize("scheme", ["forward", "symmetric", 3, 4])
+def test_sides_that_meet_their_tolerance_or_are_slow_alike_raise_no_alarm(scheme, start):
+    problem = bl.Problem(
+        lambda y, x, b: 0.5 * (CURVATURES[0] * (y - x).square()).sum(), lambda y, x, b: 0.5 * (y - 3).square().sum()
+    )
+    y = X + {"solution": 0.0, "near": 1e-6, "far": 5.0}[start]
+    for steps in (3, 10, 1000):
+        solver = bl.Converge(bl.SGD(0.4), 1e-6, steps)
+        hg = bl.hypergradient(problem, X, y, NONE, solver=solver, estimator=bl.FirstOrderCorrected(0.02, scheme))
+        assert not hg.status.failed, (steps, hg.status)
+    close(hg.grad, X - 3, 0.05)
+
+
+def test_variables_without_data_have_no_autocast():
+    x = torch.zeros(3, device="meta")
+    problem = bl.Problem(lambda y, x, b: (y - x).square().sum(), lambda y, x, b: y.square().sum())
+    estimator = bl.FirstOrderCorrected(scheme=4)
+    hg = bl.hypergradient(problem, x, x, NONE, solver=bl.Descent(bl.SGD(0.4), 3), estimator=estimator)
+    assert hg.grad.shape == (3,)
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e-4, 1e-2])
 @pytest.mark.parametrize("dtype", [torch.float32, D], ids=["float32", "float64"])
 @pytest.mark.parametrize("order", HIGHER)

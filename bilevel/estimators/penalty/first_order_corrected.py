@@ -173,7 +173,8 @@ class FirstOrderCorrected(Estimator):
 def _precision(leaf: Tensor) -> torch.dtype:
     """The dtype that losses are computed in: that of an open autocast, or the variables' own."""
     kind = leaf.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else leaf.dtype
+    reduced = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if reduced else leaf.dtype
 
 
 @dataclasses.dataclass(frozen=True)
