@@ -134,12 +134,8 @@ class FirstOrderCorrected(Estimator):
             oracles.embedding(0)  # drawn once, for all sides
         before = oracles.generators.peek()
         first = _side(instance, solver, stencil.nodes[0] * nu, starts[0])
-        inner, sides, steps, codes = (
-            first.found.inner,
-            [first.found.inner],
-            first.found.steps,
-            [_health(instance, first)],
-        )
+        inner, sides, steps = first.found.inner, [first.found.inner], first.found.steps
+        codes: list[Tensor | int] = [_health(instance, first)]
         grad = _scaled(stencil.nodes[0] * stencil.weights[0], first.f_x)
         calm = first.found.grown if stencil.nodes[0] else None  # of the side +nu
         for node, weight, share, begin in zip(*stencil.others, starts[1:], strict=True):

@@ -97,8 +97,10 @@ def _value(j: int, nodes: Sequence[int]) -> Fraction:
 def _slope(j: int, nodes: Sequence[int]) -> Fraction:
     """Its derivative at 0."""
     others = [k for k in nodes if k != j]
-    parts = (math.prod((-k for k in others if k != left), start=Fraction(1)) for left in others)
-    return sum(parts, Fraction(0)) / math.prod(j - k for k in others)
+    total = Fraction(0)
+    for left in others:
+        total += math.prod((Fraction(-k, j - k) for k in others if k != left), start=Fraction(1, j - left))
+    return total
 
 
 def default_nu(dtype: torch.dtype, scheme: str | int) -> float:
