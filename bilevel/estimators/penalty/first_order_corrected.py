@@ -9,7 +9,7 @@
 | --- | --- | --- | --- | --- | --- |
 | "symmetric" or 2 | 2 K + 2 | 2 K + 2 | 0 | O(nu^2) + O(delta / nu) | 3 P + 2 Q + one graph, independent of K |
 | "forward" or 1 | 2 K + 2 | K + 2 | 0 | O(nu) + O(delta / nu) | the same |
-| even p | p (K + 1) | p (K + 1) | 0 | O(nu^p) + O(delta / nu) | 4 P + 3 Q + one graph, independent of K and p |
+| even p | p (K + 1) | p (K + 1) | 0 | O(nu^p) + O(delta / nu) | 4 P + 2 Q + one graph, independent of K and p |
 | odd p > 1 | (p + 1) (K + 1) | p K + p + 1 | 0 | the same | the same |
 
 delta: distance of the inner iterates from their minimizers. All sides start alike, take the same number of steps, see
