@@ -484,6 +484,43 @@ def test_a_target_of_another_shape_and_an_estimator_with_a_state_are_refused():
         found(problem, outer, inner, batches, bl.SGD(0.1), 2, FurtherSteps(1), KL(lambda y, x, b: y.sum()))
 
 
+@dataclasses.dataclass(frozen=True)
+class InPlace(Target):
+    def point(self, ahead):
+        return ahead.inner.mul_(2)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_target_that_changes_what_it_is_given_is_refused(steps):
+    problem, outer, inner, batches = quadratic.setup()
+    with pytest.raises(ValueError, match=r"InPlace.point\(\) changed its arguments in place"):
+        found(problem, outer, inner, batches, bl.SGD(0.1), steps, InPlace())
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_a_learner_takes_it(chunk):
+    """One argument of the Learner: a gradient step as target is MAML."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+    support, query = (
+        (torch.randn(3, n, 4, generator=generator, dtype=D), torch.randint(0, 3, (3, n), generator=generator))
+        for n in (5, 6)
+    )
+    grads = []
+    for estimator in (bl.Unrolled(), bl.Bootstrapped(bl.Unrolled(), OneStep(bl.SGD(lr=1.0)))):
+        learner = bl.meta.Learner(
+            net,
+            torch.nn.functional.cross_entropy,
+            solver=bl.Descent(bl.SGD(lr=0.1), 3),
+            estimator=estimator,
+            chunk=chunk,
+        )
+        grads.append(flat(learner.hypergradient(learner.outer(), bl.Batches(support, query)).grad))
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-15)
+
+
 def test_a_path_that_its_estimator_does_not_see_is_refused():
     problem = bl.Problem(lambda y, x, b: ((y - x) ** 2).sum(), lambda y, x, b: (y**2).sum())
     x, y = torch.ones(2, dtype=D), torch.zeros(2, dtype=D)

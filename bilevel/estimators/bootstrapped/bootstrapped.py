@@ -137,7 +137,14 @@ class Bootstrapped(Estimator):
         """The target, and the slope of the matching's potential there."""
         with torch.no_grad():
             ahead = _ahead(instance, self.target.further)
+            given = [*tree.tensors(ahead.inner), *tree.tensors(instance.outer)]
+            versions = [leaf._version for leaf in given]
             point = self.target.point(ahead)
+        if versions != [leaf._version for leaf in given]:
+            raise ValueError(
+                f"{type(self.target).__name__}.point() changed its arguments in place; write z = ahead.inner - d, "
+                f"not ahead.inner.sub_(d)"
+            )
         leaves, wanted = tree.aligned(point, ahead.inner), tree.tensors(ahead.inner)
         if leaves is None or [leaf.shape for leaf in leaves] != [leaf.shape for leaf in wanted]:
             raise ValueError(
