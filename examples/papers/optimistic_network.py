@@ -8,13 +8,16 @@ y <- y - exp(w) * gradient, and the next batch says how w should have been. Agai
 Adam. Every method is tuned on the validation set with a seed that is not reported.
 """
 
+import itertools
 import math
 import string
+from functools import partial
 
 import matplotlib.pyplot as plt
 import torch
 from publish import SMALL, publish
 from torch.nn.functional import avg_pool2d, cross_entropy
+from torch.optim import SGD, Adam
 
 import bilevel as bl
 from bilevel.data import digits, glyphs
@@ -31,8 +34,7 @@ def digits_data():
 
 
 def glyphs_data():
-    letters = (string.ascii_letters + string.digits)[: 8 if SMALL else 62]
-    images = glyphs.load(letters, per_class=40)
+    images = glyphs.load(string.ascii_uppercase[: 8 if SMALL else 26], per_class=40)
     pixels = avg_pool2d(images.images.float() / 255, 2).reshape(len(images.names), 40, 196)
     labels = torch.arange(len(images.names)).unsqueeze(1).expand(-1, 40)
     parts = (slice(0, 24), slice(24, 32), slice(32, 40))
@@ -44,15 +46,11 @@ class Training:
 
     def __init__(self, data, seed):
         torch.manual_seed(seed)
-        (self.inputs, self.labels), self.valid, self.test = data
-        classes = int(self.labels.max()) + 1
-        net = torch.nn.Sequential(
-            torch.nn.Linear(self.inputs.shape[1], 64), torch.nn.ReLU(), torch.nn.Linear(64, classes)
-        )
-        self.call, self.start = bl.functional(net)
-        rows = torch.randint(len(self.labels), (STEPS + AHEAD + 1, BATCH))
-        self.stream = [(self.inputs[row], self.labels[row]) for row in rows]
-        self.curve = []
+        (inputs, labels), self.valid, self.test = data
+        layers = torch.nn.Linear(inputs.shape[1], 64), torch.nn.ReLU(), torch.nn.Linear(64, int(labels.max()) + 1)
+        self.call, self.start = bl.functional(torch.nn.Sequential(*layers))
+        rows = torch.randint(len(labels), (STEPS + AHEAD + 1, BATCH))
+        self.stream, self.curve, self.rates = [(inputs[row], labels[row]) for row in rows], [], ""
 
     def loss(self, y, x, batch):
         return cross_entropy(self.call(y, batch[0]), batch[1])
@@ -66,7 +64,7 @@ class Training:
             self.accuracy = (self.call(y, self.test[0]).argmax(1) == self.test[1]).float().mean().item()
 
 
-def plain(data, seed, make, **settings):
+def plain(make, data, seed, **settings):
     """Training with an optimizer of torch."""
     run = Training(data, seed)
     y = {name: leaf.clone().requires_grad_() for name, leaf in run.start.items()}
@@ -80,7 +78,7 @@ def plain(data, seed, make, **settings):
     return run
 
 
-def learned(data, seed, estimator, optimism, lr, meta_lr):
+def learned(estimator, optimism, data, seed, lr, meta_lr):
     """Training with step sizes exp(w) that are learned on the way."""
     run, further = Training(data, seed), AHEAD if isinstance(estimator, bl.Bootstrapped) else 0
     w = {name: torch.full_like(leaf, math.log(lr)).requires_grad_() for name, leaf in run.start.items()}
@@ -102,23 +100,19 @@ def learned(data, seed, estimator, optimism, lr, meta_lr):
     return run
 
 
+def tried(**values):
+    return [dict(zip(values, setting, strict=True)) for setting in itertools.product(*values.values())]
+
+
 AHEAD_OF_IT = bl.Bootstrapped(bl.Unrolled(), bl.estimators.FurtherSteps(AHEAD))
-LEARNED = [{"lr": lr, "meta_lr": meta} for lr in (0.1, 0.3, 1.0) for meta in (0.03, 0.1, 0.3)]
+RATES = tried(lr=(0.5, 1.0, 2.0), meta_lr=(0.03, 0.1, 0.3, 1.0))
 METHODS = {  # name: gradients per step, how it trains, the settings that it is tuned over
-    "SGD": (1, lambda *a, **s: plain(*a, torch.optim.SGD, **s), [{"lr": lr} for lr in (0.1, 0.2, 0.3, 0.5, 1.0, 2.0)]),
-    "SGD with momentum": (
-        1,
-        lambda *a, **s: plain(*a, torch.optim.SGD, momentum=0.9, **s),
-        [{"lr": lr} for lr in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)],
-    ),
-    "Adam": (
-        1,
-        lambda *a, **s: plain(*a, torch.optim.Adam, **s),
-        [{"lr": lr} for lr in (0.001, 0.003, 0.005, 0.01, 0.02, 0.03)],
-    ),
-    "meta-gradients": (2, lambda *a, **s: learned(*a, bl.Unrolled(), 0.0, **s), LEARNED),
-    "optimistic": (2, lambda *a, **s: learned(*a, bl.Unrolled(), 1.0, **s), LEARNED),
-    f"bootstrapped, {AHEAD} steps ahead": (AHEAD + 4, lambda *a, **s: learned(*a, AHEAD_OF_IT, 0.0, **s), LEARNED),
+    "SGD": (1, partial(plain, SGD), tried(lr=(0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0))),
+    "SGD with momentum": (1, partial(plain, SGD, momentum=0.9), tried(lr=(0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5))),
+    "Adam": (1, partial(plain, Adam), tried(lr=(0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05))),
+    "meta-gradients": (2, partial(learned, bl.Unrolled(), 0.0), RATES),
+    "optimistic": (2, partial(learned, bl.Unrolled(), 1.0), RATES),
+    f"bootstrapped, {AHEAD} steps ahead": (AHEAD + 4, partial(learned, AHEAD_OF_IT, 0.0), RATES),
 }
 
 
@@ -135,8 +129,7 @@ def score(train, data, settings):
     return loss if math.isfinite(loss) else math.inf
 
 
-figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-table = []
+(figure, axes), table = plt.subplots(1, 2, figsize=(11, 4)), []
 for axis, (name, load) in zip(axes, {"digits": digits_data, "glyphs": glyphs_data}.items(), strict=True):
     data = load()
     for method, (gradients, train, grid) in METHODS.items():
@@ -149,8 +142,7 @@ for axis, (name, load) in zip(axes, {"digits": digits_data, "glyphs": glyphs_dat
         axis.fill_between(steps, middle - width, middle + width, alpha=0.15)
         chosen = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in best.items())
         loss = f"{middle[-1]:.3f} ± {width[-1]:.3f}"
-        rates = getattr(runs[0], "rates", "")
-        table.append([name, method, gradients, chosen, loss, f"{shares:.1f} ± {spread:.1f}", rates])
+        table.append([name, method, gradients, chosen, loss, f"{shares:.1f} ± {spread:.1f}", runs[0].rates])
     axis.set(title=f"{name}, {STEPS} steps of {BATCH} examples", xlabel="steps", ylabel="test loss", yscale="log")
 axes[0].legend()
 header = ["data", "method", "gradients a step", "tuned to", "test loss", "test accuracy (%)", "learned rates, seed 0"]
