@@ -2,6 +2,7 @@
 
 import math
 
+import bilevel_profiling
 import pytest
 import torch
 
@@ -111,6 +112,19 @@ def test_the_traps_of_single_precision_are_traps_and_are_flagged():
     for hg in (vanished, silent, gone):
         with pytest.raises(bl.BilevelError):
             hg.raise_if_failed()
+
+
+def test_the_profiler_flags_an_outer_loss_that_is_not_finite():
+    """methods.md A8, "Use for us": the record of a measurement says so."""
+    hessian = torch.diag(torch.tensor([2.0, 0.5]))
+
+    def setup(device):
+        problem = bl.Problem(lambda y, x, b: 0.5 * y @ b @ y, lambda y, x, b: (0.5 * y @ b @ y).log() / 80)
+        return problem, torch.tensor(1.9), torch.ones(2), bl.Batches(hessian, hessian)
+
+    solver, estimator = bl.Descent(bl.SGD(lr=lambda x: x), 80), bl.Unrolled()
+    case = bilevel_profiling.Case(setup, solver=solver, estimator=estimator)
+    assert bilevel_profiling.measure(case, repeats=1).status == "NONFINITE"
 
 
 def test_the_rule_of_the_released_code_finds_the_best_step_size():
