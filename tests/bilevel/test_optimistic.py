@@ -373,6 +373,16 @@ def test_bad_input_is_refused(options, error, message):
         list(learned_updates(**given))
 
 
+def test_of_element_wise_rates_the_gradient_is_a_product_of_two_gradients():
+    """papers.md 5.6: for K = 1, dF/dw = -exp(w) grad g(y_0) grad f(y_1), element by element."""
+    y0, w = torch.tensor([0.3, -0.7, 1.2], dtype=D), torch.tensor([-1.0, -2.0, -0.5], dtype=D)
+    problem = bl.Problem(lambda y, x, b: (y**4).sum(), lambda y, x, b: y.cosh().sum())
+    solver = bl.Descent(bl.SGD(lr=lambda x: x.exp()), 1)
+    hg = bl.hypergradient(problem, w, y0, bl.Batches(None, None), solver=solver, estimator=bl.Unrolled())
+    y1 = y0 - w.exp() * 4 * y0**3
+    torch.testing.assert_close(hg.grad, -w.exp() * 4 * y0**3 * y1.sinh(), rtol=1e-14, atol=0)
+
+
 # The outer optimizers
 
 
