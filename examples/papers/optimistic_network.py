@@ -22,9 +22,8 @@ from torch.optim import SGD, Adam
 import bilevel as bl
 from bilevel.data import digits, glyphs
 
-STEPS, BATCH, AHEAD = (12 if SMALL else 300), 32, 4
+STEPS, BATCH, AHEAD, EVERY = (12 if SMALL else 300), 32, 4, 10  # EVERY: steps between looks at the test set
 TUNING_SEED, SEEDS = 100, (0, 1) if SMALL else (0, 1, 2)
-EVERY = 10  # steps between looks at the test set
 STUDENT = {2: 12.71, 3: 4.303}[len(SEEDS)]  # of a 95 % interval from so few seeds
 
 
@@ -105,7 +104,7 @@ def tried(**values):
 
 
 AHEAD_OF_IT = bl.Bootstrapped(bl.Unrolled(), bl.estimators.FurtherSteps(AHEAD))
-RATES = tried(lr=(0.5, 1.0, 2.0), meta_lr=(0.03, 0.1, 0.3, 1.0))
+RATES = tried(lr=(0.5, 1.0, 2.0), meta_lr=(0.01, 0.03, 0.1, 0.3))
 METHODS = {  # name: gradients per step, how it trains, the settings that it is tuned over
     "SGD": (1, partial(plain, SGD), tried(lr=(0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0))),
     "SGD with momentum": (1, partial(plain, SGD, momentum=0.9), tried(lr=(0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5))),
@@ -129,7 +128,7 @@ def score(train, data, settings):
     return loss if math.isfinite(loss) else math.inf
 
 
-(figure, axes), table = plt.subplots(1, 2, figsize=(11, 4)), []
+(figure, axes), table = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained"), []
 for axis, (name, load) in zip(axes, {"digits": digits_data, "glyphs": glyphs_data}.items(), strict=True):
     data = load()
     for method, (gradients, train, grid) in METHODS.items():
@@ -139,11 +138,12 @@ for axis, (name, load) in zip(axes, {"digits": digits_data, "glyphs": glyphs_dat
         shares, spread = mean_and_interval([100 * run.accuracy for run in runs])
         steps = [min(step * EVERY, STEPS) for step in range(len(middle))]
         axis.plot(steps, middle, label=method)
-        axis.fill_between(steps, middle - width, middle + width, alpha=0.15)
         chosen = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in best.items())
         loss = f"{middle[-1]:.3f} ± {width[-1]:.3f}"
         table.append([name, method, gradients, chosen, loss, f"{shares:.1f} ± {spread:.1f}", runs[0].rates])
-    axis.set(title=f"{name}, {STEPS} steps of {BATCH} examples", xlabel="steps", ylabel="test loss", yscale="log")
+    axis.set(title=f"{name}, batches of {BATCH}", xlabel="steps", ylabel="test loss, mean of the seeds", yscale="log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
 axes[0].legend()
 header = ["data", "method", "gradients a step", "tuned to", "test loss", "test accuracy (%)", "learned rates, seed 0"]
 publish("optimistic_network", figure, header, table)
