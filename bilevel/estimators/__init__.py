@@ -1,5 +1,6 @@
 """How the hypergradient is estimated: one estimator a file."""
 
+from bilevel.estimators import stochastic as stochastic
 from bilevel.estimators.base import Estimate as Estimate
 from bilevel.estimators.base import Estimator as Estimator
 from bilevel.estimators.base import Instance as Instance
@@ -17,6 +18,8 @@ from bilevel.estimators.bootstrapped.targets import OneStep as OneStep
 from bilevel.estimators.implicit.implicit import Implicit as Implicit
 from bilevel.estimators.implicit.memory_reduced import MemoryReduced as MemoryReduced
 from bilevel.estimators.penalty.first_order_corrected import FirstOrderCorrected as FirstOrderCorrected
+from bilevel.estimators.penalty.perturbation import best_nu as best_nu
+from bilevel.estimators.penalty.perturbation import calibrated_nu as calibrated_nu
 from bilevel.estimators.reverse.first_order import FirstOrder as FirstOrder
 from bilevel.estimators.reverse.unrolled import Unrolled as Unrolled
 from bilevel.estimators.state import State as State

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from bilevel.adapt import adapt
 from bilevel.batches import Batches
-from bilevel.estimators.base import Estimator
+from bilevel.estimators.base import Estimator, Path
 from bilevel.estimators.reverse.unrolled import Unrolled
 from bilevel.functional import Trainable
 from bilevel.hypergradient import hypergradient
@@ -47,10 +47,14 @@ from bilevel.optim.sgd import SGD
 from bilevel.outcome import Hypergradient
 from bilevel.problem import Problem, proximal
 from bilevel.space import tree
+from bilevel.tasks.base import TaskWeights
 from bilevel.tasks.mean import TaskMean
 
 Outer = dict[str, dict[str, Tensor]]
 Optimizing = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+SMALL = 4096
+"""Parameters of a module whose operators are so small that a CPU does many tasks at once in the time of one."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,7 +76,9 @@ class Learner:
         estimator: how the hypergradient of one task is estimated.
         optimizer: how x moves: called with the list of x's tensors; returns a torch.optim optimizer.
         weights: how tasks are weighted; None for the plain mean.
-        chunk: tasks at once, as for `TaskMean`; None for all.
+        chunk: tasks at once, as for `TaskMean`. None for what was measured (benchmarks/tasks_at_once.py): one by one on
+            a CPU where the module has more than 4,096 parameters, all at once otherwise. A number of at least T means
+            all at once, too; `bilevel_profiling.largest_fit(case, "8GiB", over="chunk")` finds the one that fits.
         reuse_features: where the module is an nn.Sequential and its first layers do not adapt, run those once per task
             instead of once per step. A layer of them that draws random numbers (dropout) then draws once per task.
 
@@ -102,7 +108,7 @@ class Learner:
     rates: Rates | None = None
     estimator: Estimator = dataclasses.field(default_factory=Unrolled)
     optimizer: Optimizing = dataclasses.field(default=functools.partial(torch.optim.Adam, lr=1e-3))
-    weights: Any = None
+    weights: TaskWeights | None = None
     chunk: int | None = None
     reuse_features: bool = True
 
@@ -125,16 +131,26 @@ class Learner:
             if not callable(getattr(self, name)):
                 raise TypeError(f"Learner was given {name}={getattr(self, name)!r}; a function was needed")
         self._task_mean()  # checks estimator, chunk and weights
-        if isinstance(self.adapts, Head) and (self.rates is not None or self.start != Shared()):
-            raise ValueError(
-                f"Learner was given {type(self.adapts).__name__} as what adapts, with start={self.start!r} and "
-                f"rates={self.rates!r}; a head starts at its closed form and has no step sizes. Leave both out"
-            )
+        if isinstance(self.adapts, Head):
+            self._check_head(self.adapts)
         _ = self.model  # what adapts is looked up now
         if not tree.tensors(self.outer()):
             raise ValueError(
                 "Learner has nothing to learn: every parameter adapts from a fixed start, or is frozen. Write "
                 "start=Shared(), let fewer adapt, or let parameters require grad"
+            )
+
+    def _check_head(self, head: Head) -> None:
+        if Path.START not in self.estimator.sees_after(self.inner_solver.max_steps):
+            raise ValueError(
+                f"Learner was given {type(head).__name__} as what adapts, whose closed form is the start of the inner "
+                f"loop, and {type(self.estimator).__name__}, which does not look at the start. Use Unrolled() or "
+                f"FirstOrder(), which are exact for it"
+            )
+        if self.rates is not None or self.start != Shared():
+            raise ValueError(
+                f"Learner was given {type(head).__name__} as what adapts, with start={self.start!r} and "
+                f"rates={self.rates!r}; a head starts at its closed form and has no step sizes. Leave both out"
             )
 
     @functools.cached_property
@@ -278,7 +294,7 @@ class Learner:
                 batches,
                 solver=self._solver(solver),
                 tasks=True,
-                chunk=self.chunk,
+                chunk=self._chunk,
             )
             inputs, targets = batches.outer
             codes.append(found.code)
@@ -304,7 +320,7 @@ class Learner:
             batches,
             solver=self._solver(solver),
             tasks=tasks,
-            chunk=self.chunk if tasks else None,
+            chunk=self._chunk if tasks else None,
             evaluate=False,
         )
         found.raise_if_failed()
@@ -315,5 +331,13 @@ class Learner:
             return self.inner_solver
         return solver if self.rates is None else self.rates.applied(solver)
 
+    @functools.cached_property
+    def _chunk(self) -> int | None:
+        if self.chunk is not None:
+            return self.chunk
+        parameters = list(self.module.parameters())
+        large = sum(parameter.numel() for parameter in parameters) > SMALL
+        return 1 if large and parameters[0].device.type == "cpu" else None
+
     def _task_mean(self) -> TaskMean:
-        return TaskMean(self.estimator, self.chunk)
+        return TaskMean(self.estimator, self._chunk if self.weights is None else self.chunk, self.weights)

@@ -175,6 +175,15 @@ ENTRIES = (
         bias="nu",
     ),
     Entry(
+        "corrected, 4 points",
+        bl.FirstOrderCorrected(scheme=4),
+        target="solution",
+        calls=lambda steps, products: counts(4 * steps + 4, 4 * steps + 4, 0, 0),
+        memory="constant",
+        sees=GRADIENTS,
+        bias="nu^4",
+    ),
+    Entry(
         "corrected, warm",
         bl.FirstOrderCorrected(warm_sides=True),
         target="solution",
