@@ -7,7 +7,6 @@ from bilevel.meta.head import Head as Head
 from bilevel.meta.learner import Learner as Learner
 from bilevel.meta.patterns import Choice as Choice
 from bilevel.meta.patterns import Pattern as Pattern
-from bilevel.meta.patterns import search as search
 from bilevel.meta.rates import Rates as Rates
 from bilevel.meta.reptile import Reptile as Reptile
 from bilevel.meta.similarity import Reuse as Reuse
