@@ -48,6 +48,9 @@ class Point(Protocol):
         for each task. Costs one call and two backwards. Differentiable likewise.
         """
 
+    def outer_gradient(self, inner: Tree) -> Tree:
+        """df/dy at `inner` on the outer batch; None for tensors that f does not use. Differentiable likewise."""
+
 
 class Dynamics(Strategy):
     """How the inner variable moves. A frozen dataclass with `step`, and with `stationarity` where there is one.

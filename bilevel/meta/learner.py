@@ -47,6 +47,7 @@ from bilevel.optim.sgd import SGD
 from bilevel.outcome import Hypergradient
 from bilevel.problem import Problem, proximal
 from bilevel.space import tree
+from bilevel.tasks.base import TaskWeights
 from bilevel.tasks.mean import TaskMean
 
 Outer = dict[str, dict[str, Tensor]]
@@ -102,7 +103,7 @@ class Learner:
     rates: Rates | None = None
     estimator: Estimator = dataclasses.field(default_factory=Unrolled)
     optimizer: Optimizing = dataclasses.field(default=functools.partial(torch.optim.Adam, lr=1e-3))
-    weights: Any = None
+    weights: TaskWeights | None = None
     chunk: int | None = None
     reuse_features: bool = True
 
@@ -326,4 +327,4 @@ class Learner:
         return solver if self.rates is None else self.rates.applied(solver)
 
     def _task_mean(self) -> TaskMean:
-        return TaskMean(self.estimator, self.chunk)
+        return TaskMean(self.estimator, self.chunk, self.weights)
