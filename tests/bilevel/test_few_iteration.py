@@ -500,6 +500,20 @@ def test_the_module_and_its_flags_are_left_alone():
     assert all(leaf.is_leaf and leaf.requires_grad for group in x.values() for leaf in group.values())
 
 
+def test_frozen_parameters_are_not_learned_and_there_may_be_none():
+    support, query = episodes(dtype=torch.float32)
+    body = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    body[0].requires_grad_(False)
+    for module, names in ((body, ["1.weight", "1.bias"]), (nn.Flatten(), [])):
+        problem, x = FewIteration(3).problem(module)
+        found = bl.hypergradient(
+            problem, x, None, bl.Batches(support, query),
+            solver=FewIteration(3).solver(), estimator=bl.TaskMean(bl.Unrolled()),
+        )  # fmt: skip
+        assert list(x["parameters"]) == list(found.grad["parameters"]) == names
+        assert found.grad["objective"]["slope"].abs().min() > 0
+
+
 @pytest.mark.parametrize("chunk", [1, None])
 @pytest.mark.parametrize("labels", [[0, 1, 1], [0, 1, 5], [0, 1, -1]], ids=["a class is missing", "above", "below"])
 def test_labels_that_make_no_classifier_are_reported(labels, chunk):
