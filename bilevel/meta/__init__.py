@@ -23,7 +23,6 @@ from bilevel.meta.multi_step import smoothness as smoothness
 from bilevel.meta.multi_step import start_norms as start_norms
 from bilevel.meta.patterns import Choice as Choice
 from bilevel.meta.patterns import Pattern as Pattern
-from bilevel.meta.patterns import search as search
 from bilevel.meta.rates import Rates as Rates
 from bilevel.meta.reptile import Reptile as Reptile
 from bilevel.meta.similarity import Reuse as Reuse
