@@ -66,17 +66,31 @@ LIBRARY = House(
     layers=(
         {"_strategy", "space", "engine.__init__", "engine.spans", "engine.replay"},
         {"outcome", "batches"},
-        {"engine.autodiff", "engine.base", "engine.cotangents", "problem", "functional"},
+        {"engine.autodiff", "engine.jacobian", "engine.base", "engine.cotangents", "problem", "functional"},
         {"optim", "linear", "outer", "engine.eager", "engine.twice", "engine.evaluation"},
-        {"inner.dynamics", "engine.embedding", "engine.update"},
+        {"inner.dynamics", "engine.embedding"},
         {"inner.gradient", "engine.linearization", "engine.point"},
         {"inner.base"},
         {"inner", "engine.refusals"},
+        {"engine.step_back"},
         {"engine.oracles"},
         {"estimators.state"},
         {"estimators.base"},
-        {"estimators.paths", "estimators.admission", "estimators.reverse.growth"},
-        {"estimators.run", "estimators.reverse.tape", "estimators.reverse.checkpoints"},
+        {
+            "estimators.paths",
+            "estimators.admission",
+            "estimators.reverse.growth",
+            "estimators.reverse.terms",
+            "estimators.bootstrapped.base",
+            "estimators.penalty.perturbation",
+        },
+        {
+            "estimators.run",
+            "estimators.reverse.tape",
+            "estimators.reverse.checkpoints",
+            "estimators.bootstrapped.targets",
+            "estimators.bootstrapped.matchings",
+        },
         {"estimators"},
         {"tasks", "hypergradient"},
         {"iterate", "adapt"},
@@ -135,11 +149,14 @@ PROFILER_SEES = {"engine.spans", "space.tree", "problems"}
 # Who may call which part of torch's differentiation machinery.
 DIFFERENTIATION = {
     "torch.autograd": {"engine.autodiff", "engine.twice"},  # the latter looks at graphs, and derives through the former
-    "torch.func": {"engine.evaluation"},
+    "torch.func": {"engine.evaluation", "engine.jacobian"},
     "torch.vmap": set(),
     "torch._functorch": set(),
 }
-FUNC_NAMES = {"engine.evaluation": {"torch.func.vmap"}}
+FUNC_NAMES = {
+    "engine.evaluation": {"torch.func.vmap"},
+    "engine.jacobian": {"torch.func.vmap", "torch.func.vjp"},
+}
 
 
 # Two hundred files, looked at once for every planted violation.

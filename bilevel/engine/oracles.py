@@ -22,7 +22,7 @@ from torch import Tensor
 from bilevel.batches import Batches, PerStep
 from bilevel.engine import autodiff, spans, twice
 from bilevel.engine.base import Engine
-from bilevel.engine.cotangents import Cotangents, floating
+from bilevel.engine.cotangents import Cotangents
 from bilevel.engine.eager import Eager
 from bilevel.engine.embedding import Embedding, Source
 from bilevel.engine.evaluation import Evaluation
@@ -30,9 +30,8 @@ from bilevel.engine.linearization import Linearization
 from bilevel.engine.point import At
 from bilevel.engine.refusals import check_step, restless, used
 from bilevel.engine.replay import Generators, State
-from bilevel.engine.update import update_vjp
+from bilevel.engine.step_back import StepBack
 from bilevel.inner.dynamics import Dynamics
-from bilevel.optim.base import Optimizer
 from bilevel.problem import Problem, Pulled, distance
 from bilevel.space import tree
 from bilevel.space.inner_product import Space
@@ -149,7 +148,13 @@ class Oracles:
 
     def differentiable_point(self, step: int, embedded: Any) -> At:
         """The inner problem of a step at an embedded batch, for steps with a graph."""
-        return At(step, embedded, self.differentiable_gradient, self.differentiable_value, self._outer_direction)
+        return At(
+            step,
+            embedded,
+            self.differentiable_gradient,
+            self.differentiable_value,
+            self.differentiable_outer_gradient,
+        )
 
     def begin_vjp(self, cotangents: Cotangents) -> PartialLeaves:
         """Pull cotangents of the first state back to x, and add what reaches y_0 to those of y_0."""
@@ -246,7 +251,7 @@ class Oracles:
         with spans.span(spans.OUTER_GRADIENT):
             return self.engine.gradient(self.evaluation.outer, inner, self.x, self._outer_batch(graph=False))
 
-    def _outer_direction(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
+    def differentiable_outer_gradient(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
         """f and df/dy of arguments as they come, with a graph."""
         with spans.span(spans.OUTER_GRADIENT):
             batch = self._outer_batch(graph=True)
@@ -293,90 +298,24 @@ class Oracles:
         cotangents: Cotangents,
         *,
         to_inner: bool = True,
+        made_with: PartialLeaves | None = None,
     ) -> tuple[Cotangents, PartialLeaves, PartialLeaves]:
         """Pull cotangents of (y', s') = step(y, s, x) back to (y, s), x and the embedded batch.
 
         The graph of this one step is rebuilt, on its embedded batch. `cotangents` is emptied on the way, so that its
         tensors are freed as soon as they are used. `to_inner=False` leaves out H w, for a start that is a constant.
+        `made_with` is the gradient of an optimizer's step that was made on another batch than the embedded one: then
+        the gradient alone is differentiated there, and the optimizer's algebra where it ran.
 
         Returns:
             cotangents of (y, s) (empty without `to_inner`), of x, and of the leaves of the step's embedding.
         """
-        if self.dynamics.update is None:
-            return self._whole_step_vjp(inner, state, step, embedding, cotangents, to_inner=to_inner)
-        return self._split_step_vjp(self.dynamics.update, inner, state, embedding, cotangents, to_inner=to_inner)
-
-    def _whole_step_vjp(
-        self, inner: Tree, state: Any, step: int, embedding: Embedding, cotangents: Cotangents, *, to_inner: bool
-    ) -> tuple[Cotangents, PartialLeaves, PartialLeaves]:
-        y, s, xs = tree.attach(inner), tree.attach(state), tree.tensors(self.attached)
-        at = self.differentiable_point(step, embedding.value)
-        stepped, state = self.dynamics.step(y, s, self.attached, at)
-        moved = tree.ordered(stepped, y), state
-        with spans.span(spans.HVP):
-            outputs, weights = cotangents.take(*moved)
-            wanted = [*tree.tensors(y), *floating(s)] if to_inner else []
-            pulled = autodiff.grad(outputs, [*wanted, *xs, *embedding.leaves], weights)
-        count = len(wanted)
-        back = Cotangents.of(y, s, pulled[:count]) if to_inner else Cotangents([], None)
-        return back, pulled[count : count + len(xs)], pulled[count + len(xs) :]
+        back = StepBack(self.dynamics, self.attached, self.differentiable_gradient, self.differentiable_point)
+        return back.pull(inner, state, step, embedding, cotangents, to_inner=to_inner, made_with=made_with)
 
     def differentiable_value(self, inner: Tree, embedded: Any) -> Tensor:
         """g of an attached x, with its graph."""
         return self.inner(inner, self.attached, embedded)
-
-    def _split_step_vjp(
-        self,
-        optimizer: Optimizer,
-        inner: Tree,
-        state: Any,
-        embedding: Embedding,
-        cotangents: Cotangents,
-        *,
-        to_inner: bool,
-    ) -> tuple[Cotangents, PartialLeaves, PartialLeaves]:
-        """The step split where it is thin: y', s' = U(dg/dy, y, s, x) with U the optimizer's elementwise algebra.
-
-        First the cotangent w of the gradient through U, then H w and M w by one double backward.
-        """
-        y, xs = tree.attach(inner), tree.tensors(self.attached)
-        ys = tree.tensors(y)
-        _, gradient = self.differentiable_gradient(y, embedding.value)
-        with spans.span(spans.HVP):
-            roots, rate = [None if leaf is None else autodiff.root(leaf) for leaf in gradient], optimizer.plain_rate
-            wanted = [*(ys if to_inner else ()), *xs, *embedding.leaves]
-            if rate is None or any(leaf is None for leaf in gradient):
-                gradient = tuple(None if leaf is None else leaf.detach() for leaf in gradient)
-                weights, direct, to_outer = update_vjp(
-                    optimizer, gradient, inner, state, self.attached, cotangents, to_inner=to_inner
-                )
-                del gradient
-                pairs = [
-                    (root, weight)
-                    for root, weight in zip(roots, weights, strict=True)
-                    if root is not None and weight is not None
-                ]
-                products = autodiff.grad([root for root, _ in pairs], wanted, [weight for _, weight in pairs])
-            else:
-                # U(g, y) = y - rate g: the products of the cotangent itself, scaled after, so that no second P-vector
-                # is held meanwhile.
-                del gradient
-                direct, to_outer = Cotangents(list(cotangents.inner), None), (None,) * len(xs)
-                pairs = [
-                    (root, w)
-                    for root, w in zip(roots, cotangents.inner, strict=True)
-                    if root is not None and w is not None
-                ]
-                cotangents.inner.clear()
-                found = autodiff.grad([root for root, _ in pairs], wanted, [w for _, w in pairs])
-                products = tuple(None if leaf is None else leaf * -rate for leaf in found)
-                del found
-        count = len(ys) if to_inner else 0
-        for i, product in enumerate(products[:count]):
-            known = direct.inner[i]
-            direct.inner[i] = product if known is None else known if product is None else known + product
-        to_outer = tree.accumulate(to_outer, products[count : count + len(xs)])
-        return direct if to_inner else Cotangents([], None), to_outer, products[count + len(xs) :]
 
 
 class _Unset:

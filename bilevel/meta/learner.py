@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from bilevel.adapt import adapt
 from bilevel.batches import Batches
-from bilevel.estimators.base import Estimator
+from bilevel.estimators.base import Estimator, Path
 from bilevel.estimators.reverse.unrolled import Unrolled
 from bilevel.functional import Trainable
 from bilevel.hypergradient import hypergradient
@@ -47,6 +47,7 @@ from bilevel.optim.sgd import SGD
 from bilevel.outcome import Hypergradient
 from bilevel.problem import Problem, proximal
 from bilevel.space import tree
+from bilevel.tasks.base import TaskWeights
 from bilevel.tasks.mean import TaskMean
 
 Outer = dict[str, dict[str, Tensor]]
@@ -102,7 +103,7 @@ class Learner:
     rates: Rates | None = None
     estimator: Estimator = dataclasses.field(default_factory=Unrolled)
     optimizer: Optimizing = dataclasses.field(default=functools.partial(torch.optim.Adam, lr=1e-3))
-    weights: Any = None
+    weights: TaskWeights | None = None
     chunk: int | None = None
     reuse_features: bool = True
 
@@ -125,16 +126,26 @@ class Learner:
             if not callable(getattr(self, name)):
                 raise TypeError(f"Learner was given {name}={getattr(self, name)!r}; a function was needed")
         self._task_mean()  # checks estimator, chunk and weights
-        if isinstance(self.adapts, Head) and (self.rates is not None or self.start != Shared()):
-            raise ValueError(
-                f"Learner was given {type(self.adapts).__name__} as what adapts, with start={self.start!r} and "
-                f"rates={self.rates!r}; a head starts at its closed form and has no step sizes. Leave both out"
-            )
+        if isinstance(self.adapts, Head):
+            self._check_head(self.adapts)
         _ = self.model  # what adapts is looked up now
         if not tree.tensors(self.outer()):
             raise ValueError(
                 "Learner has nothing to learn: every parameter adapts from a fixed start, or is frozen. Write "
                 "start=Shared(), let fewer adapt, or let parameters require grad"
+            )
+
+    def _check_head(self, head: Head) -> None:
+        if Path.START not in self.estimator.sees_after(self.inner_solver.max_steps):
+            raise ValueError(
+                f"Learner was given {type(head).__name__} as what adapts, whose closed form is the start of the inner "
+                f"loop, and {type(self.estimator).__name__}, which does not look at the start. Use Unrolled() or "
+                f"FirstOrder(), which are exact for it"
+            )
+        if self.rates is not None or self.start != Shared():
+            raise ValueError(
+                f"Learner was given {type(head).__name__} as what adapts, with start={self.start!r} and "
+                f"rates={self.rates!r}; a head starts at its closed form and has no step sizes. Leave both out"
             )
 
     @functools.cached_property
@@ -316,4 +327,4 @@ class Learner:
         return solver if self.rates is None else self.rates.applied(solver)
 
     def _task_mean(self) -> TaskMean:
-        return TaskMean(self.estimator, self.chunk)
+        return TaskMean(self.estimator, self.chunk, self.weights)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.functional import Trainable, functional
-from bilevel.meta.head import Head
+from bilevel.meta.head import Embedded, Head
 from bilevel.meta.start import Start
 from bilevel.space.tree import Tree
 
@@ -155,30 +155,21 @@ class InFunctionSpace(Model):
     def adapted(self) -> dict[str, Tensor]:
         return {}
 
-    def _embed(self, outer: Tree) -> Callable[[Any], Any]:
-        return lambda inputs: self._call(outer.get("parameters", {}), inputs)
+    def _embedded(self, outer: Tree, inputs: Any) -> Embedded:
+        return Embedded(self._call, outer.get("parameters", {}), inputs)
 
     def begin(self, outer: Tree, batch: Any) -> Tree:
         inputs, targets = batch
-        embed = self._embed(outer)
-        return self._head.fit(embed(inputs), targets, outer.get("head", {}), embed)
+        return self._head.fit(self._embedded(outer, inputs), targets, outer.get("head", {}))
 
     def predict(self, inner: Tree, outer: Tree, inputs: Any) -> Any:
-        embed = self._embed(outer)
-        return self._head.predict(inner, embed(inputs), outer.get("head", {}), embed)
+        return self._head.predict(inner, self._embedded(outer, inputs), outer.get("head", {}))
 
     def inner_loss(self, loss: Loss, inner: Tree, outer: Tree, batch: Any) -> Tensor:
         inputs, targets = batch
-        embed = self._embed(outer)
-        features = embed(inputs)
-        penalized = self._head.penalty(inner, features, targets, outer.get("head", {}))
-        if penalized is not None:
-            return penalized
-        return loss(self._head.predict(inner, features, outer.get("head", {}), embed), targets)
-
-    def outer_loss(self, loss: Loss, inner: Tree, outer: Tree, batch: Any) -> Tensor:
-        inputs, targets = batch
         return loss(self.predict(inner, outer, inputs), targets)
+
+    outer_loss = inner_loss
 
     def state_dict(self, inner: Tree, outer: Tree) -> dict[str, Tensor]:
         raise ValueError(

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import bilevel.optim as optim
 from bilevel._strategy import Strategy
 from bilevel.inner.base import InnerSolver
 from bilevel.inner.descent import Descent
 from bilevel.optim.base import Optimizer
+from bilevel.optim.scheduled import Scheduled
 from bilevel.space.tree import Tree
 
 _PER = ("element", "tensor", "all")
@@ -94,7 +94,7 @@ class Rates(Strategy):
         if not self.per_step:
             return _with(solver, optimizer=_with(optimizer, lr=self._at(None)))
         made = [_with(optimizer, lr=self._at(step)) for step in range(solver.max_steps)]
-        return _with(solver, optimizer=optim.Scheduled(tuple(made)))
+        return _with(solver, optimizer=Scheduled(tuple(made)))
 
     def _at(self, step: int | None) -> "_Rate":
         return _Rate(self.per == "all", self.log, step)

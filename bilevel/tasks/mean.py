@@ -9,9 +9,14 @@ the memory of vmap over torch.func.grad and 1.35 times as fast.
 | | compute | memory |
 | --- | --- | --- |
 | TaskMean(estimator, chunk=c) | T times the estimator's | c times the estimator's, plus T P for `hg.inner` |
+| TaskMean(estimator, weights=w) | that, and the weights' | the estimator's, plus T P, plus T Q for gradients |
+
+With weights the hypergradient is sum_i w_i dF_i/dx of the tasks one by one. The losses that are reported stay plain
+means over tasks, so that they mean the same whatever the weights.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +30,7 @@ from bilevel.estimators.state import State
 from bilevel.outcome import worst
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
+from bilevel.tasks.base import TaskResults, TaskWeights, checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +43,10 @@ class TaskMean(Estimator):
     Args:
         estimator: how the hypergradient of one task is estimated.
         chunk: tasks at once: vmap within a chunk, a loop over chunks. None for all at once; 1 for a plain loop without
-            vmap, which works for losses that vmap cannot map.
+            vmap, which works for losses that vmap cannot map. With `weights`, always one task after another.
+        weights: how tasks are weighted, such as GradientSimilarity(); None for the plain mean. Weights are constants,
+            and reported: `stats["task_weights"]` of shape (T,), in the order of the tasks, and
+            `stats["effective_tasks"]`, 1 / sum w^2. `outer_loss` and `inner_loss` of the result are plain means.
 
     State: that of `estimator`, its fields per task with a leading dimension T, in the order of the tasks; with
     `Batches(task_ids=)` it goes with the tasks, in whatever order they come back.
@@ -59,6 +68,7 @@ class TaskMean(Estimator):
 
     estimator: Estimator
     chunk: int | None = None
+    weights: TaskWeights | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.estimator, Estimator) or isinstance(self.estimator, TaskMean):
@@ -68,6 +78,16 @@ class TaskMean(Estimator):
             )
         if self.chunk is not None and (not isinstance(self.chunk, int) or self.chunk < 1):
             raise ValueError(f"TaskMean was given chunk={self.chunk!r}; None or an integer of at least 1 was needed")
+        if self.weights is not None and not isinstance(self.weights, TaskWeights):
+            raise TypeError(
+                f"TaskMean was given weights={self.weights!r}; None or task weights such as GradientSimilarity() were "
+                f"needed. For numbers write GivenWeights([...])"
+            )
+        if self.weights is not None and self.chunk not in (None, 1):
+            raise ValueError(
+                f"TaskMean was given weights and chunk={self.chunk}; weighted tasks are taken one by one, because the "
+                f"gradient of each is needed. Leave chunk out, or write chunk=1"
+            )
 
     sees = EVERYWHERE  # the estimator of one task is asked for its own
 
@@ -97,24 +117,38 @@ class TaskMean(Estimator):
         ids = _ids(instance.batches)
         state = state.rows_of(ids) if isinstance(state, ByTask) else state
         tasks = _count(instance, state)
-        size = tasks if self.chunk is None else min(self.chunk, tasks)
+        chunk = self.chunk if self.weights is None else 1
+        size = tasks if chunk is None else min(chunk, tasks)
         total: PartialLeaves = (None,) * len(tree.tensors(instance.outer))
         parts: list[Estimate] = []
+        gradients: list[PartialLeaves] = []
         for low in range(0, tasks, size):
             rows = _Rows(slice(low, min(low + size, tasks)), single=size == 1)
             part = estimated(self.estimator, rows.of_instance(instance, tasks), rows.of_state(state))
             state = _handed_on(state, part.state)
-            total = tree.accumulate(total, part.grad)
+            if self.weights is None:
+                total = tree.accumulate(total, part.grad)
+            else:
+                gradients.append(tuple(None if leaf is None else leaf.detach() for leaf in part.grad))
             parts.append(dataclasses.replace(part, grad=()))
         single = size == 1
+        outer_loss, inner_loss = (_losses([getattr(part, name) for part in parts]) for name in _LOSSES)
+        grad, figures = tuple(None if leaf is None else leaf / tasks for leaf in total), dict[str, Any]()
+        if self.weights is not None:
+            names = tuple(_dotted(name) for name in tree.names(instance.outer))
+            results = TaskResults(tuple(gradients), names, outer_loss.detach(), inner_loss.detach(), ids)
+            with torch.no_grad():
+                weights = checked(self.weights, self.weights.weigh(results), results)
+                grad = _weighted(gradients, weights)
+                figures = {"task_weights": weights, "effective_tasks": 1 / weights.square().sum()}
         carried = _join_states([part.state for part in parts], single=single)
         return Estimate(
-            grad=tuple(None if leaf is None else leaf / tasks for leaf in total),
+            grad=grad,
             inner=_join([part.inner for part in parts], single=single),
-            outer_loss=_losses([part.outer_loss for part in parts]),
-            inner_loss=_losses([part.inner_loss for part in parts]),
+            outer_loss=outer_loss,
+            inner_loss=inner_loss,
             code=worst(*(part.code for part in parts)),
-            stats={"tasks": tasks, **_merge([part.stats for part in parts])},
+            stats={"tasks": tasks, **_merge([part.stats for part in parts]), **figures},
             state=carried if carried is None or ids is None else ByTask(carried, ids),
             next_inner=None
             if parts[0].next_inner is None
@@ -258,6 +292,23 @@ class _TaskSteps(PerStep):
 
     def __len__(self) -> int:
         return len(self._steps)
+
+
+_LOSSES = ("outer_loss", "inner_loss")
+
+
+def _dotted(name: str) -> str:
+    """A name such as "['parameters']['0.weight']" as parameters.0.weight."""
+    return ".".join(next(filter(None, found)) for found in re.findall(r"\['([^']*)'\]|\[(\d+)\]|\.(\w+)", name))
+
+
+def _weighted(gradients: list[PartialLeaves], weights: Tensor) -> PartialLeaves:
+    """sum_i w_i g_i, where None is zero."""
+    total: PartialLeaves = (None,) * len(gradients[0])
+    for gradient, weight in zip(gradients, weights, strict=True):
+        scaled = tuple(None if leaf is None else leaf * weight.to(leaf.dtype) for leaf in gradient)
+        total = tree.accumulate(total, scaled)
+    return total
 
 
 def _losses(parts: list[Tensor]) -> Tensor:
