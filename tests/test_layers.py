@@ -68,6 +68,7 @@ LIBRARY = House(
         {"outcome", "batches"},
         {"engine.autodiff", "engine.jacobian", "engine.base", "engine.cotangents", "problem", "functional"},
         {"optim", "linear", "outer", "engine.eager", "engine.twice", "engine.evaluation"},
+        {"engine.along"},
         {"inner.dynamics", "engine.embedding"},
         {"inner.gradient", "engine.linearization", "engine.point"},
         {"inner.base"},

@@ -24,7 +24,7 @@ from bilevel.engine import autodiff, spans, twice
 from bilevel.engine.base import Engine
 from bilevel.engine.cotangents import Cotangents
 from bilevel.engine.eager import Eager
-from bilevel.engine.embedding import Embedding, Source
+from bilevel.engine.embedding import Embedding, Source, Unset
 from bilevel.engine.evaluation import Evaluation
 from bilevel.engine.linearization import Linearization
 from bilevel.engine.point import At
@@ -66,10 +66,9 @@ class Oracles:
         self.x, self.attached = tree.detach(outer), tree.attach(outer)
         self.evaluation, self.engine = Evaluation(problem, tasks), engine or Eager()
         self.generators = Generators(tree.tensors(outer)[0].device)
-        # (What an embedding holds must not hold the embedding: a cycle would keep every call's tensors until a
-        # collection.)
+        # (It must not hold an embedding: such a cycle would keep every call's tensors until a collection.)
         self.source = Source(self.evaluation, self.generators, self.x, self.attached)
-        self._shared: Any = None if isinstance(batches.inner, PerStep) else _Unset
+        self._shared: Any = None if isinstance(batches.inner, PerStep) else Unset
         self._start: Tree | None = inner
         self._before_start: State | None = None
 
@@ -119,11 +118,11 @@ class Oracles:
 
     def embedding(self, step: int) -> Embedding:
         """The embedded inner batch of a step: made once when every step sees the same batch."""
-        if self._shared is None:
-            return Embedding(self.source, self.batches.inner_at(step))
-        if self._shared is _Unset:
-            self._shared = Embedding(self.source, self.batches.inner_at(step))
-        return self._shared
+        if isinstance(self._shared, Embedding):
+            return self._shared
+        made = Embedding(self.source, self.batches.inner_at(step))
+        self._shared = made if self._shared is Unset else None
+        return made
 
     def differentiable_embedding(self, step: int) -> Any:
         """The embedded inner batch of a step with its graph in the attached x; shared likewise."""
@@ -132,7 +131,7 @@ class Oracles:
             return self._shared.again()
         before = self.generators.peek() if self.problem.features is not None else None
         value = self.evaluation.embed(self.attached, batch)
-        if self._shared is _Unset:
+        if self._shared is Unset:
             self._shared = Embedding(self.source, batch, made=(before, tree.detach(value)))
         return value
 
@@ -144,16 +143,24 @@ class Oracles:
 
     def point(self, step: int) -> At:
         """The inner problem of a step, for steps without a graph."""
-        return At(step, self.embedding(step).value, self._gradient, self.inner_value, self.outer_gradient_in_inner)
+        return At(
+            step,
+            self.embedding(step).value,
+            self._gradient,
+            self.inner_value,
+            self.source.along(graph=False),
+            self.outer_gradient_in_inner,
+        )
 
     def differentiable_point(self, step: int, embedded: Any) -> At:
-        """The inner problem of a step at an embedded batch, for steps with a graph."""
+        """The inner problem of a step on an embedded batch, for steps with a graph."""
         return At(
             step,
             embedded,
             self.differentiable_gradient,
             self.differentiable_value,
-            self.differentiable_outer_gradient,
+            self.source.along(graph=True),
+            self._outer_direction,
         )
 
     def begin_vjp(self, cotangents: Cotangents) -> PartialLeaves:
@@ -251,7 +258,7 @@ class Oracles:
         with spans.span(spans.OUTER_GRADIENT):
             return self.engine.gradient(self.evaluation.outer, inner, self.x, self._outer_batch(graph=False))
 
-    def differentiable_outer_gradient(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
+    def _outer_direction(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
         """f and df/dy of arguments as they come, with a graph."""
         with spans.span(spans.OUTER_GRADIENT):
             batch = self._outer_batch(graph=True)
@@ -316,7 +323,3 @@ class Oracles:
     def differentiable_value(self, inner: Tree, embedded: Any) -> Tensor:
         """g of an attached x, with its graph."""
         return self.inner(inner, self.attached, embedded)
-
-
-class _Unset:
-    """The shared embedding before it is made."""

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.engine.along import Along
 from bilevel.space import tree
+from bilevel.space.inner_product import Space
 from bilevel.space.tree import PartialLeaves, Tree
 
 
@@ -18,6 +20,7 @@ class At:
         batch: as the losses receive it.
         gradient: (inner, batch) -> the loss and dg/dy, with a graph or without.
         value: (inner, batch) -> the loss likewise.
+        along: functions of the dynamics' own.
         outer: inner -> the outer loss and df/dy likewise; None where an estimator moves y by g alone.
     """
 
@@ -27,11 +30,12 @@ class At:
         batch: Any,
         gradient: Callable[[Tree, Any], tuple[Tensor, PartialLeaves]],
         value: Callable[[Tree, Any], Tensor],
+        along: Along,
         outer: Callable[[Tree], tuple[Tensor, PartialLeaves]] | None = None,
     ) -> None:
         self.step, self.batch = step, batch
         self.loss: Tensor | None = None
-        self._gradient, self._value, self._outer = gradient, value, outer
+        self._gradient, self._value, self._along, self._outer = gradient, value, along, outer
         self._last: tuple[Tree, Tree] | None = None
 
     def gradient(self, inner: Tree) -> Tree:
@@ -49,6 +53,19 @@ class At:
         """The inner loss at `inner`."""
         with torch.enable_grad():
             return self._value(inner, self.batch)
+
+    @property
+    def space(self) -> Space:
+        """Dot products and norms, per task."""
+        return self._along.space
+
+    def apply(self, function: Callable[..., Any], *trees: Tree) -> Any:
+        """function(*trees, outer, batch), for each task."""
+        return self._along.value(function, trees, self.batch)
+
+    def pushforward(self, function: Callable[..., Any], inner: Tree, direction: Tree) -> list[Tensor]:
+        """The change of function(inner, outer, batch) along a direction of inner, for each task."""
+        return self._along.pushforward(function, inner, direction, self.batch)
 
     def outer_gradient(self, inner: Tree) -> Tree:
         """df/dy at `inner`.

@@ -31,7 +31,7 @@ class StepBack:
         dynamics: how y moves.
         attached: x, as graph leaves.
         gradient: (inner, embedded batch) -> g and dg/dy of arguments as they come, with a graph.
-        point: (step, embedded batch) -> the inner problem there, with a graph.
+        point: (step, embedded batch) -> the inner problem there, for steps with a graph.
     """
 
     def __init__(

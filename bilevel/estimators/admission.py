@@ -27,10 +27,12 @@ def check(estimator: Estimator, instance: Instance) -> None:
     Raises:
         ValueError: it moves y where its stationarity() is zero, or it mixes tasks.
     """
+    if estimator.delegates:
+        return  # (the functions of one task cannot be called on a batch of many)
     dynamics = instance.solver.dynamics
     update = dynamics.update
     if type(update or dynamics).__module__.startswith("bilevel.") and not _wraps(update or dynamics):
-        return
+        return  # (functions that a dynamics of ours was given are mapped over tasks, and so cannot mix them)
     key = ("admitted", instance.tasks is None, bool(estimator.sees & {Path.STATIONARITY, Path.INNER_LOSS}))
     if any(seen is (update or dynamics) for seen in instance.problem.memo.get(key, ())):
         return

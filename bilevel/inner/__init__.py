@@ -8,3 +8,5 @@ from bilevel.inner.dynamics import Dynamics as Dynamics
 from bilevel.inner.dynamics import Point as Point
 from bilevel.inner.gradient import GradientDynamics as GradientDynamics
 from bilevel.inner.langevin import Langevin as Langevin
+from bilevel.inner.steepest_descent import SteepestDescent as SteepestDescent
+from bilevel.inner.steepest_descent import half_square as half_square

@@ -614,7 +614,6 @@ def test_bad_arguments_are_refused(make, message):
         (bl.Descent(bl.inner.Langevin(0.1), 0), "keeps 0 samples of a chain of 0 steps"),
         (bl.Descent(bl.inner.Langevin(lambda step: -0.1), 10), "step_size=-0.1 at step 0"),
     ],
-    ids=str,
 )
 def test_other_loops_are_refused(estimator, solver, message):
     with pytest.raises(ValueError, match=message):

@@ -240,7 +240,7 @@ def _perturbed(oracles: Oracles, nu: float) -> Callable[[int], At]:
         def value(inner: Tree, batch: Any) -> Tensor:
             return oracles.inner_value(inner, batch) + nu * oracles.outer_loss(inner)
 
-        return At(step, oracles.embedding(step).value, gradient, value)
+        return At(step, oracles.embedding(step).value, gradient, value, oracles.source.along(graph=False))
 
     return at
 

@@ -172,7 +172,8 @@ class Pathwise(Estimator):
             g, gradient = oracles.differentiable_gradient(attached, embedded)
             chain.advance(step, rate, gradient, tree.tensors(attached), tree.tensors(oracles.attached), slope, grad)
             numbers = tuple(None if leaf is None else leaf.detach() for leaf in gradient)
-            at = At(step, embedded, lambda inner, batch: (g, numbers), oracles.inner_value)
+            along = oracles.source.along(graph=False)
+            at = At(step, embedded, lambda inner, batch: (g, numbers), oracles.inner_value, along)
         moved, _ = oracles.step(y, None, at)
         if sampled and loss is not None and at.loss is not None:
             samples.add(loss, at.loss)
