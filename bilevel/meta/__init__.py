@@ -16,6 +16,9 @@ from bilevel.meta.kernels import Kernel as Kernel
 from bilevel.meta.kernels import Linear as Linear
 from bilevel.meta.kernels import Sum as Sum
 from bilevel.meta.learner import Learner as Learner
+from bilevel.meta.local_moml import LocalMOML as LocalMOML
+from bilevel.meta.moml import MOML as MOML
+from bilevel.meta.moml import Memories as Memories
 from bilevel.meta.patterns import Choice as Choice
 from bilevel.meta.patterns import Pattern as Pattern
 from bilevel.meta.patterns import search as search

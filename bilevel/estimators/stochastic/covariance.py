@@ -175,7 +175,8 @@ class _Moments:
 
     def finish(self, found: Solution, temperature: float) -> Estimate:
         """The estimate; `found` is the end of the chain."""
-        count, total = len(self._kept), [None] * len(self._direct)
+        count = len(self._kept)
+        total: list[Tensor | None] = [None] * len(self._direct)
         added(total, 1 / count, tuple(self._direct))
         added(total, -1 / (temperature * (count - 1)), tuple(self._joint))
         return self._instance.finish(
