@@ -164,17 +164,15 @@ class MOML(Estimator):
         like = next((model for model in found if model is not None), None)
         if like is None:
             return None
-        device = tree.tensors(instance.outer)[0].device
-        zeros = tree.tree_map(torch.zeros_like, like)
-        try:
-            stacked = tree.tree_map(
-                lambda *leaves: torch.stack(leaves).to(device), *(zeros if model is None else model for model in found)
-            )
-        except (RuntimeError, ValueError) as error:
+        if any(_described(model) != _described(like) for model in found if model is not None):
             raise ValueError(
-                f"MOML was given memories of different structures or shapes for the tasks {list(ids)}; those of one "
-                f"problem were needed. Pass state=None to start afresh"
-            ) from error
+                f"MOML was given memories of different structures, shapes or dtypes for the tasks {list(ids)}; those "
+                f"of one problem were needed. Pass state=None to start afresh"
+            )
+        device, zeros = tree.tensors(instance.outer)[0].device, tree.tree_map(torch.zeros_like, like)
+        stacked = tree.tree_map(
+            lambda *leaves: torch.stack(leaves).to(device), *(zeros if model is None else model for model in found)
+        )
         return Personal(stacked, torch.tensor([model is not None for model in found], device=device))
 
     def _unsampled(self, instance: Instance, known: Mapping[Any, Tree], ids: tuple[Any, ...]) -> dict[Any, Tree]:
@@ -194,6 +192,10 @@ class MOML(Estimator):
 
     def _put(self, model: Tree) -> Tree:
         return tree.tree_map(lambda leaf: leaf.cpu(), model) if self.on_host else model
+
+
+def _described(model: Tree) -> Any:
+    return tree.names(model), [(leaf.shape, leaf.dtype) for leaf in tree.tensors(model)]
 
 
 def identities(instance: Instance) -> tuple[Any, ...]:
