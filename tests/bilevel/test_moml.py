@@ -353,16 +353,16 @@ def test_the_outer_loop_learns_from_few_tasks_at_a_time():
     x = torch.tensor(3.0, dtype=D, requires_grad=True)
 
     def loader():
-        for step in range(400):
+        for step in range(120):
             ids = [(2 * step) % 8, (2 * step + 1) % 8]
             yield bl.Batches(at[ids], at[ids], task_ids=ids)
 
     loop = bl.iterate(
-        SCALAR, x, None, loader(), solver=SOLVER, estimator=bl.meta.MOML(0.5), optimizer=torch.optim.SGD([x], lr=0.02)
+        SCALAR, x, None, loader(), solver=SOLVER, estimator=bl.meta.MOML(0.5), optimizer=torch.optim.SGD([x], lr=0.06)
     )
     *_, last = loop
     assert len(last.hypergradient.state.of) == 8
-    assert abs(x.item() - at.mean()) < 0.05
+    assert abs(x.item() - at.mean()) < 0.1
 
 
 # --- attacks
@@ -478,17 +478,37 @@ def test_a_round_of_local_steps(form, starts):
     assert weighted.outer.item() == pytest.approx(0.25 * ends[0] + 0.75 * ends[2], abs=1e-14)
 
 
-def test_rounds_of_a_net_fall():
-    problem, x, s1, _, s3 = nets(3)
+def test_rounds_lead_to_the_mean_of_the_goals():
+    """Clients of one curvature contract alike, so that the mean of their ends contracts to the mean of the goals."""
+    at = [0.0, 0.2, 1.0]
+    clients = [[bl.Batches(torch.tensor(v, dtype=D), torch.tensor(v, dtype=D))] * 3 for v in at]
+    local, x = bl.meta.LocalMOML(rate=0.5), torch.tensor(3.0, dtype=D)
+    away = []
+    for _ in range(12):
+        x = local.round(SCALAR, x, clients, solver=SOLVER).outer
+        away.append(x.item() - 0.4)
+    ratios = [after / before for before, after in zip(away[:4], away[1:5], strict=True)]
+    assert ratios == pytest.approx([ratios[0]] * 4, rel=1e-9)
+    assert 0 < ratios[0] < 0.5
+    assert abs(away[-1]) < 1e-4
+
+
+def test_a_round_of_a_net_is_its_steps_by_hand():
+    problem, x, s1, _, s3 = nets(2)
     problem, x = first_order_x(problem, x)
-    clients = [[bl.Batches(row(s1, task), row(s3, task))] * 3 for task in range(3)]
-    local, losses = bl.meta.LocalMOML(rate=0.3), []
-    for _ in range(10):
-        found = local.round(problem, x, clients, solver=SOLVER)
-        x = found.outer
-        losses.append(torch.cat(found.outer_losses).mean().item())
-    assert losses[-1] < 0.75 * losses[0]
-    assert set(x) == {"a", "b", "goal"}
+    clients = [[bl.Batches(row(s1, task), row(s3, task))] * 2 for task in range(2)]
+    found = bl.meta.LocalMOML(rate=0.2, blend=0.4).round(problem, x, clients, solver=SOLVER)
+    ends = []
+    for task in range(2):
+        w, u = x, None
+        for _ in range(2):
+            u, _, slope = paper_form(problem, w, u, *[row(s1, task)] * 2, row(s3, task), 0.4)
+            direct = torch.func.grad(problem.outer_loss, argnums=1)(u, w, row(s3, task))
+            w = {name: w[name] - 0.2 * (direct[name] + slope.get(name, 0)) for name in w}
+        close(found.clients[task], w)
+        close(found.models[task], u)
+        ends.append(w)
+    close(found.outer, {name: (ends[0][name] + ends[1][name]) / 2 for name in x})
 
 
 # --- bad input
