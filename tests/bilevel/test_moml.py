@@ -1,6 +1,7 @@
 """Memory-based MAML, its pool of personal models, and LocalMOML: methods.md, A4."""
 
 import io
+import itertools
 
 import pytest
 import torch
@@ -482,15 +483,15 @@ def test_rounds_lead_to_the_mean_of_the_goals():
     """Clients of one curvature contract alike, so that the mean of their ends contracts to the mean of the goals."""
     at = [0.0, 0.2, 1.0]
     clients = [[bl.Batches(torch.tensor(v, dtype=D), torch.tensor(v, dtype=D))] * 3 for v in at]
-    local, x = bl.meta.LocalMOML(rate=0.5), torch.tensor(3.0, dtype=D)
+    local, x = bl.meta.LocalMOML(rate=0.2), torch.tensor(3.0, dtype=D)
     away = []
     for _ in range(12):
         x = local.round(SCALAR, x, clients, solver=SOLVER).outer
         away.append(x.item() - 0.4)
-    ratios = [after / before for before, after in zip(away[:4], away[1:5], strict=True)]
+    ratios = [after / before for before, after in itertools.pairwise(away[:5])]
     assert ratios == pytest.approx([ratios[0]] * 4, rel=1e-9)
-    assert 0 < ratios[0] < 0.5
-    assert abs(away[-1]) < 1e-4
+    assert 0 < ratios[0] < 0.7
+    assert abs(away[-1]) < 0.01
 
 
 def test_a_round_of_a_net_is_its_steps_by_hand():
