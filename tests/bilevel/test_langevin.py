@@ -1,10 +1,13 @@
 """Langevin dynamics and the gradient of an expectation: methods.md, A1 and TP4."""
 
 import dataclasses
+import gc
 import math
 
 import pytest
 import torch
+from bilevel_profiling import forecast
+from bilevel_profiling.meters.tensors import Tensors
 
 import bilevel as bl
 from bilevel.estimators.stochastic import Covariance, Pathwise
@@ -572,6 +575,32 @@ def test_counts_of_oracles():
     # Increments that no window reaches cost a plain step.
     late = found_by(Pathwise("decay", gamma=0.5, window=2, burn_in=K - 1), arguments).stats["calls"]
     assert late == {"inner_gradient": K, "outer_gradient": 3, "hvp": 0, "mixed": 2}
+
+
+@pytest.mark.parametrize("estimator", [Covariance(), Pathwise("decay", gamma=0.9)], ids=["covariance", "decay"])
+def test_memory_does_not_grow_with_the_chain(estimator):
+    """A1: "memory 2q" for the covariance, P + Q for the first-order closures; and a forecast that is exact."""
+    g = torch.Generator().manual_seed(0)
+    inputs = torch.randn(64, 30, generator=g)
+    problem = bl.Problem(
+        lambda y, x, b: (x.sigmoid() * (torch.tanh(inputs @ y["a"]) @ y["b"]).square()).mean() + y["a"].square().sum(),
+        lambda y, x, b: (torch.tanh(inputs @ y["a"]) @ y["b"] - 1).square().mean(),
+    )
+    x, y = torch.zeros(64), {"a": torch.zeros(30, 40), "b": torch.zeros(40)}
+
+    def run(steps):
+        solver = bl.Descent(bl.inner.Langevin(0.01, 0.01), steps)
+        return bl.hypergradient(problem, x, y, bl.Batches(None, None), solver=solver, estimator=estimator)
+
+    peaks = []
+    for steps in (10, 60):
+        run(steps)  # what is remembered of the problem
+        gc.collect()
+        with Tensors() as meter:
+            run(steps)
+        peaks.append(meter.peak_bytes)
+    assert peaks[1] == peaks[0]
+    assert forecast(lambda: run(10)).peak_tensor_bytes == peaks[0]
 
 
 # --- bad input
