@@ -402,6 +402,14 @@ def test_unrolled_replays_the_noise(keep, last):
     close(found.grad, dict(zip(x, expected, strict=True)))
 
 
+@pytest.mark.parametrize("estimator", [bl.Unrolled(), bl.Unrolled("iterates"), Covariance(), Pathwise()], ids=repr)
+def test_a_chain_that_leaves_the_minimum_is_no_failure(estimator):
+    """g rises from 0 to P tau / 2: where a chain rests is above the minimum."""
+    problem = bl.Problem(lambda y, x, b: (x * y.square()).sum() / 2, lambda y, x, b: y.square().sum())
+    arguments = problem, torch.tensor(1.0), torch.zeros(5), bl.Batches(None, None)
+    assert found_by(estimator, arguments, 40, 0.1).status is bl.Status.OK
+
+
 def test_no_temperature_is_gradient_descent_and_draws_nothing():
     arguments = net()
     before = torch.get_rng_state()

@@ -42,7 +42,8 @@ class Covariance(Estimator):
     """dE[f]/dx as a covariance over the samples of a Langevin chain.
 
     F is the expectation of f, so that `hg.outer_loss` is the mean over the samples, not f at `hg.inner`, which is where
-    the chain ends (the next call goes on from there). The temperature and the step size are those of the dynamics.
+    the chain ends (the next call goes on from there). The temperature and the step size are those of the dynamics. The
+    start is taken for a constant, also with Problem.init: a distribution forgets it.
 
     Args:
         burn_in: steps before the first sample.
