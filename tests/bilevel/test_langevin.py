@@ -402,6 +402,35 @@ def test_unrolled_replays_the_noise(keep, last):
     close(found.grad, dict(zip(x, expected, strict=True)))
 
 
+@pytest.mark.parametrize(
+    "dynamics",
+    [bl.SGD(0.1), bl.inner.Langevin(0.1, 0.1), bl.inner.Aggregated(bl.SGD(0.1, momentum=0.5), 0.7)],
+    ids=["sgd", "langevin", "aggregated"],
+)
+@pytest.mark.parametrize("per_step", [False, True], ids=["one batch", "a batch a step"])
+def test_random_features_do_not_move_what_a_rebuilt_step_draws(dynamics, per_step):
+    """A shared embedding was drawn inside of the first step, which was then rebuilt with other numbers."""
+    drop = torch.nn.functional.dropout
+    problem = bl.Problem(
+        lambda y, x, z: (drop(y) * z).square().sum() / 20 + (y - x).square().sum() / 5,
+        lambda y, x, z: (y * z).sum().sin() + (drop(y) * x).square().sum(),
+        features=lambda x, b: drop(b * x),
+    )
+    x, y, b = torch.linspace(0.5, 1, 6, dtype=D), torch.ones(6, dtype=D), torch.linspace(1, 2, 6, dtype=D)
+    batches = bl.Batches(bl.PerStep([b * (1 + 0.1 * step) for step in range(5)]) if per_step else b, b)
+    for seed in range(4):
+        found = []
+        for keep in KEEPS:
+            torch.manual_seed(seed)
+            hg = bl.hypergradient(
+                problem, x, y, batches, solver=bl.Descent(dynamics, 5), estimator=bl.Unrolled(keep=keep)
+            )
+            found.append(hg)
+        for other in found[1:]:
+            assert torch.equal(other.inner, found[0].inner)
+            torch.testing.assert_close(other.grad, found[0].grad, rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("estimator", [bl.Unrolled(), bl.Unrolled("iterates"), Covariance(), Pathwise()], ids=repr)
 def test_a_chain_that_leaves_the_minimum_is_no_failure(estimator):
     """g rises from 0 to P tau / 2: where a chain rests is above the minimum."""
