@@ -7,6 +7,7 @@ sinusoid literature, whose operators are small, and the 4-conv net, whose operat
 that visit every chunk in turn, over that of chunk 1; memory is peak tensor bytes.
 """
 
+import functools
 import json
 import pathlib
 import statistics
@@ -30,7 +31,10 @@ METHODS = {"MAML": {}, "FOMAML": {"estimator": bl.FirstOrder()}}
 
 def sinusoids(device):
     phase, amplitude = torch.rand(TASKS, 1, 1) * torch.pi, 0.1 + 4.9 * torch.rand(TASKS, 1, 1)
-    draw = lambda x: (x.to(device), (amplitude * torch.sin(x + phase)).to(device))  # noqa: E731
+
+    def draw(x):
+        return x.to(device), (amplitude * torch.sin(x + phase)).to(device)
+
     net = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
     batches = bl.Batches(*(draw(10 * torch.rand(TASKS, 10, 1) - 5) for _ in range(2)))
     return net.to(device), mse_loss, batches, 0.01
@@ -70,7 +74,7 @@ def rows(device):
                     times[chunk].append(time.perf_counter() - began)
             middle = {chunk: statistics.median(values[1:]) for chunk, values in times.items()}
             for chunk, learner in learners.items():
-                record = measure(lambda learner=learner: learner.hypergradient(x, batches), repeats=1)
+                record = measure(functools.partial(learner.hypergradient, x, batches), repeats=1)
                 yield {
                     "problem": problem,
                     "method": method,
@@ -89,7 +93,7 @@ def main():
     for row in rows(device):
         found.append(row)
         print(
-            f"{row['problem']:22} {row['method']:8} chunk {row['chunk']:2}: {row['time_over_loop']:5.2f} of the loop's time, "
+            f"{row['problem']:22} {row['method']:8} chunk {row['chunk']:2}: {row['time_over_loop']:5.2f} of the loop's, "
             f"{row['peak_tensor_bytes'] / 2**20:7.1f} MiB",
             flush=True,
         )

@@ -1,5 +1,6 @@
 """Meta-learning: what adapts, from where, how, how the outer gradient is estimated, and how x moves."""
 
+from bilevel.meta.batch_statistics import batch_statistics as batch_statistics
 from bilevel.meta.evaluation import Evaluation as Evaluation
 from bilevel.meta.evaluation import accuracy as accuracy
 from bilevel.meta.few_iteration import FewIteration as FewIteration
