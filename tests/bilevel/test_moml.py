@@ -566,6 +566,11 @@ def test_other_bad_input_is_refused():
         called(1.0, ["a", "b"], bl.TaskMean(estimator), at=goals(0.0, 1.0))
     with pytest.raises(ValueError, match="no TaskMean around it"):
         called(1.0, ["a", "b"], bl.TaskMean(estimator, chunk=1), at=goals(0.0, 1.0))
+    problem, x, s1, _, s3 = nets(2)
+    with pytest.raises(ValueError, match=r"cannot see how the outer variable acts here.*'pull'"):
+        bl.hypergradient(
+            problem, x, None, bl.Batches(s1, s3, task_ids=[0, 1]), solver=SOLVER, estimator=bl.meta.MOML(0.5, "plain")
+        )
     at, problem = goals(0.0, 1.0), bl.Problem(lambda y, x, b: (y - x - b) ** 2, scalar)
     with pytest.raises(ValueError, match="a problem without init"):
         bl.hypergradient(problem, at[0], at, bl.Batches(at, at, task_ids=[0, 1]), solver=SOLVER, estimator=estimator)
