@@ -17,6 +17,9 @@ from bilevel.meta.kernels import Kernel as Kernel
 from bilevel.meta.kernels import Linear as Linear
 from bilevel.meta.kernels import Sum as Sum
 from bilevel.meta.learner import Learner as Learner
+from bilevel.meta.local_moml import LocalMOML as LocalMOML
+from bilevel.meta.moml import MOML as MOML
+from bilevel.meta.moml import Memories as Memories
 from bilevel.meta.multi_step import MultiStep as MultiStep
 from bilevel.meta.multi_step import StartNorms as StartNorms
 from bilevel.meta.multi_step import smoothness as smoothness
