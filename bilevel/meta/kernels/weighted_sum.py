@@ -35,7 +35,7 @@ class Sum(Kernel):
     learn: bool = False
 
     def __post_init__(self) -> None:
-        given = tuple(self.kernels) if isinstance(self.kernels, Sequence) else (self.kernels,)
+        given = tuple(self.kernels) if isinstance(self.kernels, Sequence) else ()
         if not given or not all(isinstance(kernel, Kernel) for kernel in given):
             raise TypeError(
                 f"Sum was given kernels={self.kernels!r}; a list of kernels was needed, such as Sum([Linear(), RBF()])"
