@@ -6,33 +6,38 @@
     python benchmarks/fewshot_table.py --table                # only write the table of what is there
 
 Glyphs (characters drawn from fonts, unseen ones at test), 5-way 1-shot and 5-shot, the 4-conv net. Every method makes
-the same number of outer steps on the same tasks in the same order, with the step sizes of `METHODS`, each chosen from
-three on validation tasks by `--tune`. A cell (method x shot) is a process of its own that leaves a checkpoint every few
-steps and one line in results/fewshot_table.<config>.jsonl at its end: stopped anywhere, the same command goes on.
+the same number of outer steps on the same tasks in the same order; its settings (fewshot_methods.py) are the usual ones
+of its literature, not tuned here. A cell (method x shot) is a process of its own that leaves a checkpoint every few
+steps and a line in results/fewshot.<config>.jsonl at its end: stopped anywhere, the same command goes on. The table goes
+to results/fewshot.<config>.md.
 """
 
 import argparse
 import dataclasses
-import functools
+import hashlib
 import json
 import os
 import pathlib
-import platform
+import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
 from typing import Any
 
+import fewshot_methods
 import torch
-from torch.nn.functional import cross_entropy
+from bilevel_profiling import measure
+from bilevel_profiling.measurement.environment import environment
 
 import bilevel as bl
+from bilevel.data import Episodes
 from bilevel.problems import fewshot
 from bilevel.problems.conv4 import conv4
 
-HERE = pathlib.Path(__file__).resolve().parent
-WAY, QUERY, SEED = 5, 15, 0
+RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+WAY, QUERY, CHECKPOINT_EVERY = 5, 15, 20
+COLUMNS = ("inner_gradient", "outer_gradient", "hvp", "mixed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,3 +58,197 @@ CONFIGS = {
     "gpu": Config(width=64, tasks=16, steps=3000, test_tasks=1000, chunk=None, device="cuda", processes=1),
     "small": Config(width=4, tasks=2, steps=3, test_tasks=4, chunk=1, device="cpu", processes=1),
 }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", choices=CONFIGS, default="cpu")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", choices=names(), default=names())
+    parser.add_argument("--shots", nargs="+", type=int, choices=(1, 5), default=[1, 5])
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only write the table of what is there")
+    parser.add_argument("--cell", nargs=2, metavar=("METHOD", "SHOT"), help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    config, path = CONFIGS[chosen.config], chosen.out / f"fewshot.{chosen.config}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if chosen.cell is not None:
+        run(chosen.cell[0], int(chosen.cell[1]), config, path)
+        return
+    if config.device == "cuda" and not torch.cuda.is_available() and not chosen.table:
+        parser.error("the gpu configuration needs a CUDA device; this machine has none")
+    if not chosen.table:
+        fewshot.load("train")  # drawn once, before there are processes
+        cells = [(name, shot) for shot in chosen.shots for name in chosen.only]
+        left = [cell for cell in cells if key(*cell, config) not in done(path)]
+        print(f"{len(cells) - len(left)} of {len(cells)} cells are there; {len(left)} to go", flush=True)
+        if run_all(left, chosen.config, config, chosen.out):
+            sys.exit("some cells failed; the same command tries them again")
+    text = table(path, config)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def names() -> list[str]:
+    return [fewshot_methods.UNTRAINED, *fewshot_methods.methods()]
+
+
+def key(name: str, shot: int, config: Config) -> str:
+    """What a cell depends on: another setting is another cell."""
+    arguments = repr(sorted((k, repr(v)) for k, v in fewshot_methods.methods().get(name, {}).items()))
+    arguments = "".join(part.split(" at 0x")[0] for part in arguments.split(">"))
+    said = json.dumps([name, shot, dataclasses.asdict(config) | {"processes": 0}, arguments])
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def done(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The last line of each cell."""
+    if not path.exists():
+        return {}
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return {line["key"]: line for line in lines}
+
+
+def run_all(cells: list[tuple[str, int]], config_name: str, config: Config, out: pathlib.Path) -> int:
+    """Each cell in a process of its own, a few at once; how many failed."""
+    waiting, running, failed, began = list(cells), dict[Any, tuple[str, int]](), 0, time.monotonic()
+    while waiting or running:
+        while waiting and len(running) < config.processes:
+            name, shot = waiting.pop(0)
+            command = [sys.executable, __file__, "--config", config_name, "--out", str(out), "--cell", name, str(shot)]
+            threads = {"OMP_NUM_THREADS": "1"} if config.processes > 1 else {}
+            running[subprocess.Popen(command, env=os.environ | threads)] = (name, shot)
+        time.sleep(0.2)
+        for process in [process for process in running if process.poll() is not None]:
+            name, shot = running.pop(process)
+            failed += process.returncode != 0
+            word = "done" if process.returncode == 0 else f"FAILED with exit code {process.returncode}"
+            left = len(waiting) + len(running)
+            print(f"[{time.monotonic() - began:5.0f} s] {name}, {shot}-shot: {word}; {left} cells to go", flush=True)
+    return failed
+
+
+def run(name: str, shot: int, config: Config, path: pathlib.Path) -> None:
+    """One cell: train (or go on), judge, measure, write a line."""
+    device, identity = torch.device(config.device), key(name, shot, config)
+    saved = path.parent / ".fewshot" / f"{identity}.pt"
+    saved.parent.mkdir(exist_ok=True)
+    splits = {split: fewshot.load(split) for split in ("train", "test")}
+    sizes = {"way": WAY, "shot": shot, "query": QUERY, "device": device}
+    method = fewshot_methods.learner(name, conv4(WAY, width=config.width, seed=0).to(device), config.chunk)
+    x = method.outer()
+    optimizer = method.optimizer([leaf for group in x.values() for leaf in group.values()])
+    steps = 0 if name == fewshot_methods.UNTRAINED else config.steps
+    at, seconds, statuses = 0, 0.0, Counter[str]()
+    if saved.exists():
+        past = torch.load(saved, map_location=device, weights_only=True)
+        with torch.no_grad():
+            for group, leaves in past["x"].items():
+                for leaf_name, leaf in leaves.items():
+                    x[group][leaf_name].copy_(leaf)
+        optimizer.load_state_dict(past["optimizer"])
+        at, seconds, statuses = past["at"], past["seconds"], Counter(past["statuses"])
+    tasks = Episodes(splits["train"], tasks=config.tasks, steps=steps, seed=0, start=at, **sizes)
+    loader = map(joined, tasks) if name == "Reptile" else iter(tasks)
+    began = time.perf_counter()
+    for step in method.train(x, loader, optimizer=optimizer, tolerate=tuple(bl.Status)):
+        statuses[step.hypergradient.status.name] += 1
+        now = at + step.index + 1
+        if now % CHECKPOINT_EVERY == 0 or now == steps:
+            seconds, began = seconds + time.perf_counter() - began, time.perf_counter()
+            state = {"x": x, "optimizer": optimizer.state_dict(), "at": now, "seconds": seconds}
+            torch.save(state | {"statuses": dict(statuses)}, saved.with_suffix(".new"))
+            saved.with_suffix(".new").replace(saved)
+            print(f"{name}, {shot}-shot: step {now} of {steps}, loss {step.outer_loss.item():.3f}", flush=True)
+    tests = Episodes(splits["test"], tasks=min(20, config.test_tasks), seed=1, **sizes)
+    judged = method.evaluate(x, tests, tasks=config.test_tasks)
+    line = {
+        "key": identity,
+        "method": name,
+        "shot": shot,
+        "config": dataclasses.asdict(config),
+        "accuracy": judged.score,
+        "interval": judged.interval,
+        "test_tasks": judged.tasks,
+        "test_status": judged.status.name,
+        "training_seconds": seconds,
+        "statuses": dict(statuses),
+        **cost(method, x, config, sizes, splits["train"], name),
+        "environment": dataclasses.asdict(environment()),
+    }
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    saved.unlink(missing_ok=True)
+
+
+def joined(batches: bl.Batches) -> bl.Batches:
+    """Reptile adapts on all of a task's data."""
+    inner = tuple(torch.cat(pair, dim=1) for pair in zip(batches.inner, batches.outer, strict=True))
+    return dataclasses.replace(batches, inner=inner)
+
+
+def cost(method: Any, x: Any, config: Config, sizes: Any, data: Any, name: str) -> dict[str, Any]:
+    """Peak memory and oracle calls of one hypergradient; its time beside FOMAML's, taken in turns."""
+    (batches,) = Episodes(data, tasks=config.tasks, steps=1, seed=2, **sizes)
+    batches = joined(batches) if name == "Reptile" else batches
+    net = conv4(WAY, width=config.width, seed=0).to(config.device)
+    other = fewshot_methods.learner("FOMAML", net, config.chunk)
+    beside, rounds = other.outer(), dict[str, list[float]](own=[], first_order=[])
+    for _ in range(6):
+        for label, one, start in (("own", method, x), ("first_order", other, beside)):
+            began = time.perf_counter()
+            calls = one.hypergradient(start, batches).stats["calls"] if label == "own" else None
+            if label != "own":
+                one.hypergradient(start, batches)
+            if config.device == "cuda":
+                torch.cuda.synchronize()
+            rounds[label].append(time.perf_counter() - began)
+            own_calls = calls or own_calls
+    record = measure(lambda: method.hypergradient(x, batches), repeats=1)
+    times = {label: statistics.median(values[1:]) for label, values in rounds.items()}
+    return {
+        "peak_tensor_bytes": record.peak_tensor_bytes,
+        "peak_allocated_bytes": getattr(record, "peak_allocated_bytes", None),
+        "seconds": times["own"],
+        "time_over_first_order": times["own"] / times["first_order"],
+        "calls": {oracle: own_calls.get(oracle, 0) for oracle in COLUMNS},
+    }
+
+
+def table(path: pathlib.Path, config: Config) -> str:
+    """Markdown: a row for each method, a group of columns for each shot."""
+    lines = {(line["method"], line["shot"]): line for line in done(path).values()}
+    shots = sorted({shot for _, shot in lines})
+    head = ["method"]
+    for shot in shots:
+        head += [f"{shot}-shot accuracy, %", f"{shot}-shot memory, MiB", f"{shot}-shot time / FOMAML's"]
+    head += ["gradients of g", "of f", "HVPs", "mixed"]
+    rows = [head, ["---"] * len(head)]
+    for name in names():
+        found = [lines.get((name, shot)) for shot in shots]
+        if not any(found):
+            continue
+        row = [name]
+        for line in found:
+            row += ["", "", ""] if line is None else [
+                f"{100 * line['accuracy']:.1f} ± {100 * line['interval']:.1f}",
+                f"{line['peak_tensor_bytes'] / 2**20:.0f}",
+                f"{line['time_over_first_order']:.2f}",
+            ]  # fmt: skip
+        last = next(line for line in reversed(found) if line is not None)
+        per = config.tasks if config.chunk == 1 else 1
+        row += [f"{last['calls'][oracle] / per:g}" for oracle in COLUMNS]
+        rows.append(["" if name == fewshot_methods.UNTRAINED and i > 0 and (i % 3 != 1 or i > 3 * len(shots)) else cell
+                     for i, cell in enumerate(row)])  # fmt: skip
+    some = next(iter(lines.values()), None)
+    where = "" if some is None else f"torch {some['environment']['torch']}, {some['environment']['device']}"
+    return (
+        "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        + f"\n\nMade by `python benchmarks/fewshot_table.py`: 5-way glyphs, conv4 of width {config.width}, {config.tasks} "
+        f"tasks a step, {config.steps} outer steps, {config.test_tasks} test tasks, 95 % intervals over them. Memory: "
+        f"peak tensor bytes that one hypergradient adds. Time: median of one hypergradient over that of FOMAML's, taken "
+        f"in turns in the same process. Oracle calls: for one task, at the last shot. {where}.\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

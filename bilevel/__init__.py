@@ -6,6 +6,7 @@ The problem is written once, every estimator of the hypergradient is one argumen
 from bilevel.adapt import adapt as adapt
 from bilevel.batches import Batches as Batches
 from bilevel.batches import PerStep as PerStep
+from bilevel.estimators import Bootstrapped as Bootstrapped
 from bilevel.estimators import Estimator as Estimator
 from bilevel.estimators import FirstOrder as FirstOrder
 from bilevel.estimators import FirstOrderCorrected as FirstOrderCorrected
@@ -13,6 +14,8 @@ from bilevel.estimators import Implicit as Implicit
 from bilevel.estimators import MemoryReduced as MemoryReduced
 from bilevel.estimators import Path as Path
 from bilevel.estimators import Unrolled as Unrolled
+from bilevel.estimators import best_nu as best_nu
+from bilevel.estimators import calibrated_nu as calibrated_nu
 from bilevel.functional import functional as functional
 from bilevel.hypergradient import hypergradient as hypergradient
 from bilevel.hypergradient import set_grad as set_grad
@@ -39,7 +42,9 @@ from bilevel.outcome import NotTwiceDifferentiableError as NotTwiceDifferentiabl
 from bilevel.outcome import Solution as Solution
 from bilevel.outcome import Status as Status
 from bilevel.outer import ClippedSGD as ClippedSGD
+from bilevel.outer import DualAveraging as DualAveraging
 from bilevel.outer import NormalizedSGD as NormalizedSGD
+from bilevel.outer import OptimisticSGD as OptimisticSGD
 from bilevel.problem import Problem as Problem
 from bilevel.problem import proximal as proximal
 from bilevel.tasks import GivenWeights as GivenWeights

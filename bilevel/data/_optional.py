@@ -4,8 +4,12 @@ import importlib
 from typing import Any
 
 
-def optional(name: str) -> Any:
+def optional(name: str, extra: str = "problems") -> Any:
     """Import a module that the core does not need.
+
+    Args:
+        name: of the module.
+        extra: the part of `pip install "bilevel[...]"` that has it.
 
     Raises:
         ImportError: it is not installed; the message says what to install.
@@ -14,5 +18,5 @@ def optional(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f'these data need {name}, which could not be imported ({error}): pip install "bilevel[problems]"'
+            f'these data need {name}, which could not be imported ({error}): pip install "bilevel[{extra}]"'
         ) from error

@@ -1,18 +1,18 @@
-"""ImageSet: images grouped by class, the one type that every few-shot data set comes as."""
+"""ImageSet: images grouped by class, the type that few-shot data sets of images come as."""
 
 import dataclasses
-import itertools
-import random
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-SPLITS = ("train", "validation", "test")
+from bilevel.data.classes import SPLITS as SPLITS
+from bilevel.data.classes import Classes
+from bilevel.data.classes import one_split as one_split
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ImageSet:
+class ImageSet(Classes):
     """Images of N classes, kept as bytes (a quarter of float32) and sorted by class.
 
     Args:
@@ -53,18 +53,16 @@ class ImageSet:
                 f"to M and a name for each count were needed"
             )
 
-    def __len__(self) -> int:
-        """Number of classes."""
-        return len(self.counts)
+    def take(self, rows: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """Images as floats in [0, 1], by default float32.
 
-    @property
-    def labels(self) -> Tensor:
-        """The class of each image: long, shape [M]."""
-        return torch.arange(len(self)).repeat_interleave(torch.tensor(self.counts), output_size=sum(self.counts))
-
-    def starts(self) -> list[int]:
-        """The position of the first image of each class."""
-        return list(itertools.accumulate(self.counts, initial=0))[:-1]
+        Raises:
+            ValueError: `dtype` is not floating.
+        """
+        dtype = torch.float32 if dtype is None else dtype
+        if not dtype.is_floating_point:
+            raise ValueError(f"an ImageSet was asked for dtype={dtype}; images in [0, 1] need a floating one")
+        return self.images[list(rows)].to(dtype) / 255
 
     def select(self, classes: Sequence[int]) -> "ImageSet":
         """The given classes, in the given order. The images are copied.
@@ -72,38 +70,11 @@ class ImageSet:
         Raises:
             IndexError: there is no class of that number.
         """
-        if wrong := [index for index in classes if not -len(self) <= index < len(self)]:
-            raise IndexError(f"select() was given class {wrong[0]}; there are {len(self)} classes")
-        starts = self.starts()
-        rows = [row for index in classes for row in range(starts[index], starts[index] + self.counts[index])]
         return ImageSet(
-            self.images[rows],
+            self.images[self._rows_of(classes)],
             tuple(self.counts[index] for index in classes),
             tuple(self.names[index] for index in classes),
         )
-
-    def split(self, fractions: Sequence[float] = (0.64, 0.16, 0.2), seed: int = 0) -> dict[str, "ImageSet"]:
-        """Disjoint classes for train, validation and test, drawn at random by `seed`.
-
-        Args:
-            fractions: shares of the classes; test receives what rounding leaves over. The default is the 64/16/20 of
-                miniImageNet.
-            seed: of the permutation.
-
-        Returns:
-            A dict with the keys "train", "validation" and "test". Within each, classes keep their order.
-
-        Raises:
-            ValueError: the fractions are not three non-negative numbers that sum to 1.
-        """
-        if len(fractions) != 3 or not min(fractions) >= 0 or not abs(sum(fractions) - 1) <= 1e-6:
-            raise ValueError(
-                f"split() was given fractions={tuple(fractions)}; three non-negative numbers that sum to 1 were needed"
-            )
-        return {
-            name: self.select(classes)
-            for name, classes in zip(SPLITS, _partition(len(self), fractions, seed), strict=True)
-        }
 
     def rotated(self) -> "ImageSet":
         """Four times the classes: each one turned by 0, 90, 180 and 270 degrees, the usual enlargement of Omniglot.
@@ -120,22 +91,3 @@ class ImageSet:
         turned = torch.cat([torch.rot90(self.images, quarter, (2, 3)) for quarter in range(4)])
         names = tuple(f"{name}/rot{90 * quarter:03d}" for quarter in range(4) for name in self.names)
         return ImageSet(turned, self.counts * 4, names)
-
-
-def one_split(data: ImageSet, name: str, seed: int) -> ImageSet:
-    """One part of `data.split(seed=seed)`, without copying the others.
-
-    Raises:
-        ValueError: no split is called `name`.
-    """
-    if name not in SPLITS:
-        raise ValueError(f"split={name!r} was given; one of {', '.join(SPLITS)} was needed")
-    return data.select(_partition(len(data), (0.64, 0.16, 0.2), seed)[SPLITS.index(name)])
-
-
-def _partition(classes: int, fractions: Sequence[float], seed: int) -> list[list[int]]:
-    order = list(range(classes))
-    random.Random(seed).shuffle(order)
-    first = round(fractions[0] * classes)
-    second = first + round(fractions[1] * classes)
-    return [sorted(order[:first]), sorted(order[first:second]), sorted(order[second:])]

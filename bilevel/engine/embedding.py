@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from bilevel.engine import autodiff
+from bilevel.engine.along import Along
 from bilevel.engine.evaluation import Evaluation
 from bilevel.engine.replay import Generators, State
 from bilevel.space import tree
@@ -21,6 +22,10 @@ class Source:
     generators: Generators
     x: Tree
     attached: Tree
+
+    def along(self, *, graph: bool) -> Along:
+        """Functions of a dynamics' own at x."""
+        return Along(self.evaluation, self.attached if graph else self.x, graph=graph)
 
     def replayed(self, before: State | None, function: Callable[[Tree, Any], Any], batch: Any) -> Any:
         """A function of the attached x, drawing what it drew before, if it did."""
@@ -62,3 +67,7 @@ class Embedding:
         outputs = [leaf for leaf in tree.tensors(self.again()) if leaf.is_floating_point()]
         pairs = [(z, w) for z, w in zip(outputs, cotangents, strict=True) if w is not None]
         return autodiff.grad([z for z, _ in pairs], xs, [w for _, w in pairs])
+
+
+class Unset:
+    """In the place of an embedding that is shared, before it is made."""

@@ -69,6 +69,13 @@ class Evaluation:
                 )
         return start
 
+    def mapped(self, function: Callable[..., Any], trees: tuple[Tree, ...], outer: Tree, batch: Any) -> Any:
+        """function(*trees, outer, batch), for each task: a function of the dynamics' own."""
+        if self.tasks is None:
+            return function(*trees, outer, batch)
+        name = getattr(function, "__name__", type(function).__name__)
+        return _over_tasks(name, function, (*[0] * len(trees), None, 0))(*trees, outer, batch)
+
     def without_graph(self, function: Callable[[Tree, Any], Tree], outer: Tree, batch: Any) -> Tree:
         """`embed` or `start` without a graph, also where they take a gradient inside."""
         with torch.no_grad():

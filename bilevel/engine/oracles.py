@@ -22,16 +22,16 @@ from torch import Tensor
 from bilevel.batches import Batches, PerStep
 from bilevel.engine import autodiff, spans, twice
 from bilevel.engine.base import Engine
-from bilevel.engine.cotangents import Cotangents, floating
+from bilevel.engine.cotangents import Cotangents
 from bilevel.engine.eager import Eager
-from bilevel.engine.embedding import Embedding, Source
+from bilevel.engine.embedding import Embedding, Source, Unset
 from bilevel.engine.evaluation import Evaluation
 from bilevel.engine.linearization import Linearization
 from bilevel.engine.point import At
 from bilevel.engine.refusals import check_step, restless, used
 from bilevel.engine.replay import Generators, State
+from bilevel.engine.step_back import StepBack
 from bilevel.inner.dynamics import Dynamics
-from bilevel.optim.base import Optimizer
 from bilevel.problem import Problem, Pulled, distance
 from bilevel.space import tree
 from bilevel.space.inner_product import Space
@@ -66,10 +66,9 @@ class Oracles:
         self.x, self.attached = tree.detach(outer), tree.attach(outer)
         self.evaluation, self.engine = Evaluation(problem, tasks), engine or Eager()
         self.generators = Generators(tree.tensors(outer)[0].device)
-        # (What an embedding holds must not hold the embedding: a cycle would keep every call's tensors until a
-        # collection.)
+        # (It must not hold an embedding: such a cycle would keep every call's tensors until a collection.)
         self.source = Source(self.evaluation, self.generators, self.x, self.attached)
-        self._shared: Any = None if isinstance(batches.inner, PerStep) else _Unset
+        self._shared: Any = None if isinstance(batches.inner, PerStep) else Unset
         self._start: Tree | None = inner
         self._before_start: State | None = None
 
@@ -119,11 +118,11 @@ class Oracles:
 
     def embedding(self, step: int) -> Embedding:
         """The embedded inner batch of a step: made once when every step sees the same batch."""
-        if self._shared is None:
-            return Embedding(self.source, self.batches.inner_at(step))
-        if self._shared is _Unset:
-            self._shared = Embedding(self.source, self.batches.inner_at(step))
-        return self._shared
+        if isinstance(self._shared, Embedding):
+            return self._shared
+        made = Embedding(self.source, self.batches.inner_at(step))
+        self._shared = made if self._shared is Unset else None
+        return made
 
     def differentiable_embedding(self, step: int) -> Any:
         """The embedded inner batch of a step with its graph in the attached x; shared likewise."""
@@ -132,7 +131,7 @@ class Oracles:
             return self._shared.again()
         before = self.generators.peek() if self.problem.features is not None else None
         value = self.evaluation.embed(self.attached, batch)
-        if self._shared is _Unset:
+        if self._shared is Unset:
             self._shared = Embedding(self.source, batch, made=(before, tree.detach(value)))
         return value
 
@@ -144,7 +143,25 @@ class Oracles:
 
     def point(self, step: int) -> At:
         """The inner problem of a step, for steps without a graph."""
-        return At(step, self.embedding(step).value, self._gradient, self.inner_value)
+        return At(
+            step,
+            self.embedding(step).value,
+            self._gradient,
+            self.inner_value,
+            self.source.along(graph=False),
+            self.outer_gradient_in_inner,
+        )
+
+    def differentiable_point(self, step: int, embedded: Any) -> At:
+        """The inner problem of a step on an embedded batch, for steps with a graph."""
+        return At(
+            step,
+            embedded,
+            self.differentiable_gradient,
+            self.differentiable_value,
+            self.source.along(graph=True),
+            self._outer_direction,
+        )
 
     def begin_vjp(self, cotangents: Cotangents) -> PartialLeaves:
         """Pull cotangents of the first state back to x, and add what reaches y_0 to those of y_0."""
@@ -241,6 +258,12 @@ class Oracles:
         with spans.span(spans.OUTER_GRADIENT):
             return self.engine.gradient(self.evaluation.outer, inner, self.x, self._outer_batch(graph=False))
 
+    def _outer_direction(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
+        """f and df/dy of arguments as they come, with a graph."""
+        with spans.span(spans.OUTER_GRADIENT):
+            batch = self._outer_batch(graph=True)
+            return self.engine.differentiable_gradient(self.evaluation.outer, inner, self.attached, batch)
+
     def outer_gradient_in_outer(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
         """f and df/dx at a fixed y (None where x does not enter f directly)."""
         return self._in_outer(spans.OUTER_GRADIENT, self.evaluation.outer, inner, self._outer_batch(graph=True))
@@ -264,7 +287,7 @@ class Oracles:
         embedding = Embedding(self.source, self.batches.curvature_at(step)) if apart else self.embedding(step)
 
         def condition(y: Tree, x: Tree, batch: Any) -> tuple[Tensor | None, Tree]:
-            at = At(step, batch, self.differentiable_gradient, self.differentiable_value)
+            at = self.differentiable_point(step, batch)
             value = self.dynamics.stationarity(y, x, at)
             if value is None:
                 raise ValueError(restless(self.dynamics, "an estimator at the solution"))
@@ -282,119 +305,21 @@ class Oracles:
         cotangents: Cotangents,
         *,
         to_inner: bool = True,
+        made_with: PartialLeaves | None = None,
     ) -> tuple[Cotangents, PartialLeaves, PartialLeaves]:
         """Pull cotangents of (y', s') = step(y, s, x) back to (y, s), x and the embedded batch.
 
         The graph of this one step is rebuilt, on its embedded batch. `cotangents` is emptied on the way, so that its
         tensors are freed as soon as they are used. `to_inner=False` leaves out H w, for a start that is a constant.
+        `made_with` is the gradient of an optimizer's step that was made on another batch than the embedded one: then
+        the gradient alone is differentiated there, and the optimizer's algebra where it ran.
 
         Returns:
             cotangents of (y, s) (empty without `to_inner`), of x, and of the leaves of the step's embedding.
         """
-        if self.dynamics.update is None:
-            return self._whole_step_vjp(inner, state, step, embedding, cotangents, to_inner=to_inner)
-        return self._split_step_vjp(self.dynamics.update, inner, state, embedding, cotangents, to_inner=to_inner)
-
-    def _whole_step_vjp(
-        self, inner: Tree, state: Any, step: int, embedding: Embedding, cotangents: Cotangents, *, to_inner: bool
-    ) -> tuple[Cotangents, PartialLeaves, PartialLeaves]:
-        y, s, xs = tree.attach(inner), tree.attach(state), tree.tensors(self.attached)
-        at = At(step, embedding.value, self.differentiable_gradient, self.differentiable_value)
-        stepped, state = self.dynamics.step(y, s, self.attached, at)
-        moved = tree.ordered(stepped, y), state
-        with spans.span(spans.HVP):
-            outputs, weights = cotangents.take(*moved)
-            wanted = [*tree.tensors(y), *floating(s)] if to_inner else []
-            pulled = autodiff.grad(outputs, [*wanted, *xs, *embedding.leaves], weights)
-        count = len(wanted)
-        back = Cotangents.of(y, s, pulled[:count]) if to_inner else Cotangents([], None)
-        return back, pulled[count : count + len(xs)], pulled[count + len(xs) :]
+        back = StepBack(self.dynamics, self.attached, self.differentiable_gradient, self.differentiable_point)
+        return back.pull(inner, state, step, embedding, cotangents, to_inner=to_inner, made_with=made_with)
 
     def differentiable_value(self, inner: Tree, embedded: Any) -> Tensor:
         """g of an attached x, with its graph."""
         return self.inner(inner, self.attached, embedded)
-
-    def _split_step_vjp(
-        self,
-        optimizer: Optimizer,
-        inner: Tree,
-        state: Any,
-        embedding: Embedding,
-        cotangents: Cotangents,
-        *,
-        to_inner: bool,
-    ) -> tuple[Cotangents, PartialLeaves, PartialLeaves]:
-        """The step split where it is thin: y', s' = U(dg/dy, y, s, x) with U the optimizer's elementwise algebra.
-
-        First the cotangent w of the gradient through U, then H w and M w by one double backward.
-        """
-        y, xs = tree.attach(inner), tree.tensors(self.attached)
-        ys = tree.tensors(y)
-        _, gradient = self.differentiable_gradient(y, embedding.value)
-        with spans.span(spans.HVP):
-            roots, rate = [None if leaf is None else autodiff.root(leaf) for leaf in gradient], optimizer.plain_rate
-            wanted = [*(ys if to_inner else ()), *xs, *embedding.leaves]
-            if rate is None or any(leaf is None for leaf in gradient):
-                gradient = tuple(None if leaf is None else leaf.detach() for leaf in gradient)
-                weights, direct, to_outer = self._update_vjp(
-                    optimizer, gradient, inner, state, cotangents, to_inner=to_inner
-                )
-                del gradient
-                pairs = [
-                    (root, weight)
-                    for root, weight in zip(roots, weights, strict=True)
-                    if root is not None and weight is not None
-                ]
-                products = autodiff.grad([root for root, _ in pairs], wanted, [weight for _, weight in pairs])
-            else:
-                # U(g, y) = y - rate g: the products of the cotangent itself, scaled after, so that no second P-vector
-                # is held meanwhile.
-                del gradient
-                direct, to_outer = Cotangents(list(cotangents.inner), None), (None,) * len(xs)
-                pairs = [
-                    (root, w)
-                    for root, w in zip(roots, cotangents.inner, strict=True)
-                    if root is not None and w is not None
-                ]
-                cotangents.inner.clear()
-                found = autodiff.grad([root for root, _ in pairs], wanted, [w for _, w in pairs])
-                products = tuple(None if leaf is None else leaf * -rate for leaf in found)
-                del found
-        count = len(ys) if to_inner else 0
-        for i, product in enumerate(products[:count]):
-            known = direct.inner[i]
-            direct.inner[i] = product if known is None else known if product is None else known + product
-        to_outer = tree.accumulate(to_outer, products[count : count + len(xs)])
-        return direct if to_inner else Cotangents([], None), to_outer, products[count + len(xs) :]
-
-    def _update_vjp(
-        self,
-        optimizer: Optimizer,
-        gradient: PartialLeaves,
-        inner: Tree,
-        state: Any,
-        cotangents: Cotangents,
-        *,
-        to_inner: bool,
-    ) -> tuple[PartialLeaves, Cotangents, PartialLeaves]:
-        g = [None if leaf is None else leaf.requires_grad_() for leaf in gradient]
-        y, s, xs = tree.attach(inner), tree.attach(state), tree.tensors(self.attached)
-        stepped, state = optimizer.step(tree.like(inner, g), s, y, self.attached)
-        moved = tree.ordered(stepped, y), state
-        del stepped, state
-        outputs, weights = cotangents.take(*moved)
-        del moved
-        given = [leaf for leaf in g if leaf is not None]
-        start = [*tree.tensors(y), *floating(s)] if to_inner else []
-        pulled = autodiff.grad(outputs, [*given, *start, *xs], weights)
-        in_gradient = iter(pulled[: len(given)])
-        back = pulled[len(given) : len(given) + len(start)]
-        return (
-            tuple(None if leaf is None else next(in_gradient) for leaf in g),
-            Cotangents.of(y, s, back) if to_inner else Cotangents([], None),
-            pulled[len(given) + len(start) :],
-        )
-
-
-class _Unset:
-    """The shared embedding before it is made."""

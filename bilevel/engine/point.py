@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.engine.along import Along
 from bilevel.space import tree
+from bilevel.space.inner_product import Space
 from bilevel.space.tree import PartialLeaves, Tree
 
 
@@ -18,6 +20,8 @@ class At:
         batch: as the losses receive it.
         gradient: (inner, batch) -> the loss and dg/dy, with a graph or without.
         value: (inner, batch) -> the loss likewise.
+        along: functions of the dynamics' own.
+        outer: inner -> the outer loss and df/dy likewise; None where an estimator moves y by g alone.
     """
 
     def __init__(
@@ -26,10 +30,12 @@ class At:
         batch: Any,
         gradient: Callable[[Tree, Any], tuple[Tensor, PartialLeaves]],
         value: Callable[[Tree, Any], Tensor],
+        along: Along,
+        outer: Callable[[Tree], tuple[Tensor, PartialLeaves]] | None = None,
     ) -> None:
         self.step, self.batch = step, batch
         self.loss: Tensor | None = None
-        self._gradient, self._value = gradient, value
+        self._gradient, self._value, self._along, self._outer = gradient, value, along, outer
         self._last: tuple[Tree, Tree] | None = None
 
     def gradient(self, inner: Tree) -> Tree:
@@ -47,3 +53,30 @@ class At:
         """The inner loss at `inner`."""
         with torch.enable_grad():
             return self._value(inner, self.batch)
+
+    @property
+    def space(self) -> Space:
+        """Dot products and norms, per task."""
+        return self._along.space
+
+    def apply(self, function: Callable[..., Any], *trees: Tree) -> Any:
+        """function(*trees, outer, batch), for each task."""
+        return self._along.value(function, trees, self.batch)
+
+    def pushforward(self, function: Callable[..., Any], inner: Tree, direction: Tree) -> list[Tensor]:
+        """The change of function(inner, outer, batch) along a direction of inner, for each task."""
+        return self._along.pushforward(function, inner, direction, self.batch)
+
+    def outer_gradient(self, inner: Tree) -> Tree:
+        """df/dy at `inner`.
+
+        Raises:
+            ValueError: the estimator moves y by g alone.
+        """
+        if self._outer is None:
+            raise ValueError(
+                "the inner dynamics asks for the gradient of the outer loss, and this estimator perturbs the inner "
+                "loss alone. Use Unrolled()"
+            )
+        with torch.enable_grad():
+            return tree.like(inner, self._outer(inner)[1])

@@ -15,6 +15,7 @@ from torch import Tensor
 from bilevel.batches import Batches, PerStep
 from bilevel.engine.replay import State
 from bilevel.estimators.base import Estimator, Instance, Path
+from bilevel.inner.dynamics import Dynamics
 from bilevel.optim.base import Optimizer, held
 from bilevel.space import tree
 from bilevel.space.tree import Tree
@@ -26,10 +27,14 @@ def check(estimator: Estimator, instance: Instance) -> None:
     Raises:
         ValueError: it moves y where its stationarity() is zero, or it mixes tasks.
     """
+    if estimator.delegates:
+        return  # (the functions of one task cannot be called on a batch of many)
     dynamics = instance.solver.dynamics
     update = dynamics.update
-    if update is not None and type(update).__module__.startswith("bilevel.") and not _wraps(update):
+    if type(update or dynamics).__module__.startswith("bilevel.") and not _wraps(update or dynamics):
         return
+    if update is None and type(dynamics).__module__.startswith("bilevel."):
+        return  # the functions that it was given are mapped over tasks, and so cannot mix them
     key = ("admitted", instance.tasks is None, bool(estimator.sees & {Path.STATIONARITY, Path.INNER_LOSS}))
     if any(seen is (update or dynamics) for seen in instance.problem.memo.get(key, ())):
         return
@@ -56,8 +61,8 @@ def check(estimator: Estimator, instance: Instance) -> None:
     instance.problem.memo.setdefault(key, []).append(update or dynamics)
 
 
-def _wraps(update: Optimizer) -> bool:
-    """Whether an optimizer of the library holds one that is not."""
+def _wraps(update: Optimizer | Dynamics) -> bool:
+    """Whether an optimizer or a dynamics of the library holds an optimizer that is not."""
     return any(not type(each).__module__.startswith("bilevel.") for each in held(update))
 
 
@@ -117,7 +122,7 @@ def _check_tasks(instance: Instance, before: State) -> None:
         instance,
         tasks=None,
         inner=None if instance.inner is None else first(instance.inner),
-        batches=Batches(PerStep(_First(batches, first)), None),
+        batches=Batches(PerStep(_First(batches, first)), first(batches.outer)),
     ).oracles
     ends = []
     for each in (oracles, alone):

@@ -239,6 +239,11 @@ class Estimator(Strategy):
         """What separates the estimate from the gradient of the K-step program, as a clause; "" when nothing does."""
         return "of unknown bias"
 
+    @property
+    def delegates(self) -> bool:
+        """Whether it only hands parts of the instance to another estimator, each of which is checked by itself."""
+        return False
+
     def init_state(self, instance: Instance) -> State | None:
         """A state like those that this estimator returns on this instance; None if it carries nothing."""
         return None

@@ -24,7 +24,7 @@ from bilevel.estimators.base import Estimator, Instance, Path
 from bilevel.optim.base import Optimizer, held
 from bilevel.outcome import NotTwiceDifferentiableError
 from bilevel.space import tree
-from bilevel.space.tree import Tree
+from bilevel.space.tree import PartialLeaves, Tree
 
 _MANY = 200
 """Steps of a dynamics not our own that are looked at."""
@@ -221,14 +221,14 @@ def _through_steps(oracles: Oracles, y: Tree, embedded: Any, xs: Sequence[Tensor
     state = oracles.dynamics.init(moved, oracles.attached)
     outputs: list[Tensor] = []
     for step in range(steps):
-        at = At(step, embedded, _constant, oracles.differentiable_value)
+        at = At(step, embedded, _constant, oracles.differentiable_value, oracles.source.along(graph=True), _no_outer)
         moved, state = oracles.dynamics.step(moved, state, oracles.attached, at)
         outputs += tree.tensors(moved)
     return _reached(outputs, xs)
 
 
 def _through_stationarity(oracles: Oracles, y: Tree, embedded: Any, xs: Sequence[Tensor]) -> frozenset[int]:
-    at = At(0, embedded, _constant, oracles.differentiable_value)
+    at = At(0, embedded, _constant, oracles.differentiable_value, oracles.source.along(graph=True), _no_outer)
     condition = oracles.dynamics.stationarity(y, oracles.attached, at)
     return frozenset() if condition is None else _reached(tree.tensors(condition), xs)
 
@@ -244,3 +244,7 @@ def _reached(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> frozenset[i
     floating = [output for output in outputs if output.is_floating_point()]
     found = autodiff.grad(floating, inputs, [torch.ones_like(output) for output in floating], retain_graph=True)
     return frozenset(i for i, leaf in enumerate(found) if leaf is not None)
+
+
+def _no_outer(inner: Tree) -> tuple[Tensor, PartialLeaves]:
+    return _constant(inner, None)

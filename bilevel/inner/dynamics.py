@@ -8,12 +8,14 @@ move by itself.
 """
 
 import abc
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from bilevel._strategy import Strategy
 from bilevel.optim.base import Optimizer
+from bilevel.space.inner_product import Space
 from bilevel.space.tree import Tree
 
 
@@ -33,6 +35,21 @@ class Point(Protocol):
 
     def value(self, inner: Tree) -> Tensor:
         """The inner loss at `inner`: 0-dim, or of shape (tasks,). Differentiable likewise."""
+
+    @property
+    def space(self) -> Space:
+        """Dot products and norms of trees like `inner`, per task where there are tasks."""
+
+    def apply(self, function: Callable[..., Any], *trees: Tree) -> Any:
+        """function(*trees, outer, batch), written for one task, for each task. Differentiable likewise."""
+
+    def pushforward(self, function: Callable[..., Any], inner: Tree, direction: Tree) -> list[Tensor]:
+        """How the floating tensors that function(inner, outer, batch) returns change along a direction of `inner`: J d,
+        for each task. Costs one call and two backwards. Differentiable likewise.
+        """
+
+    def outer_gradient(self, inner: Tree) -> Tree:
+        """df/dy at `inner` on the outer batch; None for tensors that f does not use. Differentiable likewise."""
 
 
 class Dynamics(Strategy):

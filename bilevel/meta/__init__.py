@@ -2,6 +2,7 @@
 
 from bilevel.meta.evaluation import Evaluation as Evaluation
 from bilevel.meta.evaluation import accuracy as accuracy
+from bilevel.meta.few_iteration import FewIteration as FewIteration
 from bilevel.meta.gradient_flow import GradientFlow as GradientFlow
 from bilevel.meta.gradient_penalty import gradient_penalty as gradient_penalty
 from bilevel.meta.head import Embedded as Embedded
@@ -15,8 +16,17 @@ from bilevel.meta.kernels import Kernel as Kernel
 from bilevel.meta.kernels import Linear as Linear
 from bilevel.meta.kernels import Sum as Sum
 from bilevel.meta.learner import Learner as Learner
+from bilevel.meta.patterns import Choice as Choice
+from bilevel.meta.patterns import Pattern as Pattern
+from bilevel.meta.patterns import search as search
 from bilevel.meta.rates import Rates as Rates
 from bilevel.meta.reptile import Reptile as Reptile
+from bilevel.meta.similarity import Reuse as Reuse
+from bilevel.meta.similarity import reuse as reuse
 from bilevel.meta.start import Fixed as Fixed
 from bilevel.meta.start import Shared as Shared
 from bilevel.meta.start import Start as Start
+from bilevel.meta.update_rule import RuleStep as RuleStep
+from bilevel.meta.update_rule import Seen as Seen
+from bilevel.meta.update_rule import last_gradient as last_gradient
+from bilevel.meta.update_rule import learned_updates as learned_updates

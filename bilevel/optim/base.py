@@ -74,9 +74,9 @@ class Optimizer(Strategy):
         return None
 
 
-def held(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizers that one holds in its fields."""
-    return [value for value in tree.flatten(getattr(optimizer, "__dict__", {}))[0] if isinstance(value, Optimizer)]
+def held(owner: object) -> list[Optimizer]:
+    """The optimizers that an optimizer or a dynamics holds in its fields."""
+    return [value for value in tree.flatten(getattr(owner, "__dict__", {}))[0] if isinstance(value, Optimizer)]
 
 
 def value_of(hyper: Hyper, outer: Tree) -> Any:

@@ -1,4 +1,4 @@
-"""What the outer optimizers share: the averaged gradient, its norm, and a loop over parameter groups."""
+"""What the outer optimizers share: the averaged gradient, its norm, and loops over parameter groups."""
 
 import abc
 from collections.abc import Callable
@@ -42,6 +42,37 @@ class Averaging(torch.optim.Optimizer, abc.ABC):
         return loss
 
 
+class Elementwise(torch.optim.Optimizer, abc.ABC):
+    """Steps that move each number by itself, from its own gradient and the memory of its tensor."""
+
+    @abc.abstractmethod
+    def move(self, x: Tensor, gradient: Tensor, memory: dict[str, Any], group: dict[str, Any]) -> None:
+        """Move one parameter, in place, and update its memory."""
+
+    @abc.abstractmethod
+    def check(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for a setting of a group that is out of range."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, its settings checked."""
+        super().add_param_group(param_group)
+        self.check(self.param_groups[-1])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Move every parameter that has a gradient by one step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for x in group["params"]:
+                if x.grad is not None:
+                    gradient = x.grad.to_dense() if x.grad.layout != torch.strided else x.grad
+                    self.move(x, gradient, self.state[x], group)
+        return loss
+
+
 def averaged(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """The parameters of a group that have a gradient, and their averaged gradients."""
     params, averages = [], []
@@ -72,7 +103,8 @@ def check_number(owner: str, name: str, value: Any, low: float, high: float, nee
 def check_common(owner: str, group: dict[str, Any]) -> None:
     """Raise ValueError for a step size or momentum out of range, or complex parameters."""
     check_number(owner, "lr", group["lr"], 0.0, float("inf"), "a number of at least 0")
-    check_number(owner, "momentum", group["momentum"], 0.0, 1.0, "a number in [0, 1)")
+    if "momentum" in group:
+        check_number(owner, "momentum", group["momentum"], 0.0, 1.0, "a number in [0, 1)")
     for x in group["params"]:
         if x.is_complex():
             raise ValueError(f"{owner} was given a parameter of dtype {x.dtype}; use torch.view_as_real(parameter)")

@@ -92,6 +92,10 @@ class TaskMean(Estimator):
     sees = EVERYWHERE  # the estimator of one task is asked for its own
 
     @property
+    def delegates(self) -> bool:
+        return True
+
+    @property
     def memory_growth(self) -> str:
         return self.estimator.memory_growth
 

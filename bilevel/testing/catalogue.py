@@ -175,6 +175,15 @@ ENTRIES = (
         bias="nu",
     ),
     Entry(
+        "corrected, 4 points",
+        bl.FirstOrderCorrected(scheme=4),
+        target="solution",
+        calls=lambda steps, products: counts(4 * steps + 4, 4 * steps + 4, 0, 0),
+        memory="constant",
+        sees=GRADIENTS,
+        bias="nu^4",
+    ),
+    Entry(
         "corrected, warm",
         bl.FirstOrderCorrected(warm_sides=True),
         target="solution",
@@ -191,6 +200,16 @@ ENTRIES = (
         memory="constant",
         sees=frozenset({bl.Path.START, bl.Path.OUTER_LOSS}),
         bias="K lr |H|",
+    ),
+    Entry(
+        "bootstrapped",
+        bl.Bootstrapped(bl.Unrolled(), bl.estimators.FurtherSteps(3)),
+        target="program",
+        # K + 3 steps to the target, K differentiated ones, and f once more for its direct part.
+        calls=lambda steps, products: counts(2 * steps + 3, 2, steps, 0),
+        memory="linear",
+        sees=EVERYWHERE,
+        bias="the gradient of the matching loss, not of F",
     ),
 )
 """Every variant that the library answers for."""

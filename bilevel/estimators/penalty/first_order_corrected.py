@@ -3,21 +3,28 @@
     l_nu(x) = min_y g(y, x) + nu f(y, x),   y_nu its minimizer,   dl_nu/dx = dg/dx(y_nu) + nu df/dx(y_nu)      (Danskin)
     dF/dx = d/dnu (dl_nu/dx) at nu = 0
     symmetric:  (dl_nu/dx - dl_-nu/dx) / (2 nu)        forward:  (dl_nu/dx - dl_0/dx) / nu
+    order p:    sum_j a_j dl_(j nu)/dx / nu, the stencils of perturbation.py
 
 | scheme | inner gradients | outer gradients | HVPs | bias | memory |
 | --- | --- | --- | --- | --- | --- |
-| "symmetric" | 2 K + 2 | 2 K + 2 | 0 | O(nu^2) + O(delta / nu) | 3 P + 2 Q + one graph, independent of K |
-| "forward" | 2 K + 2 | K + 2 | 0 | O(nu) + O(delta / nu) | the same |
+| "symmetric" or 2 | 2 K + 2 | 2 K + 2 | 0 | O(nu^2) + O(delta / nu) | 3 P + 2 Q + one graph, independent of K |
+| "forward" or 1 | 2 K + 2 | K + 2 | 0 | O(nu) + O(delta / nu) | the same |
+| even p | p (K + 1) | p (K + 1) | 0 | O(nu^p) + O(delta / nu) | 4 P + 3 Q + one graph, independent of K and p |
+| odd p > 1 | (p + 1) (K + 1) | p K + p + 1 | 0 | the same | the same |
 
-delta: distance of the inner iterates from their minimizers. Both sides start alike, take the same number of steps, see
-the same batches and draw the same random numbers, so that delta is nearly common to both and cancels; with different
+delta: distance of the inner iterates from their minimizers. All sides start alike, take the same number of steps, see
+the same batches and draw the same random numbers, so that delta is nearly common to them and cancels; with different
 budgets the error blows up like delta / nu. Under a tolerance each side is solved to nu times that tolerance. With
 `warm_sides` each side goes on from its own last solution, which is what F2SA does: few steps a call then suffice, where
-two sides that start alike have to build up their difference anew.
+sides that start alike have to build up their difference anew.
+
+What is divided by nu is a sum of differences to one of the sides. A difference of two numbers that are within a factor
+of two of each other is exact in any precision, so that a wider type would gain nothing; tests/bilevel/test_stencils.py
+measures it.
 
 References: Chayti and Jaggi 2024, arXiv 2409.03682 (proximal MAML, in which case this is strength (y_-nu - y_nu) /
-(2 nu)); the general form after Chen et al., Faster Gradient Methods for Highly-Smooth Stochastic Bilevel Optimization;
-F2SA is Kwon et al. 2023, A Fully First-Order Method for Stochastic Bilevel Optimization.
+(2 nu)); the general form and p > 2 after Chen et al., Faster Gradient Methods for Highly-Smooth Stochastic Bilevel
+Optimization; F2SA is Kwon et al. 2023, A Fully First-Order Method for Stochastic Bilevel Optimization.
 """
 
 import dataclasses
@@ -32,6 +39,7 @@ from bilevel.engine import spans
 from bilevel.engine.oracles import Oracles
 from bilevel.engine.point import At
 from bilevel.estimators.base import Estimate, Estimator, Instance, Path
+from bilevel.estimators.penalty.perturbation import Stencil, default_nu, order_of, stencil_of
 from bilevel.estimators.state import State, per_task
 from bilevel.inner.base import InnerSolver
 from bilevel.outcome import Solution, Status, code_if
@@ -39,15 +47,12 @@ from bilevel.space import tree
 from bilevel.space.inner_product import Space
 from bilevel.space.tree import PartialLeaves, Tree
 
-_SCHEMES = ("symmetric", "forward")
-
 
 @dataclasses.dataclass(frozen=True)
 class Sides(State):
-    """The minimizers of the two perturbed inner losses, both like the inner variable."""
+    """The minimizers of the perturbed inner losses, like the inner variable, in the order of the nodes."""
 
-    one: Tree = per_task()
-    other: Tree = per_task()
+    sides: Tree = per_task()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +60,22 @@ class FirstOrderCorrected(Estimator):
     """Finite difference of the perturbed value function, with common random numbers and equal budgets.
 
     Args:
-        nu: the perturbation; None picks `default_nu` by dtype and scheme. -nu must leave the inner problem convex: nu <
-            mu / L_f. Rounding adds an error of order eps / nu, truncation one of order nu^2 (nu for "forward").
-        scheme: "symmetric" differences the two sides +nu and -nu, "forward" the sides 0 and nu.
-        warm_sides: each side goes on from where it ended in the state, instead of both from `inner` or Problem.init.
-            The two differ by O(nu), which a few steps from a common start do not build up; carried, they do. The
+        nu: the perturbation; None picks `default_nu` by dtype (that of an autocast around the call, where one is open)
+            and scheme. -nu must leave the inner problem convex: nu < mu / L_f, and for order p half of p times as much.
+            Rounding adds an error of order eps / nu, truncation one of order nu^p. `best_nu` chooses it from the
+            accuracy of the inner solves, `calibrated_nu` by measuring.
+        scheme: "symmetric" differences the two sides +nu and -nu, "forward" the sides 0 and nu. An integer p is the
+            order of a stencil: 2 and 1 are these two, 4 has the sides -2 nu, -nu, nu and 2 nu.
+        warm_sides: each side goes on from where it ended in the state, instead of all from `inner` or Problem.init.
+            They differ by O(nu), which a few steps from a common start do not build up; carried, they do. The
             forward scheme then is F2SA with 1 / nu as the penalty.
 
-    State: `Sides` with the two inner variables when `warm_sides`, else None.
+    State: `Sides` with the inner variables of all sides when `warm_sides`, else None.
 
-    The adapted `hg.inner` is y_0 for "forward" and (y_nu + y_-nu) / 2, within O(nu^2) of it, for "symmetric"; the
-    losses are those at `hg.inner`.
+    The adapted `hg.inner` is y_0 for odd orders, and within O(nu^p) of it for even ones, (y_nu + y_-nu) / 2 for
+    "symmetric"; the losses are those at `hg.inner`.
 
-    Memory: independent of K; linear in T.
+    Memory: independent of K, and beyond p = 2 of p; with `warm_sides` p P more. Linear in T.
 
     Raises:
         ValueError: an argument is out of range, or (when used) x enters only through Problem.init or a hyper-parameter.
@@ -75,26 +83,30 @@ class FirstOrderCorrected(Estimator):
     Example:
         >>> import torch, bilevel as bl
         >>> problem = bl.Problem(lambda y, x, b: y**2 - x * y, lambda y, x, b: y**2 / 2)
-        >>> hg = bl.hypergradient(problem, torch.tensor(1.0), torch.tensor(0.0), bl.Batches(None, None),
-        ...     solver=bl.Descent(bl.SGD(lr=0.25), steps=50), estimator=bl.FirstOrderCorrected(nu=0.1))
-        >>> hg.grad  # 0.25 h^2 / (h^2 - nu^2) with h = 2
-        tensor(0.2506)
+        >>> def grad(scheme):
+        ...     return bl.hypergradient(problem, torch.tensor(1.0), torch.tensor(0.0), bl.Batches(None, None),
+        ...         solver=bl.Descent(bl.SGD(lr=0.25), steps=50), estimator=bl.FirstOrderCorrected(0.2, scheme)).grad
+        >>> grad("symmetric")  # 0.25 h^2 / (h^2 - nu^2) with h = 2
+        tensor(0.2525)
+        >>> grad(4)  # exact: 0.25
+        tensor(0.2499)
     """
 
     nu: float | None = None
-    scheme: str = "symmetric"
+    scheme: str | int = "symmetric"
     warm_sides: bool = False
 
     def __post_init__(self) -> None:
         if self.nu is not None and (not isinstance(self.nu, (int, float)) or not 0 < self.nu < float("inf")):
             raise ValueError(f"FirstOrderCorrected was given nu={self.nu!r}; None or a positive number was needed")
-        if self.scheme not in _SCHEMES:
-            raise ValueError(
-                f"FirstOrderCorrected was given scheme={self.scheme!r}; one of {', '.join(map(repr, _SCHEMES))} was "
-                f"needed"
-            )
+        order_of(self.scheme)
 
     sees = frozenset({Path.INNER_LOSS, Path.OUTER_LOSS})
+
+    @property
+    def stencil(self) -> Stencil:
+        """The nodes, as multiples of nu, and the weights."""
+        return stencil_of(order_of(self.scheme))
 
     @property
     def memory_growth(self) -> str:
@@ -102,62 +114,64 @@ class FirstOrderCorrected(Estimator):
 
     @property
     def bias(self) -> str:
-        order = "nu^2" if self.scheme == "symmetric" else "nu"
-        return f"off by O({order}) from the finite difference and by |y_K - y*| / nu before the inner solution"
+        order = order_of(self.scheme)
+        power = "nu" if order == 1 else f"nu^{order}"
+        return f"off by O({power}) from the finite difference and by |y_K - y*| / nu before the inner solution"
 
     def init_state(self, instance: Instance) -> Sides | None:
         start = instance.oracles.start()
-        return Sides(one=start, other=start) if self.warm_sides else None
+        return Sides([start] * len(self.stencil.nodes)) if self.warm_sides else None
 
     def estimate(self, instance: Instance, state: Sides | None) -> Estimate:
         instance.require_rest(self)
-        oracles, dtype = instance.oracles, tree.tensors(instance.outer)[0].dtype
+        oracles, stencil, dtype = instance.oracles, self.stencil, _precision(tree.tensors(instance.outer)[0])
         nu = default_nu(dtype, self.scheme) if self.nu is None else self.nu
-        up, down = (nu, -nu) if self.scheme == "symmetric" else (0.0, nu)
         # Each side is solved to a tolerance that dividing by nu leaves meaningful.
         solver = instance.solver.tightened(min(nu, 1.0), floor=4 * torch.finfo(dtype).eps)
         start = oracles.start()
-        starts = (start, start) if state is None else (tree.detach(state.one), tree.detach(state.other))
+        starts = [start] * len(stencil.nodes) if state is None else [tree.detach(side) for side in state.sides]
         if not isinstance(instance.batches.inner, PerStep):
-            oracles.embedding(0)  # drawn once, for both sides
+            oracles.embedding(0)  # drawn once, for all sides
         before = oracles.generators.peek()
-        one = _side(instance, solver, up, starts[0])
-        oracles.generators.set(before)
-        other = _side(instance, solver, down, starts[1])
+        first = _side(instance, solver, stencil.nodes[0] * nu, starts[0])
+        inner, codes, steps, sides = (
+            first.found.inner,
+            [_health(instance, first)],
+            first.found.steps,
+            [first.found.inner],
+        )
+        grad = _scaled(stencil.nodes[0] * stencil.weights[0], first.f_x)
+        for node, weight, share, begin in zip(*stencil.others, starts[1:], strict=True):
+            oracles.generators.set(before)
+            side = _side(instance, solver, node * nu, begin)
+            with spans.span(spans.HYPERGRADIENT):
+                # The weights sum to 0, the shares to 1: so all is a sum of differences to the first side.
+                apart = tuple(_plus(-1.0, a, b) for a, b in zip(first.g_x, side.g_x, strict=True))
+                grad = tree.accumulate(grad, _scaled(weight / nu, apart))
+                grad = tree.accumulate(grad, _scaled(node * weight, side.f_x))
+                inner = _toward(inner, share, first.found.inner, side.found.inner)
+                codes += [side.found.code, _health(instance, side)]
+                codes.append(_unbounded(oracles.space, first, side, (starts[0], begin)))
+                steps += side.found.steps
+                if self.warm_sides:
+                    sides.append(side.found.inner)
+            del side, apart
         with spans.span(spans.HYPERGRADIENT):
-            width = up - down
-            grad = _combined([(1 / width, one.g_x), (-1 / width, other.g_x)])
-            if self.scheme == "symmetric":
-                grad = tree.accumulate(grad, _combined([(0.5, one.f_x), (0.5, other.f_x)]))
-                inner = tree.tree_map(lambda a, b: (a + b) / 2, one.found.inner, other.found.inner)
-            else:
-                grad, inner = tree.accumulate(grad, other.f_x), one.found.inner
             return instance.finish(
-                dataclasses.replace(one.found, first_loss=None),
+                dataclasses.replace(first.found, first_loss=None),
                 grad,
                 oracles.outer_loss(inner),
                 inner=inner,
-                codes=[
-                    other.found.code,
-                    *(instance.health(side.found, side.found.inner, side.found.last_loss) for side in (one, other)),
-                    _unbounded(oracles.space, one, other, starts),
-                ],
-                stats={"inner_steps": one.found.steps + other.found.steps, "nu": nu},
-                state=Sides(one=one.found.inner, other=other.found.inner) if self.warm_sides else None,
+                codes=codes,
+                stats={"inner_steps": steps, "nu": nu},
+                state=Sides(sides) if self.warm_sides else None,
             )
 
 
-def default_nu(dtype: torch.dtype, scheme: str) -> float:
-    """The perturbation that balances truncation and rounding for losses and gradients of order one.
-
-    Symmetric eps^(1/3) and forward eps^(1/2), rounded up to a power of ten, because noise from an inexact inner
-    solve grows faster below than truncation does above: 1e-5 and 1e-7 in float64, 1e-2 and 1e-3 in float32, 0.1 in 16
-    bits. tests/bilevel/test_conformance.py holds them to the best of a grid.
-    """
-    eps = torch.finfo(dtype).eps
-    if scheme == "symmetric":
-        return 1e-5 if eps < 1e-10 else 1e-2 if eps < 1e-5 else 1e-1
-    return 1e-7 if eps < 1e-10 else 1e-3 if eps < 1e-5 else 1e-1
+def _precision(leaf: Tensor) -> torch.dtype:
+    """The dtype that losses are computed in: that of an open autocast, or the variables' own."""
+    kind = leaf.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else leaf.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +190,10 @@ def _side(instance: Instance, solver: InnerSolver, nu: float, start: Tree) -> _S
         _, g_x = oracles.inner_gradient_in_outer(found.inner, found.steps)
         _, f_x = oracles.outer_gradient_in_outer(found.inner)
     return _Side(found, g_x, f_x)
+
+
+def _health(instance: Instance, side: _Side) -> Tensor:
+    return instance.health(side.found, side.found.inner, side.found.last_loss)
 
 
 def _unbounded(space: Space, one: _Side, other: _Side, starts: tuple[Tree, Tree]) -> Tensor | int:
@@ -222,7 +240,7 @@ def _perturbed(oracles: Oracles, nu: float) -> Callable[[int], At]:
         def value(inner: Tree, batch: Any) -> Tensor:
             return oracles.inner_value(inner, batch) + nu * oracles.outer_loss(inner)
 
-        return At(step, oracles.embedding(step).value, gradient, value)
+        return At(step, oracles.embedding(step).value, gradient, value, oracles.source.along(graph=False))
 
     return at
 
@@ -234,8 +252,10 @@ def _plus(nu: float, f: Tensor | None, g: Tensor | None) -> Tensor | None:
     return nu * f if g is None else torch.add(g, f, alpha=nu)
 
 
-def _combined(terms: list[tuple[float, PartialLeaves]]) -> PartialLeaves:
-    total: PartialLeaves = (None,) * len(terms[0][1])
-    for weight, leaves in terms:
-        total = tree.accumulate(total, tuple(None if leaf is None else weight * leaf for leaf in leaves))
-    return total
+def _scaled(weight: float, leaves: PartialLeaves) -> PartialLeaves:
+    return tuple(None if leaf is None or weight == 0 else weight * leaf for leaf in leaves)
+
+
+def _toward(total: Tree, share: float, here: Tree, there: Tree) -> Tree:
+    """total + share (there - here)."""
+    return total if share == 0 else tree.tree_map(lambda t, a, b: t + share * (b - a), total, here, there)

@@ -10,6 +10,7 @@ first pass drew. References: Chen et al. 2016, arXiv 1604.06174. Segments shrink
 snapshots pile up), which needs sqrt(2 K) iterates at once instead of 2 sqrt(K), and the last one is never recomputed.
 """
 
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from bilevel.engine.embedding import Embedding
 from bilevel.engine.replay import State
 from bilevel.estimators.base import Instance
 from bilevel.estimators.reverse.growth import Growth
+from bilevel.estimators.reverse.terms import Terms
 from bilevel.inner.descent import Descent
 from bilevel.inner.loop import where
 from bilevel.space import tree
@@ -58,17 +60,31 @@ class Checkpoints:
         starts: the steps at which a segment begins; all of the last segment is kept. Steps before the first are not
             followed.
         masks: the tasks that each step moves; None for all.
+        terms: the terms of the outer loss.
+        resampled: whether the gradient of each step is differentiated at `Batches.curvature_at` of it.
     """
 
-    def __init__(self, instance: Instance, solver: Descent, starts: list[int], masks: list[Tensor] | None) -> None:
+    def __init__(
+        self,
+        instance: Instance,
+        solver: Descent,
+        starts: list[int],
+        masks: list[Tensor] | None,
+        terms: Terms,
+        *,
+        resampled: bool = False,
+    ) -> None:
         oracles = instance.oracles
         self._oracles, self._starts, self._steps, self._live = oracles, starts, solver.steps, masks
+        self._terms, self._resampled = terms, resampled
+        self._curvature: Embedding | None = None
         self._snapshots, self._kept = list[_Kept](), list[_Kept]()
         self._initial: list[Tensor] = []
         self.solution = instance.solve(oracles.start(), solver=solver, visit=self._keep, masks=masks)
 
     def _keep(self, step: int, inner: Tree, state: Any) -> None:
         """Keep what a step is rebuilt from, if it begins a segment or is in the last one."""
+        self._terms.passed(step, inner)
         if step == 0:
             self._initial = floating(state)
         if step >= self._starts[-1] or step in self._starts:
@@ -79,58 +95,106 @@ class Checkpoints:
             kept = _Kept(inner, state, random, _versions(inner, state))
             (self._kept if step >= self._starts[-1] else self._snapshots).append(kept)
 
-    def pull(self, cotangent: list[Tensor | None], *, to_start: bool) -> tuple[PartialLeaves, Growth]:
-        """The cotangent of y_K to one of x, along the steps and the start.
+    def pull(self, *, to_start: bool) -> tuple[PartialLeaves, Growth]:
+        """The cotangents of the outer loss's terms to one of x, along the steps and the start. The iterates are freed.
 
         Args:
-            cotangent: what enters at y_K; emptied. The iterates are freed.
             to_start: follow it to a start without an init, too, for the figures of `Growth`.
         """
-        oracles, first = self._oracles, self._starts[0]
-        end = oracles.generators.peek()
-        growth = Growth(oracles.space, [leaf for leaf in cotangent if leaf is not None], self._steps - first)
-        cotangents = Cotangents(list(cotangent), None)
-        cotangent.clear()
-        shared = not isinstance(oracles.batches.inner, PerStep)
+        oracles, first, terms = self._oracles, self._starts[0], self._terms
+        growth, cotangents = Growth(oracles.space, self._steps - first), Cotangents([], None)
+        if terms.followed(self._steps):
+            cotangents.inner = terms.enter(self._steps, self.solution.inner)
+            growth.enter(self._steps - first, cotangents.inner)
+        # What is drawn anew goes on from here, what is rebuilt draws what it drew.
+        fresh = oracles.generators.peek()
+        shared = not isinstance(oracles.batches.curvature if self._resampled else oracles.batches.inner, PerStep)
         total: PartialLeaves = (None,) * len(tree.tensors(oracles.attached))
         to_state = first == 0 and bool(self._initial)
-        through_init, pending = oracles.problem.init is not None and first == 0, None
+        through_init, embedding, pending = oracles.problem.init is not None and first == 0, None, None
         for begin, stop in reversed(list(itertools.pairwise([*self._starts, self._steps]))):
+            if begin > terms.top:
+                if self._kept:
+                    self._kept.clear()
+                else:
+                    self._snapshots.pop()
+                continue
             if begin < stop and not self._kept:
                 self._kept = self._recomputed(self._snapshots.pop(), begin, stop)
             for step in reversed(range(begin, stop)):
                 kept = self._kept.pop()
                 if kept.versions != _versions(kept.inner, kept.state):
                     raise ValueError(_IN_PLACE.format(name=type(oracles.dynamics.update or oracles.dynamics).__name__))
-                oracles.generators.set(kept.random)
-                embedding = oracles.embedding(step)
-                cotangents, in_outer, in_batch = self._step_back(
-                    kept, step, embedding, cotangents, to_inner=step > first or through_init or to_start or to_state
-                )
+                if step < terms.top:
+                    oracles.generators.set(kept.random)
+                    made_with = None
+                    if self._resampled:
+                        made_with = self._made_with(kept, step)
+                        oracles.generators.set(fresh)
+                    embedding = self._fresh_embedding(step) if self._resampled else oracles.embedding(step)
+                    cotangents, in_outer, in_batch = self._step_back(
+                        kept,
+                        step,
+                        embedding,
+                        cotangents,
+                        to_inner=step > first or through_init or to_start or to_state,
+                        made_with=made_with,
+                    )
+                    fresh = oracles.generators.peek() if self._resampled else fresh
+                    total = tree.accumulate(total, in_outer)
+                    if shared:
+                        pending = in_batch if pending is None else tree.accumulate(pending, in_batch)
+                    else:
+                        total = tree.accumulate(total, embedding.pull(in_batch))
+                if terms.followed(step):
+                    oracles.generators.set(fresh)
+                    entering = terms.enter(step, kept.inner)
+                    fresh = oracles.generators.peek()
+                    growth.enter(step - first, entering)
+                    known = tuple(cotangents.inner) or (None,) * len(entering)
+                    cotangents.inner = list(tree.accumulate(known, tuple(entering)))
+                    del entering, known
                 del kept
                 if growth.wanted(step - first):
-                    growth.look(cotangents.inner)
-                total = tree.accumulate(total, in_outer)
-                if shared:
-                    pending = in_batch if pending is None else tree.accumulate(pending, in_batch)
-                else:
-                    total = tree.accumulate(total, embedding.pull(in_batch))
-        if pending is not None:
-            total = tree.accumulate(total, oracles.embedding(0).pull(pending))
+                    growth.look(step - first, cotangents.inner)
+        if pending is not None and embedding is not None:
+            total = tree.accumulate(total, embedding.pull(pending))
         if to_state and cotangents.state is not None:
             total = tree.accumulate(total, oracles.begin_vjp(cotangents))
         if through_init:
             total = tree.accumulate(total, oracles.start_vjp(cotangents.inner))
-        oracles.generators.set(end)
+        oracles.generators.set(fresh)
         return total, growth
 
+    def _made_with(self, kept: _Kept, step: int) -> PartialLeaves | None:
+        """The gradient that a step was made with, for an optimizer whose algebra asks what it was."""
+        update = self._oracles.dynamics.update
+        plain = update is not None and update.plain_rate is not None
+        return None if plain else self._oracles.inner_gradient(kept.inner, step)[1]
+
+    def _fresh_embedding(self, step: int) -> Embedding:
+        """The embedded batch of a step's derivatives; made once where all steps share it."""
+        oracles = self._oracles
+        if isinstance(oracles.batches.curvature, PerStep) or self._curvature is None:
+            self._curvature = Embedding(oracles.source, oracles.batches.curvature_at(step))
+        return self._curvature
+
     def _step_back(
-        self, kept: _Kept, step: int, embedding: Embedding, cotangents: Cotangents, *, to_inner: bool
+        self,
+        kept: _Kept,
+        step: int,
+        embedding: Embedding,
+        cotangents: Cotangents,
+        *,
+        to_inner: bool,
+        made_with: PartialLeaves | None,
     ) -> tuple[Cotangents, PartialLeaves, PartialLeaves]:
         """One step's product; the cotangents of tasks that were at rest go past it."""
-        oracles = self._oracles
+        pull = functools.partial(
+            self._oracles.step_vjp, kept.inner, kept.state, step, embedding, to_inner=to_inner, made_with=made_with
+        )
         if not self._live:
-            return oracles.step_vjp(kept.inner, kept.state, step, embedding, cotangents, to_inner=to_inner)
+            return pull(cotangents)
         live = self._live[step]
         resting, moving = (
             Cotangents(self._masked(mask, cotangents.inner), cotangents.state and self._masked(mask, cotangents.state))
@@ -142,7 +206,7 @@ class Checkpoints:
                 given if alike else kept_
                 for given, kept_, alike in zip(cotangents.state or (), moving.state, shared, strict=True)
             ]
-        back, in_outer, in_batch = oracles.step_vjp(kept.inner, kept.state, step, embedding, moving, to_inner=to_inner)
+        back, in_outer, in_batch = pull(moving)
         if to_inner:
             back.inner = list(tree.accumulate(tuple(back.inner), tuple(resting.inner)))
             if resting.state is not None and back.state is not None and len(back.state) == len(resting.state):

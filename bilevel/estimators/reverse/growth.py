@@ -24,47 +24,62 @@ _FORGOTTEN = 1e-2
 
 
 class Growth:
-    """Norms of cotangents, relative to the one that entered, per task.
+    """Norms of cotangents, relative to what has entered so far (the sum of the norms), per task.
+
+    Steps are counted from the first that is followed.
 
     Args:
         space: how norms are taken.
-        entered: the cotangent of y_K.
-        steps: how many steps it travels.
+        steps: how many steps a cotangent travels at most.
     """
 
-    def __init__(self, space: Space, entered: list[Tensor], steps: int) -> None:
-        self._space, self._every, self._dtype = space, interval(steps), entered[0].dtype
-        self._first = self._norm(entered)
-        self._largest, self.left = self._first, self._first
+    def __init__(self, space: Space, steps: int) -> None:
+        self._space, self._every, self._eps = space, interval(steps), 0.0
+        self._entered: list[tuple[int, Tensor]] = []
+        self._largest: Tensor | None = None
+        self._left: Tensor | None = None
 
     def _norm(self, cotangent: list[Tensor | None] | list[Tensor]) -> Tensor:
         return self._space.norm([leaf for leaf in cotangent if leaf is not None])
+
+    def enter(self, step: int, cotangent: list[Tensor | None]) -> None:
+        """A cotangent enters at y of a step; the latest step first."""
+        norm = self._norm(cotangent)
+        if not self._entered:
+            self._eps = torch.finfo(next(leaf.dtype for leaf in cotangent if leaf is not None)).eps
+            self._largest = self._left = torch.where(norm > 0, 1.0, 0.0).to(norm.dtype)
+        self._entered.append((step, norm + self._entered[-1][1] if self._entered else norm))
 
     def wanted(self, step: int) -> bool:
         """Whether the cotangent of y at a step is to be looked at."""
         return step % self._every == 0
 
-    def look(self, cotangent: list[Tensor | None]) -> None:
+    def look(self, step: int, cotangent: list[Tensor | None]) -> None:
         """Take the norm of a cotangent further back."""
         if any(leaf is not None for leaf in cotangent):
-            self.left = self._norm(cotangent)
-            self._largest = torch.maximum(self._largest, self.left)
+            self._compare(step, self._norm(cotangent))
 
     def look_at_all(self, watch: "Watch") -> None:
         """The same for norms that hooks took in one backward."""
-        for squared in watch.squares.values():
-            self.left = squared.sqrt()
-            self._largest = torch.maximum(self._largest, self.left)
+        for step, squared in watch.squares.items():
+            self._compare(step, squared.sqrt())
+
+    def _compare(self, step: int, norm: Tensor) -> None:
+        entered = next((total for at, total in reversed(self._entered) if at >= step), None)
+        if entered is None:  # past the last term
+            return
+        self._left = norm / torch.where(entered > 0, entered, 1.0)
+        self._largest = self._left if self._largest is None else torch.maximum(self._largest, self._left)
 
     def figures(self) -> dict[str, Tensor]:
         """`cotangent_growth`, `cotangent_left` and `digits`, of the worst task."""
-        safe = torch.where(self._first > 0, self._first, 1.0)
-        growth, left = (self._largest / safe).max(), (self.left / safe).max()
-        eps = torch.finfo(self._dtype).eps
+        assert self._largest is not None, "no cotangent entered"
+        assert self._left is not None
+        growth, left = self._largest.max(), self._left.max()
         return {
             "cotangent_growth": growth,
             "cotangent_left": left,
-            "digits": -torch.log10(eps * growth.clamp_min(1.0)).clamp_max(0.0),
+            "digits": -torch.log10(self._eps * growth.clamp_min(1.0)).clamp_max(0.0),
         }
 
     def code(self, *, forgets: Tensor | int | None) -> Tensor:

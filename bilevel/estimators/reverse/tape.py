@@ -16,6 +16,7 @@ from bilevel.engine.point import At
 from bilevel.engine.refusals import check_step
 from bilevel.estimators.base import Instance
 from bilevel.estimators.reverse.growth import Growth, Watch, interval
+from bilevel.estimators.reverse.terms import Terms
 from bilevel.inner.descent import Descent
 from bilevel.inner.loop import run
 from bilevel.space import tree
@@ -30,39 +31,55 @@ class Tape:
         solver: how many steps of what.
         first: earlier steps leave no graph.
         masks: the tasks that each step moves; None for all.
+        terms: the terms of the outer loss.
     """
 
-    def __init__(self, instance: Instance, solver: Descent, first: int, masks: list[Tensor] | None) -> None:
+    def __init__(
+        self, instance: Instance, solver: Descent, first: int, masks: list[Tensor] | None, terms: Terms
+    ) -> None:
         oracles = instance.oracles
-        self._oracles, self._count = oracles, solver.steps - first
+        self._oracles, self._first, self._terms, self._count = oracles, first, terms, solver.steps - first
+        self._path = list[tuple[int, Tree]]()
         self._watch = Watch(oracles.space, interval(self._count))
         with spans.span(spans.INNER):
             start = oracles.start() if first > 0 else oracles.differentiable_start()
             self._start = [] if first > 0 or oracles.problem.init is not None else tree.tensors(start)
             before = oracles.generators.peek()
             moves = _Recorded(oracles, first, self._watch)
-            found = run(solver, moves, start, moves.point, masks=masks)
+            found = run(solver, moves, start, moves.point, visit=self._visit, masks=masks)
             drew = not oracles.generators.same(before, oracles.generators.peek())
-        self._end, self.solution = tree.tensors(found.inner), instance.seen(found, drew=drew)
+        if terms.followed(solver.steps):
+            self._path.append((solver.steps, found.inner))
+        self.solution = instance.seen(found, drew=drew)
 
-    def pull(self, cotangent: list[Tensor | None], *, to_start: bool) -> tuple[PartialLeaves, Growth]:
-        """The cotangent of y_K to one of x, along the steps and the start.
+    def _visit(self, step: int, inner: Tree, state: Any) -> None:
+        self._terms.passed(step, inner)
+        if self._terms.followed(step):
+            self._path.append((step, inner))
+
+    def pull(self, *, to_start: bool) -> tuple[PartialLeaves, Growth]:
+        """The cotangents of the outer loss's terms to one of x, along the steps and the start. The tape is freed.
 
         Args:
-            cotangent: what enters at y_K; emptied. The tape is freed.
             to_start: follow it to a start without an init, too, for the figures of `Growth`.
         """
-        weights = [leaf for leaf in cotangent if leaf is not None]
-        cotangent.clear()
+        growth, ends, weights = Growth(self._oracles.space, self._count), list[Tensor](), list[Tensor]()
+        while self._path:
+            step, inner = self._path.pop()
+            cotangent = self._terms.enter(step, tree.detach(inner))
+            growth.enter(step - self._first, cotangent)
+            pairs = [(y, w) for y, w in zip(tree.tensors(inner), cotangent, strict=True) if w is not None]
+            ends += [y for y, _ in pairs]
+            weights += [w for _, w in pairs]
+            del inner, cotangent, pairs
         xs = tree.tensors(self._oracles.attached)
         start = self._start if to_start else []
-        growth = Growth(self._oracles.space, weights, self._count)
-        with spans.span(spans.HVP, count=self._count):
-            pulled = autodiff.grad(self._end, [*xs, *start], weights)
-        del self._end, self._start
+        with spans.span(spans.HVP, count=self._terms.top - self._first):
+            pulled = autodiff.grad(ends, [*xs, *start], weights)
+        del ends, self._start
         growth.look_at_all(self._watch)
         if start:
-            growth.look(list(pulled[len(xs) :]))
+            growth.look(0, list(pulled[len(xs) :]))
         return pulled[: len(xs)], growth
 
 
@@ -84,17 +101,25 @@ class _Recorded:
         if self._embedded is None or isinstance(self._oracles.batches.inner, PerStep):
             # In a list, because a batch may be anything, None too.
             self._embedded = [self._oracles.differentiable_embedding(step)]
-        oracles = self._oracles
-        return At(step, self._embedded[0], oracles.differentiable_gradient, oracles.differentiable_value)
+        return self._oracles.differentiable_point(step, self._embedded[0])
 
     def step(self, inner: Tree, state: Any, at: At) -> tuple[Tree, Any]:
         if at.step < self._first:
             moved, state = self._oracles.step(inner, state, at)
             return (tree.attach(moved) if at.step == self._first - 1 else moved), state
         moved, state = self.dynamics.step(inner, state, self._oracles.attached, at)
-        moved = check_step(self.dynamics, inner, moved)
+        moved = _own_nodes(check_step(self.dynamics, inner, moved), inner)
         self._watch.iterate(at.step + 1 - self._first, moved)
         return moved, state
 
     def stationarity(self, inner: Tree, at: At) -> list[Tensor]:
         raise AssertionError("a fixed number of steps does not ask")
+
+
+def _own_nodes(moved: Tree, inner: Tree) -> Tree:
+    """`moved` with a node of its own for each tensor that a step handed on as it was: cotangents enter there."""
+    before = {id(leaf) for leaf in tree.tensors(inner)}
+    leaves = tree.tensors(moved)
+    if not any(id(leaf) in before for leaf in leaves):
+        return moved
+    return tree.like(moved, [leaf.view_as(leaf) if id(leaf) in before else leaf for leaf in leaves])

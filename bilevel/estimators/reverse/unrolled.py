@@ -2,20 +2,29 @@
 
     a_K = df/dy(y_K);   a_k, x_bar += VJP of step k at (a_{k+1});   dF/dx = df/dx + x_bar + (dy_0/dx)' a_0
 
+With `step_weights` the outer loss is F = sum over k = 1..K of w_k f(y_k, x): a_k += w_k df/dy(y_k) on the way, and
+df/dx likewise. With `resampled` a step's VJP takes the derivatives of dg/dy at another batch, Batches.curvature_at(k).
+
 | keep | inner gradients | HVP-class products | memory, S = P + optimizer state |
 | --- | --- | --- | --- |
 | "graph" | K | K | K tapes of a differentiable step |
 | "iterates" | 2 K | K | K S + one tape |
 | "segments" | about 3 K - sqrt(2 K) | K | sqrt(2 K) S + one tape |
+| ... resampled | K more, but for SGD with a number as its lr alone | as above | + one batch |
+
+One outer gradient, or one per weight that is not 0 (with keep="graph" each holds its P numbers until the sweep).
 
 References: Maclaurin et al. 2015, arXiv 1502.03492; Franceschi et al. 2017, arXiv 1703.01785; multi-step MAML, arXiv
-2002.07836, section 2.2 (the ordered product of I - alpha H). Differences from peers: one step is split into the
+2002.07836 (the ordered product of I - alpha H, and its resampling case); MAML++, Antoniou et al. 2019, arXiv 1810.09502
+(the multi-step loss). Differences from peers: one step is split into the
 gradient and the optimizer's algebra, so a rebuilt step holds no copy of the update; random numbers are replayed; the
 growth of the cotangent, which is the growth of rounding errors, is reported.
 """
 
 import dataclasses
 import itertools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +34,7 @@ from bilevel.engine import spans
 from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance, Path
 from bilevel.estimators.reverse.checkpoints import Checkpoints, shrinking
 from bilevel.estimators.reverse.tape import Tape
+from bilevel.estimators.reverse.terms import Terms
 from bilevel.inner.descent import Descent
 from bilevel.outcome import Solution
 from bilevel.space import tree
@@ -47,16 +57,28 @@ class Unrolled(Estimator):
         last: backpropagate through the last steps only; None for all. Truncation drops everything that acted before:
             biased, with an error that decays like (1 - lr mu)^last for a mu-strongly convex inner loss, and it cannot
             see Problem.init.
+        step_weights: w_1, ..., w_K for the multi-step loss of MAML++, the outer loss F = sum of w_k f(y_k, x) over the
+            iterates after each of the K steps; None for f(y_K, x). `hg.outer_loss` is then F, the weighted sum, and
+            f(y_K, x) is in stats["final_outer_loss"] (per task) if w_K is not 0. Iterates that `last` cuts off count as
+            constants: of their terms only the direct gradient in x is left.
+        resampled: the resampling case of multi-step MAML: the steps are those of `Batches.inner`, the factors I - lr H
+            of their product are taken at `Batches.curvature` (a PerStep for fresh samples at each step, or one batch
+            for all), and so are the derivatives of dg/dy in x. Where those samples are independent of the steps', the
+            product is unbiased for the derivative of the step at the iterates; with one batch for both it is not. What
+            an optimizer does with a gradient (momentum, moments, rates that are functions of x) is differentiated
+            where it ran. Random numbers in losses are drawn anew.
 
     Stats: `cotangent_growth`, the largest norm of a cotangent on its way back over the one that entered; `digits`, the
     decimal digits that rounding leaves of the hypergradient by it; `cotangent_left`, the part that reached the start.
+    (Where several cotangents enter, over the sum of their norms.)
     With a solver that stops by itself (Converge) and no init, more than 1% left is Status.STOPPED_EARLY.
 
     Memory: see the table in `bilevel.estimators.reverse.unrolled`; independent of Q but for one copy, linear in T.
 
     Raises:
         ValueError: an argument is out of range, or (when used) x enters only through Problem.init and `last` cuts that
-            path.
+            path; step_weights are not one per step, or all of those not 0 are cut off by `last`; resampled without
+            `Batches.curvature`, or with a dynamics that is no optimizer.
 
     Example:
         >>> import torch, bilevel as bl
@@ -65,11 +87,20 @@ class Unrolled(Estimator):
         ...     solver=bl.Descent(bl.SGD(lr=0.25), steps=4), estimator=bl.Unrolled(keep="segments"))
         >>> hg.grad
         tensor(0.2197)
+
+        The multi-step loss, w_1 f(y_1) + w_2 f(y_2) with y_1 = x / 4 and y_2 = 3 x / 8:
+
+        >>> hg = bl.hypergradient(problem, torch.tensor(1.0), torch.tensor(0.0), bl.Batches(None, None),
+        ...     solver=bl.Descent(bl.SGD(lr=0.25), steps=2), estimator=bl.Unrolled(step_weights=(0.5, 0.5)))
+        >>> hg.grad, hg.outer_loss
+        (tensor(0.1016), tensor(0.0508))
     """
 
     keep: str = "graph"
     segment: int | None = None
     last: int | None = None
+    step_weights: Sequence[float] | None = None
+    resampled: bool = False
 
     def __post_init__(self) -> None:
         if self.keep not in _KEEPS:
@@ -83,6 +114,15 @@ class Unrolled(Estimator):
                 f"Unrolled was given segment={self.segment} with keep={self.keep!r}; write "
                 f'Unrolled(keep="segments", segment={self.segment})'
             )
+        if not isinstance(self.resampled, bool):
+            raise ValueError(f"Unrolled was given resampled={self.resampled!r}; True or False was needed")
+        if self.resampled and self.keep == "graph":
+            raise ValueError(
+                'Unrolled was given resampled=True with keep="graph", which keeps the graph of the steps as they ran, '
+                'on their own batches; write Unrolled("iterates", resampled=True), or "segments"'
+            )
+        if self.step_weights is not None:
+            object.__setattr__(self, "step_weights", _checked(self.step_weights))
 
     sees = EVERYWHERE
 
@@ -97,11 +137,17 @@ class Unrolled(Estimator):
 
     @property
     def bias(self) -> str:
-        if self.last is None:
-            return ""
-        return f"truncated to the last {self.last} steps: an error that decays like (1 - lr mu)^{self.last}"
+        clauses = []
+        if self.last is not None:
+            clauses.append(
+                f"truncated to the last {self.last} steps: an error that decays like (1 - lr mu)^{self.last}"
+            )
+        if self.resampled:
+            clauses.append("the derivatives of the steps are sampled anew, on Batches.curvature")
+        return "; ".join(clauses)
 
     def estimate(self, instance: Instance, state: Any) -> Estimate:
+        self._check(instance)
         oracles, dynamics, steps = instance.oracles, instance.solver.dynamics, instance.solver.max_steps
         learned: Solution | None = None
         masks: list[Tensor] | None = None
@@ -115,10 +161,11 @@ class Unrolled(Estimator):
             steps, masks = learned.steps, moving if instance.tasks is not None else None
             oracles.generators.set(before)
         first, program = 0 if self.last is None else max(steps - self.last, 0), Descent(dynamics, steps)
+        terms = Terms(oracles, self.step_weights, steps, first)
         forward = (
-            Tape(instance, program, first, masks)
+            Tape(instance, program, first, masks, terms)
             if self.keep == "graph"
-            else Checkpoints(instance, program, self._starts(first, steps), masks)
+            else Checkpoints(instance, program, self._starts(first, steps), masks, terms, resampled=self.resampled)
         )
         found, forgets = forward.solution, None
         if learned is not None:
@@ -126,12 +173,50 @@ class Unrolled(Estimator):
             forgets = learned.code if instance.problem.init is None else None
             del learned
         with spans.span(spans.HYPERGRADIENT):
-            outer_loss, cotangent, direct = oracles.outer_gradient(found.inner)
-            entering: list[Tensor | None] = list(cotangent)
-            del cotangent
-            indirect, growth = forward.pull(entering, to_start=forgets is not None)
-            grad, code = tree.accumulate(direct, indirect), growth.code(forgets=forgets)
-            return instance.finish(found, grad, outer_loss, codes=[code], stats=growth.figures())
+            indirect, growth = forward.pull(to_start=forgets is not None)
+            grad, stats = tree.accumulate(terms.direct, indirect), growth.figures()
+            if self.step_weights is not None:
+                stats |= {"final_outer_loss": terms.final}
+            return instance.finish(found, grad, terms.loss, codes=[growth.code(forgets=forgets)], stats=stats)
+
+    def _check(self, instance: Instance) -> None:
+        """Raise ValueError where the batches or the solver are not what the arguments need."""
+        solver, curvature = instance.solver, instance.batches.curvature
+        if self.resampled:
+            update = solver.dynamics.update
+            if update is None:
+                raise ValueError(
+                    f"Unrolled(resampled=True) was given a {type(solver.dynamics).__name__}; an inner optimizer was "
+                    f"needed, whose step takes one gradient of the inner loss. Use Unrolled({self.keep!r})"
+                )
+            if curvature is None:
+                raise ValueError(
+                    "Unrolled(resampled=True) was given no Batches.curvature, the samples of the steps' derivatives; "
+                    "write Batches(inner, outer, curvature=PerStep([...])) with one fresh batch per step, or "
+                    f"Unrolled({self.keep!r}), which differentiates the steps on their own batches"
+                )
+            if isinstance(curvature, PerStep) and len(curvature) < max(solver.max_steps, 1):
+                raise ValueError(
+                    f"Batches.curvature holds {len(curvature)} batches and the inner solver takes {solver.max_steps} "
+                    f"steps: Unrolled(resampled=True) needs one per step"
+                )
+        if self.step_weights is not None:
+            count = len(self.step_weights)
+            if not solver.fixed:
+                raise ValueError(
+                    f"Unrolled was given step_weights with {type(solver).__name__}, which takes as many steps as it "
+                    f"needs; write Descent(optimizer, steps={count}), or leave step_weights out"
+                )
+            if count != solver.max_steps:
+                raise ValueError(
+                    f"Unrolled was given {count} step_weights and the inner solver takes {solver.max_steps} steps; one "
+                    f"weight per step was needed, w_1 for the iterate after the first step"
+                )
+            if self.last is not None and not any(self.step_weights[-self.last :]):
+                raise ValueError(
+                    f"Unrolled was given step_weights that are 0 for all of the last={self.last} steps, which are "
+                    f"those that it backpropagates through; give one of them a weight, or raise last"
+                )
 
     def _starts(self, first: int, steps: int) -> list[int]:
         """The steps at which a segment begins; "iterates" is one segment, kept as it is made."""
@@ -141,3 +226,21 @@ class Unrolled(Estimator):
         if self.segment is not None:
             return list(range(first, steps, self.segment))
         return list(itertools.accumulate(shrinking(count)[:-1], initial=first))
+
+
+def _checked(weights: Sequence[float]) -> tuple[float, ...]:
+    """The weights of the steps.
+
+    Raises:
+        ValueError: they are no finite numbers, or all 0.
+    """
+    needed = (
+        f"Unrolled was given step_weights={weights!r}; a sequence of one finite number per inner step was needed, one "
+        f"of them not 0, such as step_weights=(0.2, 0.3, 0.5)"
+    )
+    if not isinstance(weights, Sequence) or isinstance(weights, str):
+        raise ValueError(needed)
+    numbers = [isinstance(each, (int, float)) and not isinstance(each, bool) for each in weights]
+    if not all(numbers) or not all(map(math.isfinite, weights)) or not any(weights):
+        raise ValueError(needed)
+    return tuple(weights)

@@ -1,0 +1,22 @@
+"""Checks of arguments that several of the data share."""
+
+import operator
+from typing import Any
+
+
+def whole(caller: str, name: str, value: Any, least: int = 1) -> int:
+    """A whole number of at least `least`.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is smaller.
+    """
+    try:
+        found = operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or isinstance(value, bool):
+        raise TypeError(f"{caller} was given {name}={value!r}; a whole number was needed")
+    if found < least:
+        raise ValueError(f"{caller} was given {name}={found}; at least {least} was needed")
+    return found

@@ -1,0 +1,93 @@
+"""Functions of a dynamics' own at one step: their values, and how they change along a direction.
+
+    J d = d/du <d<r(y), u>/dy, d>          (r the function; the double-backward trick: J' u is linear in u)
+
+| | cost | memory |
+| --- | --- | --- |
+| value | 1 call of the function, for all tasks at once | its graph, where one is wanted |
+| pushforward | 1 call and 2 backwards | its graph, freed unless one is wanted |
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.engine import autodiff, spans
+from bilevel.engine.evaluation import Evaluation
+from bilevel.space import tree
+from bilevel.space.inner_product import Space
+from bilevel.space.tree import Tree
+
+
+class Along:
+    """What a dynamics may ask of functions written for one task.
+
+    Args:
+        evaluation: maps functions over tasks.
+        outer: x, attached where `graph`.
+        graph: whether results are differentiable in y, in the direction, in x and in the batch.
+    """
+
+    def __init__(self, evaluation: Evaluation, outer: Tree, *, graph: bool) -> None:
+        self._evaluation, self._outer, self._graph = evaluation, outer, graph
+        self.space = Space(evaluation.tasks)
+
+    def value(self, function: Callable[..., Any], trees: tuple[Tree, ...], batch: Any) -> Any:
+        """function(*trees, outer, batch), for each task."""
+        with torch.set_grad_enabled(self._graph):
+            return self._evaluation.mapped(function, trees, self._outer, batch)
+
+    def pushforward(self, function: Callable[..., Any], inner: Tree, direction: Tree, batch: Any) -> list[Tensor]:
+        """J d of function(inner, outer, batch) with respect to inner, for each task, as a list of tensors.
+
+        `direction` is a tree like inner; None in the place of a tensor stands for zero.
+
+        Raises:
+            TypeError: the function returned something else than floating tensors.
+            ValueError: it does not depend on the inner variable.
+        """
+        with torch.enable_grad(), spans.span(spans.HVP):
+            y = tree.tree_map(lambda leaf: leaf if self._graph and leaf.requires_grad else _leaf(leaf), inner)
+            found = tree.tensors(self._evaluation.mapped(_floating(function), (y,), self._outer, batch))
+            weights = [torch.zeros_like(each).requires_grad_() for each in found]
+            pulled = autodiff.grad(found, tree.tensors(y), weights, create_graph=True)
+            if all(leaf is None for leaf in pulled):
+                raise ValueError(
+                    f"{_name(function)} does not depend on the inner variable: no gradient of it has a path there. "
+                    f"Compute it from the `inner` argument, without .detach(), .item() or torch.no_grad()"
+                )
+            pairs = [
+                (leaf, d)
+                for leaf, d in zip(pulled, tree.flatten(direction)[0], strict=True)
+                if leaf is not None and d is not None
+            ]
+            outputs = [leaf for leaf, _ in pairs if leaf is not None]
+            pushed = autodiff.grad(outputs, weights, [d for _, d in pairs], create_graph=self._graph)
+            return list(autodiff.filled(pushed, found))
+
+
+def _leaf(leaf: Any) -> Any:
+    return leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _floating(function: Callable[..., Any]) -> Callable[..., list[Tensor]]:
+    """The same, as a list of floating tensors."""
+
+    def checked(*arguments: Any) -> list[Tensor]:
+        found = tree.flatten(function(*arguments))[0]
+        for each in found:
+            if not isinstance(each, Tensor) or not each.is_floating_point():
+                given = each.dtype if isinstance(each, Tensor) else type(each).__name__
+                raise TypeError(
+                    f"{_name(function)} returned {given}; floating tensors were needed, whose change along a direction "
+                    f"can be taken"
+                )
+        return found
+
+    return checked
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__)

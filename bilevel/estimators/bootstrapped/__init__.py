@@ -1,0 +1,1 @@
+"""Bootstrapped hypergradients: towards a target that lies ahead of the inner loop."""
