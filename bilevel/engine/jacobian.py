@@ -24,7 +24,7 @@ from bilevel.space.tree import Tree
 def pullback(function: Callable[[Tree], Tensor], at: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     """f(at), and the map from a cotangent u of its shape to J' u, a tree like `at`. Cost: 1 forward; 1 VJP a call."""
     with Elementary():
-        value, pull = torch.func.vjp(function, at)
+        value, pull = torch.func.vjp(function, at)[:2]
     return value, lambda cotangent: pull(cotangent)[0]
 
 
@@ -32,7 +32,7 @@ def product(function: Callable[[Tree], Tensor], at: Tree, direction: Tree) -> Te
     """J v for v a tree like `at`. Cost: 1 forward and 2 VJPs; memory of the first VJP's graph."""
     value, pull = pullback(function, at)
     # J' u is linear in u; its transpose is J.
-    _, push = torch.func.vjp(pull, torch.zeros_like(value))
+    push = torch.func.vjp(pull, torch.zeros_like(value))[1]
     return push(direction)[0]
 
 

@@ -100,7 +100,7 @@ class KernelHead(Head):
         value = self.kernel.evaluate(fitted, query, part(variables, "kernel"))
         prior = self._prior(query, variables)
         if prior is not None:
-            value = value + prior
+            value = value + prior.to(value.dtype)
         if self.learn_scale:
             return value * torch.as_tensor(value_of(self.scale, "scale", variables)).to(value.dtype)
         return value * self.scale if self.scale != 1 else value

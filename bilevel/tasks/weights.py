@@ -171,10 +171,10 @@ class GivenWeights(TaskWeights):
                 f"GivenWeights holds {len(numbers)} weights, and there are {len(tasks)} tasks; one each was needed, or "
                 f"a mapping from Batches.task_ids to weights"
             )
-        weights = torch.as_tensor(numbers, dtype=torch.float64)
-        if not bool(weights.sum() > 0):
+        total = math.fsum(numbers)
+        if not total > 0:
             raise ValueError("GivenWeights holds the weight 0 for every task of this step; one above 0 was needed")
-        return weights / weights.sum()
+        return torch.tensor([number / total for number in numbers], dtype=torch.float64)
 
     def _of_ids(self, known: Mapping[Any, float], tasks: TaskResults) -> list[float]:
         missing = [task for task in tasks.task_ids or () if task not in known]

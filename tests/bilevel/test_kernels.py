@@ -788,3 +788,21 @@ def test_a_frozen_parameter_and_one_task_and_one_step_of_training():
     assert learner.predict(x, (inputs[0], labels[0]), inputs[0, :2]).shape == (2, 3)
     with pytest.raises(ValueError, match="function space"):
         learner.adapt(x, (inputs[0], labels[0]))
+
+
+@pytest.mark.parametrize("kernel", [Linear(), RBF("median"), Sum([Linear(), RBF()]), NTK()])
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_a_module_under_autocast_is_fitted_in_the_dtype_of_its_parameters(kernel, chunk):
+    module = net(dtype=torch.float32)
+    x, y = draw(2, 6, 3).float(), draw(2, 6, 2, seed=1).float()
+    batches = bl.Batches(inner=(x[:, :4], y[:, :4]), outer=(x[:, 4:], y[:, 4:]))
+    prior = nn.Identity() if isinstance(kernel, NTK) else None
+    learner = bl.meta.Learner(module, nn.functional.mse_loss, adapts=KernelRidge(kernel, 1.0, prior=prior), chunk=chunk)
+    outer = learner.outer()
+    plain = learner.hypergradient(outer, batches)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = learner.hypergradient(outer, batches)
+    assert found.status is bl.Status.OK
+    ours, theirs = (torch.cat([v.reshape(-1) for v in hg.grad["parameters"].values()]) for hg in (found, plain))
+    assert ours.dtype is torch.float32
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.1
