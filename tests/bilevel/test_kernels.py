@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import bilevel as bl
-from bilevel.engine import autodiff, jacobian
+from bilevel.engine import autodiff
 from bilevel.meta import NTK, RBF, Cosine, Embedded, FeatureKernel, GradientFlow, KernelRidge, Linear, Sum
 from bilevel.meta.gradient_flow import flowed
 from bilevel.meta.kernels import ExplicitKernel
@@ -476,23 +476,6 @@ def test_the_tangent_kernel_and_its_derivative_with_each_normalization(norm):
             float((s * direction[name]).sum()) for name, s in zip(parameters, slope, strict=True) if s is not None
         )
         assert found == pytest.approx(expected, rel=1e-6)
-
-
-def test_products_with_a_jacobian_are_each_others_transposes():
-    module, x = net(), draw(4, 3)
-    call, p = bl.functional(module)
-    value, rows = jacobian.jacobian(lambda p: call(p, x), p)
-    v, u = {name: draw(*leaf.shape, seed=1) for name, leaf in p.items()}, draw(4, 2, seed=2)
-    forward = jacobian.product(lambda p: call(p, x), p, v)
-    torch.testing.assert_close(
-        forward.reshape(-1), sum(rows[name].flatten(1) @ v[name].reshape(-1) for name in p), rtol=1e-12, atol=1e-13
-    )
-    same, pull = jacobian.pullback(lambda p: call(p, x), p)
-    back = pull(u)
-    assert float(sum((back[name] * v[name]).sum() for name in p)) == pytest.approx(
-        float((u * forward).sum()), rel=1e-12
-    )
-    torch.testing.assert_close(value, same)
 
 
 # --- solving
