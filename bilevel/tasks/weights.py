@@ -34,7 +34,8 @@ class GradientSimilarity(TaskWeights):
         temperature: of the softmax over the cosines, positive; math.inf for the plain mean. None for rectified cosines
             in place of a softmax: the weights are max(cosine, 0), normalized (plain if no cosine is positive), so that
             tasks that point away from the mean are left out.
-        pairwise: take the mean of the cosines with each other task in place of the cosine with the mean gradient.
+        pairwise: take the mean of the cosines with each other task in place of the cosine with the mean gradient, which
+            one task with a large gradient draws to itself.
         over: the outer tensors that enter the cosines: names or prefixes up to a dot, with dots between the levels of x
             ("parameters.17"), or a function of the name; None for all.
 

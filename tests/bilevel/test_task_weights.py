@@ -371,3 +371,10 @@ def test_weights_through_the_learner():
     torch.testing.assert_close(found.stats["task_weights"], weights, rtol=1e-10, atol=0)
     expected = sum(w * grad["weight"] for w, grad in zip(weights, alone, strict=True))
     torch.testing.assert_close(found.grad["parameters"]["weight"], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_one_large_gradient_draws_the_mean_to_itself_but_not_the_pairs():
+    """Documented: which of the two similarities sees an outlier of any size."""
+    slopes = [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [-100.0, 0.0]]
+    assert signed(slopes, bl.GradientSimilarity()).stats["task_weights"].argmax() == 3
+    assert signed(slopes, bl.GradientSimilarity(pairwise=True)).stats["task_weights"].argmin() == 3
