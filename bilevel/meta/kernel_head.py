@@ -62,6 +62,9 @@ class KernelHead(Head):
             found |= prefixed(own, "prior")
         return found | ({"scale": fresh(self.scale, like)} if self.learn_scale else {})
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     @functools.cached_property
     def _module(self) -> tuple[Callable[..., Any], dict[str, Tensor]] | None:
         return functional(self.prior) if isinstance(self.prior, nn.Module) else None
