@@ -113,7 +113,7 @@ def table(found):
     where = ", ".join(f"{key} {value}" for key, value in found[0]["environment"].items())
     return "\n".join(lines) + (
         f"\n\nMade by `python benchmarks/tasks_at_once.py`: time of one hypergradient over {TASKS} tasks over "
-        f"that of the plain loop (chunk 1), median of {ROUNDS} rounds taken in turns, and peak tensor memory. {where}.\n"
+        f"that of the plain loop (chunk 1), median of {ROUNDS} rounds in turns, and peak tensor memory. {where}.\n"
     )
 
 

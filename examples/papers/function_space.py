@@ -107,6 +107,12 @@ figure.tight_layout()
 publish(
     "function_space",
     figure,
-    ["what adapts", "accuracy at the start (%)", "accuracy (%)", "effective tasks of 4", "CPU time per outer step (ms)"],
+    [
+        "what adapts",
+        "accuracy at the start (%)",
+        "accuracy (%)",
+        "effective tasks of 4",
+        "CPU time per outer step (ms)",
+    ],
     rows,
 )
