@@ -210,8 +210,8 @@ class Reuse:
     """What `reuse` found.
 
     Attributes:
-        layers: the distance at each layer, from the input to the output; the last is "(output)", the module's own. Of each the mean over
-            tasks (`score`), the 95 % interval and the value of every task.
+        layers: the distance at each layer, from the input to the output; the last is "(output)", the module's own. Of
+            each the mean over tasks (`score`), the 95 % interval and the value of every task.
         body: the mean over all layers but the output, per task.
     """
 
