@@ -201,7 +201,7 @@ def _one_minus(part: Tensor, whole: Tensor, alike: Tensor | None = None) -> Tens
 
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
-OUTPUT = "output"
+OUTPUT = "(output)"
 """The name of the module's own output among the layers."""
 
 
@@ -210,8 +210,8 @@ class Reuse:
     """What `reuse` found.
 
     Attributes:
-        layers: the distance at each layer, from the input to the output; the last is `output`. Of each the mean over
-            tasks (`score`), the 95 % interval and the value of every task.
+        layers: the distance at each layer, from the input to the output; the last is "(output)", the module's own. Of
+            each the mean over tasks (`score`), the 95 % interval and the value of every task.
         body: the mean over all layers but the output, per task.
     """
 
@@ -243,13 +243,13 @@ def reuse(
         distance: between activations. Every position of every example is a row: of images (N, D, H, W), and of (N, D,
             L) behind a convolution or a batch normalization; elsewhere features are the last dimension.
         layers: names of submodules whose outputs are compared; None for those that hold parameters themselves. The
-            output of the module is always the last, under the name "output".
+            output of the module is always the last, under the name "(output)".
         solver: another one than at training, for more steps, say.
         tasks: stop after so many.
 
     Raises:
-        ValueError: what adapts is a head; a layer is unknown, is called twice or returns no tensor of two dimensions or
-            more; a task's distance is refused (see `cka` and `svcca`); there are fewer than two tasks.
+        ValueError: what adapts is a head; a layer is unknown, is called twice or never, or returns no tensor of two
+            dimensions or more; a task's distance is refused (see `cka` and `svcca`); there are fewer than two tasks.
 
     Example:
         >>> import torch, bilevel as bl
@@ -257,7 +257,7 @@ def reuse(
         >>> anil = bl.meta.Learner(net, nn.functional.mse_loss, adapts="2")
         >>> support = torch.randn(4, 30, 2), torch.randn(4, 30, 1)
         >>> found = reuse(anil, anil.outer(), [bl.Batches(inner=support, outer=support)], distance=euclidean)
-        >>> found.layers["0"].score, found.layers["output"].score > 0
+        >>> found.layers["0"].score, found.layers["(output)"].score > 0
         (0.0, True)
     """
     if isinstance(learner.adapts, Head):
@@ -322,17 +322,18 @@ def _activations(
     """What each layer computes, a row for each example (and position)."""
     rows = dict[str, Tensor]()
 
+    def refused(name: str, why: str) -> ValueError:
+        return ValueError(
+            f"reuse() watches the layer {name!r}, which {why}; a tensor of shape (N, D) or (N, D, ...), once per "
+            f"forward, was needed. Leave it out with layers=[...]"
+        )
+
     def keep(name: str, value: Any) -> None:
-        if name in rows or not isinstance(value, Tensor) or value.dim() < 2:
-            given = (
-                "is called twice"
-                if name in rows
-                else f"returns {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
-            )
-            raise ValueError(
-                f"reuse() watches the layer {name!r}, which {given}; a tensor of shape (N, D) or (N, D, ...), once per "
-                f"forward, was needed. Leave it out with layers=[...]"
-            )
+        if name in rows:
+            raise refused(name, "is called twice")
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise refused(name, f"returns {shape}")
         channels = value.dim() > 3 or isinstance(watched.get(name), _CHANNELS_FIRST)
         value = value.movedim(1, -1) if channels else value
         rows[name] = value.reshape(-1, value.shape[-1])
@@ -346,4 +347,7 @@ def _activations(
     finally:
         for handle in handles:
             handle.remove()
+    for name in watched:
+        if name not in rows:
+            raise refused(name, "is not called")
     return rows

@@ -91,7 +91,9 @@ for std in STDS:
 figure = Figure(figsize=(13, 4), layout="constrained")
 left, right = figure.subplots(1, 2)
 for which, lr, line in ((0, LR, "-"), (1, LARGE_LR, "--")):
-    for color, (name, label) in enumerate({"0": "layer 1", "2": "layer 2", "4": "layer 3", "output": "output"}.items()):
+    for color, (name, label) in enumerate(
+        {"0": "layer 1", "2": "layer 2", "4": "layer 3", "(output)": "output"}.items()
+    ):
         found = [each[which].layers[name] for each in moved]
         values, intervals = [f.score for f in found], [f.interval for f in found]
         style = {"color": f"C{color}", "linestyle": line, "marker": "o", "capsize": 3}

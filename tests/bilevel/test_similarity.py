@@ -193,7 +193,7 @@ def test_a3_without_a_step_all_distances_are_zero(distance, dtype):
     """methods.md A3: K = 0."""
     learner = Learner(small(dtype), mse, solver=bl.Descent(bl.SGD(0.5), 0))
     found = reuse(learner, learner.outer(), [tasks(dtype=dtype)], distance=distance)
-    assert list(found.layers) == ["0", "2", "output"]
+    assert list(found.layers) == ["0", "2", "(output)"]
     for each in found.layers.values():
         assert each.scores == pytest.approx([0, 0, 0], abs=1e-12)
     assert found.body.score == pytest.approx(0, abs=1e-12)
@@ -207,7 +207,7 @@ def test_distances_are_those_between_activations_by_hand(chunk):
     with torch.no_grad():
         x["parameters"]["0.weight"].mul_(1.5)  # x is not the module's own
     found = reuse(learner, x, [batches], distance=procrustes, layers=["1", "2"])
-    assert list(found.layers) == ["1", "2", "output"]
+    assert list(found.layers) == ["1", "2", "(output)"]
     before = {name: leaf.clone() for name, leaf in module.state_dict().items()}
     for task in range(3):
         after = learner.adapt(x, tuple(leaf[task] for leaf in batches.inner))
@@ -233,7 +233,17 @@ def test_layers_below_what_adapts_stay_where_they_are():
     found = reuse(learner, learner.outer(), [tasks()], distance=euclidean)
     assert found.layers["0"].scores == (0, 0, 0)
     assert min(found.layers["2"].scores) > 0
-    assert min(found.layers["output"].scores) > 0
+    assert min(found.layers["(output)"].scores) > 0
+
+
+def test_a_layer_may_be_called_output():
+    module = nn.Sequential()
+    module.add_module("body", nn.Linear(2, 3, dtype=D))
+    module.add_module("output", nn.Linear(3, 1, dtype=D))
+    learner = Learner(module, mse)
+    found = reuse(learner, learner.outer(), [tasks()], layers=["body", "output"])
+    assert list(found.layers) == ["body", "output", "(output)"]
+    assert found.layers["output"].scores == found.layers["(output)"].scores
 
 
 def test_more_steps_more_batches_and_a_limit_on_tasks():
@@ -244,7 +254,21 @@ def test_more_steps_more_batches_and_a_limit_on_tasks():
     assert one.body.tasks == 6
     assert many.body.score > 2 * one.body.score
     assert reuse(learner, x, batches, distance=euclidean, tasks=2).body.scores == one.body.scores[:2]
-    assert str(one).splitlines()[-1].startswith("output  ")
+    assert str(one).splitlines()[-1].startswith("(output)  ")
+
+
+def test_learners_of_other_kinds():
+    """Learned rates, a pull to the start and a fixed start: what adaptation begins at is y_0."""
+    batches, slow = tasks(), bl.Descent(bl.SGD(0.5), 2)
+    for learner in (
+        Learner(small(), mse, solver=slow, rates=bl.meta.Rates(per="element")),
+        Learner(small(), mse, solver=slow, start=bl.meta.Shared(pull=0.1)),
+        Learner(small(), mse, solver=slow, start=bl.meta.Fixed(), adapts="4"),
+    ):
+        x = learner.outer()
+        still = reuse(learner, x, [batches], distance=euclidean, solver=bl.Descent(bl.SGD(0.5), 0))
+        assert all(each.score == 0 for each in still.layers.values())
+        assert reuse(learner, x, [batches], distance=euclidean).layers["(output)"].score > 0
 
 
 def test_images_have_a_row_for_every_position():
@@ -282,7 +306,7 @@ def test_sequences_have_their_features_last_and_behind_convolutions_second():
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layer, self.pair = nn.Linear(2, 2), nn.Identity()
+        self.layer, self.pair, self.spare = nn.Linear(2, 2), nn.Identity(), nn.Linear(2, 2)
 
     def forward(self, x):
         self.pair((x, x))
@@ -304,7 +328,9 @@ def test_bad_input_of_reuse():
         reuse(learner, x, [tasks(1)])
     with pytest.raises(ValueError, match=r"two|2"):
         reuse(learner, x, [])
-    twice = Learner(Twice().to(D), mse)
+    twice = Learner(Twice().to(D), mse, adapts="layer")
+    with pytest.raises(ValueError, match="'spare', which is not called"):
+        reuse(twice, twice.outer(), [tasks()], layers=["spare"])
     with pytest.raises(ValueError, match="'layer', which is called twice"):
         reuse(twice, twice.outer(), [tasks()], layers=["layer"])
     with pytest.raises(ValueError, match="'pair', which returns tuple"):
