@@ -54,7 +54,7 @@ class Config:
 
 
 CONFIGS = {
-    "cpu": Config(width=32, tasks=4, steps=120, test_tasks=600, chunk=1, device="cpu", processes=2),
+    "cpu": Config(width=16, tasks=4, steps=100, test_tasks=600, chunk=1, device="cpu", processes=2),
     "gpu": Config(width=64, tasks=16, steps=3000, test_tasks=1000, chunk=None, device="cuda", processes=1),
     "small": Config(width=4, tasks=2, steps=3, test_tasks=4, chunk=1, device="cpu", processes=1),
 }
