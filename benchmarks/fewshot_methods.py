@@ -31,9 +31,10 @@ def methods() -> dict[str, dict[str, Any]]:
     """The arguments of each method's Learner, besides module, loss and chunk."""
     maml = {"solver": descent(0.1), "optimizer": adam(2e-3)}
     pulled = {"start": bl.meta.Shared(pull=PULL), "solver": descent(0.1, 10), "optimizer": adam(2e-3)}
-    ridge = bl.meta.KernelRidge(bl.meta.Linear(), regularizer=1.0)
-    amfs = bl.meta.KernelRidge(bl.meta.RBF(), regularizer=0.1)
-    similar = bl.tasks.GradientSimilarity(temperature=0.5)
+    fitted = {"classes": 5, "learn_regularizer": True, "scale": 5.0, "learn_scale": True}
+    ridge = bl.meta.KernelRidge(bl.meta.Linear(), regularizer=1.0, **fitted)
+    amfs = bl.meta.KernelRidge(bl.meta.RBF(), regularizer=0.1, **fitted)
+    similar = bl.GradientSimilarity(temperature=0.5)
     return {
         "MAML": maml,
         "MAML, weighted tasks (O-AMFS)": maml | {"weights": similar},

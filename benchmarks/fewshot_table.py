@@ -6,10 +6,10 @@
     python benchmarks/fewshot_table.py --table                # only write the table of what is there
 
 Glyphs (characters drawn from fonts, unseen ones at test), 5-way 1-shot and 5-shot, the 4-conv net. Every method makes
-the same number of outer steps on the same tasks in the same order; its settings (fewshot_methods.py) are the usual ones
-of its literature, not tuned here. A cell (method x shot) is a process of its own that leaves a checkpoint every few
-steps and a line in results/fewshot.<config>.jsonl at its end: stopped anywhere, the same command goes on. The table goes
-to results/fewshot.<config>.md.
+the same outer steps on the same tasks in the same order; its settings (fewshot_methods.py) are usual ones, not tuned.
+A cell (method x shot) is a process of its own that leaves a checkpoint every few steps, and a line in
+results/fewshot.CONFIG.jsonl at its end: stopped anywhere, the same command goes on. The table is
+results/fewshot.CONFIG.md.
 """
 
 import argparse
@@ -147,7 +147,8 @@ def run(name: str, shot: int, config: Config, path: pathlib.Path) -> None:
                     x[group][leaf_name].copy_(leaf)
         optimizer.load_state_dict(past["optimizer"])
         at, seconds, statuses = past["at"], past["seconds"], Counter(past["statuses"])
-    tasks = Episodes(splits["train"], tasks=config.tasks, steps=steps, seed=0, start=at, **sizes)
+    tasks = Episodes(splits["train"], tasks=config.tasks, steps=steps, seed=0, **sizes)
+    tasks.seek(at)
     loader = map(joined, tasks) if name == "Reptile" else iter(tasks)
     began = time.perf_counter()
     for step in method.train(x, loader, optimizer=optimizer, tolerate=tuple(bl.Status)):
@@ -173,7 +174,7 @@ def run(name: str, shot: int, config: Config, path: pathlib.Path) -> None:
         "training_seconds": seconds,
         "statuses": dict(statuses),
         **cost(method, x, config, sizes, splits["train"], name),
-        "environment": dataclasses.asdict(environment()),
+        "environment": environment(device=device),
     }
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
@@ -192,25 +193,25 @@ def cost(method: Any, x: Any, config: Config, sizes: Any, data: Any, name: str) 
     batches = joined(batches) if name == "Reptile" else batches
     net = conv4(WAY, width=config.width, seed=0).to(config.device)
     other = fewshot_methods.learner("FOMAML", net, config.chunk)
-    beside, rounds = other.outer(), dict[str, list[float]](own=[], first_order=[])
+    pairs = {"own": (method, x), "first order": (other, other.outer())}
+    seconds: dict[str, list[float]] = {label: [] for label in pairs}
+    calls: dict[str, int] = {}
     for _ in range(6):
-        for label, one, start in (("own", method, x), ("first_order", other, beside)):
+        for label, (learner, outer) in pairs.items():
             began = time.perf_counter()
-            calls = one.hypergradient(start, batches).stats["calls"] if label == "own" else None
-            if label != "own":
-                one.hypergradient(start, batches)
+            found = learner.hypergradient(outer, batches)
             if config.device == "cuda":
                 torch.cuda.synchronize()
-            rounds[label].append(time.perf_counter() - began)
-            own_calls = calls or own_calls
+            seconds[label].append(time.perf_counter() - began)
+            calls = found.stats["calls"] if label == "own" else calls
     record = measure(lambda: method.hypergradient(x, batches), repeats=1)
-    times = {label: statistics.median(values[1:]) for label, values in rounds.items()}
+    times = {label: statistics.median(values[1:]) for label, values in seconds.items()}
     return {
         "peak_tensor_bytes": record.peak_tensor_bytes,
-        "peak_allocated_bytes": getattr(record, "peak_allocated_bytes", None),
+        "cuda_allocated_bytes": record.cuda_allocated_bytes,
         "seconds": times["own"],
-        "time_over_first_order": times["own"] / times["first_order"],
-        "calls": {oracle: own_calls.get(oracle, 0) for oracle in COLUMNS},
+        "time_over_first_order": times["own"] / times["first order"],
+        "calls": {oracle: calls.get(oracle, 0) for oracle in COLUMNS},
     }
 
 
@@ -237,16 +238,16 @@ def table(path: pathlib.Path, config: Config) -> str:
         last = next(line for line in reversed(found) if line is not None)
         per = config.tasks if config.chunk == 1 else 1
         row += [f"{last['calls'][oracle] / per:g}" for oracle in COLUMNS]
-        rows.append(["" if name == fewshot_methods.UNTRAINED and i > 0 and (i % 3 != 1 or i > 3 * len(shots)) else cell
-                     for i, cell in enumerate(row)])  # fmt: skip
+        rows.append(row)
     some = next(iter(lines.values()), None)
-    where = "" if some is None else f"torch {some['environment']['torch']}, {some['environment']['device']}"
+    where = "" if some is None else ", ".join(f"{key} {value}" for key, value in some["environment"].items())
     return (
         "\n".join("| " + " | ".join(row) + " |" for row in rows)
-        + f"\n\nMade by `python benchmarks/fewshot_table.py`: 5-way glyphs, conv4 of width {config.width}, {config.tasks} "
-        f"tasks a step, {config.steps} outer steps, {config.test_tasks} test tasks, 95 % intervals over them. Memory: "
-        f"peak tensor bytes that one hypergradient adds. Time: median of one hypergradient over that of FOMAML's, taken "
-        f"in turns in the same process. Oracle calls: for one task, at the last shot. {where}.\n"
+        + "\n\nMade by `python benchmarks/fewshot_table.py`. 5-way glyphs, conv4 of width "
+        + f"{config.width}, {config.tasks} tasks a step, {config.steps} outer steps, {config.test_tasks} test tasks, "
+        + "95 % intervals over them. Memory: peak tensor bytes that one hypergradient adds. Time: median of one "
+        + "hypergradient over FOMAML's, taken in turns in one process. Oracle calls: for one task. "
+        + f"{where}.\n"
     )
 
 

@@ -7,6 +7,7 @@ sinusoid literature, whose operators are small, and the 4-conv net, whose operat
 that visit every chunk in turn, over that of chunk 1; memory is peak tensor bytes.
 """
 
+import functools
 import json
 import pathlib
 import statistics
@@ -30,7 +31,10 @@ METHODS = {"MAML": {}, "FOMAML": {"estimator": bl.FirstOrder()}}
 
 def sinusoids(device):
     phase, amplitude = torch.rand(TASKS, 1, 1) * torch.pi, 0.1 + 4.9 * torch.rand(TASKS, 1, 1)
-    draw = lambda x: (x.to(device), (amplitude * torch.sin(x + phase)).to(device))  # noqa: E731
+
+    def draw(x):
+        return x.to(device), (amplitude * torch.sin(x + phase)).to(device)
+
     net = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
     batches = bl.Batches(*(draw(10 * torch.rand(TASKS, 10, 1) - 5) for _ in range(2)))
     return net.to(device), mse_loss, batches, 0.01
@@ -70,7 +74,7 @@ def rows(device):
                     times[chunk].append(time.perf_counter() - began)
             middle = {chunk: statistics.median(values[1:]) for chunk, values in times.items()}
             for chunk, learner in learners.items():
-                record = measure(lambda learner=learner: learner.hypergradient(x, batches), repeats=1)
+                record = measure(functools.partial(learner.hypergradient, x, batches), repeats=1)
                 yield {
                     "problem": problem,
                     "method": method,
@@ -89,11 +93,28 @@ def main():
     for row in rows(device):
         found.append(row)
         print(
-            f"{row['problem']:22} {row['method']:8} chunk {row['chunk']:2}: {row['time_over_loop']:5.2f} of the loop's time, "
+            f"{row['problem']:22} {row['method']:8} chunk {row['chunk']:2}: {row['time_over_loop']:5.2f} of the loop, "
             f"{row['peak_tensor_bytes'] / 2**20:7.1f} MiB",
             flush=True,
         )
     OUT.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    OUT.with_suffix(".md").write_text(table(found), encoding="utf-8")
+
+
+def table(found):
+    """Markdown: time over that of the loop, and MiB, for each chunk."""
+    lines = ["| problem | method | " + " | ".join(f"chunk {chunk}" for chunk in CHUNKS) + " |"]
+    lines.append("| --- " * (2 + len(CHUNKS)) + "|")
+    for problem in PROBLEMS:
+        for method in METHODS:
+            own = {row["chunk"]: row for row in found if (row["problem"], row["method"]) == (problem, method)}
+            cells = [f"{own[c]['time_over_loop']:.2f}, {own[c]['peak_tensor_bytes'] / 2**20:.1f} MiB" for c in CHUNKS]
+            lines.append(f"| {problem} | {method} | " + " | ".join(cells) + " |")
+    where = ", ".join(f"{key} {value}" for key, value in found[0]["environment"].items())
+    return "\n".join(lines) + (
+        f"\n\nMade by `python benchmarks/tasks_at_once.py`: time of one hypergradient over {TASKS} tasks over "
+        f"that of the plain loop (chunk 1), median of {ROUNDS} rounds in turns, and peak tensor memory. {where}.\n"
+    )
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ class Solution:
     of the stationarity there per task, for solvers that look at it; `rise` is the part of all the motion of the inner
     loss that went up, per task, and `unsteady` whether that says that the steps are too long; `promised` is what the
     last gradient step would gain per task if it were short, and `grown` the norm of its gradient over that of the
-    first.
+    first (0 where a tolerance was met).
     """
 
     inner: Tree

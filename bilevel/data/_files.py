@@ -52,6 +52,8 @@ def read(path: pathlib.Path, mode: str, side: int, *, resize: bool = True, photo
     pillow, numpy = optional("PIL.Image"), optional("numpy")
     try:
         with pillow.open(path) as file:
+            if file.mode == "F":
+                raise ValueError("its pixels are floating numbers, of which white is unknown; save it with 8 bits")
             image = _plain(file).convert(mode)
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         raise ValueError(f"{path} could not be read as an image: {error}") from error

@@ -221,10 +221,14 @@ def grouped(
 def tensor_of(caller: str, x: Any) -> Tensor:
     """A tensor without a graph, of an array, a tensor or a sequence of either."""
     if isinstance(x, Tensor):
+        if x.layout is not torch.strided:
+            raise TypeError(f"{caller} was given a tensor of layout {x.layout}; write x.to_dense()")
         return x.detach()
     try:
         if hasattr(x, "__array__"):
             numpy = optional("numpy")
+            if numpy.ma.is_masked(x):
+                raise TypeError("it has masked entries, which a tensor would show; fill them first")
             array = numpy.asarray(x, order="C")
             array = array.astype(array.dtype.newbyteorder("="), copy=not array.flags.writeable)
             return torch.as_tensor(array)

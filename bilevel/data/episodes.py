@@ -116,10 +116,12 @@ class Episodes(TaskStream):
                 f"Episodes was given data in which {listed(twice)} stands more than once; a task could have the same "
                 f"class under two labels. Merge them, or give them different names"
             )
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"Episodes was given dtype={dtype!r}; a torch.dtype was needed, such as torch.float32")
         if dtype is not None and not dtype.is_floating_point and isinstance(data, ImageSet):
             raise ValueError(f"Episodes was given dtype={dtype}; images in [0, 1] need a floating one")
         self.dtype = dtype
-        self._starts = data.starts()
+        self._start = dict(zip(data.names, data.starts(), strict=True))
         self._digest = digest([list(data.names), list(data.counts)])
 
     def settings(self) -> dict[str, Any]:
@@ -139,9 +141,8 @@ class Episodes(TaskStream):
 
     def draw(self, numbers: list[int]) -> Drawn:
         chosen = [self.members(number) for number in numbers]
-        start = dict(zip(self.data.names, self._starts, strict=True))
-        support = [start[each.name] + row for task in chosen for each in task for row in each.support]
-        query = [start[each.name] + row for task in chosen for each in task for row in each.query]
+        support = [self._start[each.name] + row for task in chosen for each in task for row in each.support]
+        query = [self._start[each.name] + row for task in chosen for each in task for row in each.query]
         return Drawn(
             self._labelled(support, len(numbers), self.shot),
             self._labelled(query, len(numbers), self.query),

@@ -7,7 +7,7 @@ import random
 
 import torch
 
-from bilevel.data._checks import whole
+from bilevel.data._checks import floating, whole
 from bilevel.data._optional import optional
 from bilevel.data.classset import ClassSet
 
@@ -33,8 +33,7 @@ def load(samples: int = 5000, seed: int = 42, *, dtype: torch.dtype = torch.floa
     """
     if whole("mnist1d.load()", "samples", samples, 10) % 10:
         raise ValueError(f"mnist1d.load() was given samples={samples}; a multiple of 10 was needed, a tenth per digit")
-    if not dtype.is_floating_point:
-        raise ValueError(f"mnist1d.load() was given dtype={dtype}; a floating one was needed")
+    floating("mnist1d.load()", dtype)
     whole("mnist1d.load()", "seed", seed, 0)
     package, numpy = optional("mnist1d.data", extra="meta"), optional("numpy", extra="meta")
     arguments = package.get_dataset_args()

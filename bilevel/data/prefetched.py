@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,8 +30,9 @@ class Prefetched:
     ends early: the next loop begins with what was made ahead.
 
     Inside a dispatch mode (fake tensors, a meter) there is no thread, which would not see it: batches are made when
-    they are asked for. The loader runs with the consumer's gradient mode and default device. It should draw no random
-    numbers from torch's global generator, which the loop draws from at the same time.
+    they are asked for. The loader runs with the modes that the consumer has when the loop begins: gradients, inference,
+    autocast, default device, CUDA stream. It should draw no random numbers from torch's global generator, which the
+    loop draws from at the same time.
 
     Args:
         loader: any iterable, such as `Episodes` or a DataLoader.
@@ -41,7 +43,7 @@ class Prefetched:
 
     Raises:
         TypeError: `loader` is no iterable.
-        ValueError: `ahead` is smaller than 1, or `pin` is asked for without CUDA.
+        ValueError: `ahead` is smaller than 1, or a CUDA device or `pin` is asked for without CUDA.
 
     Memory: `ahead` batches more than without it.
 
@@ -61,9 +63,11 @@ class Prefetched:
         self.ahead = whole("Prefetched", "ahead", ahead)
         self.device = None if device is None else torch.device(device)
         self.pin = pin
+        if self.device is not None and self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"Prefetched was given device={str(device)!r}, and torch finds no CUDA device here")
         if pin and (not torch.cuda.is_available() or (self.device is not None and self.device.type != "cuda")):
             raise ValueError(
-                f"Prefetched was given pin=True and device={device!r}; page-locked memory is for a CUDA device"
+                f"Prefetched was given pin=True and device={device}; page-locked memory is for a CUDA device"
             )
         self._run: _Run | None = None
         self._left: list[_Made] = []
@@ -150,7 +154,7 @@ _END = object()
 
 
 class _Made(NamedTuple):
-    """A batch, the end, or an error; `ready` is recorded after its copy to a CUDA device."""
+    """A batch, the end, or an error; `ready` is the event after its copy to a CUDA device, and the device."""
 
     batches: Any = None
     state: Any = None
@@ -245,6 +249,12 @@ class _Maker:
         self.device = owner.device
         self.grad, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self.default_device = torch.get_default_device()
+        self.autocast = [
+            torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=torch.is_autocast_cache_enabled())
+            for kind in ("cpu", "cuda")
+            if torch.is_autocast_enabled(kind)
+        ]
+        self.current: Any = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
         self.stream: Any = None
         if self.device is not None and self.device.type == "cuda":
             index = torch.cuda.current_device() if self.device.index is None else self.device.index
@@ -259,6 +269,10 @@ class _Maker:
             stack.enter_context(torch.set_grad_enabled(self.grad))
             if self.default_device.type != "cpu":
                 stack.enter_context(self.default_device)
+            for mode in self.autocast:
+                stack.enter_context(mode)
+            if self.current is not None:
+                stack.enter_context(torch.cuda.stream(self.current))
             yield
 
     def __call__(self) -> _Made:
@@ -271,8 +285,11 @@ class _Maker:
                 return _Made(batches, state)
             if self.stream is None:
                 return _Made(_mapped(batches, self._moved), state)
+            if any(leaf.is_cuda for leaf in _tensors(batches)):
+                self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
-                return _Made(_mapped(batches, self._moved), state, self.stream.record_event())
+                moved = _mapped(batches, self._moved)
+                return _Made(moved, state, (self.stream.record_event(), self.device))
         except BaseException as error:
             return _Made(error=error)
 
@@ -286,8 +303,9 @@ class _Maker:
 
 def _wait_for(made: _Made) -> None:
     """Let the consumer's stream wait for the copy, and keep the memory until it is done with it."""
-    stream = torch.cuda.current_stream(made.ready.device)
-    stream.wait_event(made.ready)
+    event, device = made.ready
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(event)
     for leaf in _tensors(made.batches):
         if leaf.is_cuda:
             leaf.record_stream(stream)
@@ -296,13 +314,8 @@ def _wait_for(made: _Made) -> None:
 def _mapped(batches: Any, move: Any) -> Any:
     """The batches with their tensors moved; identities are left alone."""
     if isinstance(batches, Batches):
-        return Batches(
-            inner=_mapped(batches.inner, move),
-            outer=_mapped(batches.outer, move),
-            curvature=_mapped(batches.curvature, move),
-            index=batches.index,
-            task_ids=batches.task_ids,
-        )
+        parts = {name: _mapped(getattr(batches, name), move) for name in ("inner", "outer", "curvature")}
+        return dataclasses.replace(batches, **parts)
     if isinstance(batches, PerStep):
         return PerStep([_mapped(batches[step], move) for step in range(len(batches))], ragged=True)
     return None if batches is None else tree.tree_map(move, batches)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.data._checks import whole
+from bilevel.data._checks import floating, whole
 from bilevel.data.classes import SPLITS
 from bilevel.data.stream import Drawn, TaskStream
 
@@ -84,9 +84,12 @@ class RandomNets(TaskStream):
         for name, value in {"body_std": body_std, "head_std": head_std, "noise": noise}.items():
             if not 0 <= value < float("inf"):
                 raise ValueError(f"RandomNets was given {name}={value}; a standard deviation from 0 up was needed")
-        if not dtype.is_floating_point:
-            raise ValueError(f"RandomNets was given dtype={dtype}; a floating one was needed")
-        self.split, self.activation, self.noise, self.dtype = split, activation, float(noise), dtype
+        self.split, self.activation, self.noise, self.dtype = (
+            split,
+            activation,
+            float(noise),
+            floating("RandomNets", dtype),
+        )
         self.body_std, self.head_std = float(body_std), float(head_std)
         self.shapes = [(hidden, 1), (hidden, hidden), (hidden, hidden), (1, hidden)]
 

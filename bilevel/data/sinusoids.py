@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bilevel.data._checks import whole
+from bilevel.data._checks import floating, whole
 from bilevel.data.stream import Drawn, TaskStream
 
 AMPLITUDE, PHASE, INPUT = (0.1, 5.0), (0.0, math.pi), (-5.0, 5.0)
@@ -51,9 +51,7 @@ class Sinusoids(TaskStream):
         super().__init__(tasks=tasks, seed=seed, steps=steps, pool=pool, device=device)
         self.support = whole("Sinusoids", "support", support)
         self.query = whole("Sinusoids", "query", query)
-        if not dtype.is_floating_point:
-            raise ValueError(f"Sinusoids was given dtype={dtype}; a floating one was needed")
-        self.dtype = dtype
+        self.dtype = floating("Sinusoids", dtype)
 
     def settings(self) -> dict[str, Any]:
         return {"support": self.support, "query": self.query}

@@ -68,6 +68,7 @@ class TaskStream(abc.ABC):
         self.device = torch.device(device)
         self._position = 0
         self._resume: int | None = None
+        self._pass: tuple[tuple[int, int], list[int]] | None = None  # the order of the last pass that was asked for
 
     @abc.abstractmethod
     def draw(self, numbers: list[int]) -> Drawn:
@@ -82,7 +83,10 @@ class TaskStream(abc.ABC):
         if self.pool is None:
             return list(range(position * self.tasks, (position + 1) * self.tasks))
         turn, batch = divmod(position, self.pool // self.tasks)
-        order = self.generator("pass", turn).sample(range(self.pool), self.pool)
+        if self._pass is None or self._pass[0] != (turn, self.pool):
+            order = self.generator("pass", turn).sample(range(self.pool), self.pool)
+            self._pass = (turn, self.pool), order
+        order = self._pass[1]
         return order[batch * self.tasks : (batch + 1) * self.tasks]
 
     def generator(self, *what: object) -> random.Random:
@@ -178,5 +182,5 @@ class TaskStream(abc.ABC):
 
 def digest(value: Any) -> str:
     """16 hexadecimal digits that stand for a JSON value, the same in every process."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=repr)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -85,10 +85,18 @@ def run(
             residual = moves.space.norm(moves.stationarity(y, point)).detach()
             live = ~torch.as_tensor(solver.solved(residual), device=residual.device)
             first = point.loss if first is None else first
+            entered = residual if entered is None else entered
             if step == solver.max_steps or (step % every == 0 and settled(live)):
                 code = code_if(live, Status.INNER_MAX_STEPS)
                 return Solution(
-                    y, step, code, first, point.loss, residual, *_motion(rise, first, point.loss, state, None)
+                    y,
+                    step,
+                    code,
+                    first,
+                    point.loss,
+                    residual,
+                    *_motion(rise, first, point.loss, state, None),
+                    grown=torch.where(live, residual / torch.where(entered > 0, entered, 1.0), 0.0),
                 )
         if moving is not None and live is not None:
             moving(live)

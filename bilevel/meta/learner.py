@@ -53,6 +53,9 @@ from bilevel.tasks.mean import TaskMean
 Outer = dict[str, dict[str, Tensor]]
 Optimizing = Callable[[list[Tensor]], torch.optim.Optimizer]
 
+SMALL = 4096
+"""Parameters of a module whose operators are so small that a CPU does many tasks at once in the time of one."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Learner:
@@ -73,7 +76,9 @@ class Learner:
         estimator: how the hypergradient of one task is estimated.
         optimizer: how x moves: called with the list of x's tensors; returns a torch.optim optimizer.
         weights: how tasks are weighted; None for the plain mean.
-        chunk: tasks at once, as for `TaskMean`; None for all.
+        chunk: tasks at once, as for `TaskMean`. None for what was measured (benchmarks/tasks_at_once.py): one by one on
+            a CPU where the module has more than 4,096 parameters, all at once otherwise. A number of at least T means
+            all at once, too; `bilevel_profiling.largest_fit(case, "8GiB", over="chunk")` finds the one that fits.
         reuse_features: where the module is an nn.Sequential and its first layers do not adapt, run those once per task
             instead of once per step. A layer of them that draws random numbers (dropout) then draws once per task.
 
@@ -289,7 +294,7 @@ class Learner:
                 batches,
                 solver=self._solver(solver),
                 tasks=True,
-                chunk=self.chunk,
+                chunk=self._chunk,
             )
             inputs, targets = batches.outer
             codes.append(found.code)
@@ -315,7 +320,7 @@ class Learner:
             batches,
             solver=self._solver(solver),
             tasks=tasks,
-            chunk=self.chunk if tasks else None,
+            chunk=self._chunk if tasks else None,
             evaluate=False,
         )
         found.raise_if_failed()
@@ -326,5 +331,13 @@ class Learner:
             return self.inner_solver
         return solver if self.rates is None else self.rates.applied(solver)
 
+    @functools.cached_property
+    def _chunk(self) -> int | None:
+        if self.chunk is not None:
+            return self.chunk
+        parameters = list(self.module.parameters())
+        large = sum(parameter.numel() for parameter in parameters) > SMALL
+        return 1 if large and parameters[0].device.type == "cpu" else None
+
     def _task_mean(self) -> TaskMean:
-        return TaskMean(self.estimator, self.chunk, self.weights)
+        return TaskMean(self.estimator, self._chunk if self.weights is None else self.chunk, self.weights)

@@ -101,7 +101,7 @@ def stream(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Iterator[bl.Batches]:
-    """Fresh tasks for every outer step: a loader for `iterate`.
+    """Fresh tasks for every outer step: a loader for `iterate`. One that can be resumed is `bilevel.data.Episodes`.
 
     Args:
         data: the split to draw from.

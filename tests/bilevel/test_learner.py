@@ -370,3 +370,10 @@ def test_a_layer_that_stands_below_and_above_is_not_taken_apart():
         total = total + cross_entropy(forward(y, data.outer[0][task]), data.outer[1][task]) / TASKS
     wanted = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
     torch.testing.assert_close(learner.hypergradient(x, data).grad["parameters"], wanted, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize(("width", "chunk", "expected"), [(16, None, None), (400, None, 1), (400, 7, 7), (16, 1, 1)])
+def test_the_default_chunk_is_what_was_measured(width, chunk, expected):
+    module = nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 3))
+    learner = bl.meta.Learner(module, cross_entropy, chunk=chunk)
+    assert learner._task_mean().chunk == expected

@@ -9,7 +9,7 @@
 | --- | --- | --- | --- | --- | --- |
 | "symmetric" or 2 | 2 K + 2 | 2 K + 2 | 0 | O(nu^2) + O(delta / nu) | 3 P + 2 Q + one graph, independent of K |
 | "forward" or 1 | 2 K + 2 | K + 2 | 0 | O(nu) + O(delta / nu) | the same |
-| even p | p (K + 1) | p (K + 1) | 0 | O(nu^p) + O(delta / nu) | 4 P + 3 Q + one graph, independent of K and p |
+| even p | p (K + 1) | p (K + 1) | 0 | O(nu^p) + O(delta / nu) | 4 P + 2 Q + one graph, independent of K and p |
 | odd p > 1 | (p + 1) (K + 1) | p K + p + 1 | 0 | the same | the same |
 
 delta: distance of the inner iterates from their minimizers. All sides start alike, take the same number of steps, see
@@ -134,13 +134,10 @@ class FirstOrderCorrected(Estimator):
             oracles.embedding(0)  # drawn once, for all sides
         before = oracles.generators.peek()
         first = _side(instance, solver, stencil.nodes[0] * nu, starts[0])
-        inner, codes, steps, sides = (
-            first.found.inner,
-            [_health(instance, first)],
-            first.found.steps,
-            [first.found.inner],
-        )
+        inner, sides, steps = first.found.inner, [first.found.inner], first.found.steps
+        codes: list[Tensor | int] = [_health(instance, first)]
         grad = _scaled(stencil.nodes[0] * stencil.weights[0], first.f_x)
+        calm = first.found.grown if stencil.nodes[0] else None  # of the side +nu
         for node, weight, share, begin in zip(*stencil.others, starts[1:], strict=True):
             oracles.generators.set(before)
             side = _side(instance, solver, node * nu, begin)
@@ -151,7 +148,8 @@ class FirstOrderCorrected(Estimator):
                 grad = tree.accumulate(grad, _scaled(node * weight, side.f_x))
                 inner = _toward(inner, share, first.found.inner, side.found.inner)
                 codes += [side.found.code, _health(instance, side)]
-                codes.append(_unbounded(oracles.space, first, side, (starts[0], begin)))
+                codes.append(_unbounded(oracles.space, first, side, (starts[0], begin), calm))
+                calm = side.found.grown if calm is None else calm
                 steps += side.found.steps
                 if self.warm_sides:
                     sides.append(side.found.inner)
@@ -171,7 +169,8 @@ class FirstOrderCorrected(Estimator):
 def _precision(leaf: Tensor) -> torch.dtype:
     """The dtype that losses are computed in: that of an open autocast, or the variables' own."""
     kind = leaf.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else leaf.dtype
+    reduced = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if reduced else leaf.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,30 +195,35 @@ def _health(instance: Instance, side: _Side) -> Tensor:
     return instance.health(side.found, side.found.inner, side.found.last_loss)
 
 
-def _unbounded(space: Space, one: _Side, other: _Side, starts: tuple[Tree, Tree]) -> Tensor | int:
+def _unbounded(space: Space, one: _Side, other: _Side, starts: tuple[Tree, Tree], calm: Tensor | None) -> Tensor | int:
     """UNBOUNDED where a side's gradient has grown while the sides went apart: then it is nu that drove them.
 
     A side that has a minimum near comes to rest, and its gradient shrinks; in a loop whose steps are too long both
-    sides run away alike.
+    sides run away alike. Where nu just cancels the curvature, the gradient neither grows nor shrinks, while that of
+    the side +nu, `calm`, shrinks.
     """
 
     def distance(a: Tree, b: Tree) -> Tensor:
         return space.norm([x - y for x, y in zip(tree.tensors(a), tree.tensors(b), strict=True)])
 
-    grown = [side.found.grown for side in (one, other) if side.found.grown is not None]
-    if not grown:
+    if one.found.grown is None or other.found.grown is None:
         return 0
     between = distance(one.found.inner, other.found.inner)
     moved = [distance(side.found.inner, start) for side, start in zip((one, other), starts, strict=True)]
     apart = between > 0.5 * torch.maximum(*moved)
     # Beyond rounding: a loop that starts at rest has a gradient of nothing.
     size = space.norm(tree.tensors(one.found.inner))
-    away = (torch.stack(grown).amax(0) > _RUNAWAY) & apart & (between > 1e-3 * size)
-    return code_if(away, Status.UNBOUNDED)
+    away = torch.maximum(one.found.grown, other.found.grown) > _RUNAWAY
+    if calm is not None:
+        away = away | ((other.found.grown > _RESTLESS) & (other.found.grown > _ALONE * calm))
+    return code_if(away & apart & (between > 1e-3 * size), Status.UNBOUNDED)
 
 
 _RUNAWAY = 2.0
 """How many times its first norm the gradient of a perturbed loss must have for its loop to have run away."""
+_RESTLESS, _ALONE = 0.3, 10.0
+"""The part of its first norm that is left of the gradient of a loop that gets nowhere, and how many times the part of
+the side +nu that must be."""
 
 
 def _perturbed(oracles: Oracles, nu: float) -> Callable[[int], At]:
