@@ -102,9 +102,9 @@ for column, color, label in ((1, "0.7", "untrained start"), (2, "C0", f"after {S
     right.errorbar(values, places, xerr=errors, fmt="o", color=color, capsize=3, label=label)
 right.set(xlabel=f"accuracy (%), {TEST_TASKS} new tasks, 95 % interval", yticks=places, title="5-way 1-shot")
 right.set_yticklabels([row[0] for row in rows])
-right.legend(fontsize=8, loc="upper left")
+right.legend(fontsize=8, ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 figure.tight_layout()
-figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncol=4, loc="upper center", bbox_to_anchor=(0.5, 0.0))
+figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncol=4, loc="upper center", bbox_to_anchor=(0.4, 0.02))
 publish(
     "function_space",
     figure,
