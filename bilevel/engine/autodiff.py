@@ -111,6 +111,11 @@ def not_twice_differentiable(name: str, *, compiled: bool = False) -> NotTwiceDi
         )
     elif "rnn" in name:
         remedy = "    with torch.backends.cudnn.flags(enabled=False): hg = bilevel.hypergradient(...)"
+    elif "NormBackwardBackward" in name:
+        remedy = (
+            "    the loss takes a gradient through a layer or batch normalization, whose third derivative torch gets "
+            "wrong; take torch.nn.GroupNorm there (GroupNorm(1, features) normalizes a layer)"
+        )
     else:
         remedy = "    replace the operator in the loss by one made of differentiable torch operations"
     return NotTwiceDifferentiableError(

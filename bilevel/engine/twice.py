@@ -1,9 +1,10 @@
 """Does a loss have the second derivative that an estimator asks for? Some have not, and autograd says nothing.
 
-torch's own operators have a right second derivative or raise. Three kinds of node may drop it without a word: what
-torch.compile made, a Function marked @once_differentiable whose incoming gradient is a constant, and a Function of the
-user's whose backward computes with detached tensors. The first is refused; for the others a product with the second
-derivatives is held against differences of the gradient, once per problem.
+torch's own operators, but for a few (`_DOUBTFUL`), have a right second derivative or raise. Three kinds of node may
+drop it without a word: what torch.compile made, a Function marked @once_differentiable whose incoming gradient is a
+constant, and a Function of the user's whose backward computes with detached tensors. The first is refused; for the
+others, and for the doubtful ones, a product with the second derivatives is held against differences of the gradient,
+once per problem.
 """
 
 import torch
@@ -16,8 +17,9 @@ from bilevel.engine.replay import Generators
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
 
-_DOUBTFUL = ("WeightNormInterface",)
-"""Operators of torch whose second derivative was seen to be wrong: torch._weight_norm of torch 2.13."""
+_DOUBTFUL = ("WeightNormInterface", "NativeLayerNormBackwardBackward", "NativeBatchNormBackwardBackward")
+"""Operators of torch 2.13 whose second derivative was seen to be wrong: torch._weight_norm; and the derivative of layer
+and batch normalization, which is in a loss that takes a gradient through them."""
 _KINK_FREE = 0.02
 """Two step sizes must give the same difference this closely: between kinks they do, across kinks they do not."""
 _MISSING = 1e-3

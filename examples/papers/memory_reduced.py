@@ -98,7 +98,7 @@ for name, (learner, steps) in runs.items():
         x, Episodes(letters["train"], tasks=TASKS, steps=steps, seed=0, **sizes), tolerate=tuple(bl.Status)
     ):
         calls = step.hypergradient.stats["calls"]
-        found = learner.evaluate(x, Episodes(letters["test"], tasks=2, seed=1, **sizes), tasks=TESTS)
+    found = learner.evaluate(x, Episodes(letters["test"], tasks=2, seed=1, **sizes), tasks=TESTS)
     k = learner.inner_solver.max_steps
     memory = [curves[label][KS.index(k)] for label in curves if label.startswith(name) and k in KS]
     rows.append([

@@ -251,3 +251,51 @@ def test_a_net_of_kinks_with_a_regularizer_raises_no_alarm(dtype, estimator):
     hg = bl.hypergradient(problem, X.to(dtype), Y.to(dtype), NONE, solver=solver, estimator=estimator)
     assert not hg.status.failed
     close(hg.grad, truth(loss, at_solution), 1e-3)
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize("inside", ["torch.func", "torch.autograd"])
+@pytest.mark.parametrize(
+    ("norm", "right"),
+    [(torch.nn.LayerNorm(4), False), (torch.nn.BatchNorm1d(4, track_running_stats=False), False),
+     (torch.nn.GroupNorm(2, 4), True), (torch.nn.BatchNorm1d(4).eval(), True)],
+    ids=["layer", "batch", "group", "batch in eval"],
+)  # fmt: skip
+def test_a_gradient_inside_the_loss_through_a_normalization(norm, right, inside, chunk):
+    """torch 2.13: the third derivative of fused layer and batch normalization is wrong, by up to a half."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), norm, torch.nn.Tanh(), torch.nn.Linear(4, 1)).double()
+    call, params = bl.functional(net, requires_grad=False)
+    inputs = torch.randn(2, 6, 3, dtype=torch.float64)
+
+    def slope(y, batch):
+        if inside == "torch.func":
+            return torch.func.grad(lambda z: (call(y, z).pow(2) * torch.arange(6.0)[:, None]).sum())(batch)
+        batch = batch.detach().requires_grad_()
+        with torch.enable_grad():
+            value = (call(y, batch).pow(2) * torch.arange(6.0)[:, None]).sum()
+        return torch.autograd.grad(value, batch, create_graph=True)[0]
+
+    problem = bl.Problem(
+        lambda y, x, batch: (slope(y, batch) - x).square().mean(), lambda y, x, batch: call(y, batch).square().mean()
+    )
+    start = {name: value.expand(2, *value.shape) for name, value in params.items()}
+
+    def at(x):
+        return bl.hypergradient(
+            problem,
+            torch.tensor(x, dtype=torch.float64),
+            start,
+            bl.Batches(inputs, inputs),
+            solver=bl.Descent(bl.SGD(lr=0.1), steps=3),
+            estimator=bl.TaskMean(bl.Unrolled(), chunk=chunk),
+        )
+
+    if inside == "torch.autograd" and chunk is None:
+        pytest.skip("torch.autograd.grad inside vmap sums over the tasks, and torch refuses it")
+    if right:
+        difference = (at(0.3 + 1e-5).outer_loss - at(0.3 - 1e-5).outer_loss) / 2e-5
+        torch.testing.assert_close(at(0.3).grad, difference, rtol=1e-6, atol=1e-10)
+    else:
+        with pytest.raises(bl.NotTwiceDifferentiableError, match="GroupNorm"):
+            at(0.3)
