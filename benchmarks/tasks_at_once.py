@@ -93,11 +93,28 @@ def main():
     for row in rows(device):
         found.append(row)
         print(
-            f"{row['problem']:22} {row['method']:8} chunk {row['chunk']:2}: {row['time_over_loop']:5.2f} of the loop's, "
+            f"{row['problem']:22} {row['method']:8} chunk {row['chunk']:2}: {row['time_over_loop']:5.2f} of the loop, "
             f"{row['peak_tensor_bytes'] / 2**20:7.1f} MiB",
             flush=True,
         )
     OUT.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    OUT.with_suffix(".md").write_text(table(found), encoding="utf-8")
+
+
+def table(found):
+    """Markdown: time over that of the loop, and MiB, for each chunk."""
+    lines = ["| problem | method | " + " | ".join(f"chunk {chunk}" for chunk in CHUNKS) + " |"]
+    lines.append("| --- " * (2 + len(CHUNKS)) + "|")
+    for problem in PROBLEMS:
+        for method in METHODS:
+            own = {row["chunk"]: row for row in found if (row["problem"], row["method"]) == (problem, method)}
+            cells = [f"{own[c]['time_over_loop']:.2f}, {own[c]['peak_tensor_bytes'] / 2**20:.1f} MiB" for c in CHUNKS]
+            lines.append(f"| {problem} | {method} | " + " | ".join(cells) + " |")
+    where = ", ".join(f"{key} {value}" for key, value in found[0]["environment"].items())
+    return "\n".join(lines) + (
+        f"\n\nMade by `python benchmarks/tasks_at_once.py`: time of one hypergradient over {TASKS} tasks over "
+        f"that of the plain loop (chunk 1), median of {ROUNDS} rounds in turns, and peak tensor memory. {where}.\n"
+    )
 
 
 if __name__ == "__main__":

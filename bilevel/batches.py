@@ -65,7 +65,8 @@ class Batches:
         curvature: the inner batch at which estimators that invert the curvature of g (Implicit, MemoryReduced) take its
             derivatives at the solution: one batch, or `PerStep`, of which they take that of the last step. None:
             `inner` itself, or the last batch of `PerStep`, which the solution has seen least of. Others differentiate
-            what ran: `Unrolled` the steps, FirstOrderCorrected the loss that it perturbed.
+            what ran: `Unrolled` the steps, FirstOrderCorrected the loss that it perturbed. Unrolled(resampled=True)
+            takes the derivatives of each step at it: one batch for all, or `PerStep` with one for each.
         index: the identity of the batch (rows of a data set, an epoch and a position, ...): any object, handed on to
             whoever needs it; losses do not see it.
         task_ids: with `TaskMean`, the identity of each task: a tensor or list of length T, sliced with the tasks.

@@ -148,7 +148,7 @@ class _SymmetricSolve(torch.autograd.Function):
         ctx.solve = inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor, None]:
         matrix, solution = ctx.saved_tensors
         pulled = _SymmetricSolve.apply(matrix, weight, ctx.solve)
         return -pulled @ solution.mT, pulled, None

@@ -6,7 +6,7 @@ second derivative allows.
 
 Normalization layers are written out in elementary operators meanwhile. The fused ones keep the statistics of their
 forward as numbers without a derivative, so that (torch 2.13) a third derivative, and a second one under vmap, is wrong
-without a word, by up to a tenth for batch, layer and instance normalization.
+without a word, often by a tenth: of batch, layer and instance normalization and of weight normalization.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bilevel.space import tree
+from bilevel.space.inner_product import NARROW
 from bilevel.space.tree import Tree
 
 
 def pullback(function: Callable[[Tree], Tensor], at: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     """f(at), and the map from a cotangent u of its shape to J' u, a tree like `at`. Cost: 1 forward; 1 VJP a call."""
     with Elementary():
-        value, pull = torch.func.vjp(function, at)
+        value, pull = torch.func.vjp(function, at)[:2]
     return value, lambda cotangent: pull(cotangent)[0]
 
 
@@ -32,7 +33,7 @@ def product(function: Callable[[Tree], Tensor], at: Tree, direction: Tree) -> Te
     """J v for v a tree like `at`. Cost: 1 forward and 2 VJPs; memory of the first VJP's graph."""
     value, pull = pullback(function, at)
     # J' u is linear in u; its transpose is J.
-    _, push = torch.func.vjp(pull, torch.zeros_like(value))
+    push = torch.func.vjp(pull, torch.zeros_like(value))[1]
     return push(direction)[0]
 
 
@@ -74,8 +75,9 @@ class Elementary(TorchFunctionMode):
 
 
 def _standardized(x: Tensor, dims: Iterable[int], eps: float) -> Tensor:
-    variance, mean = torch.var_mean(x, list(dims), correction=0, keepdim=True)
-    return (x - mean) * (variance + eps).rsqrt()
+    wide = x.float() if x.dtype in NARROW else x  # statistics of 16-bit numbers are taken in float32, as in the layers
+    variance, mean = torch.var_mean(wide, list(dims), correction=0, keepdim=True)
+    return ((wide - mean) * (variance + eps).rsqrt()).to(x.dtype)
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int]) -> Tensor:
@@ -143,11 +145,16 @@ def _instance_norm(
     return _affine(_standardized(input, range(2, input.dim()), eps), weight, bias, _per_channel(input))
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 _WRITTEN_OUT: dict[Any, Callable[..., Tensor]] = {
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
     F.instance_norm: _instance_norm,
+    torch._weight_norm: _weight_norm,
 }
 
 

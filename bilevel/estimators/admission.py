@@ -32,9 +32,7 @@ def check(estimator: Estimator, instance: Instance) -> None:
     dynamics = instance.solver.dynamics
     update = dynamics.update
     if type(update or dynamics).__module__.startswith("bilevel.") and not _wraps(update or dynamics):
-        return
-    if update is None and type(dynamics).__module__.startswith("bilevel."):
-        return  # the functions that it was given are mapped over tasks, and so cannot mix them
+        return  # (functions that a dynamics of ours was given are mapped over tasks, and so cannot mix them)
     key = ("admitted", instance.tasks is None, bool(estimator.sees & {Path.STATIONARITY, Path.INNER_LOSS}))
     if any(seen is (update or dynamics) for seen in instance.problem.memo.get(key, ())):
         return

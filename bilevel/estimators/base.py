@@ -83,11 +83,16 @@ class Instance:
             return self.seen(found, drew=not oracles.generators.same(before, oracles.generators.peek()))
 
     def seen(self, found: Solution, *, drew: bool) -> Solution:
-        """`found` without a graph; its losses say nothing about the steps where each was of another batch or noise."""
+        """`found` without a graph; its losses say nothing about the steps where each was of another batch or noise.
+
+        A dynamics that draws numbers (Langevin) does not descend: its loss may rise to where it rests.
+        """
         steady = not drew and not isinstance(self.batches.inner, PerStep)
+        restless = drew and self.solver.dynamics.update is None
         return dataclasses.replace(
             found,
             inner=tree.detach(found.inner),
+            first_loss=None if restless else found.first_loss,
             rise=found.rise if steady else None,
             unsteady=found.unsteady if steady else None,
             promised=found.promised if steady else None,

@@ -21,6 +21,7 @@ from bilevel.engine import autodiff
 from bilevel.engine.oracles import Oracles
 from bilevel.engine.point import At
 from bilevel.estimators.base import Estimator, Instance, Path
+from bilevel.inner.dynamics import Dynamics
 from bilevel.optim.base import Optimizer, held
 from bilevel.outcome import NotTwiceDifferentiableError
 from bilevel.space import tree
@@ -75,6 +76,14 @@ def _ours(update: Optimizer | None) -> bool:
     return update is not None and type(update).__module__.startswith("bilevel.optim") and not held(update)
 
 
+def _soon(dynamics: Dynamics) -> bool:
+    """Whether x does by the second step all that it ever does: in dynamics of the library without a user's function."""
+    if dynamics.update is not None:
+        return _ours(dynamics.update)
+    fields = tree.flatten(vars(dynamics))[0] if type(dynamics).__module__.startswith("bilevel.inner") else [_soon]
+    return not any(map(callable, fields)) and all(map(_ours, held(dynamics)))
+
+
 def check_unreached(estimator: Estimator, instance: Instance, missed: frozenset[int]) -> None:
     """Raise if an outer tensor for which the estimator returned nothing does act on the problem."""
     names = tree.names(instance.outer)
@@ -127,7 +136,7 @@ def of(instance: Instance) -> Paths | None:
     """The paths of each outer tensor, remembered with the problem; None if a function of the problem fails."""
     remembered = instance.problem.memo.setdefault("paths", {})
     # Momentum acts from the second step on; a user's own schedule may do so at any.
-    steps = min(2 if _ours(instance.solver.dynamics.update) else _MANY, instance.solver.max_steps)
+    steps = min(2 if _soon(instance.solver.dynamics) else _MANY, instance.solver.max_steps)
     signature = tuple(tree.names(instance.outer)), instance.inner is None, instance.tasks is None, steps
     dynamics = instance.solver.dynamics
     for seen, found in remembered.get(signature, ()):

@@ -89,9 +89,11 @@ class SteepestDescent(Dynamics):
             filled = [torch.zeros_like(y) if d is None else d for y, d in zip(tree.tensors(inner), given, strict=True)]
             bend = bend + at.apply(_scalar(self.curvature), inner, tree.like(inner, filled))
         total = bend.clamp_min(self.floor) + self.damping * slope
-        # (Two wheres: a division by zero in the branch not taken would make its derivative NaN.)
-        sound = total > 0
-        rate = torch.where(sound, slope / torch.where(sound, total, 1.0), 0.0)
+        # (Two wheres: a division by zero in the branch not taken would make its derivative NaN.) A curvature that
+        # overflows must not pass for a step of length zero.
+        still = total <= 0
+        rate = torch.where(still, 0.0, slope / torch.where(still, 1.0, total))
+        rate = torch.where(total.isinf(), torch.nan, rate)
         taken = iter(
             at.space.axpy(-rate, used, [y for y, d in zip(tree.tensors(inner), given, strict=True) if d is not None])
         )

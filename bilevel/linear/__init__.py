@@ -4,6 +4,8 @@ from bilevel.linear.base import LinearSolver as LinearSolver
 from bilevel.linear.base import Prepared as Prepared
 from bilevel.linear.cg import CG as CG
 from bilevel.linear.dense import Dense as Dense
+from bilevel.linear.lanczos import Spectrum as Spectrum
+from bilevel.linear.lanczos import spectrum as spectrum
 from bilevel.linear.neumann import Neumann as Neumann
 from bilevel.linear.operator import LinearOperator as LinearOperator
 from bilevel.linear.operator import Product as Product

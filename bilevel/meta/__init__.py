@@ -17,9 +17,15 @@ from bilevel.meta.kernels import Kernel as Kernel
 from bilevel.meta.kernels import Linear as Linear
 from bilevel.meta.kernels import Sum as Sum
 from bilevel.meta.learner import Learner as Learner
+from bilevel.meta.local_moml import LocalMOML as LocalMOML
+from bilevel.meta.moml import MOML as MOML
+from bilevel.meta.moml import Memories as Memories
+from bilevel.meta.multi_step import MultiStep as MultiStep
+from bilevel.meta.multi_step import StartNorms as StartNorms
+from bilevel.meta.multi_step import smoothness as smoothness
+from bilevel.meta.multi_step import start_norms as start_norms
 from bilevel.meta.patterns import Choice as Choice
 from bilevel.meta.patterns import Pattern as Pattern
-from bilevel.meta.patterns import search as search
 from bilevel.meta.rates import Rates as Rates
 from bilevel.meta.reptile import Reptile as Reptile
 from bilevel.meta.similarity import Reuse as Reuse

@@ -172,12 +172,13 @@ class FewIteration:
         """The problem of one task, and its outer variable with leaves that require grad.
 
         Args:
-            module: inputs -> features of shape (n, d). It is not changed; its parameters are cloned.
+            module: inputs -> features of shape (n, d). It is not changed; those of its parameters that require grad are
+                cloned, the others stay as they are.
 
         Batches: inner (support inputs, labels), with the query inputs as a third entry where transductive; outer (query
         inputs, labels). The module sees each of them by itself.
         """
-        call, given = functional(module, trainable=True, requires_grad=False)
+        call, given = functional(module, requires_grad=False)
 
         def features(outer: Tree, batch: Any) -> tuple[Tensor, ...]:
             inputs, labels, *queries = batch
@@ -199,7 +200,7 @@ class FewIteration:
             return self.start(z, labels, outer["objective"])
 
         parameters = {name: leaf.detach().clone() for name, leaf in given.items()}
-        objective = self.variables(next(iter(parameters.values())))
+        objective = self.variables(next(iter(parameters.values()), torch.zeros(())))
         outer = {"parameters": parameters, "objective": objective}
         for leaf in (*parameters.values(), *objective.values()):
             leaf.requires_grad_()

@@ -62,6 +62,9 @@ class KernelHead(Head):
             found |= prefixed(own, "prior")
         return found | ({"scale": fresh(self.scale, like)} if self.learn_scale else {})
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     @functools.cached_property
     def _module(self) -> tuple[Callable[..., Any], dict[str, Tensor]] | None:
         return functional(self.prior) if isinstance(self.prior, nn.Module) else None
@@ -100,7 +103,7 @@ class KernelHead(Head):
         value = self.kernel.evaluate(fitted, query, part(variables, "kernel"))
         prior = self._prior(query, variables)
         if prior is not None:
-            value = value + prior
+            value = value + prior.to(value.dtype)
         if self.learn_scale:
             return value * torch.as_tensor(value_of(self.scale, "scale", variables)).to(value.dtype)
         return value * self.scale if self.scale != 1 else value

@@ -23,6 +23,7 @@ from torch import Tensor
 from bilevel.linear.base import LinearSolver
 from bilevel.meta.head import Embedded, Variables
 from bilevel.meta.kernel_head import KernelHead, arranged
+from bilevel.meta.kernels.base import own_dtype
 from bilevel.meta.positive import check_positive, fresh, part, value_of
 from bilevel.meta.solving import cholesky, iterative
 from bilevel.space.tree import Tree
@@ -100,7 +101,7 @@ class KernelRidge(KernelHead):
             lam = self._shift(factor.square().sum() / factor.shape[0], residual, variables)
             right = factor.mT @ arranged(residual, residual.shape[0])
             weights = self._solved(factor.mT @ factor, lam, right).reshape(-1, *residual.shape[1:])
-            return {"weights": weights.to(support.values.dtype)}
+            return {"weights": weights.to(own_dtype(support))}
         gram = self.gram(support, residual, variables)
         lam = self._shift(gram.diagonal().mean(), residual, variables)
         solved = self._solved(gram, lam, arranged(residual, gram.shape[0])).reshape(residual.shape)

@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -203,7 +204,7 @@ class _Work(TorchDispatchMode):
         known = flop_registry.get(func._overloadpacket)
         if known is not None:
             self.total += known(*args, **(kwargs or {}), out_val=found)
-        elif not func.is_view:
+        elif not func.is_view and func._overloadpacket is not torch.ops.aten._unsafe_view:
             self.total += sum(leaf.numel() for leaf in tree.tensors(found) if isinstance(leaf, Tensor))
         return found
 

@@ -57,8 +57,13 @@ class Seen:
     rule: Callable[[Tree, Tree, Any], Tree]
 
     def pull(self, vector: Tree) -> Tree:
-        """D_w phi(xbar_t, w_t)' vector: what a guess of the next grad f, a tree like x, says about w."""
-        return tree.like(self.w, _Applied(self.rule, self.average, self.w, self.batch).pull(tree.tensors(vector)))
+        """D_w phi(xbar_t, w_t)' vector: what a guess of the next grad f, a tree like x, says about w.
+
+        Raises:
+            ValueError: the vector is not like x.
+        """
+        fitting = _fitting("seen.pull was given", vector, self.average, "x")
+        return tree.like(self.w, _Applied(self.rule, self.average, self.w, self.batch).pull(fitting))
 
 
 Hint = Callable[[Seen], Tree]
@@ -184,13 +189,14 @@ def _steps(
         guess = None
         if hint is not None:
             seen = Seen(average, tree.like(average, gradient), meta.w, batch, rule)
-            guess = tuple(leaf.detach() for leaf in _fitting("hint", hint(seen), meta.w))
+            guess = tuple(leaf.detach() for leaf in _fitting("hint returned", hint(seen), meta.w))
         ahead = 0.0 if guess is None else _at("weights", weights, t + 1, smallest)
         meta.move(t, alpha, applied.pull(gradient), guess, ahead)
         if not bool(tree.finite([value, *tree.tensors(meta.w)])):
             raise BilevelError(
                 f"step {index}: {Status.NONFINITE.name}: the loss or the parameters of the rule are not finite. Lower "
-                f"rate: with weights t and a hint, 1 / (2 L) is the largest that is safe for an L-smooth loss",
+                f"rate (with weights t and a hint, 1 / (2 L) is the largest that is safe for an L-smooth loss), or "
+                f"look at the loss first (log or square root of 0)",
                 Status.NONFINITE,
             )
         yield RuleStep(index, _copied(applied.answer), _copied(average), value, _copied(meta.w))
@@ -218,17 +224,20 @@ class _DualAveraging:
             self._squares = [s + (alpha * g).square() for s, g in zip(self._squares, gradient, strict=True)]
             leaning = [g / (s + self._eps).sqrt() for g, s in zip(leaning, self._squares, strict=True)]
         w = tree.like(self.w, [first - beta * g for first, g in zip(self._first, leaning, strict=True)])
-        self.w = w if self._project is None else _copied(tree.like(w, _fitting("project", self._project(w), w)))
+        self.w = (
+            w if self._project is None else _copied(tree.like(w, _fitting("project returned", self._project(w), w)))
+        )
 
 
 class _Applied:
     """phi at one point, with its graph in w."""
 
     def __init__(self, rule: Callable[[Tree, Tree, Any], Tree], average: Tree, w: Tree, batch: Any) -> None:
-        attached = tree.attach(w)
+        attached, versions = tree.attach(w), [leaf._version for leaf in tree.tensors(average)]
         with torch.enable_grad():
-            answer = rule(average, attached, batch)
-        self._outputs = _fitting("rule", answer, average, "x")
+            self._outputs = _fitting("rule returned", rule(average, attached, batch), average, "x")
+        if versions != [leaf._version for leaf in tree.tensors(average)]:
+            raise ValueError("rule changed the average in place; write average + d instead of average.add_(d)")
         self._ws = tree.tensors(attached)
         self.answer = tree.like(average, [leaf.detach() for leaf in self._outputs])
 
@@ -250,7 +259,7 @@ def _gradient(loss: Callable[[Tree, Any], Tensor], x: Tree, batch: Any) -> tuple
     return value.detach(), autodiff.filled(autodiff.grad([value], xs), xs)
 
 
-def _fitting(name: str, value: Tree, like: Tree, of: str = "w") -> Leaves:
+def _fitting(said: str, value: Tree, like: Tree, of: str = "w") -> Leaves:
     """The tensors of what a user's function returned, in the order, shapes and dtypes of `like`."""
     wanted, found = tree.tensors(like), tree.aligned(value, like)
     if (
@@ -258,8 +267,8 @@ def _fitting(name: str, value: Tree, like: Tree, of: str = "w") -> Leaves:
         or len(found) != len(wanted)
         or any(a.shape != b.shape for a, b in zip(found, wanted, strict=True))
     ):
-        write = {"hint": "; write seen.pull(v) for a guess v of the next gradient of the loss"}.get(name, "")
-        raise ValueError(f"{name} returned {_shapes(value)}; a tree like {of}, {_shapes(like)}, was needed{write}")
+        write = "; write seen.pull(v) for a guess v of the next gradient of the loss" if said.startswith("hint") else ""
+        raise ValueError(f"{said} {_shapes(value)}; a tree like {of}, {_shapes(like)}, was needed{write}")
     return tuple(a.to(b) for a, b in zip(found, wanted, strict=True))
 
 

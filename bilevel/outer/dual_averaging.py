@@ -71,13 +71,12 @@ class DualAveraging(Elementwise):
     def move(self, x: Tensor, gradient: Tensor, memory: dict[str, Any], group: dict[str, Any]) -> None:
         if not memory:
             memory |= {"step": 0, "start": x.detach().clone(), "sum": x.new_zeros(x.shape)}
-            if group["adaptive"]:
-                memory["squares"] = x.new_zeros(x.shape)
         t = memory["step"] = memory["step"] + 1
         weighted = t ** group["power"] * gradient
         leaning = memory["sum"].add_(weighted)
         if group["optimism"] != 0:
             leaning = leaning + group["optimism"] * (t + 1) ** group["power"] * gradient
         if group["adaptive"]:
-            leaning = leaning / (memory["squares"].addcmul_(weighted, weighted) + group["eps"]).sqrt()
+            squares = memory.setdefault("squares", x.new_zeros(x.shape)).addcmul_(weighted, weighted)
+            leaning = leaning / (squares + group["eps"]).sqrt()
         x.copy_(memory["start"] - group["lr"] * leaning)

@@ -3,6 +3,7 @@
 | module | inner variable | outer variable | data |
 | --- | --- | --- | --- |
 | `quadratic` | a vector | a vector | none: everything in closed form |
+| `step_size` | a vector and its scale | a step size | none: everything in closed form |
 | `ridge` | linear weights | a log-penalty for each feature | diabetes (scikit-learn) |
 | `hypercleaning` | a perceptron | a weight for each example | digits (scikit-learn), 40 % of the labels corrupted |
 | `language` | a transformer | a weight for each sequence | Python's own library as text, half of it noise |
@@ -22,4 +23,5 @@ from bilevel.problems import hypercleaning as hypercleaning
 from bilevel.problems import language as language
 from bilevel.problems import quadratic as quadratic
 from bilevel.problems import ridge as ridge
+from bilevel.problems import step_size as step_size
 from bilevel.problems import transformer as transformer

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel._strategy import Strategy
+from bilevel.outcome import readable
 from bilevel.space.tree import PartialLeaves
 
 
@@ -76,7 +77,8 @@ def checked(owner: TaskWeights, weights: Any, tasks: TaskResults) -> Tensor:
         raise ValueError(f"{name}.weigh() returned {given}; a floating tensor of shape ({len(tasks)},) was needed")
     device = tasks.outer_loss.device
     weights = weights.detach().to(device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
-    if type(owner).__module__.startswith("bilevel.") or not bool(weights.isfinite().all()):
+    own = type(owner).__module__.startswith("bilevel.")
+    if own or not readable(weights) or not bool(weights.isfinite().all()):
         return weights
     if bool((weights < 0).any()) or abs(float(weights.sum()) - 1) > 1e-3:
         raise ValueError(

@@ -34,7 +34,8 @@ class GradientSimilarity(TaskWeights):
         temperature: of the softmax over the cosines, positive; math.inf for the plain mean. None for rectified cosines
             in place of a softmax: the weights are max(cosine, 0), normalized (plain if no cosine is positive), so that
             tasks that point away from the mean are left out.
-        pairwise: take the mean of the cosines with each other task in place of the cosine with the mean gradient.
+        pairwise: take the mean of the cosines with each other task in place of the cosine with the mean gradient, which
+            one task with a large gradient draws to itself.
         over: the outer tensors that enter the cosines: names or prefixes up to a dot, with dots between the levels of x
             ("parameters.17"), or a function of the name; None for all.
 
@@ -171,10 +172,10 @@ class GivenWeights(TaskWeights):
                 f"GivenWeights holds {len(numbers)} weights, and there are {len(tasks)} tasks; one each was needed, or "
                 f"a mapping from Batches.task_ids to weights"
             )
-        weights = torch.as_tensor(numbers, dtype=torch.float64)
-        if not bool(weights.sum() > 0):
+        total = math.fsum(numbers)
+        if not total > 0:
             raise ValueError("GivenWeights holds the weight 0 for every task of this step; one above 0 was needed")
-        return weights / weights.sum()
+        return torch.tensor([number / total for number in numbers], dtype=torch.float64)
 
     def _of_ids(self, known: Mapping[Any, float], tasks: TaskResults) -> list[float]:
         missing = [task for task in tasks.task_ids or () if task not in known]

@@ -246,6 +246,35 @@ def test_darts_is_the_last_step_alone():
 
 
 @pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("last", [None, 4])
+def test_the_multi_step_loss_of_bda(keep, last):
+    """F = sum of w_k f(y_k), along a direction, against differences of the program written out."""
+    problem, outer, inner, batches = case()
+    weights = (0.0, 0.5, 0.0, 1.0, 0.2, 0.7)
+    estimator = bl.Unrolled(keep=keep, step_weights=weights, last=last)
+    found = hypergradient((problem, outer, inner, batches), bl.inner.Aggregated(OPTIMIZERS["momentum"], A), estimator)
+
+    def total(x):
+        x = {name: leaf.requires_grad_() for name, leaf in x.items()}
+        y, state, losses = inner, OPTIMIZERS["momentum"].init(inner), []
+        for t in range(1, K + 1):
+            if last is not None and t == K - last + 1:
+                y, state = torch.utils._pytree.tree_map(
+                    lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, (y, state)
+                )
+            g = torch.func.grad(problem.inner_loss)(y, x, batches.inner)
+            f = torch.func.grad(problem.outer_loss)(y, x, batches.outer)
+            y, state = OPTIMIZERS["momentum"].step(bda(t, g, f, x, c_l=1.0, c_u=1.0), state, y, x)
+            at = y if last is None or t > K - last else {name: leaf.detach() for name, leaf in y.items()}
+            losses.append(weights[t - 1] * problem.outer_loss(at, x, batches.outer))
+        return sum(losses)
+
+    x = {name: leaf.clone().requires_grad_() for name, leaf in outer.items()}
+    expected = torch.autograd.grad(total(x), list(x.values()))
+    close(found.grad, dict(zip(x, expected, strict=True)))
+
+
+@pytest.mark.parametrize("keep", KEEPS)
 def test_a_learned_share_is_differentiated(keep):
     problem, outer, inner, batches = case()
     outer = outer | {"share": torch.tensor(-0.3, dtype=D)}

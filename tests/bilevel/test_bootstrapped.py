@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 import bilevel as bl
 from bilevel.estimators import KL, Bregman, FurtherSteps, Matching, OneStep, SquaredDistance, Target
 from bilevel.problems import quadratic
+from bilevel.testing import check_estimator
 
 D = torch.float64
 OPTIMIZERS = {
@@ -333,6 +334,33 @@ def test_the_mean_over_tasks_is_the_mean_of_single_tasks(chunk, matching):
     torch.testing.assert_close(hg.stats["matching_loss"], losses, rtol=1e-9, atol=1e-14)
 
 
+@dataclasses.dataclass(frozen=True)
+class UnitStep(bl.Optimizer):
+    """A step of length one: its norm is over all of y."""
+
+    def init(self, inner):
+        return None
+
+    def step(self, grad, state, inner, outer):
+        norm = flat(grad).norm()
+        return pytree.tree_map(lambda y, g: y - g / norm, inner, grad), state
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+def test_an_optimizer_of_ones_own_in_a_target_does_not_mix_tasks(chunk):
+    problem, x, each = tasks()
+    estimator = bl.Bootstrapped(bl.Unrolled(), OneStep(UnitStep()))
+    solver = bl.Descent(bl.SGD(0.05), 3)
+    single = [
+        bl.hypergradient(problem, x, None, bl.Batches(b, b), solver=solver, estimator=estimator).grad for b in each
+    ]
+    together = tuple(torch.stack(leaves) for leaves in zip(*each, strict=True))
+    hg = bl.hypergradient(
+        problem, x, None, bl.Batches(together, together), solver=solver, estimator=bl.TaskMean(estimator, chunk)
+    )
+    torch.testing.assert_close(hg.grad, torch.stack(single).mean(0), rtol=1e-12, atol=1e-14)
+
+
 def test_every_further_step_sees_its_own_batch_and_too_few_are_refused():
     problem = bl.Problem(lambda y, x, b: (b * (y - x) ** 2).sum(), lambda y, x, b: (y**2).sum())
     x, y0 = torch.tensor([1.0, 2.0], dtype=D), torch.zeros(2, dtype=D)
@@ -472,6 +500,12 @@ def test_bad_arguments_are_refused(make, error, message):
         make()
 
 
+@dataclasses.dataclass(frozen=True)
+class Several(Matching):
+    def distance(self, target, inner, outer, batch):
+        return inner - target.inner
+
+
 def test_a_target_of_another_shape_and_an_estimator_with_a_state_are_refused():
     problem, outer, inner, batches = quadratic.setup()
     with pytest.raises(ValueError, match=r"_Fixed.point\(\) returned tensors of shapes \[\(2,\)\]; a tree like the"):
@@ -480,8 +514,51 @@ def test_a_target_of_another_shape_and_an_estimator_with_a_state_are_refused():
         found(
             problem, outer, inner, batches, bl.SGD(0.1), 2, FurtherSteps(1), base=bl.MemoryReduced(5, warm_inner=True)
         )
+    for matching, message in (
+        (Bregman(lambda y: y**2), r"the potential of Bregman returned a tensor of shape \(6,\); a floating 0-dim"),
+        (Several(), r"Several.distance\(\) returned a tensor of shape \(6,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            found(problem, outer, inner, batches, bl.SGD(0.1), 2, FurtherSteps(1), matching)
     with pytest.raises(ValueError, match="KL's predict returned a tensor of shape \\(\\)"):
         found(problem, outer, inner, batches, bl.SGD(0.1), 2, FurtherSteps(1), KL(lambda y, x, b: y.sum()))
+
+
+@dataclasses.dataclass(frozen=True)
+class InPlace(Target):
+    def point(self, ahead):
+        return ahead.inner.mul_(2)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_target_that_changes_what_it_is_given_is_refused(steps):
+    problem, outer, inner, batches = quadratic.setup()
+    with pytest.raises(ValueError, match=r"InPlace.point\(\) changed its arguments in place"):
+        found(problem, outer, inner, batches, bl.SGD(0.1), steps, InPlace())
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_a_learner_takes_it(chunk):
+    """One argument of the Learner: a gradient step as target is MAML."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+    support, query = (
+        (torch.randn(3, n, 4, generator=generator, dtype=D), torch.randint(0, 3, (3, n), generator=generator))
+        for n in (5, 6)
+    )
+    grads = []
+    for estimator in (bl.Unrolled(), bl.Bootstrapped(bl.Unrolled(), OneStep(bl.SGD(lr=1.0)))):
+        learner = bl.meta.Learner(
+            net,
+            torch.nn.functional.cross_entropy,
+            solver=bl.Descent(bl.SGD(lr=0.1), 3),
+            estimator=estimator,
+            chunk=chunk,
+        )
+        grads.append(flat(learner.hypergradient(learner.outer(), bl.Batches(support, query)).grad))
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-15)
 
 
 def test_a_path_that_its_estimator_does_not_see_is_refused():
@@ -489,6 +566,14 @@ def test_a_path_that_its_estimator_does_not_see_is_refused():
     x, y = torch.ones(2, dtype=D), torch.zeros(2, dtype=D)
     with pytest.raises(ValueError, match="cannot see how the outer variable acts"):
         found(problem, x, y, bl.Batches(None, None), bl.SGD(0.1), 2, FurtherSteps(1), base=bl.FirstOrder())
+
+
+@pytest.mark.parametrize(
+    ("base", "target"), [(bl.Unrolled("iterates"), "program"), (bl.Implicit(bl.CG(60, tol=1e-13)), "solution")]
+)
+def test_a_gradient_step_as_target_passes_the_checks_of_its_estimator(base, target):
+    """papers.md 5.4 d, on all problems of check_estimator: tasks, batches per step, random numbers, trees, paths."""
+    check_estimator(bl.Bootstrapped(base, OneStep(bl.SGD(lr=2.0)), SquaredDistance(0.25)), target=target)
 
 
 def test_it_says_what_it_returns():

@@ -221,6 +221,41 @@ def test_curvature_of_the_rest_of_the_loss_lengthens_nothing():
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize(("estimator", "gradients", "products"), [(KEEPS[0], 3, 6), (KEEPS[1], 6, 9)], ids=repr)
+def test_products_are_counted(estimator, gradients, products):
+    """A step is one gradient and one product; one more product pulls it back; iterates are stepped from twice."""
+    problem, x, y, batches = net_case()
+    solver = bl.Descent(bl.inner.SteepestDescent(small_net), steps=3)
+    calls = bl.hypergradient(problem, x, y, batches, solver=solver, estimator=estimator).stats["calls"]
+    assert (calls["inner_gradient"], calls["hvp"], calls["outer_gradient"]) == (gradients, products, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bits_are_summed_in_more_and_an_overflow_is_reported(dtype):
+    def found(size, steps):
+        X, t = (size * randn(8, 3)).to(dtype), (size * randn(8, seed=1)).to(dtype)
+
+        def residuals(w, x, batch):
+            return linear(w, x, batch).float()
+
+        w = torch.linalg.lstsq(X.float(), t.float()[:, None]).solution[:, 0]
+        problem = bl.Problem(bl.inner.half_square(residuals), lambda w, x, b: (w * x).sum())
+        return w, bl.hypergradient(
+            problem, torch.ones(3, dtype=dtype), torch.zeros(3, dtype=dtype), bl.Batches((X, t), (X, t)),
+            solver=bl.Descent(bl.inner.SteepestDescent(residuals, floor=1e-8), steps), estimator=bl.Unrolled(),
+        )  # fmt: skip
+
+    w, inside = found(30.0, 6)  # |d|^2 is 1e6, above what float16 holds
+    assert inside.inner.dtype == dtype
+    torch.testing.assert_close(inside.inner.float(), w, rtol=0.05, atol=0.005)
+    w, beyond = found(100.0, 1)  # J d itself is beyond float16: a curvature of infinity is no step of length zero
+    if dtype is torch.float16:
+        assert beyond.status is bl.Status.DIVERGED
+    else:
+        assert beyond.status is bl.Status.OK
+        assert beyond.inner.abs().max() > 0.05
+
+
 def test_zero_steps_and_no_curvature_leave_the_start():
     problem = bl.Problem(bl.inner.half_square(linear), lambda w, x, b: w.sum())
     for steps, t in ((0, A6[1]), (3, 0 * A6[1])):
@@ -498,6 +533,20 @@ def test_the_module_and_its_flags_are_left_alone():
     x["parameters"]["weight"].data.add_(1)
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
     assert all(leaf.is_leaf and leaf.requires_grad for group in x.values() for leaf in group.values())
+
+
+def test_frozen_parameters_are_not_learned_and_there_may_be_none():
+    support, query = episodes(dtype=torch.float32)
+    body = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    body[0].requires_grad_(False)
+    for module, names in ((body, ["1.weight", "1.bias"]), (nn.Flatten(), [])):
+        problem, x = FewIteration(3).problem(module)
+        found = bl.hypergradient(
+            problem, x, None, bl.Batches(support, query),
+            solver=FewIteration(3).solver(), estimator=bl.TaskMean(bl.Unrolled()),
+        )  # fmt: skip
+        assert list(x["parameters"]) == list(found.grad["parameters"]) == names
+        assert found.grad["objective"]["slope"].abs().min() > 0
 
 
 @pytest.mark.parametrize("chunk", [1, None])

@@ -412,3 +412,144 @@ def test_the_graph_of_the_steps_as_they_ran_cannot_be_resampled():
         bl.Unrolled(resampled=True)
     with pytest.raises(ValueError, match="True or False was needed"):
         bl.Unrolled("iterates", resampled=1)
+
+
+# Smoothness and step sizes: papers.md 2.4, 2.7 c and d
+
+
+def waves(count=6, size=5, seed=0):
+    """l_i(w) = sum_j a_ij cos(w_j - p_ij): L = rho = the largest a, negative curvature everywhere else."""
+    g = torch.Generator().manual_seed(seed)
+    height = 0.2 + 0.8 * torch.rand(count, size, generator=g, dtype=D)
+    phase = 6.28 * torch.rand(2, count, size, generator=g, dtype=D)
+    height = height / height.max()
+    problem = bl.Problem(
+        lambda y, x, b: (b[0] * (y - b[1]).cos()).sum(),
+        lambda y, x, b: (b[0] * (y - b[1]).cos()).sum(),
+        init=lambda x, b: x,
+    )
+    return problem, height, phase, g
+
+
+@pytest.mark.parametrize("alpha", [None, 0.1, 0.5])
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("finite", [False, True], ids=["resampling", "finite-sum"])
+def test_the_lipschitz_bound_of_2_4_holds_at_random_pairs_papers_md_2_7_c(steps, alpha, finite):
+    problem, height, phase, g = waves()
+    batches = bl.Batches((height, phase[0]), (height, phase[1 if finite else 0]))
+    constants = bl.meta.MultiStep(steps, 1.0, 1.0, alpha)
+    solver, ratios = bl.Descent(bl.SGD(constants.alpha), steps), []
+
+    def meta_gradient(w):
+        return bl.hypergradient(
+            problem, w, None, batches, solver=solver, estimator=bl.TaskMean(bl.Unrolled("iterates"))
+        ).grad
+
+    for size in (1e-3, 0.1, 1.0, 3.0):
+        for _ in range(5):
+            w = 6.28 * torch.rand(5, generator=g, dtype=D)
+            u = w + size * torch.randn(5, generator=g, dtype=D)
+            norms = bl.meta.start_norms(problem, w, None, batches, tasks=True)
+            bound = constants.local_smoothness(norms.query, norms.difference if finite else None)
+            ratios.append((meta_gradient(w) - meta_gradient(u)).norm() / (bound * (w - u).norm()))
+    assert max(ratios) <= 1
+    assert max(ratios) > (0.05 if alpha is None else 1e-7), "the bound is not so loose that the test could not fail"
+
+
+@pytest.mark.parametrize("steps", [1, 5, 20, 50])
+def test_the_norm_of_the_product_papers_md_2_7_d(steps):
+    """|P| <= (1 + a)^N <= e^(1/8) at alpha = 1 / (8 N L); at alpha = 1 / L and a maximum of cos it is 2^N."""
+    problem, height, phase, g = waves(count=1)
+    linear = bl.Problem(problem.inner_loss, lambda y, x, v: v @ y, init=problem.init)
+
+    def product(w, alpha, crest):
+        batch = (torch.ones(5, dtype=D) if crest else height[0]), phase[0, 0]
+        rows = [
+            bl.hypergradient(
+                linear,
+                w,
+                None,
+                bl.Batches(batch, v),
+                solver=bl.Descent(bl.SGD(alpha), steps),
+                estimator=bl.Unrolled("iterates"),
+            ).grad
+            for v in torch.eye(5, dtype=D)
+        ]
+        return torch.linalg.matrix_norm(torch.stack(rows), 2).item()
+
+    constants = bl.meta.MultiStep(steps, 1.0, 1.0)
+    for _ in range(5):
+        w = 6.28 * torch.rand(5, generator=g, dtype=D)
+        assert product(w, constants.alpha, crest=False) <= constants.product <= 1.1332
+    crest = phase[0, 0]  # every cosine at its maximum
+    assert product(crest, constants.alpha, crest=True) == pytest.approx(constants.product, rel=1e-10)
+    assert product(crest, 1.0, crest=True) == pytest.approx(2.0**steps, rel=1e-10)
+
+
+def descend(problem, w, batches, alpha, steps, rate, count):
+    """The meta-loss along plain descent with the adaptive step of 2.4 (rate None) or a fixed one."""
+    losses, constants = [], bl.meta.MultiStep(steps, 1.1, 1.1, alpha)
+    for _ in range(count):
+        hg = bl.hypergradient(
+            problem,
+            w,
+            None,
+            batches,
+            solver=bl.Descent(bl.SGD(constants.alpha), steps),
+            estimator=bl.TaskMean(bl.Unrolled("iterates")),
+        )
+        if rate is None:
+            norms = bl.meta.start_norms(problem, w, None, batches, tasks=True)
+            step = constants.outer_step(norms.query, norms.difference, divisor=1)
+        else:
+            step = rate
+        losses.append(hg.outer_loss.item())
+        w = w - step * hg.grad
+    return losses
+
+
+def crests(start):
+    """l = cos(w - c) + 0.05 w^2, c near 0: a crest between two valleys, L = rho = 1.1, on a bowl that no start leaves
+    for free."""
+    c = torch.tensor([0.0, 0.01, -0.02], dtype=D)
+
+    def loss(y, x, b):
+        return (y - b).cos() + 0.05 * y**2
+
+    problem = bl.Problem(loss, loss, init=lambda x, b: x)
+    return problem, torch.tensor(start, dtype=D), bl.Batches(0 * c, c)
+
+
+OUTER_STEP = 0.5
+"""Below 1 / (1.29 L + 0.17 (rho / L) |grad|) for every |grad| that is met here."""
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 50])
+@pytest.mark.parametrize("start", [0.3, -1.0])
+def test_with_alpha_divided_by_n_the_loss_falls_at_one_outer_step_size_for_all_n_papers_md_2_7_d(start, steps):
+    problem, w, batches = crests(start)
+    for rate in (None, OUTER_STEP):
+        losses = descend(problem, w, batches, None, steps, rate, 8)
+        assert all(b <= a + 1e-12 for a, b in itertools.pairwise(losses))
+        assert losses[-1] < losses[0] - 0.05
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50])
+def test_with_a_fixed_alpha_that_outer_step_size_blows_up_papers_md_2_7_d(steps):
+    """A start that N steps carry off the crest: its meta-gradient is of the order of 1.82^N, and the step flies off.
+    From the same start, alpha = 1 / (8 N L) descends."""
+    problem, w, batches = crests(0.5 * (1 + 0.9 / 1.1) ** -steps)
+    blown = descend(problem, w, batches, 1 / 1.1, steps, OUTER_STEP, 2)
+    assert blown[1] > blown[0] + 10
+    calm = descend(problem, w, batches, None, steps, OUTER_STEP, 5)
+    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(calm))
+
+
+def test_l_from_products_gives_the_step_size_of_the_paper():
+    problem, height, phase, _ = waves()
+    batches = bl.Batches((height, phase[0]), (height, phase[1]))
+    w = torch.zeros(5, dtype=D)
+    found = bl.meta.smoothness(problem, w, None, batches, tasks=True, tol=1e-8)
+    dense = (height * (w - phase[0]).cos()).abs().amax(1)
+    torch.testing.assert_close(found.largest, dense, rtol=1e-6, atol=0)
+    assert found.largest.max() <= 1.0

@@ -3,9 +3,11 @@
 import dataclasses
 import gc
 
+import bilevel_profiling
 import catalogue
 import pytest
 import torch
+from bilevel_profiling.cases.target import target_of
 from bilevel_profiling.meters.tensors import Tensors
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -399,3 +401,58 @@ def test_growth_figures_agree_where_a_tensor_is_handed_on_by_every_step():
         assert found.status is bl.Status.OK
         figures.append(found.stats["cotangent_growth"].item())
     assert figures == pytest.approx([figures[0]] * 3, rel=1e-9)
+
+
+def case_of(device):
+    g = torch.Generator().manual_seed(0)
+    problem = bl.Problem(
+        lambda y, x, b: ((b @ y - x["targets"]) ** 2).mean() + y.pow(4).sum() / 100,
+        lambda y, x, b: ((y - 1) ** 2).sum(),
+    )
+    rows = torch.randn(2, 8, 300, generator=g) / 20
+    return (
+        problem,
+        {"targets": torch.randn(8, generator=g)},
+        torch.zeros(300),
+        bl.Batches(rows[0], None, curvature=rows[1]),
+    )
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        *(bl.Unrolled(keep, step_weights=(0.1, 0.0, 0.2, 0.3, 0.4)) for keep in KEEPS),
+        *(bl.Unrolled(keep, resampled=True) for keep in ("iterates", "segments")),
+        bl.Unrolled("segments", step_weights=(0.1, 0.0, 0.2, 0.3, 0.4), resampled=True, last=3),
+    ],
+    ids=str,
+)
+def test_forecasts_are_exact_and_no_target_is_claimed(estimator):
+    """Peak bytes and oracle calls on tensors without data equal those of a run."""
+    solver = bl.Descent(bl.SGD(0.1, momentum=0.9), 5)
+    forecast = bilevel_profiling.forecast(bilevel_profiling.Case(case_of, solver=solver, estimator=estimator))
+    problem, outer, inner, batches = case_of("cpu")
+    bl.hypergradient(problem, outer, inner, batches, solver=solver, estimator=estimator)  # what is made once
+    gc.collect()
+    with Tensors() as meter:
+        found = bl.hypergradient(problem, outer, inner, batches, solver=solver, estimator=estimator)
+    assert forecast.calls == found.stats["calls"]
+    assert forecast.peak_tensor_bytes == meter.peak_bytes
+    assert target_of(estimator) is None
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_truncated_noise_is_the_same_for_every_way_of_keeping(last):
+    """Terms of the iterates that are cut off are evaluated on the way there, by all three at the same moment."""
+    x = {"w": torch.linspace(0.5, 1.5, 4, dtype=D), "to": torch.linspace(-1, 1, 4, dtype=D)}
+    problem = bl.Problem(
+        lambda y, x, b: (torch.rand(4, dtype=D) * (y - x["to"]).pow(4)).sum() / 4,
+        lambda y, x, b: (torch.rand(4, dtype=D) * y.pow(3)).sum() + (torch.rand(4, dtype=D) * x["w"]).sum(),
+    )
+    answers = []
+    for keep in KEEPS:
+        torch.manual_seed(7)
+        found = found_by(problem, x, torch.ones(4, dtype=D), NONE, bl.SGD(0.1), (0.5, 1, 0, 2, 1), keep, last=last)
+        answers.append(torch.cat([flat(found.grad), found.outer_loss.reshape(1), torch.rand(1, dtype=D)]))
+    torch.testing.assert_close(answers[1], answers[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(answers[2], answers[0], rtol=1e-12, atol=0)

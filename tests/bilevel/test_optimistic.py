@@ -302,6 +302,35 @@ def test_trees_float32_and_batches():
     assert torch.equal(w[0], torch.zeros(2))
 
 
+def test_gradients_switched_off_outside_change_nothing_and_entries_match_by_key():
+    """Under no_grad the cast of a rule's float64 answer to a float32 x had lost its graph, and w stood still."""
+    start = {"p": torch.zeros(2), "q": torch.ones(1)}
+    w = {"m": torch.zeros(2, dtype=D), "k": torch.ones((), dtype=D, requires_grad=True)}
+
+    def loss(x, b):
+        return ((x["p"] - 1) ** 2).sum() + (x["q"] ** 2).sum()
+
+    def rule(average, w, b):
+        return {"q": average["q"] * w["k"], "p": average["p"] + w["m"]}
+
+    def turned(seen):
+        return dict(reversed(list(last_gradient(seen).items())))
+
+    def run(hint=last_gradient):
+        return list(learned_updates(loss, rule, start, w, [None] * 20, rate=0.02, hint=hint))[-1]
+
+    plain, other = run(), run(turned)
+    with torch.no_grad():
+        off = run()
+    assert plain.w["m"].abs().min() > 0.1
+    for found in (other, off):
+        assert torch.equal(found.loss, plain.loss)
+        assert torch.equal(found.w["m"], plain.w["m"])
+    assert not plain.w["k"].requires_grad
+    for _ in learned_updates(loss, rule, start, w, [None], rate=0.02):
+        assert torch.is_grad_enabled()
+
+
 def test_no_steps_yield_nothing_and_a_rule_without_w_never_moves_it():
     start = torch.ones(2)
     assert list(learned_updates(kinked, identity, start, start, [], rate=1.0)) == []
@@ -319,6 +348,8 @@ def test_no_steps_yield_nothing_and_a_rule_without_w_never_moves_it():
         ),
         ({"hint": lambda seen: {"w": torch.zeros(3)}}, ValueError, "hint returned a dict"),
         ({"hint": lambda seen: None}, ValueError, "hint returned a NoneType"),
+        ({"hint": lambda seen: seen.pull(torch.zeros(2))}, ValueError, r"seen.pull was given a Tensor .*a tree like x"),
+        ({"rule": lambda x, w, b: x.add_(1)}, ValueError, "rule changed the average in place"),
         ({"hint": 1.0}, TypeError, r"hint=1\.0; a function or None"),
         ({"rule": lambda x, w, b: w[:2]}, ValueError, r"rule returned a Tensor of .*\(2,\); a tree like x"),
         ({"project": lambda w: w[0]}, ValueError, "project returned a Tensor"),
@@ -340,6 +371,16 @@ def test_bad_input_is_refused(options, error, message):
     error = TypeError if "w" in options else error
     with pytest.raises(error, match=message):
         list(learned_updates(**given))
+
+
+def test_of_element_wise_rates_the_gradient_is_a_product_of_two_gradients():
+    """papers.md 5.6: for K = 1, dF/dw = -exp(w) grad g(y_0) grad f(y_1), element by element."""
+    y0, w = torch.tensor([0.3, -0.7, 1.2], dtype=D), torch.tensor([-1.0, -2.0, -0.5], dtype=D)
+    problem = bl.Problem(lambda y, x, b: (y**4).sum(), lambda y, x, b: y.cosh().sum())
+    solver = bl.Descent(bl.SGD(lr=lambda x: x.exp()), 1)
+    hg = bl.hypergradient(problem, w, y0, bl.Batches(None, None), solver=solver, estimator=bl.Unrolled())
+    y1 = y0 - w.exp() * 4 * y0**3
+    torch.testing.assert_close(hg.grad, -w.exp() * 4 * y0**3 * y1.sinh(), rtol=1e-14, atol=0)
 
 
 # The outer optimizers

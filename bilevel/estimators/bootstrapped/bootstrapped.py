@@ -20,6 +20,7 @@ differs from one another in where the target's last step comes from; here that i
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -137,7 +138,14 @@ class Bootstrapped(Estimator):
         """The target, and the slope of the matching's potential there."""
         with torch.no_grad():
             ahead = _ahead(instance, self.target.further)
+            given = [*tree.tensors(ahead.inner), *tree.tensors(instance.outer)]
+            versions = [leaf._version for leaf in given]
             point = self.target.point(ahead)
+        if versions != [leaf._version for leaf in given]:
+            raise ValueError(
+                f"{type(self.target).__name__}.point() changed its arguments in place; write z = ahead.inner - d, "
+                f"not ahead.inner.sub_(d)"
+            )
         leaves, wanted = tree.aligned(point, ahead.inner), tree.tensors(ahead.inner)
         if leaves is None or [leaf.shape for leaf in leaves] != [leaf.shape for leaf in wanted]:
             raise ValueError(
@@ -148,8 +156,8 @@ class Bootstrapped(Estimator):
         z = tree.like(ahead.inner, [leaf.detach().to(like) for leaf, like in zip(leaves, wanted, strict=True)])
         if self.matching.potential is None:
             return Aimed(z, ())
-        potential = self.matching.potential
-        loss = Evaluation(Problem(lambda y, x, b: potential(y), lambda y, x, b: potential(y)), instance.tasks).inner
+        height = _Height(type(self.matching).__name__, self.matching.potential)
+        loss = Evaluation(Problem(height, height), instance.tasks).inner
         _, slope = instance.oracles.engine.gradient(loss, z, instance.oracles.x, ())
         filled = [torch.zeros_like(leaf) if s is None else s for s, leaf in zip(slope, tree.tensors(z), strict=True)]
         return Aimed(z, tree.like(z, filled))
@@ -199,7 +207,26 @@ class _Distance:
     matching: Matching
 
     def __call__(self, inner: Tree, outer: Tree, batch: Any) -> Tensor:
-        return self.matching.distance(batch.aimed, inner, tree.detach(outer), tree.detach(batch.batch))
+        distance = self.matching.distance(batch.aimed, inner, tree.detach(outer), tree.detach(batch.batch))
+        return _scalar(f"{type(self.matching).__name__}.distance()", distance)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Height:
+    """The potential of a matching, called as a loss is."""
+
+    owner: str
+    potential: Callable[[Tree], Tensor]
+
+    def __call__(self, inner: Tree, outer: Tree, batch: Any) -> Tensor:
+        return _scalar(f"the potential of {self.owner}", self.potential(inner))
+
+
+def _scalar(name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point():
+        return value
+    given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    raise ValueError(f"{name} returned {given}; a floating 0-dim tensor was needed. Reduce it with .sum()")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,11 @@ rule, then a step along the plain gradient, is OneStep(SGD(c), after=L - 1).
 
 import dataclasses
 
+import torch
+
 from bilevel.estimators.bootstrapped.base import Ahead, Target
 from bilevel.optim.base import Optimizer
+from bilevel.space import tree
 from bilevel.space.tree import Tree
 
 _OF = ("outer", "inner")
@@ -88,4 +91,16 @@ class OneStep(Target):
 
     def point(self, ahead: Ahead) -> Tree:
         gradient = ahead.outer_gradient() if self.of == "outer" else ahead.inner_gradient()
-        return self.optimizer.step(gradient, self.optimizer.init(ahead.inner), ahead.inner, ahead.outer)[0]
+        tasks = ahead.instance.tasks
+        if tasks is None or type(self.optimizer).__module__.startswith("bilevel.optim"):
+            return self._moved(gradient, ahead.inner, ahead.outer)
+        # An optimizer of the user's own may look at all of y at once (a norm): one task after another.
+        rows = [self._moved(_row(gradient, i), _row(ahead.inner, i), ahead.outer) for i in range(tasks)]
+        return tree.tree_map(lambda *leaves: torch.stack(leaves), *rows)
+
+    def _moved(self, gradient: Tree, inner: Tree, outer: Tree) -> Tree:
+        return self.optimizer.step(gradient, self.optimizer.init(inner), inner, outer)[0]
+
+
+def _row(value: Tree, task: int) -> Tree:
+    return tree.tree_map(lambda leaf: None if leaf is None else leaf[task], value)

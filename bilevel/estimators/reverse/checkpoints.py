@@ -80,7 +80,10 @@ class Checkpoints:
         self._curvature: Embedding | None = None
         self._snapshots, self._kept = list[_Kept](), list[_Kept]()
         self._initial: list[Tensor] = []
-        self.solution = instance.solve(oracles.start(), solver=solver, visit=self._keep, masks=masks)
+        start = oracles.start()
+        if solver.steps and not isinstance(oracles.batches.inner, PerStep):
+            oracles.embedding(0)  # drawn before the first step, which is rebuilt without drawing it again
+        self.solution = instance.solve(start, solver=solver, visit=self._keep, masks=masks)
 
     def _keep(self, step: int, inner: Tree, state: Any) -> None:
         """Keep what a step is rebuilt from, if it begins a segment or is in the last one."""

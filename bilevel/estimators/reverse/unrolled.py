@@ -174,7 +174,7 @@ class Unrolled(Estimator):
             del learned
         with spans.span(spans.HYPERGRADIENT):
             indirect, growth = forward.pull(to_start=forgets is not None)
-            grad, stats = tree.accumulate(terms.direct, indirect), growth.figures()
+            grad, stats = tree.accumulate(terms.direct, indirect), dict[str, Any](growth.figures())
             if self.step_weights is not None:
                 stats |= {"final_outer_loss": terms.final}
             return instance.finish(found, grad, terms.loss, codes=[growth.code(forgets=forgets)], stats=stats)

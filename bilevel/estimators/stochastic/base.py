@@ -93,37 +93,68 @@ class Samples:
 
     def __init__(self, count: int) -> None:
         self._count, self._seen = count, 0
-        self.mean: Tensor | float = 0.0
-        self._squares: Tensor | float = 0.0
-        self._halves: list[Tensor | float] = [0.0, 0.0]
+        self._outer, self._early, self._first, self._last = (Moments() for _ in range(4))
 
     def add(self, outer_loss: Tensor, inner_loss: Tensor) -> None:
         """One sample's f and g."""
-        f = wide(outer_loss)
-        half = 0 if 2 * self._seen < self._count else 1
+        g = wide(inner_loss)
+        self._outer.add(wide(outer_loss))
+        if self._seen < max(self._count // 10, 1):
+            self._early.add(g)
+        (self._first if 2 * self._seen < self._count else self._last).add(g)
         self._seen += 1
-        off = f - self.mean
-        self.mean = self.mean + off / self._seen
-        self._squares = self._squares + off * (f - self.mean)
-        self._halves[half] = self._halves[half] + wide(inner_loss)
+
+    @property
+    def mean(self) -> Tensor | float:
+        """The mean of f over the samples so far, per task."""
+        return self._outer.mean
 
     @property
     def outer_loss(self) -> Tensor:
         """The mean of f over the samples, per task."""
-        assert isinstance(self.mean, Tensor), "there is a sample"
-        return self.mean
+        assert isinstance(self._outer.mean, Tensor), "there is a sample"
+        return self._outer.mean
 
     def figures(self) -> dict[str, Any]:
-        """`samples`, and `outer_loss_std`, the standard deviation of f over the samples, per task."""
-        assert isinstance(self._squares, Tensor), "there is a sample"
-        return {"samples": self._count, "outer_loss_std": (self._squares / max(self._count - 1, 1)).sqrt()}
+        """`samples`; `outer_loss_std`, the standard deviation of f over the samples, per task; `drift`, per task: the
+        mean of g over the first tenth of the samples less that over their last half, in standard deviations of the
+        latter. Well above 1 where the burn-in was too short.
+        """
+        spread = self._last.std if self._last.count > 1 else None
+        return {
+            "samples": self._count,
+            "outer_loss_std": self._outer.std,
+            "drift": None
+            if spread is None
+            else (self._early.mean - self._last.mean) / torch.where(spread > 0, spread, 1.0),
+        }
 
     def code(self, instance: Instance, inner: Tree, temperature: float) -> Tensor | int:
         """INNER_UNSTABLE for a chain that runs away: g fluctuates by about tau sqrt(P / 2) at rest."""
-        first, last = self._halves
-        if self._count < 2 or not isinstance(first, Tensor) or not isinstance(last, Tensor):
+        before, after = self._first.mean, self._last.mean
+        if not isinstance(before, Tensor) or not isinstance(after, Tensor):
             return 0
-        early = self._count - self._count // 2
-        before, after = first / early, last / (self._count - early)
         natural = temperature * tree.size(inner) / (instance.tasks or 1) + before.abs()
         return code_if(after - before > _FAR * natural, Status.INNER_UNSTABLE)
+
+
+class Moments:
+    """Running mean and spread of a number per task."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor | float = 0.0
+        self._squares: Tensor | float = 0.0
+
+    def add(self, value: Tensor) -> None:
+        """One value."""
+        self.count += 1
+        off = value - self.mean
+        self.mean = self.mean + off / self.count
+        self._squares = self._squares + off * (value - self.mean)
+
+    @property
+    def std(self) -> Tensor:
+        """The standard deviation; 0 of one value."""
+        assert isinstance(self._squares, Tensor), "there is a value"
+        return (self._squares / max(self.count - 1, 1)).sqrt()

@@ -42,13 +42,16 @@ class Covariance(Estimator):
     """dE[f]/dx as a covariance over the samples of a Langevin chain.
 
     F is the expectation of f, so that `hg.outer_loss` is the mean over the samples, not f at `hg.inner`, which is where
-    the chain ends (the next call goes on from there). The temperature and the step size are those of the dynamics.
+    the chain ends (the next call goes on from there). The temperature and the step size are those of the dynamics. The
+    start is taken for a constant, also with Problem.init: a distribution forgets it.
 
     Args:
         burn_in: steps before the first sample.
         thinning: steps from one sample to the next; K = burn_in + thinning * samples.
 
-    Stats: `samples`; `outer_loss_std`, the standard deviation of f over them, per task.
+    Stats: `samples`; `outer_loss_std`, the standard deviation of f over them, per task; `drift`, per task: how far the
+    mean of g over the first tenth of the samples is above that over their last half, in standard deviations. Well above
+    1, the burn-in is too short, and its descent is in the estimate.
 
     Bias: Monte Carlo noise, and O(step_size).
 
@@ -175,7 +178,8 @@ class _Moments:
 
     def finish(self, found: Solution, temperature: float) -> Estimate:
         """The estimate; `found` is the end of the chain."""
-        count, total = len(self._kept), [None] * len(self._direct)
+        count = len(self._kept)
+        total: list[Tensor | None] = [None] * len(self._direct)
         added(total, 1 / count, tuple(self._direct))
         added(total, -1 / (temperature * (count - 1)), tuple(self._joint))
         return self._instance.finish(

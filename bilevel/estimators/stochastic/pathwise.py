@@ -55,7 +55,9 @@ class Pathwise(Estimator):
             a curvature a, let it build up, also where the chain goes on from the last call.
         thinning: steps from one sample to the next; K = burn_in + thinning * samples.
 
-    Stats: `samples`; `outer_loss_std`, the standard deviation of f over them, per task.
+    Stats: `samples`; `outer_loss_std`, the standard deviation of f over them, per task; `drift`, per task: how far the
+    mean of g over the first tenth of the samples is above that over their last half, in standard deviations. Well above
+    1, the burn-in is too short, and its descent is in the estimate.
 
     Bias: Monte Carlo noise and O(step_size); that of the closure, which no number of samples removes.
 

@@ -8,6 +8,7 @@ are in float64 inside: n is small, and a kernel matrix is often ill-conditioned.
 
 import abc
 
+import torch
 from torch import Tensor
 
 from bilevel._strategy import Strategy
@@ -34,7 +35,7 @@ class Kernel(Strategy):
 
     @abc.abstractmethod
     def carry(self, support: Embedded, coefficients: Tensor, variables: Variables) -> Tree:
-        """What is needed to evaluate sum_i k(., x_i) a_i: floating tensors of the embeddings' dtype.
+        """What is needed to evaluate sum_i k(., x_i) a_i: floating tensors of the dtype `own_dtype(support)`.
 
         Args:
             support: the n examples x_i.
@@ -49,6 +50,11 @@ class Kernel(Strategy):
     def factor(self, support: Embedded, variables: Variables) -> Tensor | None:
         """A matrix Z of shape (n, d), in float64, with gram = Z Z', where `carry` returns Z' a; None without one."""
         return None
+
+
+def own_dtype(support: Embedded) -> torch.dtype:
+    """The dtype of x: that of the parameters, also where the embeddings come out of an autocast."""
+    return next(iter(support.parameters.values()), support.values).dtype
 
 
 def rows(support: Embedded) -> Tensor:
@@ -95,13 +101,13 @@ class FeatureKernel(Kernel):
         return self.between(z, z, variables)
 
     def carry(self, support: Embedded, coefficients: Tensor, variables: Variables) -> Tree:
-        dtype = support.values.dtype
+        dtype = own_dtype(support)
         return {"points": rows(support).to(dtype), "coefficients": coefficients.to(dtype)}
 
     def evaluate(self, carried: Tree, query: Embedded, variables: Variables) -> Tensor:
         points, coefficients = carried["points"].double(), carried["coefficients"].double()
         values = self.between(matched(rows(query), points), points, variables) @ coefficients
-        return values.to(query.values.dtype)
+        return values.to(own_dtype(query))
 
 
 class ExplicitKernel(Kernel):
@@ -120,12 +126,12 @@ class ExplicitKernel(Kernel):
 
     def carry(self, support: Embedded, coefficients: Tensor, variables: Variables) -> Tree:
         weights = self.map(rows(support), variables).mT @ coefficients
-        return {"weights": weights.to(support.values.dtype)}
+        return {"weights": weights.to(own_dtype(support))}
 
     def evaluate(self, carried: Tree, query: Embedded, variables: Variables) -> Tensor:
         weights = carried["weights"].double()
         features = matched(self.map(rows(query), variables), weights.mT if weights.dim() > 1 else weights)
-        return (features @ weights).to(query.values.dtype)
+        return (features @ weights).to(own_dtype(query))
 
     def factor(self, support: Embedded, variables: Variables) -> Tensor | None:
         return self.map(rows(support), variables)

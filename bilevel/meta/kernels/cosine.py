@@ -25,4 +25,4 @@ class Cosine(ExplicitKernel):
         largest = z.detach().abs().amax(dim=1, keepdim=True)
         z = z / torch.where(largest > 0, largest, 1.0)
         squared = z.square().sum(dim=1, keepdim=True)
-        return z * torch.where(squared > 0, squared, 1.0).rsqrt()
+        return torch.where(squared > 0, z * torch.where(squared > 0, squared, 1.0).rsqrt(), 0.0)

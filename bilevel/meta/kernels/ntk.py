@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bilevel.engine import jacobian
 from bilevel.meta.head import Embedded, Variables
-from bilevel.meta.kernels.base import Kernel
+from bilevel.meta.kernels.base import Kernel, own_dtype
 from bilevel.space.tree import Tree
 
 
@@ -58,11 +58,11 @@ class NTK(Kernel):
         value, pull = jacobian.pullback(function, at)
         if value.shape != coefficients.shape:
             raise ValueError(_mismatch(value, coefficients))
-        return pull(coefficients.to(value.dtype))
+        return {name: leaf.to(at[name].dtype) for name, leaf in pull(coefficients.to(value.dtype)).items()}
 
     def evaluate(self, carried: Tree, query: Embedded, variables: Variables) -> Tensor:
         function, at = self._split(query)
-        return jacobian.product(function, at, carried)
+        return jacobian.product(function, at, carried).to(own_dtype(query))
 
     def _split(self, examples: Embedded) -> tuple[Callable[[Tree], Tensor], dict[str, Tensor]]:
         """The module as a function of the parameters that the Jacobian is of, and those."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bilevel.meta.head import Embedded, Variables
-from bilevel.meta.kernels.base import Kernel
+from bilevel.meta.kernels.base import Kernel, own_dtype
 from bilevel.meta.positive import check_positive, fresh, part, prefixed, value_of
 from bilevel.space.tree import Tree
 
@@ -35,7 +35,7 @@ class Sum(Kernel):
     learn: bool = False
 
     def __post_init__(self) -> None:
-        given = tuple(self.kernels) if isinstance(self.kernels, Sequence) else (self.kernels,)
+        given = tuple(self.kernels) if isinstance(self.kernels, Sequence) else ()
         if not given or not all(isinstance(kernel, Kernel) for kernel in given):
             raise TypeError(
                 f"Sum was given kernels={self.kernels!r}; a list of kernels was needed, such as Sum([Linear(), RBF()])"
@@ -77,7 +77,7 @@ class Sum(Kernel):
             * kernel.evaluate(carried[i], query, part(variables, str(i))).double()
             for i, (kernel, weight) in enumerate(self._weighted())
         ]
-        return torch.stack(values).sum(0).to(query.values.dtype)
+        return torch.stack(values).sum(0).to(own_dtype(query))
 
 
 def _for_every_output(gram: Tensor, size: int) -> Tensor:

@@ -19,7 +19,8 @@ def target_of(estimator: bl.Estimator) -> Target | None:
     if isinstance(estimator, bl.TaskMean):
         return target_of(estimator.estimator)
     if isinstance(estimator, bl.Unrolled):
-        return Target.PROGRAM if estimator.last is None else None
+        whole = estimator.last is None and estimator.step_weights is None and not estimator.resampled
+        return Target.PROGRAM if whole else None
     if isinstance(estimator, (bl.Implicit, bl.MemoryReduced, bl.FirstOrderCorrected)):
         return Target.SOLUTION
     said = getattr(estimator, "target", None)
