@@ -222,7 +222,7 @@ def table(path: pathlib.Path, config: Config) -> str:
     head = ["method"]
     for shot in shots:
         head += [f"{shot}-shot accuracy, %", f"{shot}-shot memory, MiB", f"{shot}-shot time / FOMAML's"]
-    head += ["gradients of g", "of f", "HVPs", "mixed"]
+    head += ["gradients of g", "of f", "HVPs", "mixed", "steps of a failed status, %"]
     rows = [head, ["---"] * len(head)]
     for name in names():
         found = [lines.get((name, shot)) for shot in shots]
@@ -238,7 +238,9 @@ def table(path: pathlib.Path, config: Config) -> str:
         last = next(line for line in reversed(found) if line is not None)
         per = config.tasks if config.chunk == 1 else 1
         row += [f"{last['calls'][oracle] / per:g}" for oracle in COLUMNS]
-        rows.append(row)
+        seen = sum((Counter(line["statuses"]) for line in found if line is not None), Counter())
+        bad = sum(count for status, count in seen.items() if bl.Status[status].failed)
+        rows.append([*row, f"{100 * bad / seen.total():.0f}" if seen else "-"])
     some = next(iter(lines.values()), None)
     where = "" if some is None else ", ".join(f"{key} {value}" for key, value in some["environment"].items())
     return (
@@ -246,7 +248,8 @@ def table(path: pathlib.Path, config: Config) -> str:
         + "\n\nMade by `python benchmarks/fewshot_table.py`. 5-way glyphs, conv4 of width "
         + f"{config.width}, {config.tasks} tasks a step, {config.steps} outer steps, {config.test_tasks} test tasks, "
         + "95 % intervals over them. Memory: peak tensor bytes that one hypergradient adds. Time: median of one "
-        + "hypergradient over FOMAML's, taken in turns in one process. Oracle calls: for one task. "
+        + "hypergradient over FOMAML's, taken in turns in one process. Oracle calls: for one task. Steps of a failed "
+        + "status (negative curvature, an unsolved linear system) are made all the same. "
         + f"{where}.\n"
     )
 
