@@ -83,7 +83,7 @@ class Status(enum.Enum):
     )
     DIVERGED = (
         "The inner loop diverged: the inner variable is not finite. Lower the step size of the inner optimizer, clip, "
-        "or take fewer steps. (A head in closed form: its kernel matrix is singular; raise its regularizer or jitter.)"
+        "or take fewer steps. Of a head in closed form, the kernel matrix is singular: raise its regularizer or jitter."
     )
 
     @property
