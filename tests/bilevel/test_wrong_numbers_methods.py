@@ -189,3 +189,28 @@ def test_calibrated_nu_wants_hypergradients():
         return bl.hypergradient(*arguments, solver=solver, estimator=bl.FirstOrderCorrected(nu)).grad
 
     assert "bilevel.hypergradient was needed" in str(refusal_of(lambda: bl.calibrated_nu(at)))
+
+
+# --- sides of another scheme
+
+
+@pytest.mark.parametrize(("first", "then"), [("forward", "symmetric"), ("symmetric", 1), (4, 3), (3, 4)])
+@pytest.mark.parametrize("saved", [False, True], ids=["", "saved"])
+@pytest.mark.parametrize("tasks", [False, True], ids=["", "tasks"])
+def test_sides_of_another_scheme_with_as_many_are_refused(first, then, saved, tasks):
+    """They were taken for its own: each side went on from where another had been."""
+    problem = bl.Problem(lambda y, x, b: (y - b * x).square().sum(), lambda y, x, b: (y - b).square().sum())
+    start = START if tasks else START[0]
+    batches = DATA if tasks else bl.Batches(GOALS[0], GOALS[0])
+
+    def at(scheme, state=None, chunk=None):
+        estimator = bl.FirstOrderCorrected(0.05, scheme, warm_sides=True)
+        estimator = bl.TaskMean(estimator, chunk=chunk) if tasks else estimator
+        solver = bl.Descent(bl.SGD(0.1), 2)
+        return bl.hypergradient(problem, X, start, batches, solver=solver, estimator=estimator, state=state)
+
+    state = at(first).state
+    state = state.to_dict() if saved else state
+    assert "the state of a scheme with sides at" in str(refusal_of(lambda: at(then, state)))
+    for chunk in (None, 1, 2):
+        close(at(first, at(first, chunk=chunk).state, chunk).grad, at(first, state).grad)
