@@ -28,7 +28,7 @@ from bilevel.engine.embedding import Embedding, Source, Unset
 from bilevel.engine.evaluation import Evaluation
 from bilevel.engine.linearization import Linearization
 from bilevel.engine.point import At
-from bilevel.engine.refusals import check_step, restless, used
+from bilevel.engine.refusals import check_step, restless, step_of, used
 from bilevel.engine.replay import Generators, State
 from bilevel.engine.step_back import StepBack
 from bilevel.inner.dynamics import Dynamics
@@ -190,7 +190,7 @@ class Oracles:
             ValueError: the step changed the shape of the inner variable.
         """
         with torch.no_grad():
-            moved, state = self.dynamics.step(inner, state, self.x, at)
+            moved, state = step_of(self.dynamics, inner, state, self.x, at)
         return check_step(self.dynamics, inner, moved), state
 
     def stationarity(self, inner: Tree, at: At) -> list[Tensor]:

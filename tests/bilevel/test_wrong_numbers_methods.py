@@ -214,3 +214,74 @@ def test_sides_of_another_scheme_with_as_many_are_refused(first, then, saved, ta
     assert "the state of a scheme with sides at" in str(refusal_of(lambda: at(then, state)))
     for chunk in (None, 1, 2):
         close(at(first, at(first, chunk=chunk).state, chunk).grad, at(first, state).grad)
+
+
+# --- steps that are not pure, or no pair
+
+
+@dataclasses.dataclass(frozen=True)
+class InPlace(bl.inner.Dynamics):
+    """Changes y."""
+
+    def step(self, inner, state, outer, at):
+        return inner.sub_(0.1 * at.gradient(inner)), state
+
+    def stationarity(self, inner, outer, at):
+        return at.gradient(inner)
+
+
+@dataclasses.dataclass(frozen=True)
+class InPlaceState(bl.inner.Dynamics):
+    """Changes its state."""
+
+    def init(self, inner, outer):
+        return torch.zeros_like(inner)
+
+    def step(self, inner, state, outer, at):
+        return inner - 0.1 * state.add_(at.gradient(inner)), state
+
+    def stationarity(self, inner, outer, at):
+        return at.gradient(inner)
+
+
+@dataclasses.dataclass(frozen=True)
+class Alone(bl.inner.Dynamics):
+    """Leaves the state out."""
+
+    def step(self, inner, state, outer, at):
+        return inner - 0.1 * at.gradient(inner)
+
+    def stationarity(self, inner, outer, at):
+        return at.gradient(inner)
+
+
+@dataclasses.dataclass(frozen=True)
+class InPlaceOptimizer(bl.Optimizer):
+    """Changes y."""
+
+    def init(self, inner):
+        return None
+
+    def step(self, grad, state, inner, outer):
+        return inner.sub_(0.1 * grad), state
+
+
+ESTIMATORS = [bl.Implicit(bl.Dense()), *map(bl.Unrolled, KEEPS), bl.Bootstrapped(bl.Unrolled(), FurtherSteps(1)), None]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=[*("implicit", *KEEPS, "bootstrapped", "adapt")])
+@pytest.mark.parametrize("dynamics", [InPlace(), InPlaceState(), Alone(), InPlaceOptimizer()])
+def test_an_impure_step_is_refused_in_words(estimator, dynamics):
+    """Implicit and adapt went through, and left the caller's start changed."""
+    start = torch.zeros(2, dtype=D)
+    arguments = bl.Problem(g, f), X, start, bl.Batches(GOALS[0], GOALS[0])
+
+    def call():
+        if estimator is None:
+            return bl.adapt(*arguments, solver=bl.Descent(dynamics, 3))
+        return bl.hypergradient(*arguments, solver=bl.Descent(dynamics, 3), estimator=estimator)
+
+    if isinstance(estimator, bl.Implicit) and isinstance(dynamics, InPlaceOptimizer):
+        return  # refused for its stationarity
+    said = str(refusal_of(call))
+    assert ("a pair, the new inner variable" if isinstance(dynamics, Alone) else "in place") in said

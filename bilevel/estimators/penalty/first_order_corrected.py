@@ -127,7 +127,7 @@ class FirstOrderCorrected(Estimator):
         instance.require_rest(self)
         if state is not None and tuple(state.nodes) != tuple(self.stencil.nodes):
             raise ValueError(
-                f"FirstOrderCorrected(scheme={self.scheme!r}) has its sides at {list(self.stencil.nodes)} times nu, and "
+                f"FirstOrderCorrected(scheme={self.scheme!r}) has its sides at {list(self.stencil.nodes)} times nu and "
                 f"was given the state of a scheme with sides at {list(state.nodes)}. Pass state=None to start afresh"
             )
         oracles, stencil, dtype = instance.oracles, self.stencil, _precision(tree.tensors(instance.outer)[0])
