@@ -89,6 +89,23 @@ def test_a_target_is_ahead_of_one_iterate(estimator):
     assert "the last one alone" in str(refusal_of(lambda: bl.Bootstrapped(estimator, FurtherSteps(1))))
 
 
+@pytest.mark.parametrize("estimator", [bl.Unrolled(), bl.Implicit(bl.CG()), bl.FirstOrderCorrected(0.01)])
+@pytest.mark.parametrize("chunk", [None, 1, 0])
+def test_a_target_is_ahead_of_the_random_start_that_is_matched(estimator, chunk):
+    """FirstOrderCorrected drew another: the matching loss was of the distance between two starts."""
+
+    def init(x, b):
+        return x + torch.rand_like(x)
+
+    problem = bl.proximal(bl.Problem(g, f, init=init), 1.0)
+    ahead, solver = bl.Bootstrapped(estimator, FurtherSteps(1)), bl.Descent(bl.SGD(1e-4), 2)
+    batches = DATA if chunk != 0 else bl.Batches(GOALS[0], GOALS[0])
+    torch.manual_seed(0)
+    ahead = bl.TaskMean(ahead, chunk=chunk) if chunk != 0 else ahead
+    hg = bl.hypergradient(problem, X, None, batches, solver=solver, estimator=ahead)
+    assert (hg.stats["matching_loss"] < 1e-5).all()
+
+
 # --- classes that are left out, and a matching loss that is not finite
 
 
@@ -214,6 +231,24 @@ def test_sides_of_another_scheme_with_as_many_are_refused(first, then, saved, ta
     assert "the state of a scheme with sides at" in str(refusal_of(lambda: at(then, state)))
     for chunk in (None, 1, 2):
         close(at(first, at(first, chunk=chunk).state, chunk).grad, at(first, state).grad)
+
+
+@pytest.mark.parametrize(
+    "estimator", [bl.FirstOrderCorrected(0.05, warm_sides=True), bl.MemoryReduced(warm_adjoint=True)]
+)
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+def test_a_saved_state_draws_what_the_state_itself_does(estimator, chunk):
+    """TaskMean drew a start to know what is saved, and all later random numbers were others."""
+    posed = bl.Problem(g, lambda y, x, b: (y - b).square().sum(), init=lambda x, b: x + torch.rand_like(x))
+    problem = bl.proximal(posed, 1.0)
+
+    def at(state):
+        torch.manual_seed(0)
+        solver, by_task = bl.Descent(bl.SGD(0.1), 3), bl.TaskMean(estimator, chunk=chunk)
+        return bl.hypergradient(problem, X, None, DATA, solver=solver, estimator=by_task, state=state)
+
+    state = at(None).state
+    close(at(state.to_dict()).grad, at(state).grad, 0.0, 0.0)
 
 
 # --- steps that are not pure, or no pair

@@ -117,13 +117,13 @@ class Bootstrapped(Estimator):
         return f"{own}; {self.estimator.bias}" if self.estimator.bias else own
 
     def estimate(self, instance: Instance, state: Any) -> Estimate:
+        oracles = instance.oracles
+        before = oracles.generators.peek()  # first of all: an init_state may draw the start
         if self.estimator.init_state(instance) is not None:
             raise ValueError(
                 f"Bootstrapped was given {self.estimator}, which carries a state from call to call; where its inner "
                 f"loop starts is then not where the target's does. Use it without warm starts"
             )
-        oracles = instance.oracles
-        before = oracles.generators.peek()
         aimed = self._aimed(instance)
         oracles.generators.set(before)
         batches = dataclasses.replace(instance.batches, outer=_Towards(aimed, instance.batches.outer))
