@@ -28,7 +28,7 @@ from bilevel.engine.embedding import Embedding, Source, Unset
 from bilevel.engine.evaluation import Evaluation
 from bilevel.engine.linearization import Linearization
 from bilevel.engine.point import At
-from bilevel.engine.refusals import check_step, restless, used
+from bilevel.engine.refusals import check_step, restless, step_of, used
 from bilevel.engine.replay import Generators, State
 from bilevel.engine.step_back import StepBack
 from bilevel.inner.dynamics import Dynamics
@@ -49,6 +49,8 @@ class Oracles:
         dynamics: how y moves.
         tasks: number of tasks, when y and the batches have a leading task dimension.
         engine: how derivatives are computed.
+        posed: the problem and the outer batch whose outer loss a dynamics sees, where an estimator has put another one
+            in the place of f; None for the same.
     """
 
     def __init__(
@@ -61,10 +63,12 @@ class Oracles:
         *,
         tasks: int | None = None,
         engine: Engine | None = None,
+        posed: tuple[Problem, Any] | None = None,
     ) -> None:
         self.problem, self.batches, self.dynamics, self.space = problem, batches, dynamics, Space(tasks)
         self.x, self.attached = tree.detach(outer), tree.attach(outer)
         self.evaluation, self.engine = Evaluation(problem, tasks), engine or Eager()
+        self._posed = (self.evaluation, batches.outer) if posed is None else (Evaluation(posed[0], tasks), posed[1])
         self.generators = Generators(tree.tensors(outer)[0].device)
         # (It must not hold an embedding: such a cycle would keep every call's tensors until a collection.)
         self.source = Source(self.evaluation, self.generators, self.x, self.attached)
@@ -149,7 +153,7 @@ class Oracles:
             self._gradient,
             self.inner_value,
             self.source.along(graph=False),
-            self.outer_gradient_in_inner,
+            self._outer_numbers,
         )
 
     def differentiable_point(self, step: int, embedded: Any) -> At:
@@ -186,7 +190,7 @@ class Oracles:
             ValueError: the step changed the shape of the inner variable.
         """
         with torch.no_grad():
-            moved, state = self.dynamics.step(inner, state, self.x, at)
+            moved, state = step_of(self.dynamics, inner, state, self.x, at)
         return check_step(self.dynamics, inner, moved), state
 
     def stationarity(self, inner: Tree, at: At) -> list[Tensor]:
@@ -258,20 +262,31 @@ class Oracles:
         with spans.span(spans.OUTER_GRADIENT):
             return self.engine.gradient(self.evaluation.outer, inner, self.x, self._outer_batch(graph=False))
 
-    def _outer_direction(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
-        """f and df/dy of arguments as they come, with a graph."""
+    def _outer_numbers(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
+        """f and df/dy as a dynamics sees them, without a graph."""
+        evaluation, batch = self._posed
         with spans.span(spans.OUTER_GRADIENT):
-            batch = self._outer_batch(graph=True)
-            return self.engine.differentiable_gradient(self.evaluation.outer, inner, self.attached, batch)
+            embedded = self._embedded(evaluation, batch, graph=False)
+            return self.engine.gradient(evaluation.outer, inner, self.x, embedded)
+
+    def _outer_direction(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
+        """The same of arguments as they come, with a graph."""
+        evaluation, batch = self._posed
+        with spans.span(spans.OUTER_GRADIENT):
+            embedded = self._embedded(evaluation, batch, graph=True)
+            return self.engine.differentiable_gradient(evaluation.outer, inner, self.attached, embedded)
 
     def outer_gradient_in_outer(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
         """f and df/dx at a fixed y (None where x does not enter f directly)."""
         return self._in_outer(spans.OUTER_GRADIENT, self.evaluation.outer, inner, self._outer_batch(graph=True))
 
     def _outer_batch(self, *, graph: bool) -> Any:
-        if graph or self.problem.features is None:
-            return self.evaluation.embed(self.attached, self.batches.outer)
-        return self.evaluation.without_graph(self.evaluation.embed, self.x, self.batches.outer)
+        return self._embedded(self.evaluation, self.batches.outer, graph=graph)
+
+    def _embedded(self, evaluation: Evaluation, batch: Any, *, graph: bool) -> Any:
+        if graph or evaluation.problem.features is None:
+            return evaluation.embed(self.attached, batch)
+        return evaluation.without_graph(evaluation.embed, self.x, batch)
 
     def _in_outer(self, name: str, loss: Any, inner: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
         with spans.span(name):

@@ -1,6 +1,10 @@
 """What the oracles refuse: a loss without y, a step that changes shapes, a dynamics that does not say its rest."""
 
-from bilevel.inner.dynamics import Dynamics
+from typing import Any
+
+from torch import Tensor
+
+from bilevel.inner.dynamics import Dynamics, Point
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
 
@@ -13,6 +17,37 @@ def used(gradient: PartialLeaves) -> PartialLeaves:
             "`inner` argument, without .detach(), .item() or torch.no_grad()"
         )
     return gradient
+
+
+def step_of(dynamics: Dynamics, inner: Tree, state: Any, outer: Tree, at: Point) -> tuple[Tree, Any]:
+    """One step of a dynamics, which must leave what it is given as it is, and answer with a pair.
+
+    Raises:
+        TypeError: it did not.
+        ValueError: it changed a tensor in place.
+    """
+    name = type(dynamics.update or dynamics).__name__
+    impure = (
+        f"{name}.step() changed the inner variable or its state in place. Steps are pure: write y = y - d instead of "
+        f"y.sub_(d), state = {{'t': state['t'] + 1}} instead of state['t'] += 1 on a tensor, and return the new tensors"
+    )
+    leaves = [leaf for leaf in (*tree.flatten(inner)[0], *tree.flatten(state)[0]) if isinstance(leaf, Tensor)]
+    versions = [leaf._version for leaf in leaves]
+    try:
+        found = dynamics.step(inner, state, outer, at)
+    except RuntimeError as error:
+        if "in-place operation" not in str(error):
+            raise
+        raise ValueError(impure) from error
+    if versions != [leaf._version for leaf in leaves]:
+        raise ValueError(impure)
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        given = f"{len(found)} values" if isinstance(found, (tuple, list)) else f"a {type(found).__name__}"
+        raise TypeError(
+            f"{name}.step() returned {given}; a pair, the new inner variable and the new state, was needed: end it in "
+            f"`return moved, state`"
+        )
+    return found[0], found[1]
 
 
 def check_step(dynamics: Dynamics, inner: Tree, moved: Tree) -> Tree:

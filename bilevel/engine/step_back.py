@@ -15,6 +15,7 @@ from bilevel.engine import autodiff, spans
 from bilevel.engine.cotangents import Cotangents, floating
 from bilevel.engine.embedding import Embedding
 from bilevel.engine.point import At
+from bilevel.engine.refusals import step_of
 from bilevel.inner.dynamics import Dynamics
 from bilevel.optim.base import Optimizer
 from bilevel.space import tree
@@ -65,7 +66,7 @@ class StepBack:
         self, inner: Tree, state: Any, step: int, embedding: Embedding, cotangents: Cotangents, *, to_inner: bool
     ) -> Pulled:
         y, s, xs = tree.attach(inner), tree.attach(state), tree.tensors(self._attached)
-        stepped, state = self._dynamics.step(y, s, self._attached, self._point(step, embedding.value))
+        stepped, state = step_of(self._dynamics, y, s, self._attached, self._point(step, embedding.value))
         moved = tree.ordered(stepped, y), state
         with spans.span(spans.HVP):
             outputs, weights = cotangents.take(*moved)

@@ -41,7 +41,11 @@ class Path(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Instance:
-    """One bilevel problem with its data: what `hypergradient` was given, checked and detached."""
+    """One bilevel problem with its data: what `hypergradient` was given, checked and detached.
+
+    `posed` is the problem and the outer batch whose outer loss the dynamics sees, where an estimator has put another
+    one in the place of f.
+    """
 
     problem: Problem
     outer: Tree
@@ -50,6 +54,7 @@ class Instance:
     solver: InnerSolver
     tasks: int | None = None
     engine: Engine | None = None
+    posed: tuple[Problem, Any] | None = None
 
     @functools.cached_property
     def oracles(self) -> Oracles:
@@ -62,6 +67,7 @@ class Instance:
             self.solver.dynamics,
             tasks=self.tasks,
             engine=self.engine,
+            posed=self.posed,
         )
 
     def solve(

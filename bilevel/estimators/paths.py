@@ -20,6 +20,7 @@ from bilevel.batches import Batches, PerStep
 from bilevel.engine import autodiff
 from bilevel.engine.oracles import Oracles
 from bilevel.engine.point import At
+from bilevel.engine.refusals import step_of
 from bilevel.estimators.base import Estimator, Instance, Path
 from bilevel.inner.dynamics import Dynamics
 from bilevel.optim.base import Optimizer, held
@@ -231,7 +232,7 @@ def _through_steps(oracles: Oracles, y: Tree, embedded: Any, xs: Sequence[Tensor
     outputs: list[Tensor] = []
     for step in range(steps):
         at = At(step, embedded, _constant, oracles.differentiable_value, oracles.source.along(graph=True), _no_outer)
-        moved, state = oracles.dynamics.step(moved, state, oracles.attached, at)
+        moved, state = step_of(oracles.dynamics, moved, state, oracles.attached, at)
         outputs += tree.tensors(moved)
     return _reached(outputs, xs)
 

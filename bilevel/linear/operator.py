@@ -63,7 +63,14 @@ class Product(LinearOperator):
     symmetric: bool = True
 
     def matvec(self, v: Leaves) -> Leaves:
-        return self.function(v)
+        image = self.function(v)
+        given = [tuple(leaf.shape) for leaf in image] if isinstance(image, (tuple, list)) else type(image).__name__
+        if given != [tuple(leaf.shape) for leaf in v]:
+            raise ValueError(
+                f"the function v -> A v returned {given}; a tuple of tensors like v, with the shapes "
+                f"{[tuple(leaf.shape) for leaf in v]}, was needed. Write (A @ v[0],) with the comma"
+            )
+        return image
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The few-iteration base learner: a linear classifier found by a few steepest-descent steps on a learned objective.
 
     s = w z    (scores of the classes)     sg = +1 for the own class, -1 for the others     y+, y-: targets
-    phi_a(t) = (1 - a)/2 |t| + (1 + a)/2 t          a = 1: least squares; a = 0: squared hinge
+    phi_a(t) = (1 - a)/2 |t| + (1 + a)/2 t          a = 1: least squares; a = 0: squared hinge; |t| is 0 up to rounding
     r1 = c phi_a(sg (y - s))      r2 = rho w        c, a: one for the own class, one for the others
     g(w) = 1/2 |r1|^2 + 1/2 |r2|^2 + kappa/n_q sum_q H(softmax(T w z_q))           H: entropy; z_q: query inputs
     start: w f+ = y+ and w f- = y-       f+: mean feature of the class, f-: mean feature of the others
@@ -114,7 +114,9 @@ class FewIteration:
         )
         sign = own.to(features.dtype) * 2 - 1
         missed = sign * (target - self.scores(w, features))
-        shaped = (1 - slope) / 2 * missed.abs() + (1 + slope) / 2 * missed
+        # The only example of a class meets its target at the start. Rounding must not choose a side of the kink there.
+        at_kink = missed.abs() <= torch.finfo(missed.dtype).eps ** 0.5 * variables["target"].abs().max()
+        shaped = (1 - slope) / 2 * torch.where(at_kink, 0.0, missed).abs() + (1 + slope) / 2 * missed
         return weight * shaped, variables["ridge"] * w
 
     def uncertainty(self, w: Tensor, queries: Tensor, variables: Variables) -> Tensor:

@@ -106,7 +106,10 @@ class TaskMean(Estimator):
     def admit_state(self, instance: Instance, state: Any) -> Any:
         if isinstance(state, Mapping):
             one_task = _Rows(slice(0, 1), single=True).of_instance(instance, _count(instance, None))
+            generators = one_task.oracles.generators
+            before = generators.peek()
             template = self.estimator.init_state(one_task)
+            generators.set(before)  # a run that goes on from what was saved draws what it would have drawn
             if template is not None and state.get("owner") == ByTask.__name__:
                 return ByTask(type(template).from_dict(state["state"]), tuple(state["task_ids"]))
             return state if template is None else type(template).from_dict(state)

@@ -58,7 +58,8 @@ class Bootstrapped(Estimator):
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: (when used) the estimator carries a state, PerStep holds too few batches for the further steps, or
+        ValueError: the estimator's outer loss is one of many iterates (step_weights, the samples of a chain); (when
+            used) the estimator carries a state, PerStep holds too few batches for the further steps, or
             the target is not like the inner variable.
 
     Example:
@@ -93,6 +94,11 @@ class Bootstrapped(Estimator):
                 f"Bootstrapped was given {type(self.estimator).__name__}; an estimator of one task was needed. Write "
                 f"TaskMean(Bootstrapped(estimator, target))"
             )
+        if hasattr(self.estimator, "burn_in") or getattr(self.estimator, "step_weights", None) is not None:
+            raise ValueError(
+                f"Bootstrapped was given {self.estimator}, whose outer loss is one of many iterates, and a target lies "
+                f"ahead of the last one alone. Use it by itself, or bilevel.Unrolled() here"
+            )
 
     @property
     def sees(self) -> frozenset[Path]:  # type: ignore[override]  # its estimator's
@@ -111,17 +117,19 @@ class Bootstrapped(Estimator):
         return f"{own}; {self.estimator.bias}" if self.estimator.bias else own
 
     def estimate(self, instance: Instance, state: Any) -> Estimate:
+        oracles = instance.oracles
+        before = oracles.generators.peek()  # first of all: an init_state may draw the start
         if self.estimator.init_state(instance) is not None:
             raise ValueError(
                 f"Bootstrapped was given {self.estimator}, which carries a state from call to call; where its inner "
                 f"loop starts is then not where the target's does. Use it without warm starts"
             )
-        oracles = instance.oracles
-        before = oracles.generators.peek()
         aimed = self._aimed(instance)
         oracles.generators.set(before)
         batches = dataclasses.replace(instance.batches, outer=_Towards(aimed, instance.batches.outer))
-        towards = dataclasses.replace(instance, problem=self._matched(instance.problem), batches=batches)
+        # (A dynamics that follows f goes on following f, not the distance.)
+        posed = instance.problem, instance.batches.outer
+        towards = dataclasses.replace(instance, problem=self._matched(instance.problem), batches=batches, posed=posed)
         found = self.estimator.estimate(towards, None)
         with spans.span(spans.HYPERGRADIENT):
             outer_loss, direct = oracles.outer_gradient_in_outer(found.inner)
@@ -129,7 +137,11 @@ class Bootstrapped(Estimator):
             found,
             grad=tree.accumulate(found.grad, direct),
             outer_loss=outer_loss,
-            code=worst(found.code, code_if(~tree.finite(aimed.inner), Status.DIVERGED)),
+            code=worst(
+                found.code,
+                code_if(~tree.finite(found.outer_loss), Status.NONFINITE),
+                code_if(~tree.finite(aimed.inner), Status.DIVERGED),
+            ),
             stats=found.stats | {"matching_loss": found.outer_loss},
             unused=frozenset(),
         )

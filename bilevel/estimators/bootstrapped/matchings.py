@@ -122,7 +122,9 @@ class KL(Matching):
     def distance(self, target: Aimed, inner: Tree, outer: Tree, batch: Any) -> Tensor:
         z, y = (self._log_probabilities(point, outer, batch) for point in (target.inner, inner))
         p, q = (z, y) if self.first == "target" else (y, z)
-        return (p.exp() * (p - q)).sum(-1).mean()
+        # A class whose logit is -inf is left out: 0 log 0 = 0, also where both leave it out.
+        out = p == -math.inf
+        return (p.exp() * (p.masked_fill(out, 0.0) - q.masked_fill(out, 0.0))).sum(-1).mean()
 
     def _log_probabilities(self, inner: Tree, outer: Tree, batch: Any) -> Tensor:
         logits = self.predict(inner, outer, batch)

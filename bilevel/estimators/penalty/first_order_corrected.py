@@ -53,6 +53,7 @@ class Sides(State):
     """The minimizers of the perturbed inner losses, like the inner variable, in the order of the nodes."""
 
     sides: Tree = per_task()
+    nodes: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +121,15 @@ class FirstOrderCorrected(Estimator):
 
     def init_state(self, instance: Instance) -> Sides | None:
         start = instance.oracles.start()
-        return Sides([start] * len(self.stencil.nodes)) if self.warm_sides else None
+        return Sides([start] * len(self.stencil.nodes), self.stencil.nodes) if self.warm_sides else None
 
     def estimate(self, instance: Instance, state: Sides | None) -> Estimate:
         instance.require_rest(self)
+        if state is not None and tuple(state.nodes) != tuple(self.stencil.nodes):
+            raise ValueError(
+                f"FirstOrderCorrected(scheme={self.scheme!r}) has its sides at {list(self.stencil.nodes)} times nu and "
+                f"was given the state of a scheme with sides at {list(state.nodes)}. Pass state=None to start afresh"
+            )
         oracles, stencil, dtype = instance.oracles, self.stencil, _precision(tree.tensors(instance.outer)[0])
         nu = default_nu(dtype, self.scheme) if self.nu is None else self.nu
         # Each side is solved to a tolerance that dividing by nu leaves meaningful.
@@ -162,7 +168,7 @@ class FirstOrderCorrected(Estimator):
                 inner=inner,
                 codes=codes,
                 stats={"inner_steps": steps, "nu": nu},
-                state=Sides(sides) if self.warm_sides else None,
+                state=Sides(sides, stencil.nodes) if self.warm_sides else None,
             )
 
 

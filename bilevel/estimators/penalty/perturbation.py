@@ -192,6 +192,11 @@ def calibrated_nu(at: Callable[[float], Hypergradient], candidates: Sequence[flo
     best, least, last = None, float("inf"), None
     for nu in candidates:
         found = at(nu)
+        if not isinstance(found, Hypergradient):
+            raise TypeError(
+                f"calibrated_nu was given a function that returned {type(found).__name__}; the result of "
+                f"bilevel.hypergradient was needed, whose status is looked at"
+            )
         if found.status.failed or not bool(tree.finite(found.grad)):
             last = None
             continue

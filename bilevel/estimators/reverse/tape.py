@@ -13,7 +13,7 @@ from bilevel.batches import PerStep
 from bilevel.engine import autodiff, spans
 from bilevel.engine.oracles import Oracles
 from bilevel.engine.point import At
-from bilevel.engine.refusals import check_step
+from bilevel.engine.refusals import check_step, step_of
 from bilevel.estimators.base import Instance
 from bilevel.estimators.reverse.growth import Growth, Watch, interval
 from bilevel.estimators.reverse.terms import Terms
@@ -107,7 +107,7 @@ class _Recorded:
         if at.step < self._first:
             moved, state = self._oracles.step(inner, state, at)
             return (tree.attach(moved) if at.step == self._first - 1 else moved), state
-        moved, state = self.dynamics.step(inner, state, self._oracles.attached, at)
+        moved, state = step_of(self.dynamics, inner, state, self._oracles.attached, at)
         moved = _own_nodes(check_step(self.dynamics, inner, moved), inner)
         self._watch.iterate(at.step + 1 - self._first, moved)
         return moved, state
