@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.engine.lookup import Lookups
 from bilevel.engine.replay import Generators
 from bilevel.problem import Problem, Pulled
 from bilevel.space import tree
@@ -113,7 +114,7 @@ class Evaluation:
     def _run(self, name: str, function: Callable[..., Any], dims: tuple[int | None, ...], arguments: Any) -> Any:
         """Call a function of the user's; where it takes gradients inside, of attached arguments."""
         if self.tasks is not None:
-            function = _over_tasks(name, function, dims)
+            function = self._with_lookups(name, _over_tasks(name, function, dims))
         key = (name, torch.is_grad_enabled(), *(_has_graph(argument) for argument in arguments[:2]))
         known = self.problem.memo.get(key)
         if known == "needs a graph":
@@ -135,6 +136,22 @@ class Evaluation:
             return result
         self.problem.memo[key] = "plain"
         return result
+
+    def _with_lookups(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` with the embeddings in it as they are without vmap.
+
+        The mode costs time: it is left out again where the first call met none.
+        """
+        if self.problem.memo.get(("lookups", name)) is False:
+            return function
+
+        def corrected(*arguments: Any) -> Any:
+            with Lookups() as lookups:
+                result = function(*arguments)
+            self.problem.memo[("lookups", name)] = lookups.met
+            return result
+
+        return corrected
 
     def _attached(self, function: Callable[..., Any], dims: tuple[int | None, ...], arguments: Any) -> Any:
         variables = len(dims) - 1
