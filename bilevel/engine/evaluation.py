@@ -16,6 +16,9 @@ from bilevel.problem import Problem, Pulled
 from bilevel.space import tree
 from bilevel.space.tree import Tree
 
+_OF_VMAP = ("vmap", "Batching rule", "functorch", "storage", "transform", "register a hook")
+"""What errors name where torch.func.vmap is the cause."""
+
 _NEEDS_GRAPH = "does not require grad"
 """What torch says when a function takes a gradient inside, of an argument that was passed without a graph."""
 
@@ -92,11 +95,11 @@ class Evaluation:
             loss = self._run(name, function, (0, None, 0), (inner, outer, batch))
         except RuntimeError as error:
             if "in-place operation" in str(error):
-                raise ValueError(_in_place_message(name, _mutated(function, inner, outer, batch))) from error
+                raise ValueError(self._in_place(name, _mutated(function, inner, outer, batch))) from error
             raise
         for role, leaves, before in zip(watched, watched.values(), versions, strict=True):
             if before != [leaf._version for leaf in leaves]:
-                raise ValueError(_in_place_message(name, role))
+                raise ValueError(self._in_place(name, role))
         if not isinstance(loss, Tensor):
             raise TypeError(
                 f"{name} returned {'None' if loss is None else type(loss).__name__}; a 0-dim tensor was needed. Does "
@@ -110,6 +113,15 @@ class Evaluation:
                 f"floating 0-dim tensor was needed. Reduce it with .mean() or .sum()."
             )
         return loss
+
+    def _in_place(self, name: str, role: str) -> str:
+        once = role == "batch" and self.problem.features is not None
+        return _in_place_message(name, role) + (
+            " The batch is what `features` returned once for all steps: of a Learner, the output of the layers that do "
+            "not adapt. Write inplace=False in the layer that follows them, or Learner(reuse_features=False)."
+            if once
+            else ""
+        )
 
     def _run(self, name: str, function: Callable[..., Any], dims: tuple[int | None, ...], arguments: Any) -> Any:
         """Call a function of the user's; where it takes gradients inside, of attached arguments."""
@@ -185,7 +197,7 @@ def _over_tasks(name: str, function: Callable[..., Any], dims: tuple[int | None,
             # "different": tasks draw their own dropout masks, as they would one after another.
             return torch.func.vmap(function, in_dims=in_dims, randomness="different")(*arguments)
         except (RuntimeError, ValueError) as error:
-            if not any(word in str(error) for word in ("vmap", "Batching rule", "functorch", "storage", "transform")):
+            if not any(word in str(error) for word in _OF_VMAP):
                 raise
             raise ValueError(
                 f"torch.func.vmap cannot map {name} over tasks: {str(error).splitlines()[0]} "

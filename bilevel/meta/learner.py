@@ -334,7 +334,7 @@ class Learner:
             codes.append(found.code)
             losses += [] if found.outer_loss is None else found.outer_loss.double().tolist()
             with torch.no_grad():
-                for task in range(len(tree.tensors(targets)[0])):
+                for task in range(len(tree.tensors(batches.outer)[0])):
                     y, one, target = (
                         tree.tree_map(lambda leaf, task=task: leaf[task] if isinstance(leaf, Tensor) else leaf, value)
                         for value in (found.inner, inputs, targets)

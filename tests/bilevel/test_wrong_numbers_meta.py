@@ -270,3 +270,40 @@ def test_a_frozen_parameter_adapts_where_it_is_named():
     net = net_of()
     net[2].requires_grad_(False)
     assert sorted(learner_of(net, "2.bias").outer()["parameters"]) == ["0.bias", "0.weight", "2.bias"]
+
+
+def test_a_layer_that_works_in_place_on_shared_features_is_named():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(5, 3))).to(D)
+    learner = learner_of(net, "1")
+    with pytest.raises(ValueError, match="reuse_features=False"):
+        learner.hypergradient(learner.outer(), BATCHES)
+    held(net, "1", BATCHES, reuse_features=False)
+
+
+class Reversed(nn.Module):
+    def forward(self, x):
+        x = 1 * x
+        x.register_hook(lambda gradient: -gradient)
+        return x
+
+
+def test_a_hook_on_a_tensor_needs_tasks_one_by_one():
+    net = net_of()
+    net.insert(2, Reversed())
+    learner = learner_of(net)
+    with pytest.raises(ValueError, match="chunk=1"):
+        learner.hypergradient(learner.outer(), BATCHES)
+
+
+def test_tasks_without_targets_are_evaluated():
+    learner = bl.Learner(net_of(), lambda prediction, target: prediction.square().mean())
+    x = learner.outer()
+    batches = bl.Batches(inner=(BATCHES.inner[0], None), outer=(BATCHES.outer[0], None))
+    found = learner.evaluate(x, [batches], score=lambda prediction, target: prediction.square().mean())
+    assert found.tasks == TASKS
+    assert found.score == pytest.approx(found.loss, abs=1e-14)
+    predicted = [
+        learner.predict(x, (one, None), query) for one, query in zip(batches.inner[0], BATCHES.outer[0], strict=True)
+    ]
+    assert found.scores == pytest.approx([one.square().mean().item() for one in predicted], abs=1e-14)
