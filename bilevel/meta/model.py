@@ -7,7 +7,7 @@
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -92,24 +92,31 @@ class InParameters(Model):
         )
         self._above, self._upper = _part(above, used)
         self._whole, _ = _part(module, used)
-        self._layers = None if below is None else tuple(module.children())
+        self._layers = tuple(module) if isinstance(module, nn.Sequential) else ()
         if below is not None:
             self._below, self._lower = _part(below, used)
             self.features = self._features
 
     def outer(self) -> Groups:
-        own = dict(self._module.named_parameters())
-        return {"parameters": {name: own[name] for name in self._learned}}
+        return {"parameters": _own(self._module, self._learned)}
 
     def adapted(self) -> dict[str, Tensor]:
-        own = dict(self._module.named_parameters())
-        return {name: own[name].detach() for name in self._adapts}
+        return {name: value.detach() for name, value in _own(self._module, self._adapts).items()}
 
     def begin(self, outer: Tree, batch: Any) -> Tree:
         own = self.adapted() | {name: outer["parameters"][name] for name in self._adapts if self._start.learned}
+        versions = [value._version for value in own.values()]
         begun = self._start.begin(own, outer, batch)
+        if versions != [value._version for value in own.values()]:
+            raise ValueError(
+                f"{type(self._start).__name__}.begin() changed its parameters in place, which are x's or the module's; "
+                f"write value = value + d instead of value += d or value.add_(d)"
+            )
         shapes = {name: tuple(value.shape) for name, value in own.items()}
-        if not isinstance(begun, dict) or {name: tuple(value.shape) for name, value in begun.items()} != shapes:
+        if (
+            not isinstance(begun, dict)
+            or {name: getattr(leaf, "shape", None) for name, leaf in begun.items()} != shapes
+        ):
             raise ValueError(
                 f"{type(self._start).__name__}.begin() returned "
                 f"{list(begun) if isinstance(begun, dict) else type(begun).__name__}; a dict with the names and shapes "
@@ -155,8 +162,7 @@ class InFunctionSpace(Model):
 
     def outer(self) -> Groups:
         like = next(iter(self._module.parameters()), torch.zeros(()))
-        own = dict(self._module.named_parameters())
-        return {"parameters": {name: own[name] for name in self._learned}, "head": self._head.variables(like)}
+        return {"parameters": _own(self._module, self._learned), "head": self._head.variables(like)}
 
     def adapted(self) -> dict[str, Tensor]:
         return {}
@@ -182,6 +188,16 @@ class InFunctionSpace(Model):
             f"adapt() was called on a learner whose {type(self._head).__name__} adapts in function space: what it fits "
             f"has no place in the module's state_dict. Write learner.predict(x, support, inputs)"
         )
+
+
+def _own(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    own = dict(module.named_parameters())
+    if missing := [name for name in names if name not in own]:
+        raise ValueError(
+            f"the module has no parameters {missing} any more, which it had when the Learner was made; make a Learner "
+            f"of the module as it is now"
+        )
+    return {name: own[name] for name in names}
 
 
 def _pair(batch: Any) -> Any:

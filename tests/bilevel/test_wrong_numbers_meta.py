@@ -210,6 +210,54 @@ def test_a_score_is_one_number():
         learner.evaluate(learner.outer(), [BATCHES], score=lambda prediction, target: prediction.argmax(1) == target)
 
 
+@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize("adapts", ["2", "4"])
+def test_a_layer_that_stands_twice_shares_features_or_does_not(chunk, adapts):
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4)
+    net = nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 4), layer, nn.Linear(4, 3)).to(D)
+    found = []
+    for reuse in (True, False):
+        learner = learner_of(net, adapts, chunk=chunk, reuse_features=reuse)
+        found.append(learner.hypergradient(learner.outer(), BATCHES).grad["parameters"])
+    assert sorted(found[0]) == ["0.bias", "0.weight", "2.bias", "2.weight", "4.bias", "4.weight"]
+    for name in found[0]:
+        close(found[0][name], found[1][name], 1e-14)
+
+
+def test_parameters_that_are_gone_are_named():
+    net = net_of()
+    learner = learner_of(net, "2")
+    x = learner.outer()
+    nn.utils.parametrizations.orthogonal(net[0])
+    with pytest.raises(ValueError, match=r"no parameters \['0.weight'\] any more"):
+        learner.hypergradient(x, BATCHES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers(bl.meta.Start):
+    learned, pull = False, 0.0
+
+    def begin(self, own, outer, batch):
+        return dict.fromkeys(own, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class InPlace(bl.meta.Start):
+    learned, pull = False, 0.0
+
+    def begin(self, own, outer, batch):
+        return {name: value.mul_(2) for name, value in own.items()}
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize(("start", "word"), [(Numbers(), "names and shapes"), (InPlace(), "in place")])
+def test_a_start_of_ones_own_that_gives_numbers_or_works_in_place_is_refused(start, word, chunk):
+    learner = learner_of(net_of(), "2", start=start, chunk=chunk)
+    with pytest.raises(ValueError, match=word):
+        learner.hypergradient(learner.outer(), BATCHES)
+
+
 @dataclasses.dataclass(frozen=True)
 class Pushed(bl.meta.Start):
     learned, pull = True, -1.0
