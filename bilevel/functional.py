@@ -43,10 +43,11 @@ def functional(
     fixed ones and the buffers as they are (`params` shares the storage, so it then holds the adapted values as well).
 
     Raises:
-        ValueError: here, when a normalization layer is in a mode that writes its running statistics, when `trainable`
-            matches nothing, when parameters do not have a shape yet, or when the module is wrapped by DataParallel,
-            DistributedDataParallel or torch.jit; in `call`, when a parameter is missing or unknown, or when the forward
-            changed a buffer.
+        ValueError: here, when a normalization layer is in a mode that writes its running statistics, when an embedding
+            has max_norm or scale_grad_by_freq, when `trainable` matches nothing, when parameters do not have a shape
+            yet, or when the module is wrapped by DataParallel, DistributedDataParallel or torch.jit; in `call`, when a
+            parameter is missing or unknown, when the forward changed a buffer, or when the module has backward hooks
+            and is mapped by vmap, which does not run them.
         TypeError: `module` is no nn.Module, or `trainable` is none of the above.
 
     Example:
@@ -93,6 +94,11 @@ def functional(
             )
         if params.keys() != wanted:
             layout.check_names(params, wanted)
+        if layout.hooked_backward() and torch._C._functorch.maybe_current_level() is not None:
+            raise ValueError(
+                "the module has backward hooks, which torch.func.vmap does not run; remove them, or take one task "
+                "after another."
+            )
         buffers = layout.buffers()
         versions = [buffer._version for buffer in buffers.values()]
         with layout.holding(params):
@@ -150,6 +156,10 @@ class _Layout:
     def buffers(self) -> dict[str, Tensor]:
         """The buffers as they are now: Module.to puts others in their places."""
         return {name: buffer for owner, key, name in self.buffer_places if (buffer := owner[key]) is not None}
+
+    def hooked_backward(self) -> bool:
+        """Whether a layer has a hook that may change gradients."""
+        return any(layer._backward_hooks or layer._backward_pre_hooks for _, layer in self.modules)
 
     def selected(self, trainable: Trainable | None) -> list[str]:
         """The first names of the parameters that `trainable` says, in the module's order."""
@@ -264,6 +274,8 @@ def _refuse(module: nn.Module) -> None:
             raise ValueError(f"{where} runs copies of its module on other devices; write functional(module.module)")
         if isinstance(layer, torch.jit.ScriptModule):
             raise ValueError(f"{where} is compiled by torch.jit, which fixes its parameters; use the nn.Module")
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+            _refuse_embedding(where, layer)
         tensors = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
         for key, tensor in tensors:
             if is_lazy(tensor):
@@ -277,6 +289,19 @@ def _refuse(module: nn.Module) -> None:
                     f"outside it"
                 )
     _refuse_running_statistics(list(module.named_modules()))
+
+
+def _refuse_embedding(where: str, layer: nn.Embedding | nn.EmbeddingBag) -> None:
+    if layer.max_norm is not None:
+        raise ValueError(
+            f"{where} has max_norm={layer.max_norm}, with which every forward writes its weight. Build it without, and "
+            f"divide the rows that were found by their norms where they are longer"
+        )
+    if layer.scale_grad_by_freq:
+        raise ValueError(
+            f"{where} has scale_grad_by_freq=True, with which its gradient is not the derivative of the loss; torch "
+            f"differentiates it as if it were. Build it without"
+        )
 
 
 def _refuse_running_statistics(layers: Sequence[tuple[str, nn.Module]]) -> None:

@@ -66,7 +66,15 @@ LIBRARY = House(
     layers=(
         {"_strategy", "space", "engine.__init__", "engine.spans", "engine.replay"},
         {"outcome", "batches"},
-        {"engine.autodiff", "engine.jacobian", "engine.base", "engine.cotangents", "problem", "functional"},
+        {
+            "engine.autodiff",
+            "engine.jacobian",
+            "engine.lookup",
+            "engine.base",
+            "engine.cotangents",
+            "problem",
+            "functional",
+        },
         {"optim", "linear", "outer", "engine.eager", "engine.twice", "engine.evaluation"},
         {"engine.along"},
         {"inner.dynamics", "engine.embedding"},

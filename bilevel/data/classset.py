@@ -91,7 +91,7 @@ class ClassSet(Classes):
         return DatasetClasses.of(dataset, labels, names).loaded()
 
     def take(self, rows: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        taken = self.examples[list(rows)]
+        taken = self.examples[[int(row) for row in rows]]  # (a list of tensors would be an index for each dimension)
         return taken if dtype is None else taken.to(dtype)
 
     def select(self, classes: Sequence[int]) -> "ClassSet":

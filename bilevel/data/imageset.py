@@ -62,7 +62,7 @@ class ImageSet(Classes):
         dtype = torch.float32 if dtype is None else dtype
         if not dtype.is_floating_point:
             raise ValueError(f"an ImageSet was asked for dtype={dtype}; images in [0, 1] need a floating one")
-        return self.images[list(rows)].to(dtype) / 255
+        return self.images[[int(row) for row in rows]].to(dtype) / 255
 
     def select(self, classes: Sequence[int]) -> "ImageSet":
         """The given classes, in the given order. The images are copied.

@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.engine.lookup import Lookups
 from bilevel.engine.replay import Generators
 from bilevel.problem import Problem, Pulled
 from bilevel.space import tree
 from bilevel.space.tree import Tree
+
+_OF_VMAP = ("vmap", "Batching rule", "functorch", "storage", "transform", "register a hook")
+"""What errors name where torch.func.vmap is the cause."""
 
 _NEEDS_GRAPH = "does not require grad"
 """What torch says when a function takes a gradient inside, of an argument that was passed without a graph."""
@@ -91,11 +95,11 @@ class Evaluation:
             loss = self._run(name, function, (0, None, 0), (inner, outer, batch))
         except RuntimeError as error:
             if "in-place operation" in str(error):
-                raise ValueError(_in_place_message(name, _mutated(function, inner, outer, batch))) from error
+                raise ValueError(self._in_place(name, _mutated(function, inner, outer, batch))) from error
             raise
         for role, leaves, before in zip(watched, watched.values(), versions, strict=True):
             if before != [leaf._version for leaf in leaves]:
-                raise ValueError(_in_place_message(name, role))
+                raise ValueError(self._in_place(name, role))
         if not isinstance(loss, Tensor):
             raise TypeError(
                 f"{name} returned {'None' if loss is None else type(loss).__name__}; a 0-dim tensor was needed. Does "
@@ -110,10 +114,19 @@ class Evaluation:
             )
         return loss
 
+    def _in_place(self, name: str, role: str) -> str:
+        once = role == "batch" and self.problem.features is not None
+        return _in_place_message(name, role) + (
+            " The batch is what `features` returned once for all steps: of a Learner, the output of the layers that do "
+            "not adapt. Write inplace=False in the layer that follows them, or Learner(reuse_features=False)."
+            if once
+            else ""
+        )
+
     def _run(self, name: str, function: Callable[..., Any], dims: tuple[int | None, ...], arguments: Any) -> Any:
         """Call a function of the user's; where it takes gradients inside, of attached arguments."""
         if self.tasks is not None:
-            function = _over_tasks(name, function, dims)
+            function = self._with_lookups(name, _over_tasks(name, function, dims))
         key = (name, torch.is_grad_enabled(), *(_has_graph(argument) for argument in arguments[:2]))
         known = self.problem.memo.get(key)
         if known == "needs a graph":
@@ -135,6 +148,22 @@ class Evaluation:
             return result
         self.problem.memo[key] = "plain"
         return result
+
+    def _with_lookups(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` with the embeddings in it as they are without vmap.
+
+        The mode costs time: it is left out again where the first call met none.
+        """
+        if self.problem.memo.get(("lookups", name)) is False:
+            return function
+
+        def corrected(*arguments: Any) -> Any:
+            with Lookups() as lookups:
+                result = function(*arguments)
+            self.problem.memo[("lookups", name)] = lookups.met
+            return result
+
+        return corrected
 
     def _attached(self, function: Callable[..., Any], dims: tuple[int | None, ...], arguments: Any) -> Any:
         variables = len(dims) - 1
@@ -168,7 +197,7 @@ def _over_tasks(name: str, function: Callable[..., Any], dims: tuple[int | None,
             # "different": tasks draw their own dropout masks, as they would one after another.
             return torch.func.vmap(function, in_dims=in_dims, randomness="different")(*arguments)
         except (RuntimeError, ValueError) as error:
-            if not any(word in str(error) for word in ("vmap", "Batching rule", "functorch", "storage", "transform")):
+            if not any(word in str(error) for word in _OF_VMAP):
                 raise
             raise ValueError(
                 f"torch.func.vmap cannot map {name} over tasks: {str(error).splitlines()[0]} "

@@ -77,6 +77,10 @@ class Evaluation:
         Raises:
             ValueError: fewer than two tasks, or fewer than wanted.
         """
+        if wanted is not None and wanted < 2:
+            raise ValueError(
+                f"evaluate() was given tasks={wanted}; None or at least 2 was needed, because one has no interval"
+            )
         if len(scores) < max(2, wanted or 0):
             raise ValueError(
                 f"evaluate() met {len(scores)} tasks; at least {max(2, wanted or 0)} were needed"
@@ -95,7 +99,8 @@ class Evaluation:
         )
 
     def __str__(self) -> str:
-        return f"{self.score:.3f} +- {self.interval:.3f} ({self.tasks} tasks)"
+        failed = f", {self.status.name}" if self.status.failed else ""
+        return f"{self.score:.3f} +- {self.interval:.3f} ({self.tasks} tasks{failed})"
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -23,7 +23,7 @@ x is a dict: "parameters", those of the module that are learned; "rates" and "he
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ from bilevel.meta.evaluation import Evaluation, accuracy
 from bilevel.meta.head import Head
 from bilevel.meta.model import InFunctionSpace, InParameters, Model
 from bilevel.meta.rates import Rates
-from bilevel.meta.start import Shared, Start
+from bilevel.meta.start import Shared, Start, check_pull
 from bilevel.optim.sgd import SGD
 from bilevel.outcome import Hypergradient
 from bilevel.problem import Problem, proximal
@@ -130,6 +130,7 @@ class Learner:
         for name in ("loss", "optimizer"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"Learner was given {name}={getattr(self, name)!r}; a function was needed")
+        check_pull(f"Learner was given {type(self.start).__name__}, and that", self.start.pull)
         self._task_mean()  # checks estimator, chunk and weights
         if isinstance(self.adapts, Head):
             self._check_head(self.adapts)
@@ -138,6 +139,33 @@ class Learner:
             raise ValueError(
                 "Learner has nothing to learn: every parameter adapts from a fixed start, or is frozen. Write "
                 "start=Shared(), let fewer adapt, or let parameters require grad"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: the arguments. What was made of them would run the original's module."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def _check_outer(self, outer: Any) -> None:
+        """Raise ValueError unless x has all the tensors that `outer()` has."""
+        wanted = {
+            f"x[{group!r}][{name!r}]": tuple(leaf.shape)
+            for group, leaves in self._outer().items()
+            for name, leaf in leaves.items()
+        }
+        groups = outer.items() if isinstance(outer, Mapping) else ()
+        given = {
+            f"x[{group!r}][{name!r}]": tuple(leaf.shape)
+            for group, leaves in groups
+            if isinstance(leaves, Mapping)
+            for name, leaf in leaves.items()
+            if isinstance(leaf, Tensor)
+        }
+        if wrong := [name for name, shape in wanted.items() if given.get(name) != shape]:
+            name = wrong[0]
+            raise ValueError(
+                f"a Learner was given an x in which {name} of shape {wanted[name]} "
+                + (f"has the shape {given[name]}" if name in given else "is missing")
+                + "; write x = learner.outer(), and change its tensors in place"
             )
 
     def _check_head(self, head: Head) -> None:
@@ -181,15 +209,18 @@ class Learner:
 
     def outer(self) -> Outer:
         """A fresh x: leaves that require grad, copied from the module."""
+        copied = {
+            group: {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
+            for group, leaves in self._outer().items()
+        }
+        return {group: leaves for group, leaves in copied.items() if leaves}
+
+    def _outer(self) -> Outer:
         given = self.model.outer()
         if self.rates is not None:
             solver = Descent(SGD(lr=0.1), 5) if self.solver is None else self.solver
             given["rates"] = self.rates.variables(self.model.adapted(), solver)
-        copied = {
-            group: {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
-            for group, leaves in given.items()
-        }
-        return {group: leaves for group, leaves in copied.items() if leaves}
+        return given
 
     def hypergradient(self, outer: Outer, batches: Batches, *, state: Any = None) -> Hypergradient:
         """`bilevel.hypergradient` of the mean over the tasks in `batches`.
@@ -199,6 +230,7 @@ class Learner:
             batches: support and query of T tasks.
             state: that of the last result, for estimators that carry one.
         """
+        self._check_outer(outer)
         return hypergradient(
             self.problem,
             outer,
@@ -227,6 +259,7 @@ class Learner:
             state: the estimator's state to begin with.
             **options: of `bilevel.iterate`.
         """
+        self._check_outer(outer)
         made = self.optimizer(tree.tensors(outer)) if optimizer is None else optimizer
         return iterate(
             self.problem,
@@ -249,7 +282,7 @@ class Learner:
             outer: x.
             support: `(inputs, targets)` of one task; with `tasks`, of T tasks.
             tasks: whether support has a leading task dimension; the parameters that adapted then have one too.
-            solver: another one than at training, for more steps, say.
+            solver: another one than at training, for more steps, say (learned rates of each step have no more).
 
         Raises:
             ValueError: what adapts is a head, which has no place in the module; see `predict`.
@@ -285,6 +318,7 @@ class Learner:
         Raises:
             ValueError: fewer than two tasks, or fewer than `tasks`.
         """
+        self._check_outer(outer)
         x, scores, losses, codes = tree.detach(outer), list[float](), list[float](), []
         for batches in loader:
             found = adapt(
@@ -300,17 +334,18 @@ class Learner:
             codes.append(found.code)
             losses += [] if found.outer_loss is None else found.outer_loss.double().tolist()
             with torch.no_grad():
-                for task in range(len(tree.tensors(targets)[0])):
+                for task in range(len(tree.tensors(batches.outer)[0])):
                     y, one, target = (
                         tree.tree_map(lambda leaf, task=task: leaf[task] if isinstance(leaf, Tensor) else leaf, value)
                         for value in (found.inner, inputs, targets)
                     )
-                    scores.append(float(score(self.model.predict(y, x, one), target)))
+                    scores.append(_number(score(self.model.predict(y, x, one), target)))
             if tasks is not None and len(scores) >= tasks:
                 break
         return Evaluation.of(scores[:tasks], losses[:tasks], codes, wanted=tasks)
 
     def _adapted(self, outer: Outer, support: Any, *, tasks: bool, solver: InnerSolver | None) -> Any:
+        self._check_outer(outer)
         batches = Batches(inner=support, outer=support)
         x = tree.detach(outer)
         found = adapt(
@@ -341,3 +376,12 @@ class Learner:
 
     def _task_mean(self) -> TaskMean:
         return TaskMean(self.estimator, self._chunk if self.weights is None else self.chunk, self.weights)
+
+
+def _number(score: Any) -> float:
+    if isinstance(score, Tensor) and score.numel() != 1:
+        raise ValueError(
+            f"the score of a task is a tensor of shape {tuple(score.shape)}; one number was needed. Reduce it with "
+            f".mean()"
+        )
+    return float(score)

@@ -7,7 +7,7 @@
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -92,23 +92,31 @@ class InParameters(Model):
         )
         self._above, self._upper = _part(above, used)
         self._whole, _ = _part(module, used)
+        self._layers = tuple(module) if isinstance(module, nn.Sequential) else ()
         if below is not None:
             self._below, self._lower = _part(below, used)
             self.features = self._features
 
     def outer(self) -> Groups:
-        own = dict(self._module.named_parameters())
-        return {"parameters": {name: own[name] for name in self._learned}}
+        return {"parameters": _own(self._module, self._learned)}
 
     def adapted(self) -> dict[str, Tensor]:
-        own = dict(self._module.named_parameters())
-        return {name: own[name].detach() for name in self._adapts}
+        return {name: value.detach() for name, value in _own(self._module, self._adapts).items()}
 
     def begin(self, outer: Tree, batch: Any) -> Tree:
         own = self.adapted() | {name: outer["parameters"][name] for name in self._adapts if self._start.learned}
+        versions = [value._version for value in own.values()]
         begun = self._start.begin(own, outer, batch)
+        if versions != [value._version for value in own.values()]:
+            raise ValueError(
+                f"{type(self._start).__name__}.begin() changed its parameters in place, which are x's or the module's; "
+                f"write value = value + d instead of value += d or value.add_(d)"
+            )
         shapes = {name: tuple(value.shape) for name, value in own.items()}
-        if not isinstance(begun, dict) or {name: tuple(value.shape) for name, value in begun.items()} != shapes:
+        if (
+            not isinstance(begun, dict)
+            or {name: getattr(leaf, "shape", None) for name, leaf in begun.items()} != shapes
+        ):
             raise ValueError(
                 f"{type(self._start).__name__}.begin() returned "
                 f"{list(begun) if isinstance(begun, dict) else type(begun).__name__}; a dict with the names and shapes "
@@ -120,14 +128,19 @@ class InParameters(Model):
         return self._whole({**outer.get("parameters", {}), **inner}, inputs)
 
     def inner_loss(self, loss: Loss, inner: Tree, outer: Tree, batch: Any) -> Tensor:
-        inputs, targets = batch
+        inputs, targets = _pair(batch)
         values = {**outer.get("parameters", {}), **inner}
         return loss(self._above({name: values[name] for name in self._upper}, inputs), targets)
 
     outer_loss = inner_loss
 
     def _features(self, outer: Tree, batch: Any) -> Any:
-        inputs, targets = batch
+        if not isinstance(self._module, nn.Sequential) or self._layers != tuple(self._module) or _wrapped(self._module):
+            raise ValueError(
+                "the layers or the hooks of the module were changed after the Learner was made, which runs its first "
+                "layers by themselves; make a Learner of the module as it is now, or write reuse_features=False"
+            )
+        inputs, targets = _pair(batch)
         values = outer.get("parameters", {})
         return self._below({name: values[name] for name in self._lower}, inputs), targets
 
@@ -149,8 +162,7 @@ class InFunctionSpace(Model):
 
     def outer(self) -> Groups:
         like = next(iter(self._module.parameters()), torch.zeros(()))
-        own = dict(self._module.named_parameters())
-        return {"parameters": {name: own[name] for name in self._learned}, "head": self._head.variables(like)}
+        return {"parameters": _own(self._module, self._learned), "head": self._head.variables(like)}
 
     def adapted(self) -> dict[str, Tensor]:
         return {}
@@ -159,14 +171,14 @@ class InFunctionSpace(Model):
         return Embedded(self._call, outer.get("parameters", {}), inputs)
 
     def begin(self, outer: Tree, batch: Any) -> Tree:
-        inputs, targets = batch
+        inputs, targets = _pair(batch)
         return self._head.fit(self._embedded(outer, inputs), targets, outer.get("head", {}))
 
     def predict(self, inner: Tree, outer: Tree, inputs: Any) -> Any:
         return self._head.predict(inner, self._embedded(outer, inputs), outer.get("head", {}))
 
     def inner_loss(self, loss: Loss, inner: Tree, outer: Tree, batch: Any) -> Tensor:
-        inputs, targets = batch
+        inputs, targets = _pair(batch)
         return loss(self.predict(inner, outer, inputs), targets)
 
     outer_loss = inner_loss
@@ -178,6 +190,32 @@ class InFunctionSpace(Model):
         )
 
 
+def _own(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    own = dict(module.named_parameters())
+    if missing := [name for name in names if name not in own]:
+        raise ValueError(
+            f"the module has no parameters {missing} any more, which it had when the Learner was made; make a Learner "
+            f"of the module as it is now"
+        )
+    return {name: own[name] for name in names}
+
+
+def _pair(batch: Any) -> Any:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        given = f"{len(batch)} things" if isinstance(batch, (tuple, list)) else f"a {type(batch).__name__}"
+        raise ValueError(
+            f"a Learner was given {given} as a batch; a pair was needed, Batches(inner=(inputs, targets), "
+            f"outer=(inputs, targets)). Put several inputs into one dict or tuple"
+        )
+    return batch
+
+
+def _wrapped(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class's forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
 def _part(module: nn.Module, used: set[str]) -> tuple[Callable[..., Any], tuple[str, ...]]:
     """A part of the module as a function of those of its parameters that are used."""
     names = tuple(name for name, _ in module.named_parameters() if name in used)
@@ -187,8 +225,7 @@ def _part(module: nn.Module, used: set[str]) -> tuple[Callable[..., Any], tuple[
 
 def _shared_depth(module: nn.Module, adapts: tuple[str, ...]) -> int:
     """How many of the first layers of a Sequential neither adapt nor share a parameter with the others."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    if type(module) is not nn.Sequential or hooked:
+    if type(module) is not nn.Sequential or _wrapped(module):
         return 0
     adapting = {id(parameter) for name, parameter in module.named_parameters() if name in adapts}
     owned = [{id(parameter) for parameter in layer.parameters()} for layer in module]

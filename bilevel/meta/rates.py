@@ -130,6 +130,11 @@ class _Rate:
         return values["all"] if self.single else values
 
     def _one(self, rate: Tensor) -> Tensor:
+        if self.step is not None and self.step >= len(rate):
+            raise ValueError(
+                f"Rates(per_step=True) has learned the rates of {len(rate)} steps, and the solver takes more; give it "
+                f"steps={len(rate)} at most, or learn rates that are the same at every step"
+            )
         rate = rate if self.step is None else rate[self.step]
         return rate.exp() if self.log else rate
 
