@@ -227,7 +227,8 @@ def _through_inner_loss(oracles: Oracles, y: Tree, embedded: Any, xs: Sequence[T
 
 def _through_steps(oracles: Oracles, y: Tree, embedded: Any, xs: Sequence[Tensor], steps: int) -> frozenset[int]:
     """Through the steps, with the inner gradient held fixed."""
-    moved = tree.detach(y)
+    # A copy: a step in place, which is refused, must not have changed what the caller gave.
+    moved = tree.tree_map(torch.clone, tree.detach(y))
     state = oracles.dynamics.init(moved, oracles.attached)
     outputs: list[Tensor] = []
     for step in range(steps):
