@@ -1,6 +1,7 @@
 """Comparisons end to end: fresh processes, failures as rows, two references that are never mixed up, and the
 command."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -246,7 +247,10 @@ def test_ctrl_c_keeps_the_finished_rows(cases, tmp_path):
         "--inner-steps",
         many,
     ]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell that runs the tests in the background lets its children ignore the interrupt.
+    listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = subprocess.Popen(command, text=True, preexec_fn=listening, **pipes)
     deadline = time.monotonic() + 60
     records = out / "records.jsonl"
     while time.monotonic() < deadline and not (records.exists() and records.read_text().count("\n") >= 2):
