@@ -207,6 +207,13 @@ def _pair(batch: Any) -> Any:
             f"a Learner was given {given} as a batch; a pair was needed, Batches(inner=(inputs, targets), "
             f"outer=(inputs, targets)). Put several inputs into one dict or tuple"
         )
+    if isinstance(batch[1], Tensor) and batch[1].dim() == 0:
+        # One task's examples would be taken for tasks of one example each, and give a number.
+        raise ValueError(
+            "a Learner was given targets that are a single number for each task. Their first dimension counts tasks, "
+            "the second examples: write inputs.unsqueeze(0), targets.unsqueeze(0) for a batch of one task, "
+            "targets.unsqueeze(1) for tasks of one example"
+        )
     return batch
 
 

@@ -1,6 +1,7 @@
 """The Learner against programs written by hand: which parameters adapt, from where, how, and what is learned."""
 
 import copy
+import dataclasses
 import functools
 
 import pytest
@@ -377,3 +378,19 @@ def test_the_default_chunk_is_what_was_measured(width, chunk, expected):
     module = nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 3))
     learner = bl.meta.Learner(module, cross_entropy, chunk=chunk)
     assert learner._task_mean().chunk == expected
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize("adapts", [True, "2"])
+def test_examples_are_not_taken_for_tasks(adapts, chunk):
+    """One task's support, without a task dimension, would read as tasks of one example each."""
+    data = batches()
+    alone = bl.Batches(*((inputs[0], targets[0]) for inputs, targets in (data.inner, data.outer)))
+    alone = dataclasses.replace(alone, outer=alone.inner)
+    learner = bl.meta.Learner(net(), cross_entropy, adapts=adapts, solver=solver(), chunk=chunk)
+    x = learner.outer()
+    with pytest.raises(ValueError, match=r"targets\.unsqueeze\(0\)"):
+        learner.hypergradient(x, alone)
+    with pytest.raises(ValueError, match=r"targets\.unsqueeze\(0\)"):
+        learner.evaluate(x, [alone])
+    learner.adapt(x, alone.inner)  # of one task, which is what this is
