@@ -219,28 +219,31 @@ def table(path: pathlib.Path, config: Config) -> str:
     """Markdown: a row for each method, a group of columns for each shot."""
     lines = {(line["method"], line["shot"]): line for line in done(path).values()}
     shots = sorted({shot for _, shot in lines})
-    head = ["method"]
-    for shot in shots:
-        head += [f"{shot}-shot accuracy, %", f"{shot}-shot memory, MiB", f"{shot}-shot time / FOMAML's"]
-    head += ["gradients of g", "of f", "HVPs", "mixed", "steps of a failed status, %"]
+    accuracies = [f"{shot}-shot, %" for shot in shots]
+    each = " / ".join(f"{shot}-shot" for shot in shots)
+    head = ["method", *accuracies, f"MiB, {each}", f"time / FOMAML's, {each}", "calls: g, f, HVP, mixed", "failed, %"]
     rows = [head, ["---"] * len(head)]
     for name in names():
         found = [lines.get((name, shot)) for shot in shots]
-        if not any(found):
+        known = [line for line in found if line is not None]
+        if not known:
             continue
-        row = [name]
-        for line in found:
-            row += ["", "", ""] if line is None else [
-                f"{100 * line['accuracy']:.1f} ± {100 * line['interval']:.1f}",
-                f"{line['peak_tensor_bytes'] / 2**20:.0f}",
-                f"{line['time_over_first_order']:.2f}",
-            ]  # fmt: skip
-        last = next(line for line in reversed(found) if line is not None)
-        per = config.tasks if config.chunk == 1 else 1
-        row += [f"{last['calls'][oracle] / per:g}" for oracle in COLUMNS]
-        seen = sum((Counter(line["statuses"]) for line in found if line is not None), Counter())
+        tasks = config.tasks if config.chunk == 1 else 1
+        seen = sum((Counter(line["statuses"]) for line in known), Counter())
         bad = sum(count for status, count in seen.items() if bl.Status[status].failed)
-        rows.append([*row, f"{100 * bad / seen.total():.0f}" if seen else "-"])
+        rows.append(
+            [
+                name,
+                *(
+                    "" if line is None else f"{100 * line['accuracy']:.1f} ± {100 * line['interval']:.1f}"
+                    for line in found
+                ),
+                " / ".join("-" if line is None else f"{line['peak_tensor_bytes'] / 2**20:.0f}" for line in found),
+                " / ".join("-" if line is None else f"{line['time_over_first_order']:.2f}" for line in found),
+                ", ".join(f"{known[-1]['calls'][oracle] / tasks:g}" for oracle in COLUMNS),
+                f"{100 * bad / seen.total():.0f}" if seen else "-",
+            ]
+        )
     some = next(iter(lines.values()), None)
     where = "" if some is None else ", ".join(f"{key} {value}" for key, value in some["environment"].items())
     return (
@@ -248,8 +251,9 @@ def table(path: pathlib.Path, config: Config) -> str:
         + "\n\nMade by `python benchmarks/fewshot_table.py`. 5-way glyphs, conv4 of width "
         + f"{config.width}, {config.tasks} tasks a step, {config.steps} outer steps, {config.test_tasks} test tasks, "
         + "95 % intervals over them. Memory: peak tensor bytes that one hypergradient adds. Time: median of one "
-        + "hypergradient over FOMAML's, taken in turns in one process. Oracle calls: for one task. Steps of a failed "
-        + "status (negative curvature, an unsolved linear system) are made all the same. "
+        + "hypergradient over FOMAML's, taken in turns in one process. Calls: gradients of g "
+        + "and f, Hessian-vector and mixed products, for one task. Failed: outer steps of a failed status (negative "
+        + "curvature, an unsolved linear system); they are made all the same. "
         + f"{where}.\n"
     )
 
