@@ -22,6 +22,9 @@ from bilevel.space import tree
 class FirstOrder(Estimator):
     """The uncorrected baseline: treat y_K - y_0 as a constant. Biased, see the module.
 
+    Bias: see the module. A start of a tensor of y that f does not use gets 0: it acts through the steps of the others
+        alone, by second derivatives.
+
     Memory: that of plain training, independent of K; linear in T.
 
     Raises:
