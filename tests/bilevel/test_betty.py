@@ -434,7 +434,7 @@ def test_status_and_residual_of_every_solve_reach_bettys_log():
     assert all('[Problem "lower"] [Hypergradient for "upper"] MAX_STEPS || ' in line for line in said)
     stats = [each for each in lower.logger.stats if each[0] == "lower/hypergradient"]
     assert len(stats) == 3
-    tag, step, figures = stats[-1]
+    _, step, figures = stats[-1]
     assert step == 6
     assert 0 < figures["linear_residual"] < 1
     assert figures["linear_steps"] == 1

@@ -10,7 +10,7 @@ Nothing of Betty is imported or changed before one of these functions is called.
 
 from bilevel.integrations.betty.graph import check as check
 from bilevel.integrations.betty.hook import Hook as Hook
-from bilevel.integrations.betty.hook import register as register
-from bilevel.integrations.betty.hook import use as use
+from bilevel.integrations.betty.registration import register as register
+from bilevel.integrations.betty.registration import use as use
 from bilevel.integrations.betty.release import Release as Release
 from bilevel.integrations.betty.release import installed as installed

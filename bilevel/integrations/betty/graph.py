@@ -5,6 +5,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from bilevel.integrations.betty import release
 from bilevel.integrations.betty.hook import Hook
 from bilevel.integrations.betty.program import refuse_shared
@@ -21,10 +23,11 @@ def check(problems: Sequence[Any], dependencies: Mapping[str, Mapping[Any, Seque
         ValueError: an edge leads to a problem that is not listed; a u2l edge has no way back up, so that there is no
             path for its gradient; the l2u edges make a circle; two problems have one name or share parameters; a
             problem's type is unknown to Betty, or is never used; Betty's cg or neumann is asked for where Betty refuses
-            it; a problem is an IterativeProblem, where this release's does not work.
+            it; a problem is an IterativeProblem, where this release's does not work; an optimizer
+            cannot be made as Betty makes it.
 
     Warns:
-        UserWarning: a problem uses a method of Betty's that is wrong in this release.
+        UserWarning: a problem uses a method of Betty's that is wrong in this release, or has settings that Betty loses.
     """
     u2l, l2u = (dependencies.get(key, {}) for key in ("u2l", "l2u"))
     _check_names(problems)
@@ -46,6 +49,8 @@ def check(problems: Sequence[Any], dependencies: Mapping[str, Mapping[Any, Seque
             )
     for one, other in itertools.combinations([each for each in problems if each.module is not None], 2):
         refuse_shared(one, other)
+    for each in problems:
+        _check_optimizer(each)
     _check_types(u2l, l2u)
 
 
@@ -64,6 +69,34 @@ def _check_circles(problems: Sequence[Any], l2u: Mapping[Any, Sequence[Any]]) ->
                     f'the edges of "l2u" lead from {each.name} back to {each.name}, so no problem is the lowest; leave '
                     f"the edge from {each.name} to {above.name} out, or the one that leads back"
                 )
+
+
+def _check_optimizer(problem: Any) -> None:
+    """Betty makes each optimizer anew, from its class and its defaults."""
+    optimizer = problem.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer) or callable(getattr(problem, "param_groups", None)):
+        return
+    name, defaults = type(optimizer).__name__, optimizer.defaults
+    try:
+        type(optimizer)([torch.zeros(1, requires_grad=True)], **defaults)
+    except TypeError as error:
+        instead = " Write torch.optim.Adam(..., decoupled_weight_decay=True)" if name == "AdamW" else ""
+        raise ValueError(
+            f"problem {problem.name} has a {name}, which Betty makes anew from its defaults, and this torch's cannot "
+            f"be made so ({error}).{instead}"
+        ) from None
+    lost = {
+        key
+        for group in optimizer.param_groups
+        for key, value in group.items()
+        if key in defaults and key != "initial_lr" and value != defaults[key]
+    }
+    if lost:
+        warnings.warn(
+            f"problem {problem.name} has parameter groups with settings of their own ({', '.join(sorted(lost))}), "
+            f"which Betty loses: it makes the optimizer anew with its defaults. Define param_groups() on the problem",
+            stacklevel=3,
+        )
 
 
 def _check_types(u2l: Mapping[Any, Sequence[Any]], l2u: Mapping[Any, Sequence[Any]]) -> None:
@@ -87,13 +120,14 @@ def _check_types(u2l: Mapping[Any, Sequence[Any]], l2u: Mapping[Any, Sequence[An
         if kind not in jvp_fn_mapping:
             raise ValueError(
                 f"problem {lower.name} has type={kind!r}, which Betty does not know; it knows "
-                f"{', '.join(jvp_fn_mapping)}. Write type=bilevel.integrations.betty.register(bilevel.Implicit(...))"
+                f"{', '.join(jvp_fn_mapping)}. Write "
+                f"type=bilevel.integrations.betty.register(bilevel.Implicit(bilevel.CG(10)))"
             )
         if kind in ("cg", "neumann") and lower in u2l:
             raise ValueError(
-                f"problem {lower.name} has type={kind!r} and is itself above {u2l[lower][0].name}, where Betty's {kind} "
-                f"refuses to work. Write type=bilevel.integrations.betty.register(bilevel.Implicit(bilevel.CG(10)), "
-                f"below=K)"
+                f"problem {lower.name} has type={kind!r} and is itself above {u2l[lower][0].name}, where Betty's "
+                f"{kind} refuses to work. Write "
+                f"type=bilevel.integrations.betty.register(bilevel.Implicit(bilevel.CG(10)), below=K)"
             )
         if kind in found.defects:
             warnings.warn(f"problem {lower.name}: {found.defects[kind]}", stacklevel=3)

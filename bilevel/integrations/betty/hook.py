@@ -8,15 +8,15 @@
 """
 
 import inspect
+import warnings
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import bilevel as bl
-from bilevel.integrations.betty import release
 from bilevel.integrations.betty.optimizer import at_rest
 from bilevel.integrations.betty.program import Named, Program, paired, program
 from bilevel.integrations.betty.recording import CALLBACKS, Recording
@@ -102,26 +102,25 @@ class Hook:
         now = {name: leaf.detach() for name, leaf in posed.inner.items()}
         problem = bl.Problem(posed.loss, lambda y, x, w: sum(((y[name] - now[name]) * w[name]).sum() for name in w))
         solver = bl.Descent(self._resting(posed), 0) if self.solver is None else self.solver
-        found = self._run(problem, posed, now, bl.Batches(inner=curr.cur_batch, outer=v), solver)
-        if not self._admitted:
-            self._admit(lambda w: self._run(problem, posed, now, bl.Batches(curr.cur_batch, w), solver), found, v)
-        return found
+        self._admit(lambda w: self._run(problem, posed, now, bl.Batches(curr.cur_batch, w), solver), v)
+        return self._run(problem, posed, now, bl.Batches(inner=curr.cur_batch, outer=v), solver)
 
     def _replayed(self, posed: Program, v: Named, recording: Recording) -> bl.Hypergradient:
         problem, started, solver, steps = recording.replayed(posed)
         device = next(iter(v.values())).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            self._admit(lambda w: self._run(problem, posed, started, bl.Batches(steps, w), solver), v)
             found = self._run(problem, posed, started, bl.Batches(steps, v), solver)
             recording.check(found.inner, posed)
-            if not self._admitted:
-                self._admit(lambda w: self._run(problem, posed, started, bl.Batches(steps, w), solver), found, v)
         return found
 
     def _run(
         self, problem: bl.Problem, posed: Program, start: Named, batches: bl.Batches, solver: bl.InnerSolver
     ) -> bl.Hypergradient:
         states = self._states.setdefault(posed.curr, weakref.WeakKeyDictionary())
-        with torch.enable_grad():
+        with torch.enable_grad(), warnings.catch_warnings():
+            # (That a part of a module is not used is common; that none of it is, is refused below.)
+            warnings.filterwarnings("ignore", message=r"outer variable .* influences neither loss")
             found = bl.hypergradient(
                 problem,
                 {name: leaf.detach() for name, leaf in posed.outer.items()},
@@ -132,6 +131,10 @@ class Hook:
                 state=states.get(posed.prev),
             )
         states[posed.prev] = found.state
+        if not any(bool(leaf.any()) for leaf in found.grad.values()):
+            inner = batches.inner
+            recorded = isinstance(inner, bl.PerStep)
+            posed.require_dependence([inner[k].batch for k in range(len(inner))] if recorded else [inner])
         return found
 
     def _resting(self, posed: Program) -> bl.Optimizer:
@@ -152,16 +155,22 @@ class Hook:
             )
         return at_rest(curr.name, curr.optimizer, posed.inner)
 
-    def _admit(self, run: Any, found: bl.Hypergradient, v: Named) -> None:
-        """Hold an estimator that is not the library's to what Betty wants of it: to be linear in the vector."""
-        twice = run({name: 2 * leaf for name, leaf in v.items()})
-        size = sum(float((2 * leaf).double().square().sum()) for leaf in found.grad.values()) ** 0.5
-        away = sum(float((twice.grad[n] - 2 * leaf).double().square().sum()) for n, leaf in found.grad.items()) ** 0.5
+    def _admit(self, run: Callable[[Named], bl.Hypergradient], v: Named) -> None:
+        """Hold an estimator that is not known to it to what Betty wants: to be linear in the vector. Once."""
+        if self._admitted:
+            return
+        device = next(iter(v.values())).device
+        found: list[Named] = []
+        for scale in (1, 2):  # from the same random numbers
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                found.append(run({name: scale * leaf for name, leaf in v.items()}).grad)
+        once, twice = ([leaf.double() for leaf in each.values()] for each in found)
+        size = sum(float((2 * leaf).square().sum()) for leaf in once) ** 0.5
+        away = sum(float((b - 2 * a).square().sum()) for a, b in zip(once, twice, strict=True)) ** 0.5
         if away > 0.1 * size:
             raise ValueError(
-                f"{type(self.estimator).__name__} does not return (dy*/dx)^T v of the vector v that Betty hands it: for "
-                f"2 v it is not twice as large. It estimates something else than the gradient of the upper loss, or "
-                f"draws other random numbers in each call"
+                f"{type(self.estimator).__name__} does not return (dy*/dx)^T v of the vector v that Betty hands it: "
+                f"for 2 v it is not twice as large, so it estimates something else than the gradient of the upper loss"
             )
         self._admitted = True
 
@@ -169,7 +178,9 @@ class Hook:
         """Status and residual, to Betty's log; a failure is raised."""
         curr, status = posed.curr, found.status
         figures: dict[str, Any] = {
-            key: _number(value) for key, value in found.stats.items() if key != "calls" and _number(value) is not None
+            key: number
+            for key, value in found.stats.items()
+            if key != "calls" and (number := _number(value)) is not None
         }
         text = " || ".join(f"{key}: {value:.3g}" for key, value in figures.items())
         said = f'[Problem "{curr.name}"] [Hypergradient for "{posed.prev.name}"] {status.name}'
@@ -190,98 +201,6 @@ class Hook:
             raise bl.BilevelError(
                 f"problem {curr.name}, hypergradient for {posed.prev.name}: {status.name}: {status.value}", status
             )
-
-
-def register(
-    estimator: bl.Estimator,
-    solver: bl.InnerSolver | None = None,
-    *,
-    name: str | None = None,
-    below: int | None = None,
-    tolerate: Collection[bl.Status] = (bl.Status.NEGATIVE_CURVATURE,),
-) -> str:
-    """Put an estimator beside Betty's own hypergradients, under a name for `Config(type=...)`.
-
-    Args:
-        estimator: how the hypergradient is estimated.
-        solver: see `Hook`.
-        name: under which Betty finds it; by default that of its class and a number.
-        below: see `Hook`.
-        tolerate: see `Hook`.
-
-    Returns:
-        The name.
-
-    Raises:
-        ImportError: Betty is not installed.
-        TypeError: `estimator` or `solver` is none.
-        ValueError: the name is one of Betty's own, or the estimator needs more than it was given.
-
-    Example:
-        >>> import bilevel as bl
-        >>> from bilevel.integrations import betty
-        >>> if betty.release.available():
-        ...     betty.register(bl.Implicit(bl.CG(max_steps=10)), name="cg that converges")
-        ... else:
-        ...     "cg that converges"
-        'cg that converges'
-    """
-    return _registered(Hook(estimator, solver, below=below, tolerate=tolerate), name)
-
-
-def use(
-    problem: Any,
-    estimator: bl.Estimator,
-    solver: bl.InnerSolver | None = None,
-    *,
-    below: int | None = None,
-    tolerate: Collection[bl.Status] = (bl.Status.NEGATIVE_CURVATURE,),
-) -> str:
-    """Let a Betty problem use an estimator from now on: `register`, and the name put into its configuration.
-
-    An estimator that differentiates steps (Unrolled) needs those that Betty makes: they are kept, from now on, by
-    listening to this problem's get_batch. Memory: 2 P, and what the optimizer keeps; the batches of `unroll_steps`.
-
-    Args:
-        problem: an ImplicitProblem that is below another, before the engine runs.
-        estimator: how the hypergradient is estimated.
-        solver: see `Hook`.
-        below: see `Hook`.
-        tolerate: see `Hook`.
-
-    Returns:
-        The name under which it is registered.
-
-    Raises:
-        ImportError, TypeError, ValueError: see `register`.
-    """
-    import dataclasses
-
-    if not hasattr(problem, "training_step_exec") or not hasattr(problem, "_config"):
-        raise TypeError(f"use() was given a {type(problem).__name__} as problem; one of betty.problems was needed")
-    hook = Hook(estimator, solver, below=below, tolerate=tolerate)
-    if hook.differentiates_steps and solver is None:
-        hook.record(problem)
-    name = _registered(hook, None)
-    # (A Config may be shared by several problems.)
-    problem._config = dataclasses.replace(problem.config, type=name)
-    return name
-
-
-def _registered(hook: Hook, name: str | None) -> str:
-    if not release.available():
-        raise ImportError(release.MISSING)
-    with release.importing():
-        from betty.hypergradient import jvp_fn_mapping
-
-    if name is None:
-        stem = f"bilevel {type(hook.estimator).__name__}"
-        name = next(each for number in range(1, 1_000_000) if (each := f"{stem} {number}") not in jvp_fn_mapping)
-    taken = jvp_fn_mapping.get(name)
-    if taken is not None and not isinstance(taken, Hook):
-        raise ValueError(f"register() was given name={name!r}, which is Betty's own; another was needed")
-    jvp_fn_mapping[name] = hook
-    return name
 
 
 def _check(estimator: Any, solver: Any, below: Any) -> None:

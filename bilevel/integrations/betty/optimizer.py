@@ -16,8 +16,8 @@ _SETTINGS = {
     torch.optim.AdamW: ("lr", "eps", "weight_decay"),
 }
 _REST = (
-    "Say how the problem moves in the library's words, such as solver=bilevel.Descent(bilevel.SGD(lr=0.1), 0), or write "
-    "a bilevel.inner.Dynamics whose stationarity() is zero where it rests"
+    "Say how the problem moves in the library's words, such as solver=bilevel.Descent(bilevel.SGD(lr=0.1), 0), or "
+    "write a bilevel.inner.Dynamics whose stationarity() is zero where it rests"
 )
 
 
@@ -90,8 +90,8 @@ def steps_as(name: str, optimizer: Any, parameters: Mapping[str, Tensor]) -> bl.
     kind = type(optimizer)
     if kind not in _SETTINGS:
         raise ValueError(
-            f"problem {name} is moved by {kind.__name__}, whose steps cannot be differentiated here; SGD, Adam or AdamW "
-            f"was needed. Use an estimator at the solution, such as bilevel.Implicit(bilevel.CG(10))"
+            f"problem {name} is moved by {kind.__name__}, whose steps cannot be differentiated here; SGD, Adam or "
+            f"AdamW was needed. Use an estimator at the solution, such as bilevel.Implicit(bilevel.CG(10))"
         )
     for flag in ("amsgrad", "maximize"):
         if any(group.get(flag) for group in optimizer.param_groups):
@@ -158,7 +158,7 @@ def _by_name(
 
 
 def _moves_at_rest(optimizer: torch.optim.Optimizer, decay: Any, parameters: Mapping[str, Tensor]) -> str:
-    """How a fresh optimizer of that kind moves copies of the parameters at a gradient of -decay y; "" if it does not."""
+    """How a fresh optimizer of that kind moves copies of the parameters at a gradient of -decay y; "" if not at all."""
     copies = {
         name: (leaf.detach().to(torch.float64, copy=True) + 1).requires_grad_() for name, leaf in parameters.items()
     }

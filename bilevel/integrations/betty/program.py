@@ -54,13 +54,32 @@ class Program:
     below: Sequence[tuple[Any, Named]]
     steps_below: int
     call: Callable[..., Tensor]
+    seen: list[bool] = dataclasses.field(default_factory=list)
+    """Whether a loss of this call was looked at for parameters that it holds on to."""
 
     def loss(self, inner: Named, outer: Named, batch: Any) -> Tensor:
         """The lower problem's loss at these parameters, after the problems below it have followed."""
         loss = self._at({**inner, **outer, **self._followed(inner, outer)}, self.curr, batch)
-        if torch.is_grad_enabled():
+        if loss.requires_grad and not self.seen:
+            # Once: a later step's graph may hold all earlier ones.
+            self.seen.append(True)
             self._refuse_held_parameters(loss)
         return loss
+
+    def require_dependence(self, batches: Sequence[Any]) -> None:
+        """Raise ValueError unless the loss uses some of the outer parameters on some of the batches."""
+        for batch in batches:
+            outer = {name: leaf.detach().requires_grad_() for name, leaf in self.outer.items()}
+            inner = {name: leaf.detach().requires_grad_() for name, leaf in self.inner.items()}
+            wanted = {id(leaf) for leaf in outer.values()}
+            with torch.enable_grad():
+                if any(id(leaf) in wanted for leaf in _leaves(self.loss(inner, outer, batch))):
+                    return
+        raise ValueError(
+            f"training_step of problem {self.curr.name} does not use the parameters of problem {self.prev.name}, so "
+            f"the gradient of this path is zero. Is an edge of the dependencies one too many, or is it used as .data, "
+            f"detached, or under torch.no_grad()?"
+        )
 
     def _at(self, tensors: Named, problem: Any, batch: Any) -> Tensor:
         with _no_statistics(self.curr.module, self.prev.module, *(each.module for each, _ in self.below)):
@@ -90,8 +109,8 @@ class Program:
         for leaf in _leaves(loss):
             if id(leaf) in originals:
                 raise ValueError(
-                    f"training_step of problem {self.curr.name} uses {originals[id(leaf)]} by an object that it holds on "
-                    f"to (a list of parameters made earlier, a closure), so its derivative cannot be followed. Take "
+                    f"training_step of problem {self.curr.name} uses {originals[id(leaf)]} by an object that it holds "
+                    f"on to (a list of parameters made earlier, a closure), so its derivative cannot be followed. Take "
                     f"parameters from the module in each call, such as self.module.parameters()"
                 )
 
@@ -120,8 +139,8 @@ def program(curr: Any, prev: Any, *, steps_below: int | None) -> Program:
         )
     if steps_below and any(each is prev for each in lower):
         raise ValueError(
-            f"problem {prev.name} lies below {curr.name}, and the gradient for its own parameters was asked for while it "
-            f"follows {curr.name}. Write below=0, or take its edges out of one of the paths"
+            f"problem {prev.name} lies below {curr.name}, and the gradient for its own parameters was asked for while "
+            f"it follows {curr.name}. Write below=0, or take its edges out of one of the paths"
         )
     lower = [each for each in lower if each is not prev]
     others = [each for each in _known(curr) if each not in (curr, prev, *lower)]
@@ -168,8 +187,8 @@ def _named(problem: Any, parameters: Sequence[Tensor], names: Mapping[int, str])
     unknown = [tuple(leaf.shape) for leaf in parameters if id(leaf) not in names]
     if unknown:
         raise ValueError(
-            f"problem {problem.name} has {len(unknown)} trainable parameters (of shapes {unknown[:3]}) that are none of "
-            f"its module's, as those of an IterativeProblem are; write it as an ImplicitProblem, whose module holds "
+            f"problem {problem.name} has {len(unknown)} trainable parameters (of shapes {unknown[:3]}) that are none "
+            f"of its module's, as those of an IterativeProblem are; write it as an ImplicitProblem, whose module holds "
             f"what is trained"
         )
     if not parameters:

@@ -80,7 +80,7 @@ class Recording:
         names = list(program.inner)
         optimizers = [_renamed(step.optimizer, names) for step in self.steps]
         same = all(each == optimizers[0] for each in optimizers)
-        moving: bl.Optimizer = optimizers[0] if same else bl.Scheduled(optimizers)
+        moving: bl.Optimizer = optimizers[0] if same else bl.Scheduled(tuple(optimizers))
         state = self._state if same else {"step": 0, "inside": self._state}
         started = dict(zip(names, self._start, strict=True))
 
@@ -123,8 +123,8 @@ class Recording:
         }
         if used := [name for name, there in refused.items() if there]:
             raise ValueError(
-                f"problem {problem.name} uses {', '.join(used)}, so its steps are more than its optimizer's, and cannot "
-                f"be differentiated here. Leave it out, or use an estimator at the solution, such as "
+                f"problem {problem.name} uses {', '.join(used)}, so its steps are more than its optimizer's, and "
+                f"cannot be differentiated here. Leave it out, or use an estimator at the solution, such as "
                 f"bilevel.Implicit(bilevel.CG(10))"
             )
 

@@ -118,7 +118,7 @@ def _iterative() -> str:
     from betty.configs import Config
     from betty.problems import IterativeProblem
 
-    class Lower(IterativeProblem):  # type: ignore[misc, valid-type]
+    class Lower(IterativeProblem):
         def training_step(self, batch: Any) -> torch.Tensor:
             return self.params[0].square().sum()
 
