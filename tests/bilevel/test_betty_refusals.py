@@ -349,7 +349,7 @@ def test_an_estimator_of_the_users_own_is_right_or_refused():
 
 def test_bootstrapping_is_no_gradient_of_the_upper_loss():
     with pytest.raises(ValueError, match="Bootstrapped does not return"):
-        ran(use=bl.Bootstrapped(bl.Unrolled(), bl.estimators.OneStep(bl.Adam(0.1), after=2)))
+        ran(use=bl.Bootstrapped(bl.Unrolled(), bl.estimators.OneStep(bl.Adam(0.1))))
 
 
 def test_a_failed_solve_stops_the_program_and_one_that_is_tolerated_does_not():
