@@ -15,6 +15,9 @@ with release.importing():
     from betty.problems import ImplicitProblem
 
 SIZE = 4
+recent = pytest.mark.skipif(
+    release.installed_version() < (0, 2), reason="Betty 0.1.1 has other callbacks, defaults and attributes of problems"
+)
 ONE = [[torch.zeros(1)]]
 """A loader of one batch that nothing looks at."""
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from betty_programs import Quadratic, Quiet, Vector, edges, problem, run, sgd
+from betty_programs import Quadratic, Quiet, Vector, edges, problem, recent, run, sgd
 from torch import nn
 from torch.nn import functional as F
 
@@ -213,6 +213,7 @@ def test_a_schedule_of_step_sizes_is_followed():
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-14)
 
 
+@recent
 def test_a_replay_leaves_the_program_as_it_is():
     """Parameters, running statistics, modes and random numbers, as after the program without any hypergradient."""
     ends = []
@@ -356,6 +357,7 @@ class Chain:
         return -cross.T @ torch.linalg.solve(hessian, m - self.c)
 
 
+@recent
 def test_a_chain_of_three_levels_is_exact_when_what_lies_below_follows():
     chain = Chain(betty.register(bl.Implicit(bl.CG(10, tol=1e-12)), below=40))
     found = chain.run()
@@ -364,6 +366,7 @@ def test_a_chain_of_three_levels_is_exact_when_what_lies_below_follows():
     assert relative(fixed.run(), fixed.exact()) > 0.05
 
 
+@recent
 def test_a_chain_is_refused_unless_it_is_said_what_lies_below_does():
     chain = Chain(betty.register(bl.Implicit(bl.CG(10))), steps=(2, 2))
     with pytest.raises(ValueError, match=r"problem mid is itself above bottom.*below=K.*below=0"):

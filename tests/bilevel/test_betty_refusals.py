@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from betty_programs import Quadratic, Quiet, Vector, edges, problem, run, sgd
+from betty_programs import Quadratic, Quiet, Vector, edges, problem, recent, run, sgd
 from torch import nn
 from torch.nn import functional as F
 
@@ -31,7 +31,7 @@ def changed(**members):
     return lambda base: type("Lower", (base,), members)
 
 
-def clip(self):
+def clip(self, *_):
     with torch.no_grad():
         self.module.value.clamp_(-0.01, 0.01)
 
@@ -211,6 +211,7 @@ def three():
     return [problem(Any, name, Vector(quadratic.x), sgd(0.1)) for name in ("top", "mid", "low")]
 
 
+@recent
 def test_a_path_with_a_missing_edge_is_named():
     top, mid, low = three()
     complete = edges(u2l={top: [low]}, l2u={low: [mid], mid: [top]})
@@ -234,6 +235,7 @@ def test_other_graphs_that_betty_would_run_wrong_are_named():
         betty.check([top, mid, low, twin], complete)
 
 
+@recent
 def test_a_type_that_betty_does_not_know_and_one_that_is_never_used_are_named():
     top, mid, low = three()
     complete = edges(u2l={top: [low]}, l2u={low: [mid], mid: [top]})
@@ -262,6 +264,7 @@ def test_what_is_wrong_with_the_release_is_said_where_it_is_used():
         betty.check([top, mid, low], edges(u2l={top: [mid], mid: [low]}, l2u={low: [mid], mid: [top]}))
 
 
+@recent
 def test_optimizers_that_betty_cannot_make_or_makes_otherwise_are_said():
     top, mid, low = three()
     complete = edges(u2l={top: [low]}, l2u={low: [mid], mid: [top]})
