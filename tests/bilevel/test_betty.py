@@ -1,7 +1,9 @@
 """Our estimators in Betty programs: against closed forms, programs written by hand, and Betty's own methods."""
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -412,6 +414,45 @@ def test_the_sign_and_the_size_are_bettys():
         run([upper, lower], dependencies, 3)
         found[label] = upper_gradient(upper)
     assert relative(found["ours"], found["theirs"]) < 1e-12
+
+
+def test_another_problem_with_batch_norm_is_left_as_it_is():
+    """A third problem's net in the lower loss: its running statistics are Betty's business."""
+    body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    inputs = torch.randn(6, 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
+
+    class Body(Quiet):
+        def training_step(self, batch):
+            return self.module(inputs).square().mean()
+
+    class Lower(Quiet):
+        def training_step(self, batch):
+            y = self.module()
+            return (self.body(inputs) @ y).square().mean() + y.square().sum() - (y * self.upper()).sum()
+
+    class Upper(Quiet):
+        def training_step(self, batch):
+            return (self.lower() - 1).square().sum()
+
+    lower = problem(
+        Lower, "lower", Vector(torch.zeros(4, dtype=DOUBLE)), sgd(0.1), type=betty.register(bl.Implicit(bl.CG(10)))
+    )
+    upper = problem(Upper, "upper", Vector(torch.ones(4, dtype=DOUBLE)), sgd(0.0))
+    third = problem(Body, "body", body, sgd(0.0))
+    dependencies = edges(u2l={upper: [lower]}, l2u={lower: [upper], third: [lower]})
+    run([upper, lower, third], dependencies, 4)
+    # Body's own steps and lower's: two forwards an iteration, none of the hook's.
+    assert int(body[1].num_batches_tracked) == 8
+    assert body[1].track_running_stats
+
+
+def test_a_program_that_is_over_leaves_nothing_behind():
+    case = Reweighting(bl.Unrolled())
+    case.run()
+    gone = weakref.ref(case.inner)
+    del case
+    gc.collect()
+    assert gone() is None
 
 
 def test_nothing_of_betty_is_touched_before_it_is_asked_for():

@@ -179,6 +179,28 @@ def test_a_replay_that_ends_elsewhere_is_refused():
         ran(use=bl.Unrolled(), before=disturbed)
 
 
+@recent
+def test_an_upper_problem_that_comes_in_the_middle_of_a_loop_is_refused():
+    quadratic = Quadratic()
+
+    class Lower(Quiet):
+        def training_step(self, batch):
+            return (self.module() - self.upper()).square().sum()
+
+    class Upper(Quiet):
+        def training_step(self, batch):
+            return (self.a() - self.b() - quadratic.c).square().sum()
+
+    a, b = (
+        problem(Lower, name, Vector(quadratic.x), sgd(0.1), unroll_steps=steps) for name, steps in (("a", 2), ("b", 3))
+    )
+    upper = problem(Upper, "upper", Vector(quadratic.x), sgd(0.1))
+    for each in (a, b):
+        betty.use(each, bl.Unrolled())
+    with pytest.raises(ValueError, match=r"problem a has made 1 recorded steps .* came in the middle"):
+        run([upper, a, b], edges(u2l={upper: [a, b]}, l2u={a: [upper], b: [upper]}), 3)
+
+
 def test_problems_that_share_parameters_are_refused_before_and_while_it_runs():
     quadratic = Quadratic()
     shared = Vector(quadratic.x)

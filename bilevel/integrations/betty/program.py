@@ -53,6 +53,7 @@ class Program:
     outer: Named
     below: Sequence[tuple[Any, Named]]
     steps_below: int
+    modules: nn.Module
     call: Callable[..., Tensor]
     seen: list[bool] = dataclasses.field(default_factory=list)
     """Whether a loss of this call was looked at for parameters that it holds on to."""
@@ -82,7 +83,7 @@ class Program:
         )
 
     def _at(self, tensors: Named, problem: Any, batch: Any) -> Tensor:
-        with _no_statistics(self.curr.module, self.prev.module, *(each.module for each, _ in self.below)):
+        with _no_statistics(self.modules):
             return self.call(tensors, problem, batch)
 
     def _followed(self, inner: Named, outer: Named) -> Named:
@@ -153,7 +154,7 @@ def program(curr: Any, prev: Any, *, steps_below: int | None) -> Program:
     wanted = [*inner, *outer, *(name for _, leaves in below for name in leaves)]
     with _no_statistics(modules):
         call, _ = bl.functional(modules, trainable=wanted, requires_grad=False)
-    return Program(curr, prev, inner, outer, below, steps_below or 0, call)
+    return Program(curr, prev, inner, outer, below, steps_below or 0, modules, call)
 
 
 def refuse_shared(one: Any, other: Any) -> None:
@@ -220,12 +221,11 @@ def _refuse_processes(problem: Any) -> None:
 
 
 @contextlib.contextmanager
-def _no_statistics(*modules: nn.Module) -> Iterator[None]:
+def _no_statistics(modules: nn.Module) -> Iterator[None]:
     """Normalization layers in training mode write no running statistics: what they normalize by does not change."""
     writing = [
         layer
-        for module in modules
-        for layer in module.modules()
+        for layer in modules.modules()
         if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.training and layer.track_running_stats
     ]
     for layer in writing:

@@ -6,6 +6,7 @@ of the optimizer and the state of the random numbers. The replay must end where 
 """
 
 import dataclasses
+import weakref
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Recording:
     """
 
     def __init__(self, problem: Any) -> None:
-        self._problem = problem
+        self._reference = weakref.ref(problem)
         self._start: list[Tensor] = []
         self._state: Any = None
         self.steps: list[Seen] = []
@@ -50,6 +51,11 @@ class Recording:
             return batch
 
         problem.get_batch = get_batch
+
+    @property
+    def _problem(self) -> Any:
+        """(A recording is known by its problem, which it must not keep alive.)"""
+        return self._reference()
 
     def _see(self, batch: Any) -> None:
         problem = self._problem
@@ -74,8 +80,10 @@ class Recording:
         self._refuse(problem)
         if len(self.steps) != problem.config.unroll_steps:
             raise ValueError(
-                f"problem {problem.name} took {len(self.steps)} recorded steps where unroll_steps is "
-                f"{problem.config.unroll_steps}; call bilevel.integrations.betty.use(...) before the engine runs"
+                f"problem {problem.name} has made {len(self.steps)} recorded steps of its inner loop, whose "
+                f"unroll_steps is {problem.config.unroll_steps}. Either what is above waits for another problem with "
+                f"other unroll_steps, and came in the middle: give both the same; or use() was called after the engine "
+                f"began"
             )
         names = list(program.inner)
         optimizers = [_renamed(step.optimizer, names) for step in self.steps]
