@@ -50,9 +50,15 @@ def test_a_page_runs_and_prints_what_it_shows(page, tmp_path, monkeypatch):
     execute(page, [block for block in blocks(page) if block[3] is None], tmp_path, monkeypatch)
 
 
-# torch's own import of torch.distributed.optim, which Betty asks for, and functorch.vjp, which TorchOpt calls.
-@pytest.mark.filterwarnings("ignore:.torch.jit.(script|interface). is deprecated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:We've integrated functorch into PyTorch:FutureWarning")
+@pytest.mark.filterwarnings(
+    # torch's own import of torch.distributed.optim, which Betty asks for
+    "ignore:.torch.jit.(script|interface). is deprecated:DeprecationWarning",
+    # custom_root of TorchOpt
+    "ignore:We've integrated functorch into PyTorch:FutureWarning",
+    # higher, compiled at its first import where its installation did not
+    "ignore:invalid escape sequence:DeprecationWarning",
+    "ignore:.is. with .* literal:SyntaxWarning",
+)
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block[3] for block in blocks(page))], ids=name)
 def test_a_page_runs_with_the_other_library(page, tmp_path, monkeypatch):
     for library in sorted({block[3] for block in blocks(page)} - {None}):
