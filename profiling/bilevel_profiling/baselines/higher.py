@@ -58,10 +58,12 @@ def unrolled(
     begun = start(problem, outer, inner, batches)
     module = Variables(begun)
     settings = _settings(optimizer, outer)
-    plain = torch.optim.Adam(module.parameters()) if isinstance(optimizer, bl.Adam) else None
-    plain = plain or torch.optim.SGD(module.parameters(), lr=0.1, nesterov=False)
+    kind: Any = torch.optim.Adam if isinstance(optimizer, bl.Adam) else torch.optim.SGD
     context = higher.innerloop_ctx(
-        module, plain, copy_initial_weights=False, override={name: [each] for name, each in settings.items()}
+        module,
+        kind(module.parameters(), lr=0.1),
+        copy_initial_weights=False,
+        override={name: [each] for name, each in settings.items()},
     )
     with context as (patched, moving):
         if problem.init is not None:

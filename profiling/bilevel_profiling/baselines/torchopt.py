@@ -53,7 +53,7 @@ def unrolled(
     transform, steps = _transform(solver)
     y = start(problem, outer, inner, batches)
     optimizer = torchopt.FuncOptimizer(transform)
-    leaves = tuple(tree.tensors(y))
+    leaves: Any = tuple(tree.tensors(y))
     for step in range(steps):
         leaves = optimizer.step(problem.inner(tree.like(y, leaves), outer, batches.inner_at(step)), leaves)
     return finished(problem, outer, batches, tree.like(y, leaves), steps)

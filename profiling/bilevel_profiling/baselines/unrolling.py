@@ -27,9 +27,8 @@ def descent(package: str, solver: bl.InnerSolver, *known: type[bl.Optimizer]) ->
     """
     update = solver.dynamics.update
     if not isinstance(solver, bl.Descent) or type(update) not in known:
-        raise ValueError(
-            f"{package} has no {solver!r}; it takes bl.Descent with {' or '.join(f'bl.{each.__name__}' for each in known)}"
-        )
+        names = " or ".join(f"bl.{each.__name__}" for each in known)
+        raise ValueError(f"{package} has no {solver!r}; it takes bl.Descent with {names}")
     return update, solver.steps
 
 
