@@ -95,7 +95,7 @@ def implicit(
     @torchopt.diff.implicit.custom_root(stationarity, argnums=1, solve=solve)
     @torch.enable_grad()
     def solved(leaves: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        y = [leaf.clone().requires_grad_() for leaf in leaves]
+        y: Any = [leaf.clone().requires_grad_() for leaf in leaves]
         optimizer = torchopt.Optimizer(y, transform)
         for step in range(moves):
             loss = problem.inner(tree.like(begun, y), tree.like(outer, xs), batches.inner_at(step))
@@ -104,7 +104,7 @@ def implicit(
             optimizer.step()
         return tuple(y)
 
-    found = solved(tuple(tree.tensors(begun)), tuple(tree.tensors(outer)))
+    found: Any = solved(tuple(tree.tensors(begun)), tuple(tree.tensors(outer)))
     return finished(problem, outer, batches, tree.like(begun, found), moves)
 
 

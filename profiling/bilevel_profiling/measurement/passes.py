@@ -21,6 +21,7 @@ import torch
 import bilevel as bl
 from bilevel.space import tree
 from bilevel_profiling.baselines.baseline import UNCOUNTED, WITHOUT_INNER, baseline_of
+from bilevel_profiling.baselines.counting import uncounted
 from bilevel_profiling.cases.case import Case, leaves_of, name_of
 from bilevel_profiling.cases.target import target_of
 from bilevel_profiling.measurement import references
@@ -132,7 +133,8 @@ def _measured_case(case: Case, passes: _Passes, errors: bool | references.Refere
         record = dataclasses.replace(record, dtype=str(trial.posed.dtype).removeprefix("torch."))
         grad, facts = _first(trial, figures)
         record = dataclasses.replace(record, **facts, base_tensor_bytes=sum(trial.base_sizes()))
-        figures.take(trial, case.device, passes)
+        with uncounted():
+            figures.take(trial, case.device, passes)
         del trial
         if errors is not False and grad is not None:
             known = references.of_case(case) if errors is True else errors
