@@ -1,0 +1,431 @@
+"""Betty's own methods as baselines: a Betty program made of the same losses, variables, data and random numbers.
+
+    lower problem: y, training_step = g, K steps of the torch optimizer that equals ours, best-response method of Config
+    upper problem: x, training_step = f, whose optimizer step is caught: what it would use is the hypergradient
+
+One call builds the two problems and an Engine and runs it for K lower steps, the last of which starts the upper one.
+Betty itself computes everything; this module keeps its words off the terminal and holds no tensor that a Betty program
+would not hold: x is not copied, y is copied once where Betty moves it in place.
+
+Where Betty does not run as released, or runs into a wall that says nothing about its method, it is mended in a subclass
+(`MENDED`), and the row says so. Where Betty is wrong (its CG), it is left wrong, and the row says so.
+
+| method | products with the Hessian | takes the inverse Hessian for |
+| --- | --- | --- |
+| cg | iterations | CG's answer (its recursion uses the old residual in the direction) |
+| neumann | iterations | alpha (1 + (I - alpha H) + .. + (I - alpha H)^iterations): one term more than iterations |
+| darts | 0 (two gradients of g) | the identity; central difference of length darts_alpha / norm of df/dy |
+| sama | 0 (two gradients of g) | the identity for SGD, for Adam the derivative of its last step; central difference |
+| unrolled | K, by backpropagation | - |
+
+None of them sees the weight decay of the optimizer in the Hessian, and only `unrolled` sees the start.
+
+Reference: Choe et al. 2023, Betty: An Automatic Differentiation Library for Multilevel Optimization, arXiv 2207.02849;
+SAMA: Choe et al. 2023, arXiv 2310.05674. Releases 0.2.1 and 0.1.1 (which has no sama) of betty-ml.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from bilevel.space import tree
+
+MENDED = (
+    "IterativeProblem is mended: in 0.2.1 it stops with KeyError('params') because it makes its optimizer "
+    "differentiable before that has a state; the optimizer starts afresh with every inner loop (Betty's keeps a "
+    "momentum whose graph is gone); the gradients of earlier steps are dropped (Betty's keep the graph alive for ever)."
+)
+INSTALL = (
+    'betty-ml is not installed; write pip install "bilevel[betty]" (on Python 3.11: pip install '
+    '--ignore-requires-python "bilevel[betty]")'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One of Betty's best-response methods with its settings; best made by `cg()`, `neumann()`, ...
+
+    `settings` are fields of Betty's `Config` of the lower problem; None stands for the inner step size.
+    """
+
+    name: str
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    def config(self, rate: float) -> dict[str, Any]:
+        """The fields of Config, for an inner step size."""
+        return {name: rate if value is None else value for name, value in self.settings}
+
+
+def cg(iterations: int = 10, alpha: float = 1.0) -> Method:
+    """Betty's conjugate gradients, always with `iterations` products; `alpha` multiplies the Hessian products."""
+    return Method("cg", (("cg_iterations", iterations), ("cg_alpha", alpha)))
+
+
+def neumann(iterations: int = 10, alpha: float | None = None) -> Method:
+    """Betty's Neumann series: `iterations` products, one term more; `alpha` None is the inner step size."""
+    return Method("neumann", (("neumann_iterations", iterations), ("neumann_alpha", alpha)))
+
+
+def darts(alpha: float = 0.01) -> Method:
+    """Betty's finite difference along df/dy, with the identity for the inverse Hessian."""
+    return Method("darts", (("darts_alpha", alpha),))
+
+
+def sama(alpha: float = 1.0) -> Method:
+    """Betty's finite difference along df/dy preconditioned by Adam; 1.0 is the length that its Config proposes."""
+    return Method("sama", (("sama_adam_alpha", alpha),))
+
+
+def unrolled() -> Method:
+    """Betty's IterativeProblem: backpropagation through the K steps."""
+    return Method("unrolled")
+
+
+@dataclasses.dataclass
+class Call:
+    """One hypergradient: what the two Betty problems share, and what is caught from them."""
+
+    problem: bl.Problem
+    outer: Any
+    batches: bl.Batches
+    steps: int
+    start: Any
+    """y_0, a tree; with a graph where Problem.init gave it one and the method follows it."""
+    xs: Sequence[Tensor] = ()
+    taken: int = 0
+    grad: Sequence[Tensor | None] = ()
+    outer_loss: Tensor | None = None
+    at_solution: Tensor | None = None
+    """g at the first evaluation after the last step."""
+
+    def of_outer(self, ys: Sequence[Tensor]) -> Tensor:
+        """f at the inner tensors `ys`."""
+        loss = self.problem.outer(self.like_start(ys), tree.like(self.outer, list(self.xs)), self.batches.outer)
+        self.outer_loss = loss.detach()
+        return loss
+
+    def of_inner(self, ys: Sequence[Tensor]) -> Tensor:
+        """g at the inner tensors `ys`, on the batch of the step, after the last one on that of the derivatives."""
+        step, self.taken = self.taken, self.taken + 1
+        batch = self.batches.inner_at(step) if step < self.steps else self.batches.at_solution(self.steps)
+        loss = self.problem.inner(self.like_start(ys), tree.like(self.outer, list(self.xs)), batch)
+        if step == self.steps:
+            self.at_solution = loss.detach()
+        return loss
+
+    def like_start(self, ys: Sequence[Tensor]) -> Any:
+        """Inner tensors in the structure of y."""
+        return tree.like(self.start, list(ys))
+
+    def begins(self) -> tuple[Tensor, ...]:
+        """y_0 for a loop that moves out of place: tensors with a gradient, sharing memory with what was given."""
+        return tuple(
+            leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_()
+            for leaf in tree.tensors(self.start)
+        )
+
+
+class Held(torch.nn.Module):
+    """Tensors as the parameters of a module."""
+
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.leaves = torch.nn.ParameterList([torch.nn.Parameter(leaf) for leaf in leaves])
+
+
+def hypergradient_with_betty(
+    problem: bl.Problem,
+    outer: Any,
+    inner: Any,
+    batches: bl.Batches,
+    solver: bl.inner.InnerSolver,
+    method: Method,
+) -> bl.Hypergradient:
+    """The hypergradient that Betty's `method` computes.
+
+    Args:
+        problem: the two losses.
+        outer: x, a tree of tensors; not changed.
+        inner: y_0, a tree of tensors; not changed. None if the problem has `init`.
+        batches: the data; `PerStep` gives each step its own. The method takes its derivatives at the last step's batch,
+            or at `Batches.curvature`.
+        solver: Descent with SGD or Adam of plain numbers (unrolled) or AdamW as well (the others), at least one step.
+        method: `cg()`, `neumann()`, `darts()`, `sama()` or `unrolled()`.
+
+    Returns:
+        The hypergradient like outer, y_K, both losses. DIVERGED where y_K is not finite, NONFINITE where something else
+        is not.
+
+    Raises:
+        ImportError: betty-ml is not installed.
+        ValueError: Betty has no such solver or method.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.Problem(lambda y, x, b: ((y - x) ** 2).sum(), lambda y, x, b: (y**2).sum() / 2)
+        >>> args = problem, torch.ones(2), torch.zeros(2), bl.Batches(None, None), bl.Descent(bl.SGD(lr=0.25), steps=2)
+        >>> hypergradient_with_betty(*args, unrolled()).grad, hypergradient_with_betty(*args, neumann(1)).grad
+        (tensor([0.5625, 0.5625]), tensor([0.5625, 0.5625]))
+    """
+    classes = _classes()
+    rate = _plain(solver, method)
+    by_steps = method.name == "unrolled"
+    device = tree.tensors(outer)[0].device
+    with _quiet(), torch.enable_grad(), _on(device):
+        upper = Held([leaf.detach() for leaf in tree.tensors(outer)])
+        call = Call(problem, outer, batches, solver.max_steps, inner)
+        call.xs = list(upper.leaves)
+        call.start = _start(call, inner, follow=by_steps)
+        lower = Held([leaf.detach().clone() for leaf in tree.tensors(call.start)])
+        kind = classes.steps if by_steps else classes.solution
+        # What a user of Betty would write. The graph of f is used twice, for the direct part and for df/dy.
+        upper_config = classes.config(first_order=not by_steps, retain_graph=not by_steps)
+        lower_config = classes.config(
+            type="darts" if by_steps else method.name,
+            unroll_steps=solver.max_steps,
+            retain_graph=by_steps,
+            **method.config(rate),
+        )
+        problems = [
+            classes.upper(
+                name="upper",
+                config=upper_config,
+                module=upper,
+                optimizer=torch.optim.SGD(upper.parameters(), lr=0.0),
+                train_data_loader=[(0,)],
+                **classes.placed(device),
+            ),
+            kind(
+                name="lower",
+                config=lower_config,
+                module=lower,
+                optimizer=_optimizer(solver, lower.parameters()),
+                train_data_loader=[(step,) for step in range(solver.max_steps)],
+                **classes.placed(device),
+            ),
+        ]
+        for each in problems:
+            each.call = call
+        up, low = problems
+        low.moved_by = solver.dynamics.update
+        engine = classes.engine(
+            config=classes.engine_config(
+                train_iters=solver.max_steps, valid_step=solver.max_steps + 1, **classes.strategy(device)
+            ),
+            problems=problems,
+            dependencies={"u2l": {up: [low]}, "l2u": {low: [up]}},
+        )
+        engine.run()
+        moved = call.like_start([leaf.detach() for leaf in low.trainable_parameters()])
+        for each in (*problems, engine):  # they refer to each other, and would hold every tensor until a collection
+            vars(each).clear()
+        return _result(call, moved)
+
+
+def _start(call: Call, inner: Any, *, follow: bool) -> Any:
+    """y_0: what was given, or what init returns, with its graph where that is followed."""
+    if call.problem.init is None:
+        return tree.detach(inner)
+    with torch.set_grad_enabled(follow):
+        return call.problem.init(tree.like(call.outer, list(call.xs)), call.batches.inner_at(0))
+
+
+def _result(call: Call, moved: Any) -> bl.Hypergradient:
+    xs = [leaf.detach() for leaf in call.xs]
+    grad = [torch.zeros_like(x) if g is None else g.detach() for x, g in zip(xs, call.grad, strict=True)]
+    inner_loss = call.at_solution
+    if inner_loss is None or call.batches.curvature is not None:
+        with torch.no_grad():
+            last = call.batches.inner_at(call.steps - 1)
+            inner_loss = call.problem.inner(moved, tree.like(call.outer, xs), last)
+    assert call.outer_loss is not None, "the engine has run the upper problem"
+    sound = tree.finite([*grad, call.outer_loss, inner_loss])
+    code = torch.where(sound, bl.Status.OK.code, bl.Status.NONFINITE.code)
+    return bl.Hypergradient(
+        grad=tree.like(call.outer, grad),
+        inner=moved,
+        outer_loss=call.outer_loss,
+        inner_loss=inner_loss,
+        stats={"inner_steps": call.steps},
+        code=torch.where(tree.finite(moved), code, bl.Status.DIVERGED.code),
+    )
+
+
+# --- the solver
+
+
+def _plain(solver: bl.inner.InnerSolver, method: Method) -> float:
+    """The inner step size, if Betty can do what the solver does.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    update = solver.dynamics.update
+    if not (isinstance(solver, bl.Descent) and isinstance(update, (bl.SGD, bl.Adam, bl.AdamW))):
+        raise ValueError(
+            f"Betty takes a fixed number of steps of a torch optimizer, and was given {solver}; write "
+            f"bl.Descent(bl.SGD(lr=0.1), steps=10), or Adam or AdamW"
+        )
+    if solver.max_steps < 1:
+        raise ValueError(f"Betty takes at least one inner step, and was given {solver}")
+    if method.name == "unrolled" and isinstance(update, bl.AdamW):
+        raise ValueError(
+            "Betty's differentiable AdamW loses its own update (it is written to a tensor that is thrown away); use "
+            "Adam or SGD for betty unrolled"
+        )
+    numbers = [getattr(update, field.name) for field in dataclasses.fields(update)]
+    flat = [entry for value in numbers for entry in (value if isinstance(value, tuple) else (value,))]
+    if not all(isinstance(value, (int, float)) for value in flat):
+        raise ValueError(
+            f"the hyper-parameters of a torch optimizer are numbers, and Betty was given {update}, with a function of "
+            f"the outer variable or a tree"
+        )
+    assert isinstance(update.lr, (int, float)), "looked at above"
+    return float(update.lr)
+
+
+def _optimizer(solver: bl.inner.InnerSolver, parameters: Iterator[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The torch optimizer that moves as the solver's does."""
+    update: Any = solver.dynamics.update
+    given = {field.name: getattr(update, field.name) for field in dataclasses.fields(update)}
+    if isinstance(update, bl.SGD):
+        # (Without a momentum torch.optim.SGD ignores the dampening, and Betty's differentiable one does not.)
+        return torch.optim.SGD(parameters, **(given if update.momentum else given | {"dampening": 0.0}))
+    kind = torch.optim.Adam if isinstance(update, bl.Adam) else torch.optim.AdamW
+    return kind(parameters, **given)
+
+
+# --- Betty
+
+
+@dataclasses.dataclass(frozen=True)
+class _Classes:
+    """What is needed of Betty, of whichever release."""
+
+    upper: Any
+    solution: Any
+    steps: Any
+    config: Any
+    engine: Any
+    engine_config: Any
+    methods: frozenset[str]
+
+    @property
+    def chooses_device(self) -> bool:
+        """Whether the Engine places the modules (0.2.1), and not each problem (0.1.1)."""
+        return any(field.name == "strategy" for field in dataclasses.fields(self.engine_config))
+
+    def strategy(self, device: torch.device) -> dict[str, str]:
+        """What tells the Engine to leave the modules where they are."""
+        return {"strategy": "gpu" if device.type == "cuda" else "cpu"} if self.chooses_device else {}
+
+    def placed(self, device: torch.device) -> dict[str, Any]:
+        """What tells a problem likewise."""
+        return {} if self.chooses_device else {"device": device}
+
+
+@functools.cache
+def _classes() -> _Classes:
+    if importlib.util.find_spec("betty") is None:
+        raise ImportError(INSTALL)
+    with warnings.catch_warnings():  # of the parts of torch that Betty imports
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from betty.configs import Config, EngineConfig
+        from betty.engine import Engine
+        from betty.hypergradient import jvp_fn_mapping
+        from betty.problems import ImplicitProblem, IterativeProblem
+
+    class Upper(ImplicitProblem):
+        """x and f; its step is caught, not made."""
+
+        def training_step(self, batch: Any) -> Tensor:
+            (low,) = self.children
+            loss: Tensor = self.call.of_outer(low.trainable_parameters())
+            return loss
+
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            self.call.grad = [leaf.grad for leaf in self.module.parameters()]
+
+    class AtSolution(ImplicitProblem):
+        """y and g, for the methods that differentiate the solution."""
+
+        def training_step(self, batch: Any) -> Tensor:
+            loss: Tensor = self.call.of_inner(self.trainable_parameters())
+            return loss
+
+    class Steps(IterativeProblem):
+        """y and g, for backpropagation through the steps. Mended: see MENDED."""
+
+        _fp16 = False  # asked for in 0.2.1, which no longer sets it
+
+        def training_step(self, batch: Any) -> Tensor:
+            loss: Tensor = self.call.of_inner(self.trainable_parameters())
+            return loss
+
+        def patch_optimizer(self) -> None:
+            if self.params is not None:  # 0.2.1 calls it too early, before there are functional parameters
+                super().patch_optimizer()
+
+        def on_inner_loop_start(self) -> None:
+            self.params = self.call.begins()
+            self.optimizer.state = [_fresh(self.moved_by, leaf) for leaf in self.params]
+            # The module is not looked at again: it need not hold a second y and its gradient.
+            for held, leaf in zip(self.module.parameters(), self.params, strict=True):
+                held.grad, held.data = None, leaf.detach()
+
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            before = self.params
+            if any(leaf.grad is None for leaf in before):
+                raise ValueError(
+                    "Betty's differentiable optimizers drop inner tensors that the inner loss does not use; leave them "
+                    "out of the inner variable for betty unrolled"
+                )
+            super().optimizer_step(*args, **kwargs)
+            for leaf in before:
+                leaf.grad = None
+
+    return _Classes(Upper, AtSolution, Steps, Config, Engine, EngineConfig, frozenset({*jvp_fn_mapping, "unrolled"}))
+
+
+def _fresh(update: Any, leaf: Tensor) -> dict[str, Any]:
+    """The state of Betty's differentiable optimizer before its first step."""
+    if isinstance(update, bl.SGD):
+        return {}
+    return {"step": 0, "exp_avg": torch.zeros_like(leaf), "exp_avg_sq": torch.zeros_like(leaf)}
+
+
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """Betty says "cuda" and means the current device."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on the terminal: neither Betty's logger, which is left as it was found, nor torch's warnings about how
+    Betty keeps gradients.
+    """
+    from betty.logging import logger_base
+
+    logger = logging.getLogger("betty")
+    found, handlers = logger_base._logger, list(logger.handlers)
+    propagate, level, disabled = logger.propagate, logger.level, logger.disabled
+    logger.disabled = True
+    try:
+        with warnings.catch_warnings():
+            for message in (".*create_graph=True.*", ".*not a leaf Tensor.*", ".*functorch.*"):
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        logger_base._logger, logger.handlers[:] = found, handlers
+        logger.propagate, logger.level, logger.disabled = propagate, level, disabled
