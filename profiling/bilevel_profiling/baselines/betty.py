@@ -28,6 +28,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -177,6 +178,8 @@ def hypergradient_with_betty(
         (tensor([0.5625, 0.5625]), tensor([0.5625, 0.5625]))
     """
     classes = _classes()
+    if method.name not in classes.methods:
+        raise ValueError(f"the installed release of betty-ml has no {method.name}; 0.2.1 is the one with all of them")
     rate = _plain(solver, method)
     by_steps = method.name == "unrolled"
     device = tree.tensors(outer)[0].device
@@ -300,8 +303,15 @@ def _optimizer(solver: bl.inner.InnerSolver, parameters: Iterator[torch.nn.Param
     if isinstance(update, bl.SGD):
         # (Without a momentum torch.optim.SGD ignores the dampening, and Betty's differentiable one does not.)
         return torch.optim.SGD(parameters, **(given if update.momentum else given | {"dampening": 0.0}))
-    kind = torch.optim.Adam if isinstance(update, bl.Adam) else torch.optim.AdamW
-    return kind(parameters, **given)
+    if isinstance(update, bl.Adam):
+        return torch.optim.Adam(parameters, **given)
+    # Betty 0.2.1 makes the optimizer again from its `defaults`, which today's AdamW does not take; Adam takes them.
+    decoupled = "decoupled_weight_decay" in inspect.signature(torch.optim.Adam).parameters
+    return (
+        torch.optim.Adam(parameters, **given, decoupled_weight_decay=True)
+        if decoupled
+        else torch.optim.AdamW(parameters, **given)
+    )
 
 
 # --- Betty
@@ -331,6 +341,15 @@ class _Classes:
     def placed(self, device: torch.device) -> dict[str, Any]:
         """What tells a problem likewise."""
         return {} if self.chooses_device else {"device": device}
+
+
+def methods() -> frozenset[str]:
+    """The names of the methods that the installed release has.
+
+    Raises:
+        ImportError: betty-ml is not installed.
+    """
+    return _classes().methods
 
 
 @functools.cache
