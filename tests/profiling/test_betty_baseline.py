@@ -89,8 +89,25 @@ def test_unrolled_goes_on_through_the_start():
         ours = bl.hypergradient(learned, outer, None, batches, solver=solver, estimator=bl.Unrolled())
         theirs = betty.hypergradient_with_betty(learned, outer, None, batches, solver, betty.unrolled())
         assert difference(theirs.grad, ours.grad) < 1e-10
-    maml = bl.Problem(problem.outer_loss, problem.outer_loss, init=lambda x, _: x)  # x itself is y_0
-    assert maml.init(outer, None) is outer
+
+
+@pytest.mark.parametrize("method", [betty.unrolled(), betty.neumann(3)], ids=["unrolled", "neumann"])
+def test_maml_starts_at_x_itself(method):
+    _, x, inner, _ = net()
+    tasks = [{"out": leaf} for leaf in (inner["out"], x["weights"][:4])]
+
+    def loss(y, x, task):
+        return (y["out"] - task["out"]).cosh().log().sum()
+
+    maml = bl.proximal(bl.Problem(loss, loss, init=lambda x, _: x), 2.0)
+    args = maml, {"out": torch.ones(4).double()}, None, bl.Batches(*tasks)
+    solver = bl.Descent(SGD, steps=3)
+    estimator = bl.Unrolled() if method.name == "unrolled" else bl.Implicit(bl.Neumann(3, SGD.lr))
+    ours = bl.hypergradient(*args, solver=solver, estimator=estimator)
+    theirs = betty.hypergradient_with_betty(*args, solver, method)
+    assert difference(theirs.grad, ours.grad) < 1e-10
+    assert args[1]["out"].grad is None
+    assert torch.equal(args[1]["out"], torch.ones(4).double())
 
 
 @pytest.mark.parametrize("optimizer", [SGD, MOMENTUM, ADAM], ids=["SGD", "momentum", "Adam"])
@@ -317,5 +334,5 @@ def test_adamw_runs_where_the_solution_is_differentiated():
     problem, outer, inner, batches = net()
     solver = bl.Descent(bl.AdamW(lr=0.05, weight_decay=0.1), steps=4)
     ours = bl.adapt(problem, outer, inner, batches, solver=solver)
-    found = betty.hypergradient_with_betty(problem, outer, inner, batches, solver, betty.darts())
+    found = betty.hypergradient_with_betty(problem, outer, inner, batches, solver, betty.neumann(1))
     assert difference(found.inner, ours.inner) < 1e-12
