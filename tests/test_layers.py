@@ -123,6 +123,7 @@ PROFILER = House(
     folder=ROOT / "profiling" / "bilevel_profiling",
     layers=(
         {"records", "cases.builtin"},
+        {"baselines"},
         {"cases", "meters", "report.content"},
         {"measurement", "report.figures"},
         {"forecasting", "report.terminal", "report.markdown", "report.html", "report.tensorboard"},

@@ -6,6 +6,7 @@ The names below are imported when they are first used, so that reading records, 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bilevel_profiling.baselines.baseline import Baseline as Baseline
     from bilevel_profiling.cases.case import Case as Case
     from bilevel_profiling.comparison.work import compare as compare
     from bilevel_profiling.forecasting import Advice as Advice
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Advice": "forecasting",
     "Alive": "records.record",
+    "Baseline": "baselines.baseline",
     "Case": "cases.case",
     "Device": "meters.devices",
     "Fit": "forecasting",
@@ -51,6 +53,7 @@ _HOMES = {
 __all__ = [
     "Advice",
     "Alive",
+    "Baseline",
     "Case",
     "Device",
     "Fit",

@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | `setup(device)` | makes (problem, outer, inner, batches) | an error |
 | `ESTIMATORS` | dict of label to estimator | `default_estimators()` |
+| `BASELINES` | dict of label to a function that returns a hypergradient, or a `Baseline` | none of its own |
 | `OPTIMIZER` | the inner optimizer; or an inner solver, whose limit of steps is then K | bl.SGD(lr=0.1) |
 | `INNER_STEPS` | the K to compare at | 1, 5, 20 |
 | `SOLVERS` | dict of label to inner solver, in place of the two above | Descent with these |
@@ -29,6 +30,7 @@ from types import ModuleType
 from typing import Any
 
 import bilevel as bl
+from bilevel_profiling.baselines.baseline import Baseline, Function
 from bilevel_profiling.cases import builtin as cases
 from bilevel_profiling.cases.case import OuterOptimizer, Setup, adam, name_of
 
@@ -69,6 +71,7 @@ class Definition:
     evaluate: Callable[..., Mapping[str, float]] | None = None
     outer_steps: int = 0
     preload: tuple[str, ...] = ()
+    baselines: Mapping[str, Function | Baseline] = dataclasses.field(default_factory=dict)
     title: str = ""
     """The first line of the file's docstring."""
 
@@ -97,6 +100,7 @@ class Definition:
                     f"case {self.name}: ESTIMATORS maps {label!r} to a {type(estimator).__name__}; "
                     f'write "label": bl.Unrolled()'
                 )
+        self._check_baselines()
         if not isinstance(self.solvers, Mapping) or not all(
             isinstance(solver, bl.InnerSolver) for solver in self.solvers.values()
         ):
@@ -123,6 +127,31 @@ class Definition:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise CaseError(f"case {self.name}: {name} is a {type(value).__name__}; a function was needed")
+
+    def _check_baselines(self) -> None:
+        found = self.baselines
+        if not isinstance(found, Mapping) or not all(
+            isinstance(label, str) and label and callable(getattr(value, "function", value))
+            for label, value in found.items()
+        ):
+            raise CaseError(
+                f"case {self.name}: BASELINES (baselines=) is {found!r}; a dict of functions was needed, such as "
+                f'{{"mine": my_hypergradient}}, called as my_hypergradient(problem, outer, inner, batches, solver)'
+            )
+        if twice := [label for label in found if label in self.estimators]:
+            raise CaseError(f"case {self.name}: {twice[0]!r} is an estimator and a baseline; give one another label")
+
+    @property
+    def compared(self) -> dict[str, bl.Estimator]:
+        """What a comparison has rows of: the estimators, then the baselines, over tasks where the estimators are."""
+        tasks = next((each for each in self.estimators.values() if isinstance(each, bl.TaskMean)), None)
+        made = {
+            label: value if isinstance(value, Baseline) else Baseline(value) for label, value in self.baselines.items()
+        }
+        if tasks is None:
+            return {**self.estimators, **made}
+        over = {label: dataclasses.replace(tasks, estimator=value, chunk=1) for label, value in made.items()}
+        return {**self.estimators, **over}
 
 
 def builtin_names() -> list[str]:
@@ -163,13 +192,16 @@ def load(source: str) -> Definition:
 
 
 def given(setup: Setup | str, **overrides: Any) -> Definition:
-    """The case of a `setup` function, or of a name or path, with what the caller wants otherwise."""
+    """The case of a `setup` function, or of a name or path, with what the caller wants otherwise; `baselines` come
+    beside the case's own.
+    """
     known = {name: value for name, value in overrides.items() if value is not None}
-    return (
-        dataclasses.replace(load(setup), **known)
-        if isinstance(setup, str)
-        else Definition(**{"name": name_of(setup), "setup": setup, **known})
-    )
+    if not isinstance(setup, str):
+        return Definition(**{"name": name_of(setup), "setup": setup, **known})
+    case = load(setup)
+    if "baselines" in known:
+        known["baselines"] = {**case.baselines, **known["baselines"]}
+    return dataclasses.replace(case, **known)
 
 
 def _builtin_folder() -> Path:
@@ -224,6 +256,7 @@ def _defined(name: str, module: ModuleType) -> Definition:
         "evaluate": "evaluate",
         "outer_steps": "OUTER_STEPS",
         "preload": "PRELOAD",
+        "baselines": "BASELINES",
     }
     found = {field: getattr(module, attribute) for field, attribute in names.items() if hasattr(module, attribute)}
     if "inner_steps" in found:

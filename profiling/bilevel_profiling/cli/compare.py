@@ -35,6 +35,13 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
         help="only these, by their labels in the case, separated by commas; default: all",
     )
     add(
+        "--baselines",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="also the methods of other libraries: betty, higher, torchopt, each a row a method; they must be installed",
+    )
+    add(
         "--inner-steps",
         type=types.numbers,
         metavar="1,5,20",
@@ -117,6 +124,7 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Do it."""
     # Here and not above: torch takes seconds to load, and --help and show do without it.
+    from bilevel_profiling.baselines import packages
     from bilevel_profiling.cases.case_file import CaseError
     from bilevel_profiling.comparison.plan import Plan, Settings
     from bilevel_profiling.comparison.resume import ResumeError
@@ -125,6 +133,8 @@ def run(options: argparse.Namespace) -> int:
     overrides = {"inner_steps": options.inner_steps, "outer_steps": options.outer_steps}
     known = {name: value for name, value in overrides.items() if value is not None}
     try:
+        if options.baselines:
+            known["baselines"] = packages.named(options.baselines)
         settings = Settings(
             device=chosen_device(options.device),
             command=options.command,
@@ -132,7 +142,7 @@ def run(options: argparse.Namespace) -> int:
         )
         plans = [Plan(case, known, options.estimators) for case in options.cases]
         comparison = Comparison(plans, options.out, settings, progress.chosen())
-    except (CaseError, ResumeError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         return wrong(str(error))
     except OSError as error:
         return unwritable(options.out, error)

@@ -27,7 +27,7 @@ from bilevel_profiling.cases.case_file import builtin_names
 from bilevel_profiling.comparison.plan import Settled
 
 _OURS = {"bilevel", "bilevel_profiling"}
-_SETTINGS = {"ESTIMATORS", "INNER_STEPS", "OUTER_STEPS", "PRELOAD", "SOLVERS", "SOLVER"}
+_SETTINGS = {"BASELINES", "ESTIMATORS", "INNER_STEPS", "OUTER_STEPS", "PRELOAD", "SOLVERS", "SOLVER"}
 """Names of a case file that are compared by themselves, or are free to grow."""
 
 

@@ -18,7 +18,8 @@ class Plan:
     Args:
         source: a function `setup(device)`, the name of a built-in case, or the path of a case file.
         overrides: fields of the case's `Definition` that are to be otherwise.
-        labels: which of the case's estimators; None for all.
+        labels: which of the case's estimators and baselines; None for all. The baselines among the overrides are always
+            taken.
     """
 
     source: Setup | str
@@ -90,12 +91,12 @@ class Settled:
     @property
     def cells(self) -> list[Cell]:
         """The rows to be, by solver in the order of K; with named solvers in the order of the case."""
-        case = self.case
+        case, rows = self.case, self.case.compared
         solvers = [("", in_steps(case.optimizer, k)) for k in sorted(set(case.inner_steps))]
         found: list[Cell] = []
         for name, solver in case.solvers.items() or solvers:
             for label in self.labels:
-                by_task = isinstance(case.estimators[label], bl.TaskMean)
+                by_task = isinstance(rows[label], bl.TaskMean)
                 found.append(Cell(f"{label}, {name}" if name else label, label, solver, name, by_task))
         return found
 
@@ -126,14 +127,16 @@ def settle(plans: Sequence[Plan], settings: Settings | None = None) -> list[Sett
 
 
 def _labels(each: Settled) -> tuple[str, ...]:
-    return tuple(label for label in each.case.estimators if each.plan.labels is None or label in each.plan.labels)
+    always = each.plan.overrides.get("baselines") or ()
+    wanted = None if each.plan.labels is None else {*each.plan.labels, *always}
+    return tuple(label for label in each.case.compared if wanted is None or label in wanted)
 
 
 def _check_labels(found: list[Settled]) -> None:
     """Each label must exist somewhere, and each case must be left with one."""
-    have = "; ".join(f"{each.case.name} has {', '.join(each.case.estimators)}" for each in found)
+    have = "; ".join(f"{each.case.name} has {', '.join(each.case.compared)}" for each in found)
     asked = dict.fromkeys(label for each in found for label in each.plan.labels or ())
-    unknown = [label for label in asked if not any(label in each.case.estimators for each in found)]
+    unknown = [label for label in asked if not any(label in each.case.compared for each in found)]
     if unknown:
         raise CaseError(f"there is no estimator {' or '.join(map(repr, unknown))}: {have}")
     for each in found:

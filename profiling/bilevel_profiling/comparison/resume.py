@@ -137,11 +137,12 @@ def _check_facts(folder: Folder, name: str, old: Facts | None, new: Facts) -> No
 
 def _check_rows(folder: Folder, settled: Settled, settings: Settings, records: Sequence[Record]) -> None:
     cells = {(cell.label, cell.steps): cell for cell in settled.cells}
+    compared = settled.case.compared
     for record in records:
         now = {"device": settings.device, "seed": str(settings.seed)}
         then = {"device": record.device, "seed": str(record.seed), "estimator": plain(record.settings)}
         cell = cells.get((record.estimator, record.inner_steps or 0))
-        known = settled.case.estimators.get(cell.estimator if cell is not None else record.estimator)
+        known = compared.get(cell.estimator if cell is not None else record.estimator)
         if known is not None:
             now["estimator"] = plain(known)
         if cell is not None and record.solver:

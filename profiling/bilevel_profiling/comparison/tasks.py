@@ -215,6 +215,8 @@ class OuterLoop(Piece):
         if place is None or unfinished(records[place]):
             return "left out: its single hypergradient failed"
         row = records[place]
+        if any(note.kind is NoteKind.WITHOUT_INNER for note in row.notes):
+            return "left out: it returns no inner variable"
         before = next((r.metrics_before for r in records if r.case == row.case and r.metrics_before), None)
         outcome = isolate.run(cells.loop, self.job(site), self.settled.case.outer_steps, before, **site.limits)
         notes = tuple(note for note in row.notes if note.kind is not NoteKind.OUTER_LOOP)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import bilevel as bl
+from bilevel_profiling.baselines import packages
+from bilevel_profiling.baselines.baseline import Baseline, Function
 from bilevel_profiling.cases.case import OuterOptimizer, Setup
 from bilevel_profiling.comparison import resume as resuming
 from bilevel_profiling.comparison.folder import Folder
@@ -41,6 +43,7 @@ class Choices(TypedDict, total=False):
     outer_optimizer: OuterOptimizer | None
     solution: bl.InnerSolver | None
     name: str | None
+    baselines: Sequence[str] | Mapping[str, Function | Baseline] | None
     device: str
     seed: int
     repeats: int
@@ -73,8 +76,10 @@ def compare(
         progress: told about each step of the work; silent by default.
         choices: how the inner variable moves: `optimizer` with the `inner_steps` to compare at, or any inner `solver`,
             or several, `solvers` by label; `outer_steps` of the loop under the last solver (0 for none); `batches`,
-            `evaluate`, `outer_optimizer` and `solution` as in a case file; the `name` of the case in the records; and
-            the fields of `Settings`, where `memory_limit` may also be text such as "4GiB".
+            `evaluate`, `outer_optimizer` and `solution` as in a case file; the `name` of the case in the records;
+            `baselines` beside the case's own, the names of libraries such as ["betty"], or a dict of label to a
+            function that returns a hypergradient (or a `Baseline`); and the fields of `Settings`, where `memory_limit`
+            may also be text such as "4GiB".
 
     Returns:
         The records, one for each estimator and solver; failures are among them, and with `resume` the rows that were
@@ -83,6 +88,7 @@ def compare(
     Raises:
         CaseError: the case is not usable.
         ResumeError: what is in `out` cannot be continued: it was measured otherwise, or is damaged.
+        ValueError, ImportError: a library of baselines is not known, or not installed.
         TypeError: the function or an object cannot be sent to another process; or an argument is not known.
         OSError: the folder cannot be written.
         RuntimeError: a script calls this outside of `if __name__ == "__main__":`.
@@ -111,6 +117,8 @@ def compare(
         asked["solvers"] = {**asked.get("solvers", {}), "": asked.pop("solver")}
     if estimators is not None:
         asked["estimators"] = estimators
+    if "baselines" in asked and not isinstance(asked["baselines"], Mapping):
+        asked["baselines"] = packages.named(asked["baselines"])
     plan = Plan(setup if callable(setup) else str(setup), asked)
     comparison = Comparison([plan], out, Settings(**how), progress)
     comparison.run()

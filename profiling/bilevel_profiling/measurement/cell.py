@@ -32,7 +32,7 @@ class Job:
     """Name, path, or a function; see `case_file.given`."""
     overrides: Mapping[str, Any]
     label: str
-    """Of the estimator in the case."""
+    """Of the estimator, or the baseline, in the case."""
     solver: bl.InnerSolver
     row: str = ""
     """Label of the record, if it is another."""
@@ -56,7 +56,7 @@ class Job:
         return Case(
             definition.setup,
             solver=self.solver,
-            estimator=definition.estimators[self.label],
+            estimator=definition.compared[self.label],
             device=self.device,
             seed=self.seed,
             name=definition.name,

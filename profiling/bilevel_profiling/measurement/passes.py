@@ -20,6 +20,7 @@ import torch
 
 import bilevel as bl
 from bilevel.space import tree
+from bilevel_profiling.baselines.baseline import UNCOUNTED, WITHOUT_INNER, baseline_of
 from bilevel_profiling.cases.case import Case, leaves_of, name_of
 from bilevel_profiling.cases.target import target_of
 from bilevel_profiling.measurement import references
@@ -32,12 +33,14 @@ from bilevel_profiling.meters.tensors import Tensors, storage_sizes
 from bilevel_profiling.meters.trace import trace as traced
 from bilevel_profiling.meters.work import Work
 from bilevel_profiling.records.failure import of_error, out_of_memory
+from bilevel_profiling.records.note import Note, NoteKind
 from bilevel_profiling.records.record import Phase, Record
 
 COMPILED = (
     "torch.compile was at work in this process: functions that it compiled ran uncompiled while bytes and FLOPs "
     "were counted."
 )
+NO_LOOP = "It returned no inner variable, so there is no outer loop of it: return a bl.Hypergradient for one."
 _LONG = 1.5
 """Seconds after which the clock has seen enough: slow calls are repeated twice at least, not `repeats` times."""
 
@@ -123,6 +126,7 @@ def _measured_call(call: Callable[[], object], name: str, passes: _Passes, comma
 def _measured_case(case: Case, passes: _Passes, errors: bool | references.References, command: str) -> Record:
     record = described(case, command)
     figures = Figures()
+    figures.fields["notes"] = record.notes
     try:
         trial = Trial(case)
         record = dataclasses.replace(record, dtype=str(trial.posed.dtype).removeprefix("torch."))
@@ -149,12 +153,14 @@ def _measured_case(case: Case, passes: _Passes, errors: bool | references.Refere
 
 def described(case: Case, command: str = "") -> Record:
     """A record of a case with nothing measured."""
+    baseline = baseline_of(case.estimator)
     return Record(
         case=case.name,
         estimator=case.label,
         memory_growth=case.estimator.memory_growth,
         settings=repr(case.estimator),
         target=target_of(case.estimator),
+        notes=() if baseline is None else tuple(map(Note, baseline.said)),
         solver=repr(case.solver),
         inner_steps=case.solver.max_steps,
         device=case.device,
@@ -168,6 +174,7 @@ def _first(trial: "Trial", figures: "Figures") -> tuple[list[torch.Tensor] | Non
     oracles = Oracles()
     with figures.of(oracles), oracles:
         hg = trial.hypergradient()
+    figures.note_baseline(hg.stats)
     facts = {
         "inner_size": tree.size(hg.inner),
         "outer_size": tree.size(hg.grad),
@@ -272,6 +279,17 @@ class Figures:
             self.fields |= {**found, "notes": notes}
             for name, fields in meter.phases().items():
                 self.phases.setdefault(name, {}).update(fields)
+
+    def note_baseline(self, stats: Mapping[str, Any]) -> None:
+        """Take over what the result of a baseline says of itself; figures that were not measured are taken out."""
+        notes = []
+        if why := stats.get(UNCOUNTED):
+            notes.append(Note(f"Oracle calls were not counted, because {why}."))
+            for fields in (self.fields, *self.phases.values()):
+                fields.pop("calls", None)
+        if stats.get(WITHOUT_INNER):
+            notes.append(Note(NO_LOOP, NoteKind.WITHOUT_INNER))
+        self.fields["notes"] = (*self.fields.get("notes", ()), *notes)
 
     def take(self, call: Callable[[], object], device: str, passes: _Passes) -> None:
         """Run `call` under the clock and under each meter."""

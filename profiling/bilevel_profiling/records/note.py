@@ -12,6 +12,8 @@ class NoteKind(enum.StrEnum):
     """The clock's: times spread widely. Reports mark such times in their own way."""
     OUTER_LOOP = "outer loop"
     """The outer loop of the row failed."""
+    WITHOUT_INNER = "without inner"
+    """No inner variable came back, so that the row has no outer loop."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,35 @@
+"""The baselines of other libraries, by the names that `bilevel compare --baselines` takes."""
+
+import difflib
+import importlib
+from collections.abc import Iterable
+
+from bilevel_profiling.baselines.baseline import Baseline
+
+PACKAGES = {
+    "betty": "bilevel_profiling.baselines.betty",
+    "higher": "bilevel_profiling.baselines.higher",
+    "torchopt": "bilevel_profiling.baselines.torchopt",
+}
+"""Where the `baselines()` of each are."""
+
+
+def named(names: Iterable[str]) -> dict[str, Baseline]:
+    """The baselines of these libraries, by label.
+
+    Raises:
+        ValueError: a name is none of them.
+        ImportError: a library is not installed; the message says what to install.
+
+    Example:
+        >>> named([])
+        {}
+    """
+    found: dict[str, Baseline] = {}
+    for name in dict.fromkeys(names):
+        if name not in PACKAGES:
+            close = difflib.get_close_matches(str(name), PACKAGES, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(f"there are no baselines {name!r}; there are those of {', '.join(PACKAGES)}.{hint}")
+        found |= importlib.import_module(PACKAGES[name]).baselines()
+    return found
