@@ -8,13 +8,16 @@ import math
 import pytest
 import torch
 from bilevel_profiling.baselines import betty
+from bilevel_profiling.cli import main
 from bilevel_profiling.meters.tensors import Tensors
+from bilevel_profiling.records import records_file
 
 import bilevel as bl
 from bilevel.problems import quadratic
 
 pytest.importorskip("betty.engine", reason='betty-ml is not installed: pip install "bilevel[betty]"')
-SAMA = pytest.mark.skipif("sama" not in betty.methods(), reason="this release of betty-ml has no sama")
+METHODS = betty.methods()
+SAMA = pytest.mark.skipif("sama" not in METHODS, reason="this release of betty-ml has no sama")
 
 SGD, MOMENTUM, ADAM = bl.SGD(lr=0.3), bl.SGD(lr=0.2, momentum=0.7, nesterov=True), bl.Adam(lr=0.05)
 DECAY = bl.SGD(lr=0.2, weight_decay=0.1)
@@ -215,9 +218,7 @@ def test_sama_differs_from_darts_by_the_last_step_of_adam():
     names = torch.utils._pytree.tree_structure(inner)
     for step in range(5):
         optimizer.zero_grad()
-        loss = problem.inner_loss(
-            torch.utils._pytree.tree_unflatten(parameters, names), outer, batches.inner_at(step)
-        )
+        loss = problem.inner_loss(torch.utils._pytree.tree_unflatten(parameters, names), outer, batches.inner_at(step))
         loss.backward()
         optimizer.step()
     scaled = []
@@ -336,3 +337,42 @@ def test_adamw_runs_where_the_solution_is_differentiated():
     ours = bl.adapt(problem, outer, inner, batches, solver=solver)
     found = betty.hypergradient_with_betty(problem, outer, inner, batches, solver, betty.neumann(1))
     assert difference(found.inner, ours.inner) < 1e-12
+
+
+def test_each_method_is_a_row_that_says_whose_it_is():
+    rows = betty.baselines()
+    assert list(rows) == [f"betty {name}" for name in ("cg", "neumann", "darts", "sama", "unrolled") if name in METHODS]
+    assert all(row.package == "betty-ml" and row.version for row in rows.values())
+    assert rows["betty unrolled"].target == "program"
+    assert rows["betty neumann"].target == "solution"
+    assert rows["betty darts"].target is None
+    assert any("mended" in note for note in rows["betty unrolled"].notes)
+    assert "neumann_iterations=10" in repr(rows["betty neumann"])
+    problem, outer, _, batches = quadratic.setup()
+    learned = bl.Problem(problem.inner_loss, problem.outer_loss, init=lambda x, _: torch.cat([x, x[:2]]))
+    only_start = bl.Problem(lambda y, x, _: (y**2).sum() / 4, lambda y, x, _: (y**2).sum(), init=learned.init)
+    solver = bl.Descent(bl.SGD(lr=0.5), steps=2)
+    with pytest.raises(ValueError, match="start of the inner loop"):
+        bl.hypergradient(only_start, outer, None, batches, solver=solver, estimator=rows["betty neumann"])
+    ours = bl.hypergradient(only_start, outer, None, batches, solver=solver, estimator=bl.Unrolled())
+    theirs = bl.hypergradient(only_start, outer, None, batches, solver=solver, estimator=rows["betty unrolled"])
+    assert difference(theirs.grad, ours.grad) < 1e-10
+
+
+def test_a_command_puts_betty_beside_ours(tmp_path, capsys):
+    out = tmp_path / "report"
+    words = "compare quadratic --baselines betty --estimators unrolled --inner-steps 4 --outer-steps 2 --repeats 1"
+    assert main([*words.split(), "--out", str(out), "--device", "cpu"]) == 0
+    rows = {row.estimator: row for row in records_file.read(out / "records.jsonl")}
+    assert {"unrolled", "betty unrolled", "betty cg", "betty neumann", "betty darts"} <= set(rows)
+    assert all(row.status == "OK" for row in rows.values()), {row.estimator: row.reason for row in rows.values()}
+    assert rows["betty unrolled"].program_relative_error < 1e-12
+    assert rows["betty unrolled"].calls == rows["unrolled"].calls
+    assert rows["betty cg"].calls["hvp"] == 10
+    assert rows["betty cg"].calls["mixed"] == 1
+    assert "cg_iterations=10" in rows["betty cg"].settings
+    assert any("mended" in note for note in rows["betty unrolled"].notes)
+    first, *_, last = ((row.iterations[-1].outer_loss, row.estimator) for row in rows.values() if row.iterations)
+    assert first[0] == pytest.approx(last[0], rel=1e-9)
+    assert (first[1], last[1]) == ("unrolled", "betty unrolled")
+    assert "betty-ml" in capsys.readouterr().out

@@ -8,7 +8,7 @@ Betty itself computes everything; this module keeps its words off the terminal a
 would not hold: x is not copied, y is copied once where Betty moves it in place.
 
 Where Betty does not run as released, or runs into a wall that says nothing about its method, it is mended in a subclass
-(`MENDED`), and the row says so. Where Betty is wrong (its CG), it is left wrong, and the row says so.
+(`betty_program.MENDED`), and the row says so. Where Betty is wrong (its CG), it is left wrong, and the row says so.
 
 | method | products with the Hessian | takes the inverse Hessian for |
 | --- | --- | --- |
@@ -24,34 +24,36 @@ Reference: Choe et al. 2023, Betty: An Automatic Differentiation Library for Mul
 SAMA: Choe et al. 2023, arXiv 2310.05674. Releases 0.2.1 and 0.1.1 (which has no sama) of betty-ml.
 """
 
-import contextlib
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import inspect
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import bilevel as bl
 from bilevel.space import tree
+from bilevel_profiling.baselines import betty_program as program
+from bilevel_profiling.baselines.baseline import Baseline
+from bilevel_profiling.records.record import Target
 
-MENDED = (
-    "IterativeProblem is mended: in 0.2.1 it stops with KeyError('params') because it makes its optimizer "
-    "differentiable before that has a state; the optimizer starts afresh with every inner loop (Betty's keeps a "
-    "momentum whose graph is gone); the gradients of earlier steps are dropped (Betty's keep the graph alive for ever)."
-)
-INSTALL = (
-    'betty-ml is not installed; write pip install "bilevel[betty]" (on Python 3.11: pip install '
-    '--ignore-requires-python "bilevel[betty]")'
-)
+WITHOUT_DECAY = "Its Hessian is that of the loss alone, without the weight decay of the inner optimizer."
+ENGINE = "Its time includes building Betty's Engine, about half a millisecond, once a call."
 
 
-@dataclasses.dataclass(frozen=True)
+def methods() -> frozenset[str]:
+    """The names of the methods that the installed release has.
+
+    Raises:
+        ImportError: betty-ml is not installed.
+    """
+    return program.classes().methods
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Method:
     """One of Betty's best-response methods with its settings; best made by `cg()`, `neumann()`, ...
 
@@ -60,6 +62,9 @@ class Method:
 
     name: str
     settings: tuple[tuple[str, Any], ...] = ()
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{name}={value}' for name, value in self.settings)})"
 
     def config(self, rate: float) -> dict[str, Any]:
         """The fields of Config, for an inner step size."""
@@ -91,56 +96,56 @@ def unrolled() -> Method:
     return Method("unrolled")
 
 
-@dataclasses.dataclass
-class Call:
-    """One hypergradient: what the two Betty problems share, and what is caught from them."""
+def baseline(method: Method) -> Baseline:
+    """A method with settings of your own as a row of a comparison.
 
-    problem: bl.Problem
-    outer: Any
-    batches: bl.Batches
-    steps: int
-    start: Any
-    """y_0, a tree; with a graph where Problem.init gave it one and the method follows it."""
-    xs: Sequence[Tensor] = ()
-    taken: int = 0
-    grad: Sequence[Tensor | None] = ()
-    outer_loss: Tensor | None = None
-    at_solution: Tensor | None = None
-    """g at the first evaluation after the last step."""
+    Raises:
+        ImportError: betty-ml is not installed.
 
-    def of_outer(self, ys: Sequence[Tensor]) -> Tensor:
-        """f at the inner tensors `ys`."""
-        loss = self.problem.outer(self.like_start(ys), tree.like(self.outer, list(self.xs)), self.batches.outer)
-        self.outer_loss = loss.detach()
-        return loss
-
-    def of_inner(self, ys: Sequence[Tensor]) -> Tensor:
-        """g at the inner tensors `ys`, on the batch of the step, after the last one on that of the derivatives."""
-        step, self.taken = self.taken, self.taken + 1
-        batch = self.batches.inner_at(step) if step < self.steps else self.batches.at_solution(self.steps)
-        loss = self.problem.inner(self.like_start(ys), tree.like(self.outer, list(self.xs)), batch)
-        if step == self.steps:
-            self.at_solution = loss.detach()
-        return loss
-
-    def like_start(self, ys: Sequence[Tensor]) -> Any:
-        """Inner tensors in the structure of y."""
-        return tree.like(self.start, list(ys))
-
-    def begins(self) -> tuple[Tensor, ...]:
-        """y_0 for a loop that moves out of place: tensors with a gradient, sharing memory with what was given."""
-        return tuple(
-            leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_()
-            for leaf in tree.tensors(self.start)
-        )
+    Example:
+        >>> baseline(neumann(iterations=5, alpha=0.1)).name
+        'betty.hypergradient_with_betty(method=neumann(neumann_iterations=5, neumann_alpha=0.1))'
+    """
+    program.classes()
+    defects = _defects()
+    if method.name == "unrolled":
+        sees, target, notes = {bl.Path.INNER_LOSS, bl.Path.OUTER_LOSS, bl.Path.START}, Target.PROGRAM, [program.MENDED]
+    else:
+        sees, target, notes = {bl.Path.INNER_LOSS, bl.Path.OUTER_LOSS}, None, [WITHOUT_DECAY]
+        if method.name in ("neumann", "cg") and method.name not in defects:
+            target = Target.SOLUTION
+        notes += [text for name, text in defects.items() if name == method.name]
+    return Baseline(
+        functools.partial(hypergradient_with_betty, method=method),
+        package="betty-ml",
+        version=importlib.metadata.version("betty-ml"),
+        target=target,
+        notes=(*notes, ENGINE),
+        sees=frozenset(sees),
+    )
 
 
-class Held(torch.nn.Module):
-    """Tensors as the parameters of a module."""
+def baselines() -> dict[str, Baseline]:
+    """Each of Betty's methods by its label: "betty cg", "betty neumann", "betty darts", "betty sama" (in the releases
+    that have it) and "betty unrolled".
 
-    def __init__(self, leaves: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.leaves = torch.nn.ParameterList([torch.nn.Parameter(leaf) for leaf in leaves])
+    cg and neumann make ten products, neumann with the inner step size; darts and sama perturb by the lengths that
+    Betty's Config proposes. `baseline(neumann(iterations=3))` makes others.
+
+    Raises:
+        ImportError: betty-ml is not installed.
+    """
+    every = (cg(), neumann(), darts(), sama(), unrolled())
+    return {f"betty {method.name}": baseline(method) for method in every if method.name in methods()}
+
+
+def _defects() -> dict[str, str]:
+    """What is known to be wrong in the installed release, a sentence for each method."""
+    try:
+        from bilevel.integrations.betty import release
+    except ImportError:
+        return {}
+    return dict(release.installed().defects)
 
 
 def hypergradient_with_betty(
@@ -148,7 +153,7 @@ def hypergradient_with_betty(
     outer: Any,
     inner: Any,
     batches: bl.Batches,
-    solver: bl.inner.InnerSolver,
+    solver: bl.InnerSolver,
     method: Method,
 ) -> bl.Hypergradient:
     """The hypergradient that Betty's `method` computes.
@@ -177,18 +182,18 @@ def hypergradient_with_betty(
         >>> hypergradient_with_betty(*args, unrolled()).grad, hypergradient_with_betty(*args, neumann(1)).grad
         (tensor([0.5625, 0.5625]), tensor([0.5625, 0.5625]))
     """
-    classes = _classes()
+    classes = program.classes()
     if method.name not in classes.methods:
         raise ValueError(f"the installed release of betty-ml has no {method.name}; 0.2.1 is the one with all of them")
     rate = _plain(solver, method)
     by_steps = method.name == "unrolled"
     device = tree.tensors(outer)[0].device
-    with _quiet(), torch.enable_grad(), _on(device):
-        upper = Held([leaf.detach() for leaf in tree.tensors(outer)])
-        call = Call(problem, outer, batches, solver.max_steps, inner)
+    with program.quiet(), torch.enable_grad(), program.placed_on(device):
+        upper = program.Held([leaf.detach() for leaf in tree.tensors(outer)])
+        call = program.Call(problem, outer, batches, solver.max_steps, inner)
         call.xs = list(upper.leaves)
         call.start = _start(call, inner, follow=by_steps)
-        lower = Held([leaf.detach().clone() for leaf in tree.tensors(call.start)])
+        lower = program.Held([leaf.detach().clone() for leaf in tree.tensors(call.start)])
         kind = classes.steps if by_steps else classes.solution
         # What a user of Betty would write. The graph of f is used twice, for the direct part and for df/dy.
         upper_config = classes.config(first_order=not by_steps, retain_graph=not by_steps)
@@ -220,21 +225,23 @@ def hypergradient_with_betty(
             each.call = call
         up, low = problems
         low.moved_by = solver.dynamics.update
-        engine = classes.engine(
-            config=classes.engine_config(
-                train_iters=solver.max_steps, valid_step=solver.max_steps + 1, **classes.strategy(device)
-            ),
-            problems=problems,
-            dependencies={"u2l": {up: [low]}, "l2u": {low: [up]}},
-        )
-        engine.run()
-        moved = call.like_start([leaf.detach() for leaf in low.trainable_parameters()])
-        for each in (*problems, engine):  # they refer to each other, and would hold every tensor until a collection
-            vars(each).clear()
+        try:
+            engine = classes.engine(
+                config=classes.engine_config(
+                    train_iters=solver.max_steps, valid_step=solver.max_steps + 1, **classes.strategy(device)
+                ),
+                problems=problems,
+                dependencies={"u2l": {up: [low]}, "l2u": {low: [up]}},
+            )
+            engine.run()
+            moved = call.like_start([leaf.detach() for leaf in low.trainable_parameters()])
+        finally:
+            for each in problems:  # they refer to each other, and would hold every tensor until a collection
+                vars(each).clear()
         return _result(call, moved)
 
 
-def _start(call: Call, inner: Any, *, follow: bool) -> Any:
+def _start(call: program.Call, inner: Any, *, follow: bool) -> Any:
     """y_0: what was given, or what init returns, with its graph where that is followed."""
     if call.problem.init is None:
         return tree.detach(inner)
@@ -242,7 +249,7 @@ def _start(call: Call, inner: Any, *, follow: bool) -> Any:
         return call.problem.init(tree.like(call.outer, list(call.xs)), call.batches.inner_at(0))
 
 
-def _result(call: Call, moved: Any) -> bl.Hypergradient:
+def _result(call: program.Call, moved: Any) -> bl.Hypergradient:
     xs = [leaf.detach() for leaf in call.xs]
     grad = [torch.zeros_like(x) if g is None else g.detach() for x, g in zip(xs, call.grad, strict=True)]
     inner_loss = call.at_solution
@@ -266,7 +273,7 @@ def _result(call: Call, moved: Any) -> bl.Hypergradient:
 # --- the solver
 
 
-def _plain(solver: bl.inner.InnerSolver, method: Method) -> float:
+def _plain(solver: bl.InnerSolver, method: Method) -> float:
     """The inner step size, if Betty can do what the solver does.
 
     Raises:
@@ -296,7 +303,7 @@ def _plain(solver: bl.inner.InnerSolver, method: Method) -> float:
     return float(update.lr)
 
 
-def _optimizer(solver: bl.inner.InnerSolver, parameters: Iterator[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(solver: bl.InnerSolver, parameters: Iterator[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The torch optimizer that moves as the solver's does."""
     update: Any = solver.dynamics.update
     given = {field.name: getattr(update, field.name) for field in dataclasses.fields(update)}
@@ -312,139 +319,3 @@ def _optimizer(solver: bl.inner.InnerSolver, parameters: Iterator[torch.nn.Param
         if decoupled
         else torch.optim.AdamW(parameters, **given)
     )
-
-
-# --- Betty
-
-
-@dataclasses.dataclass(frozen=True)
-class _Classes:
-    """What is needed of Betty, of whichever release."""
-
-    upper: Any
-    solution: Any
-    steps: Any
-    config: Any
-    engine: Any
-    engine_config: Any
-    methods: frozenset[str]
-
-    @property
-    def chooses_device(self) -> bool:
-        """Whether the Engine places the modules (0.2.1), and not each problem (0.1.1)."""
-        return any(field.name == "strategy" for field in dataclasses.fields(self.engine_config))
-
-    def strategy(self, device: torch.device) -> dict[str, str]:
-        """What tells the Engine to leave the modules where they are."""
-        return {"strategy": "gpu" if device.type == "cuda" else "cpu"} if self.chooses_device else {}
-
-    def placed(self, device: torch.device) -> dict[str, Any]:
-        """What tells a problem likewise."""
-        return {} if self.chooses_device else {"device": device}
-
-
-def methods() -> frozenset[str]:
-    """The names of the methods that the installed release has.
-
-    Raises:
-        ImportError: betty-ml is not installed.
-    """
-    return _classes().methods
-
-
-@functools.cache
-def _classes() -> _Classes:
-    if importlib.util.find_spec("betty") is None:
-        raise ImportError(INSTALL)
-    with warnings.catch_warnings():  # of the parts of torch that Betty imports
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from betty.configs import Config, EngineConfig
-        from betty.engine import Engine
-        from betty.hypergradient import jvp_fn_mapping
-        from betty.problems import ImplicitProblem, IterativeProblem
-
-    class Upper(ImplicitProblem):
-        """x and f; its step is caught, not made."""
-
-        def training_step(self, batch: Any) -> Tensor:
-            (low,) = self.children
-            loss: Tensor = self.call.of_outer(low.trainable_parameters())
-            return loss
-
-        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            self.call.grad = [leaf.grad for leaf in self.module.parameters()]
-
-    class AtSolution(ImplicitProblem):
-        """y and g, for the methods that differentiate the solution."""
-
-        def training_step(self, batch: Any) -> Tensor:
-            loss: Tensor = self.call.of_inner(self.trainable_parameters())
-            return loss
-
-    class Steps(IterativeProblem):
-        """y and g, for backpropagation through the steps. Mended: see MENDED."""
-
-        _fp16 = False  # asked for in 0.2.1, which no longer sets it
-
-        def training_step(self, batch: Any) -> Tensor:
-            loss: Tensor = self.call.of_inner(self.trainable_parameters())
-            return loss
-
-        def patch_optimizer(self) -> None:
-            if self.params is not None:  # 0.2.1 calls it too early, before there are functional parameters
-                super().patch_optimizer()
-
-        def on_inner_loop_start(self) -> None:
-            self.params = self.call.begins()
-            self.optimizer.state = [_fresh(self.moved_by, leaf) for leaf in self.params]
-            # The module is not looked at again: it need not hold a second y and its gradient.
-            for held, leaf in zip(self.module.parameters(), self.params, strict=True):
-                held.grad, held.data = None, leaf.detach()
-
-        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            before = self.params
-            if any(leaf.grad is None for leaf in before):
-                raise ValueError(
-                    "Betty's differentiable optimizers drop inner tensors that the inner loss does not use; leave them "
-                    "out of the inner variable for betty unrolled"
-                )
-            super().optimizer_step(*args, **kwargs)
-            for leaf in before:
-                leaf.grad = None
-
-    return _Classes(Upper, AtSolution, Steps, Config, Engine, EngineConfig, frozenset({*jvp_fn_mapping, "unrolled"}))
-
-
-def _fresh(update: Any, leaf: Tensor) -> dict[str, Any]:
-    """The state of Betty's differentiable optimizer before its first step."""
-    if isinstance(update, bl.SGD):
-        return {}
-    return {"step": 0, "exp_avg": torch.zeros_like(leaf), "exp_avg_sq": torch.zeros_like(leaf)}
-
-
-@contextlib.contextmanager
-def _on(device: torch.device) -> Iterator[None]:
-    """Betty says "cuda" and means the current device."""
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        yield
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing on the terminal: neither Betty's logger, which is left as it was found, nor torch's warnings about how
-    Betty keeps gradients.
-    """
-    from betty.logging import logger_base
-
-    logger = logging.getLogger("betty")
-    found, handlers = logger_base._logger, list(logger.handlers)
-    propagate, level, disabled = logger.propagate, logger.level, logger.disabled
-    logger.disabled = True
-    try:
-        with warnings.catch_warnings():
-            for message in (".*create_graph=True.*", ".*not a leaf Tensor.*", ".*functorch.*"):
-                warnings.filterwarnings("ignore", message=message)
-            yield
-    finally:
-        logger_base._logger, logger.handlers[:] = found, handlers
-        logger.propagate, logger.level, logger.disabled = propagate, level, disabled
