@@ -376,3 +376,22 @@ def test_a_command_puts_betty_beside_ours(tmp_path, capsys):
     assert first[0] == pytest.approx(last[0], rel=1e-9)
     assert (first[1], last[1]) == ("unrolled", "betty unrolled")
     assert "betty-ml" in capsys.readouterr().out
+
+
+def test_tasks_go_through_betty_one_after_another():
+    draw = torch.Generator().manual_seed(1)
+    targets = torch.randn(3, 4, generator=draw, dtype=torch.float64)
+
+    def loss(y, x, target):
+        return (y["out"] - target).cosh().log().sum()
+
+    maml = bl.Problem(loss, loss, init=lambda x, _: x)
+    args = maml, {"out": torch.ones(4).double()}, None, bl.Batches(targets, targets.flip(0))
+    for name, own in (("unrolled", bl.Unrolled()), ("neumann", bl.Implicit(bl.Neumann(10, SGD.lr)))):
+        posed = args if name == "unrolled" else (bl.proximal(maml, 2.0), *args[1:])
+        ours, theirs = (
+            bl.hypergradient(*posed, solver=bl.Descent(SGD, 3), estimator=bl.TaskMean(each, chunk=1))
+            for each in (own, betty.baselines()[f"betty {name}"])
+        )
+        assert difference(theirs.grad, ours.grad) < 1e-10
+        assert difference(theirs.inner, ours.inner) < 1e-10
