@@ -31,5 +31,7 @@ def test_the_norm_maps_over_vmap_and_runs_on_fake_tensors():
     rows = torch.randn(4, 5000)
     mapped = torch.func.vmap(lambda row: Space().norm((row,)))(rows)
     torch.testing.assert_close(mapped, torch.linalg.vector_norm(rows.double(), dim=1), rtol=1e-7, atol=0)
-    with FakeTensorMode() as mode:
-        assert Space().norm((mode.from_tensor(rows[0]),)).shape == ()
+    mode = FakeTensorMode()
+    fake = mode.from_tensor(rows[0])
+    with mode:
+        assert Space().norm((fake,)).shape == ()
