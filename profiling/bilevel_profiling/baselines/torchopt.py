@@ -25,7 +25,9 @@ from bilevel_profiling.baselines.baseline import Baseline
 from bilevel_profiling.baselines.unrolling import descent, finished, number, start
 from bilevel_profiling.records.record import Target
 
-BIAS_CORRECTION = "Its Adam and AdamW round 1 - beta^t to torch's default dtype; of float32 and beta = 0.999 about five digits are left."
+BIAS_CORRECTION = (
+    "Its Adam and AdamW round 1 - beta^t to torch's default dtype; of float32, with beta = 0.999, five digits are left."
+)
 
 
 def baselines() -> dict[str, Baseline]:
