@@ -151,10 +151,10 @@ class Counter:
 
 
 def _unseen(leaf: Tensor) -> str:
-    if torch._C._functorch.is_functorch_wrapped_tensor(leaf):
-        return "it differentiates with torch.func"
     if torch.compiler.is_compiling():
         return "it compiles"
+    if torch._C._functorch.is_functorch_wrapped_tensor(leaf):
+        return "it differentiates with torch.func"
     if torch.autograd.forward_ad._current_level >= 0:
         return "it differentiates in forward mode"
     return ""
