@@ -103,7 +103,7 @@ class Baseline(bl.Estimator):
         counter, ours, untouched = Counter(), spans.Calls(), Untouched(instance, self.name)
         problem = anchored(instance.problem, instance.batches)
         problem = counter.watched(problem) if counting() else problem
-        given = tree.attach(instance.outer), instance.inner, instance.batches, instance.solver
+        given = tree.attach(instance.outer), tree.detach(instance.inner), instance.batches, instance.solver
         with spans.span(spans.HYPERGRADIENT):
             with spans.listen(ours):
                 found = self.function(problem, *given)
@@ -136,6 +136,8 @@ class Baseline(bl.Estimator):
 
     def _gradient(self, instance: bl.estimators.Instance, found: Any) -> tuple[Tensor | None, ...]:
         outer, needed = instance.outer, "a tree like outer was needed"
+        if found is None:
+            raise ValueError(f"baseline {self.name} returned None, where {needed}; does it end in a return?")
         if isinstance(found, dict) and isinstance(outer, dict) and set(found) == set(outer):
             found = {name: found[name] for name in outer}
         leaves, structure = tree.flatten(found)

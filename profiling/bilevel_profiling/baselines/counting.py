@@ -2,8 +2,9 @@
 
 Each call of a loss is given views of its variables whose hooks see a backward pass arrive; a pass with a graph hands on
 a view of the gradient whose hook sees that gradient differentiated in turn. A pass through a call is a gradient, unless
-it comes from the gradient of the same call: then it is a product. Views hold no memory of their own and change no
-number, but take time (6% of 20 steps on a perceptron), so the passes that measure time and memory do without.
+it comes from the gradient of the same call: then it is a product. Views hold no memory of their own and change nothing
+but the order in which autograd adds; they take time (6% of 20 steps on a perceptron), so the passes that measure time
+and memory do without.
 
 | pass | counted as |
 | --- | --- |
@@ -150,10 +151,10 @@ class Counter:
 
 
 def _unseen(leaf: Tensor) -> str:
-    if torch._C._functorch.is_functorch_wrapped_tensor(leaf):
-        return "it differentiates with torch.func"
     if torch.compiler.is_compiling():
         return "it compiles"
+    if torch._C._functorch.is_functorch_wrapped_tensor(leaf):
+        return "it differentiates with torch.func"
     if torch.autograd.forward_ad._current_level >= 0:
         return "it differentiates in forward mode"
     return ""

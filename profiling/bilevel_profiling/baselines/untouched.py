@@ -13,8 +13,9 @@ from bilevel.space import tree
 class Untouched:
     """The arguments of a call as they are now, to be held against what they are after it.
 
-    Each call is watched by torch's own count of changes in place, which costs nothing; it does not see changes made
-    through `.data`, so the first call with a problem is watched by the numbers too.
+    Each call is watched by torch's own count of changes in place, which costs nothing. It does not see changes made
+    through `.data`, so the first call with a problem is watched by the numbers too; and in the first call alone the
+    batches of a PerStep are asked for, which may have to be loaded.
 
     Args:
         instance: the arguments.
@@ -22,10 +23,10 @@ class Untouched:
     """
 
     def __init__(self, instance: bl.estimators.Instance, name: str) -> None:
-        self._name, self._given = name, _given(instance)
+        first = ("left alone by", name) not in instance.problem.memo
+        instance.problem.memo["left alone by", name] = True
+        self._name, self._given = name, _given(instance, first)
         self._versions = {role: [leaf._version for leaf in leaves] for role, leaves in self._given.items()}
-        first = instance.problem.memo.setdefault(("left alone by", name), True)
-        instance.problem.memo["left alone by", name] = False
         self._sums = {role: _sums(leaves) for role, leaves in self._given.items()} if first else {}
 
     def check(self) -> None:
@@ -40,10 +41,10 @@ class Untouched:
                 )
 
 
-def _given(instance: bl.estimators.Instance) -> dict[str, list[Tensor]]:
+def _given(instance: bl.estimators.Instance, first_call: bool) -> dict[str, list[Tensor]]:
     batches, steps = instance.batches, instance.batches.inner
-    inner: Any = steps
-    if isinstance(steps, bl.PerStep):
+    inner: Any = None if isinstance(steps, bl.PerStep) else steps
+    if isinstance(steps, bl.PerStep) and first_call:
         # Batches that are made when asked for cannot be spoiled.
         first, again = (tree.tensors(steps[0]) for _ in range(2))
         kept = [leaf.data_ptr() for leaf in first] == [leaf.data_ptr() for leaf in again]
@@ -60,10 +61,7 @@ def _given(instance: bl.estimators.Instance) -> dict[str, list[Tensor]]:
 def _sums(leaves: list[Tensor]) -> list[str]:
     """Sums and norms, unseen by meters; as text, so that nan equals nan."""
     with _disable_current_modes(), torch.no_grad():
-        norms = [torch.linalg.vector_norm(leaf, dtype=torch.float64) for leaf in leaves if _real(leaf)]
-        sums = [leaf.sum(dtype=torch.float64) for leaf in leaves if _real(leaf)]
-        return [str(value.item()) for value in (*norms, *sums)]
-
-
-def _real(leaf: Tensor) -> bool:
-    return leaf.is_floating_point() and leaf.layout is torch.strided
+        strided = [leaf for leaf in leaves if leaf.layout is torch.strided]
+        sums = [leaf.sum(dtype=None if leaf.is_complex() else torch.float64) for leaf in strided]
+        norms = [torch.linalg.vector_norm(leaf, dtype=torch.float64) for leaf in strided if leaf.is_floating_point()]
+        return [str(value.item()) for value in (*sums, *norms)]

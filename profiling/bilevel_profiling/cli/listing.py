@@ -11,8 +11,8 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
     return verbs.add_parser(
         "list",
         help="list what there is to compare",
-        description="List the built-in cases, the estimators and solvers of the library, and the libraries whose methods "
-        "can be compared with them.",
+        description="List the built-in cases, the estimators and solvers of the library, and other libraries whose "
+        "methods can be compared with them.",
     )
 
 

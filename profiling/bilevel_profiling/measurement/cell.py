@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import bilevel as bl
+from bilevel_profiling.baselines.counting import uncounted
 from bilevel_profiling.cases.case import Case
 from bilevel_profiling.cases.case_file import Definition, given
 from bilevel_profiling.measurement import references
@@ -88,7 +89,8 @@ def resident(job: Job, gate: Gate) -> None:
     gate()
     started = time.perf_counter()
     while True:
-        trial.hypergradient()
+        with uncounted():
+            trial.hypergradient()
         trial.tidy()
         if time.perf_counter() - started > _WATCHED:
             return
