@@ -108,6 +108,11 @@ class Classes:
         return {} if self.chooses_device else {"device": device}
 
 
+def is_installed() -> bool:
+    """Whether betty-ml is there, found without importing it."""
+    return importlib.util.find_spec("betty") is not None
+
+
 @functools.cache
 def classes() -> Classes:
     """The problems of a program, of the installed release.
@@ -115,7 +120,7 @@ def classes() -> Classes:
     Raises:
         ImportError: betty-ml is not installed.
     """
-    if importlib.util.find_spec("betty") is None:
+    if not is_installed():
         raise ImportError(INSTALL)
     with warnings.catch_warnings():  # of the parts of torch that Betty imports
         warnings.simplefilter("ignore", DeprecationWarning)
