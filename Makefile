@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+INSTALL := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
 
 .PHONY: report test examples check format lint types docs setup clean
 
@@ -36,8 +37,15 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (torch and what the report, the tests and the docs need); a few minutes the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[all]"
+	$(INSTALL) -e ".[all]"
+	@$(call peer,betty-ml,--no-deps --ignore-requires-python)
+	@$(call peer,higher)
+	@$(call peer,torchopt)
 	@touch $(READY)
+
+# Other libraries, for the baselines and the pages "Coming from ...". betty-ml declares Python < 3.11 and runs on 3.11.
+peer = $(INSTALL) --only-binary :all: $(2) $(1) 2>$(VENV)/.peer || \
+	echo "no $(1) here, its tests will skip: $$(grep -m 1 ^ERROR $(VENV)/.peer)"
 
 clean:
 	rm -rf $(VENV) report docs/_build

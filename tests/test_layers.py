@@ -154,7 +154,7 @@ PROFILER = House(
     excepted={"report.tensorboard": {"torch"}},  # torch.utils.tensorboard writes the files
 )
 # What the profiler knows of the library besides its public names: it listens to spans, and walks trees.
-PROFILER_SEES = {"engine.spans", "space.tree", "problems"}
+PROFILER_SEES = {"engine.spans", "space.tree", "problems", "integrations"}
 
 # Who may call which part of torch's differentiation machinery.
 DIFFERENTIATION = {

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 import bilevel as bl
 from bilevel.engine import spans
 from bilevel.space import tree
-from bilevel_profiling.baselines.counting import Counter
+from bilevel_profiling.baselines.anchored import anchored
+from bilevel_profiling.baselines.counting import Counter, counting
 from bilevel_profiling.baselines.untouched import Untouched
 from bilevel_profiling.records.record import Target
 
@@ -99,17 +100,18 @@ class Baseline(bl.Estimator):
             raise ValueError(
                 "a baseline needs real numbers, and forecasts have none: measure it, with measure() or bilevel compare"
             )
-        counter, ours = Counter(), spans.Calls()
-        outer, inner, batches, solver = tree.attach(instance.outer), instance.inner, instance.batches, instance.solver
-        untouched = Untouched(instance, self.name)
+        counter, ours, untouched = Counter(), spans.Calls(), Untouched(instance, self.name)
+        problem = anchored(instance.problem, instance.batches)
+        problem = counter.watched(problem) if counting() else problem
+        given = tree.attach(instance.outer), tree.detach(instance.inner), instance.batches, instance.solver
         with spans.span(spans.HYPERGRADIENT):
             with spans.listen(ours):
-                found = self.function(counter.watched(instance.problem), outer, inner, batches, solver)
+                found = self.function(problem, *given)
             if not any(ours.calls.values()):  # where it calls the library, that has counted
                 counter.announce()
             untouched.check()
-            stats = {UNCOUNTED: counter.blind} if counter.blind else {}
-            return self._finished(instance, found, stats)
+            why = counter.blind if counting() else "it was not asked for"
+            return self._finished(instance, found, {UNCOUNTED: why} if why else {})
 
     def _by_task(self, instance: bl.estimators.Instance, tasks: int) -> bl.estimators.Estimate:
         each = bl.TaskMean(self, chunk=1)
@@ -134,6 +136,8 @@ class Baseline(bl.Estimator):
 
     def _gradient(self, instance: bl.estimators.Instance, found: Any) -> tuple[Tensor | None, ...]:
         outer, needed = instance.outer, "a tree like outer was needed"
+        if found is None:
+            raise ValueError(f"baseline {self.name} returned None, where {needed}; does it end in a return?")
         if isinstance(found, dict) and isinstance(outer, dict) and set(found) == set(outer):
             found = {name: found[name] for name in outer}
         leaves, structure = tree.flatten(found)

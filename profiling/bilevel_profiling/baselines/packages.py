@@ -1,8 +1,11 @@
 """The baselines of other libraries, by the names that `bilevel compare --baselines` takes."""
 
+import ast
 import difflib
 import importlib
+import importlib.util
 from collections.abc import Iterable
+from pathlib import Path
 
 from bilevel_profiling.baselines.baseline import Baseline
 
@@ -12,6 +15,16 @@ PACKAGES = {
     "torchopt": "bilevel_profiling.baselines.torchopt",
 }
 """Where the `baselines()` of each are."""
+
+
+def titles() -> dict[str, str]:
+    """The first line of each file's docstring, read without running it."""
+    found = {}
+    for name, module in PACKAGES.items():
+        spec = importlib.util.find_spec(module)
+        text = "" if spec is None or spec.origin is None else Path(spec.origin).read_text(encoding="utf-8")
+        found[name] = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    return found
 
 
 def named(names: Iterable[str]) -> dict[str, Baseline]:

@@ -60,10 +60,7 @@ def _given(instance: bl.estimators.Instance) -> dict[str, list[Tensor]]:
 def _sums(leaves: list[Tensor]) -> list[str]:
     """Sums and norms, unseen by meters; as text, so that nan equals nan."""
     with _disable_current_modes(), torch.no_grad():
-        norms = [torch.linalg.vector_norm(leaf, dtype=torch.float64) for leaf in leaves if _real(leaf)]
-        sums = [leaf.sum(dtype=torch.float64) for leaf in leaves if _real(leaf)]
-        return [str(value.item()) for value in (*norms, *sums)]
-
-
-def _real(leaf: Tensor) -> bool:
-    return leaf.is_floating_point() and leaf.layout is torch.strided
+        strided = [leaf for leaf in leaves if leaf.layout is torch.strided]
+        sums = [leaf.sum(dtype=None if leaf.is_complex() else torch.float64) for leaf in strided]
+        norms = [torch.linalg.vector_norm(leaf, dtype=torch.float64) for leaf in strided if leaf.is_floating_point()]
+        return [str(value.item()) for value in (*sums, *norms)]

@@ -39,7 +39,7 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="also the methods of other libraries: betty, higher, torchopt, each a row a method; they must be installed",
+        help="also the methods of other libraries, a row each: betty, higher, torchopt, where they are installed",
     )
     add(
         "--inner-steps",
@@ -125,9 +125,7 @@ def run(options: argparse.Namespace) -> int:
     """Do it."""
     # Here and not above: torch takes seconds to load, and --help and show do without it.
     from bilevel_profiling.baselines import packages
-    from bilevel_profiling.cases.case_file import CaseError
     from bilevel_profiling.comparison.plan import Plan, Settings
-    from bilevel_profiling.comparison.resume import ResumeError
     from bilevel_profiling.comparison.work import Comparison
 
     overrides = {"inner_steps": options.inner_steps, "outer_steps": options.outer_steps}

@@ -144,6 +144,8 @@ def defined(options: argparse.Namespace) -> "Definition":
             known = [each for each in parameters if each not in ("device", "seed")]
             has = f"its setup() takes {', '.join(known)}" if known else "its setup() takes none"
             raise CaseError(f"case {found.name} has no parameter {name!r}: {has}")
+    if found.baselines:
+        say(f"baselines are left out, because they need real numbers: {', '.join(found.baselines)}")
     unknown = [label for label in options.estimators or () if label not in found.estimators]
     if unknown:
         raise CaseError(

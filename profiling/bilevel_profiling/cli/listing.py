@@ -11,13 +11,15 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
     return verbs.add_parser(
         "list",
         help="list what there is to compare",
-        description="List the built-in cases, and the estimators and solvers of the library.",
+        description="List the built-in cases, the estimators and solvers of the library, and other libraries whose "
+        "methods can be compared with them.",
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """Do it."""
     import bilevel as bl
+    from bilevel_profiling.baselines.packages import titles
     from bilevel_profiling.cases.case_file import builtin_titles
     from bilevel_profiling.meters.devices import DEVICES
     from bilevel_profiling.records import sizes
@@ -36,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
             if isinstance(value, type) and issubclass(value, kind) and value is not kind
         }
         parts[title] = {name: (value.__doc__ or "").strip().partition("\n")[0] for name, value in sorted(found.items())}
+    parts["baselines for --baselines"] = titles()
     parts["devices for --on"] = {
         name: f"{device.name}: {device.flops['float32'] / 1e12:g} TFLOP/s float32, "
         f"{device.bandwidth / 1e9:,.0f} GB/s, {sizes.text(device.memory)}"

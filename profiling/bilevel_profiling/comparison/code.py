@@ -17,7 +17,7 @@ import sys
 import sysconfig
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,24 @@ def fingerprint(settled: Settled) -> str:
     for function in (None if isinstance(source, str) else source, *functions):
         if callable(function):
             parts |= _used(function)
+    return _mark(parts)
+
+
+def marks_of_baselines(settled: Settled) -> dict[str, str]:
+    """The mark of the code of each baseline that came beside the case's own, by label; those of this package, whose
+    version is compared by itself, left out.
+    """
+    found = {}
+    for label, value in (settled.plan.overrides.get("baselines") or {}).items():
+        function = getattr(value, "function", value)
+        while isinstance(function, functools.partial):
+            function = function.func
+        if getattr(function, "__module__", "").partition(".")[0] not in _OURS:
+            found[label] = _mark(_used(function))
+    return found
+
+
+def _mark(parts: Mapping[str, str]) -> str:
     return hashlib.sha256("\n".join(f"{name}\n{parts[name]}" for name in sorted(parts)).encode()).hexdigest()[:16]
 
 

@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from bilevel_profiling.comparison.code import fingerprint
+from bilevel_profiling.comparison.code import fingerprint, marks_of_baselines
 from bilevel_profiling.comparison.folder import DAMAGED, Folder
 from bilevel_profiling.comparison.plan import Settings, Settled
 from bilevel_profiling.measurement.environment import environment
@@ -26,7 +26,7 @@ from bilevel_profiling.records.records_file import Row, replace_file, scan
 
 Facts = Mapping[str, str]
 """What the rows of one case have in common and do not all say, by name."""
-_STEPS = "number of outer steps"
+_STEPS, _CODE = "number of outer steps", "code"
 
 
 class ResumeError(ValueError):
@@ -44,11 +44,11 @@ def facts(settled: Settled, settings: Settings) -> Facts:
         "inner optimizer": plain(case.optimizer),
         "solver for the solution": plain(case.solution),
         _STEPS: str(case.outer_steps),
-        "code": fingerprint(settled),
+        _CODE: fingerprint(settled),
         "version of torch": here["torch"],
         "version of bilevel": here["bilevel"].partition(" ")[0],
         "processor": here["cpu"],
-    }
+    } | {f"{_CODE} of {label}": mark for label, mark in marks_of_baselines(settled).items()}
 
 
 def begin(folder: Folder, settled: Sequence[Settled], settings: Settings) -> tuple[list[Row], list[str]]:
@@ -102,9 +102,21 @@ def resume(folder: Folder, settled: Sequence[Settled], settings: Settings) -> tu
     steps = {name: (old or {}).get(name, {}).get(_STEPS, "0") for name, found in new.items() if found[_STEPS] == "0"}
     _write(
         folder,
-        {**(old or {}), **{name: {**found, _STEPS: steps.get(name, found[_STEPS])} for name, found in new.items()}},
+        {
+            **(old or {}),
+            **{
+                name: {**_of_rows_no_longer_asked_for(old, name), **found, _STEPS: steps.get(name, found[_STEPS])}
+                for name, found in new.items()
+            },
+        },
     )
     return list(rows), said
+
+
+def _of_rows_no_longer_asked_for(old: Mapping[str, Facts] | None, name: str) -> Facts:
+    """The marks of all baselines that have rows."""
+    known = (old or {}).get(name, {})
+    return {key: value for key, value in known.items() if key.startswith(f"{_CODE} of ")}
 
 
 def loop_failed(record: Record) -> bool:
@@ -127,8 +139,9 @@ def _check_facts(folder: Folder, name: str, old: Facts | None, new: Facts) -> No
         before = (old or {}).get(key, value)
         if before == value or (key == _STEPS and "0" in (before, value)):
             continue
-        what = "other code than it has now" if key == "code" else f"{key} {before}, and this is {value}"
-        remedy = "the old code" if key == "code" else f"{key} {before}"
+        code = key == _CODE or key.startswith(f"{_CODE} of ")
+        what = f"other {key} than it has now" if code else f"{key} {before}, and this is {value}"
+        remedy = f"the old {key}" if code else f"{key} {before}"
         raise ResumeError(
             f"{folder.records} cannot be continued: case {name} was measured with {what}. Use {remedy}, or another "
             f"folder; without --resume, all is measured and the old rows are kept aside"

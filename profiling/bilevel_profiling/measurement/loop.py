@@ -8,6 +8,7 @@ import torch
 
 import bilevel as bl
 from bilevel.space import tree
+from bilevel_profiling.baselines.counting import uncounted
 from bilevel_profiling.cases.case import Case, Posed, leaves_of, seeded
 from bilevel_profiling.cases.case_file import Definition
 from bilevel_profiling.measurement.passes import without_warnings
@@ -40,7 +41,7 @@ def outer_loop(case: Case, definition: Definition, steps: int, before: Mapping[s
     Live tensor bytes slow a step down, so the first iterations are made twice: once metered, in a loop of their own,
         and once timed.
     """
-    with without_warnings():
+    with without_warnings(), uncounted():
         return _looped(case, definition, steps, before)
 
 

@@ -21,6 +21,7 @@ import torch
 import bilevel as bl
 from bilevel.space import tree
 from bilevel_profiling.baselines.baseline import UNCOUNTED, WITHOUT_INNER, baseline_of
+from bilevel_profiling.baselines.counting import uncounted
 from bilevel_profiling.cases.case import Case, leaves_of, name_of
 from bilevel_profiling.cases.target import target_of
 from bilevel_profiling.measurement import references
@@ -132,7 +133,8 @@ def _measured_case(case: Case, passes: _Passes, errors: bool | references.Refere
         record = dataclasses.replace(record, dtype=str(trial.posed.dtype).removeprefix("torch."))
         grad, facts = _first(trial, figures)
         record = dataclasses.replace(record, **facts, base_tensor_bytes=sum(trial.base_sizes()))
-        figures.take(trial, case.device, passes)
+        with uncounted():
+            figures.take(trial, case.device, passes)
         del trial
         if errors is not False and grad is not None:
             known = references.of_case(case) if errors is True else errors
@@ -172,8 +174,13 @@ def described(case: Case, command: str = "") -> Record:
 def _first(trial: "Trial", figures: "Figures") -> tuple[list[torch.Tensor] | None, dict[str, Any]]:
     """The warm-up: its gradient (None after a failure), and what it says about the case."""
     oracles = Oracles()
-    with figures.of(oracles), oracles:
-        hg = trial.hypergradient()
+    try:
+        with figures.of(oracles), oracles:
+            hg = trial.hypergradient()
+    except Exception:
+        if baseline_of(trial.case.estimator) is not None:  # whose calls are said when it has ended
+            figures.without_calls()
+        raise
     figures.note_baseline(hg.stats)
     facts = {
         "inner_size": tree.size(hg.inner),
@@ -285,11 +292,15 @@ class Figures:
         notes = []
         if why := stats.get(UNCOUNTED):
             notes.append(Note(f"Oracle calls were not counted, because {why}."))
-            for fields in (self.fields, *self.phases.values()):
-                fields.pop("calls", None)
+            self.without_calls()
         if stats.get(WITHOUT_INNER):
             notes.append(Note(NO_LOOP, NoteKind.WITHOUT_INNER))
         self.fields["notes"] = (*self.fields.get("notes", ()), *notes)
+
+    def without_calls(self) -> None:
+        """Take the oracle calls out: they were not counted."""
+        for fields in (self.fields, *self.phases.values()):
+            fields.pop("calls", None)
 
     def take(self, call: Callable[[], object], device: str, passes: _Passes) -> None:
         """Run `call` under the clock and under each meter."""
