@@ -22,7 +22,8 @@ from bilevel.space import tree
 MENDED = (
     "IterativeProblem is mended: in 0.2.1 it stops with KeyError('params') because it makes its optimizer "
     "differentiable before that has a state; the optimizer starts afresh with every inner loop (Betty's keeps a "
-    "momentum whose graph is gone); the gradients of earlier steps are dropped (Betty's keep a step's graph alive for ever)."
+    "momentum whose graph is gone); the gradients of earlier steps are dropped (Betty's keep the graph of a step alive "
+    "for ever)."
 )
 INSTALL = (
     'betty-ml is not installed; write pip install "bilevel[betty]" (on Python 3.11: pip install '
