@@ -7,7 +7,6 @@ holds y and its training_step is g. Nothing here is imported from Betty before i
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from bilevel.integrations.betty import release
 from bilevel.space import tree
 
 MENDED = (
@@ -24,10 +24,6 @@ MENDED = (
     "differentiable before that has a state; the optimizer starts afresh with every inner loop (Betty's keeps a "
     "momentum whose graph is gone); the gradients of earlier steps are dropped (Betty's keep the graph of a step alive "
     "for ever)."
-)
-INSTALL = (
-    'betty-ml is not installed; write pip install "bilevel[betty]" (on Python 3.11: pip install '
-    '--ignore-requires-python "bilevel[betty]")'
 )
 
 
@@ -109,11 +105,6 @@ class Classes:
         return {} if self.chooses_device else {"device": device}
 
 
-def is_installed() -> bool:
-    """Whether betty-ml is there, found without importing it."""
-    return importlib.util.find_spec("betty") is not None
-
-
 @functools.cache
 def classes() -> Classes:
     """The problems of a program, of the installed release.
@@ -121,10 +112,9 @@ def classes() -> Classes:
     Raises:
         ImportError: betty-ml is not installed.
     """
-    if not is_installed():
-        raise ImportError(INSTALL)
-    with warnings.catch_warnings():  # of the parts of torch that Betty imports
-        warnings.simplefilter("ignore", DeprecationWarning)
+    if not release.available():
+        raise ImportError(release.MISSING)
+    with release.importing():
         from betty.configs import Config, EngineConfig
         from betty.engine import Engine
         from betty.hypergradient import jvp_fn_mapping
