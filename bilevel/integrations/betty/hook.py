@@ -180,7 +180,7 @@ class Hook:
         figures: dict[str, Any] = {
             key: number
             for key, value in found.stats.items()
-            if key != "calls" and (number := _number(value)) is not None
+            if key not in _NO_FIGURE and (number := _number(value)) is not None
         }
         text = " || ".join(f"{key}: {value:.3g}" for key, value in figures.items())
         said = f'[Problem "{curr.name}"] [Hypergradient for "{posed.prev.name}"] {status.name}'
@@ -229,6 +229,8 @@ def _check(estimator: Any, solver: Any, below: Any) -> None:
         )
 
 
+_NO_FIGURE = ("calls", "inner_steps")
+"""Stats that say nothing of the solve."""
 _AT_A_POINT = (bl.Implicit, bl.MemoryReduced)
 
 
