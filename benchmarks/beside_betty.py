@@ -278,7 +278,7 @@ def cost_table(records):
         records,
         f"Process CPU seconds, median of {rounds} rounds in turns (four times as many of the smallest net); "
         f"peak of live tensor bytes of one call; "
-        '"apart": relative difference of the two hypergradients, where both compute the same',
+        '"apart": relative difference of the two hypergradients, where both compute the same number',
     )
 
 
@@ -316,10 +316,11 @@ def draw(records, path):
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2))
     for label, (color, line, marker) in styles.items():
         own = [row for row in records if row["kind"] == "error" and row["method"] == label]
-        points = [(row["n"], max(row["error"], 1e-16)) for row in own]
+        points = [(row["n"], row["error"]) for row in own]
         axes.plot(*zip(*points, strict=True), color=color, linestyle=line, marker=marker, markersize=4, label=label)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_ylim(1e-6, 4)  # CG goes on to rounding
     shown = sorted({row["n"] for row in records if row["kind"] == "error"})
     axes.set_xticks(shown, [str(n) for n in shown])
     axes.minorticks_off()

@@ -10,7 +10,7 @@ version = release = bilevel.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build", "papers/made"]  # tables that pages include
+exclude_patterns = ["_build", "papers/made", "coming_from/made"]  # tables that pages include
 default_role = "code"
 suppress_warnings = ["config.cache"]
 

@@ -347,6 +347,8 @@ def test_each_method_is_a_row_that_says_whose_it_is():
     assert rows["betty neumann"].target == "solution"
     assert rows["betty darts"].target is None
     assert any("mended" in note for note in rows["betty unrolled"].notes)
+    assert any("old residual" in note for note in rows["betty cg"].notes)
+    assert rows["betty cg"].target is None, "it does not converge to the solution's"
     assert "neumann_iterations=10" in repr(rows["betty neumann"])
     problem, outer, _, batches = quadratic.setup()
     learned = bl.Problem(problem.inner_loss, problem.outer_loss, init=lambda x, _: torch.cat([x, x[:2]]))

@@ -7,7 +7,6 @@ holds y and its training_step is g. Nothing here is imported from Betty before i
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,16 +16,14 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from bilevel.integrations.betty import release
 from bilevel.space import tree
 
 MENDED = (
     "IterativeProblem is mended: in 0.2.1 it stops with KeyError('params') because it makes its optimizer "
     "differentiable before that has a state; the optimizer starts afresh with every inner loop (Betty's keeps a "
-    "momentum whose graph is gone); the gradients of earlier steps are dropped (Betty's keep a step's graph alive for ever)."
-)
-INSTALL = (
-    'betty-ml is not installed; write pip install "bilevel[betty]" (on Python 3.11: pip install '
-    '--ignore-requires-python "bilevel[betty]")'
+    "momentum whose graph is gone); the gradients of earlier steps are dropped (Betty's keep the graph of a step alive "
+    "for ever)."
 )
 
 
@@ -115,10 +112,9 @@ def classes() -> Classes:
     Raises:
         ImportError: betty-ml is not installed.
     """
-    if importlib.util.find_spec("betty") is None:
-        raise ImportError(INSTALL)
-    with warnings.catch_warnings():  # of the parts of torch that Betty imports
-        warnings.simplefilter("ignore", DeprecationWarning)
+    if not release.available():
+        raise ImportError(release.MISSING)
+    with release.importing():
         from betty.configs import Config, EngineConfig
         from betty.engine import Engine
         from betty.hypergradient import jvp_fn_mapping
