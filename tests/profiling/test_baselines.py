@@ -442,6 +442,7 @@ def compiled(problem, outer, inner, batches, solver):
     return torch.autograd.grad(loss(outer), outer)[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # of torch's own forward mode
 @pytest.mark.parametrize(
     ("function", "why"),
     [

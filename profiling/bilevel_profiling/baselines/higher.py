@@ -2,7 +2,10 @@
 
 | | memory |
 | --- | --- |
-| higher unrolled | K graphs and K + 1 inner variables, which its patched module keeps |
+| higher unrolled | K graphs and K + 1 inner variables |
+
+Its patched module keeps the parameters of all steps (`parameters(time=k)`), also those that no graph needs: with 50
+steps on a perceptron of 784-300-10 that is 47 MB above our 147.
 
 Its Adam adds eps before the bias correction and ours, as torch.optim's, after it; here its eps is set in each step so
 that the two agree. It has no AdamW.
