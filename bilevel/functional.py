@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from bilevel.checkpointing import Checkpoints
+
 Trainable = bool | str | Collection[str] | Callable[[str], bool]
 
 
@@ -46,8 +48,9 @@ def functional(
         ValueError: here, when a normalization layer is in a mode that writes its running statistics, when an embedding
             has max_norm or scale_grad_by_freq, when `trainable` matches nothing, when parameters do not have a shape
             yet, or when the module is wrapped by DataParallel, DistributedDataParallel or torch.jit; in `call`, when a
-            parameter is missing or unknown, when the forward changed a buffer, or when the module has backward hooks
-            and is mapped by vmap, which does not run them.
+            parameter is missing or unknown, when the forward changed a buffer, when a layer runs inside
+            torch.utils.checkpoint, or when the module has backward hooks and is mapped by vmap, which does not run
+            them.
         TypeError: `module` is no nn.Module, or `trainable` is none of the above.
 
     Example:
@@ -82,7 +85,7 @@ def functional(
                     f"gradient; leave it out of trainable=..."
                 )
             parameter.requires_grad_()
-    wanted = frozenset(names)
+    wanted, checkpoints = frozenset(names), Checkpoints()
 
     def call(params: dict[str, Tensor], *inputs: Any, **keywords: Any) -> Any:
         layout.check_unchanged()
@@ -101,7 +104,7 @@ def functional(
             )
         buffers = layout.buffers()
         versions = [buffer._version for buffer in buffers.values()]
-        with layout.holding(params):
+        with layout.holding(params), checkpoints.refused(module):
             output = module(*inputs, **keywords)
         changed = [
             name

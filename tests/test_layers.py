@@ -65,7 +65,7 @@ LIBRARY = House(
     folder=ROOT / "bilevel",
     layers=(
         {"_strategy", "space", "engine.__init__", "engine.spans", "engine.replay"},
-        {"outcome", "batches"},
+        {"outcome", "batches", "checkpointing"},
         {
             "engine.autodiff",
             "engine.jacobian",

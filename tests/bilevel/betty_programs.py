@@ -47,15 +47,22 @@ class Vector(nn.Module):
 
 
 class Quiet(ImplicitProblem):
-    """A problem that logs nowhere but into `logger`, and remembers the gradients it steps with."""
+    """A problem that logs nowhere but into `logger`."""
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
-        self.logger, self.gradients = Silent(), []
+        self.logger = Silent()
+
+
+class Watched(Quiet):
+    """An upper problem that remembers the gradients it steps with."""
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.gradients = []
 
     def optimizer_step(self, *arguments, **keywords):
-        if self.gradients is not None and not self.parents:
-            self.gradients.append([None if p.grad is None else p.grad.clone() for p in self.trainable_parameters()])
+        self.gradients.append([None if p.grad is None else p.grad.clone() for p in self.trainable_parameters()])
         super().optimizer_step(*arguments, **keywords)
 
 
@@ -107,7 +114,7 @@ class Quadratic:
         """(upper, lower, dependencies)."""
         own = self
 
-        class Upper(Quiet):
+        class Upper(Watched):
             def training_step(self, batch):
                 return 0.5 * ((self.lower() - own.c) ** 2).sum()
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from betty_programs import Quadratic, Quiet, Vector, edges, problem, recent, run, sgd
+from betty_programs import Quadratic, Quiet, Vector, Watched, edges, problem, recent, run, sgd
 from torch import nn
 from torch.nn import functional as F
 
@@ -74,6 +74,46 @@ def without_lower(self, batch):
     return self.upper().square().sum() + 0 * self.module().detach().sum() + self.module().sum() * 0
 
 
+def by_identity(self, batch):
+    """A penalty on the parameters that are in a set made earlier."""
+    if not hasattr(self, "penalized"):
+        self.penalized = {id(p) for p in self.module.parameters()}
+    decay = sum(p.square().sum() for p in self.module.parameters() if id(p) in self.penalized)
+    return decay + (self.module() - self.upper()).square().sum()
+
+
+def by_kind(self, batch):
+    decay = sum(p.square().sum() for p in self.module.parameters() if isinstance(p, nn.Parameter))
+    return decay + (self.module() - self.upper()).square().sum()
+
+
+def annealed(self, batch):
+    """A weight that grows with the calls."""
+    self.calls = getattr(self, "calls", 0) + 1
+    return (self.module() - self.upper()).square().sum() * 1.5**self.calls
+
+
+def hooked(parameters):
+    parameters = list(parameters)
+    parameters[0].register_hook(lambda g: g * 0.5)
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+class NonNegative(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.clamp_(min=0)
+
+
+def stepped(self, *_):
+    self.optimizer.step()
+    with torch.no_grad():
+        self.module.value.clamp_(min=0)
+
+
 class Fixed(torch.autograd.Function):
     """A loss whose backward computes with detached tensors: it has no second derivative, and autograd says nothing."""
 
@@ -93,13 +133,49 @@ def detached(self, batch):
 
 
 REFUSED = {
+    "a choice of parameters by identity": (
+        {"type": CG, "kind": changed(training_step=by_identity)},
+        r"training_step of problem lower gives .* where its parameters are exchanged .* named_parameters",
+    ),
+    "a choice of parameters by class": (
+        {"type": CG, "kind": changed(training_step=by_kind)},
+        r"training_step of problem lower gives .* where its parameters are exchanged",
+    ),
+    "a loss with a counter of its own": (
+        {"use": bl.Unrolled(), "kind": changed(training_step=annealed)},
+        r"training_step of problem lower gives .* a call changes what the next one sees",
+    ),
+    "a projection in the optimizer": (
+        {"type": CG, "optimizer": lambda p: NonNegative(p, lr=0.1)},
+        r"problem lower is moved by NonNegative, of which nothing is known",
+    ),
+    "a projection in the problem's step": (
+        {"type": CG, "kind": changed(optimizer_step=stepped)},
+        r"problem lower has optimizer_step, which may move its parameters",
+    ),
+    "hooks on gradients": (
+        {"type": CG, "optimizer": hooked},
+        r"problem lower has hooks on the gradients of its parameters",
+    ),
+    "ascent": (
+        {"type": CG, "optimizer": lambda p: torch.optim.SGD(p, lr=0.1, maximize=True)},
+        r"problem lower is moved by SGD\(maximize=True\); negate its loss",
+    ),
+    "an optimizer of torch's that decays in another way": (
+        {"type": CG, "optimizer": lambda p: torch.optim.ASGD(p, lambd=0.1)},
+        r"problem lower is moved by ASGD, which does not rest where",
+    ),
+    "a parameter that is named twice": (
+        {"type": CG, "kind": changed(trainable_parameters=lambda self: 2 * list(self.module.parameters()))},
+        r"problem lower names a trainable parameter twice",
+    ),
     "a callback that may move parameters": (
         {"type": CG, "kind": changed(param_callback=clip)},
-        r"problem lower defines param_callback, which may move its parameters",
+        r"problem lower has param_callback, which may move its parameters",
     ),
     "a step of its own": (
         {"type": CG, "kind": changed(custom_optimizer_step=scaled)},
-        r"problem lower defines custom_optimizer_step",
+        r"problem lower has custom_optimizer_step",
     ),
     "decoupled decay at a point": (
         {"type": CG, "optimizer": lambda p: torch.optim.Adam(p, weight_decay=0.1, decoupled_weight_decay=True)},
@@ -107,7 +183,7 @@ REFUSED = {
     ),
     "an optimizer that shrinks in secret": (
         {"type": CG, "optimizer": Sign},
-        r"problem lower is moved by Sign, which does not rest where",
+        r"problem lower is moved by Sign, of which nothing is known",
     ),
     "a replay of a callback": (
         {"use": bl.Unrolled(), "kind": changed(param_callback=clip)},
@@ -135,7 +211,7 @@ REFUSED = {
     ),
     "a parameter that the loss holds on to": (
         {"type": CG, "kind": changed(training_step=held)},
-        r"training_step of problem lower uses .*lower.value by an object that it holds on to",
+        r"training_step of problem lower, .* uses .*lower.value by an object that it holds on to",
     ),
     "a loss without the upper parameters": (
         {"type": CG, "kind": changed(training_step=without_upper)},
@@ -158,25 +234,25 @@ def test_a_program_that_cannot_be_differentiated_is_refused_in_words(label):
 @pytest.mark.parametrize("training_step", [attention, detached], ids=["attention", "a backward that detaches"])
 def test_a_loss_without_a_second_derivative_is_named(training_step, use):
     settings = {"type": betty.register(CG)} if use is None else {"use": use}
-    with pytest.raises(bl.NotTwiceDifferentiableError):
+    with pytest.raises(bl.NotTwiceDifferentiableError, match=r"problem lower: .*register\(bilevel.FirstOrderCorrected"):
         ran(kind=changed(training_step=training_step), **settings)
 
 
 def test_a_replay_that_ends_elsewhere_is_refused():
     """Something else moved the parameters between two steps."""
 
-    def disturbed(upper, lower):
-        original = lower.optimizer_step
+    def disturbed(self, batch):
+        with torch.no_grad():
+            self.lower.module.value.mul_(0.9)
+        return self.module().square().sum()
 
-        def step(*arguments):
-            original(*arguments)
-            with torch.no_grad():
-                lower.module.value.mul_(0.9)
-
-        lower.optimizer_step = step
-
+    quadratic = Quadratic()
+    upper, lower, dependencies = quadratic.problems(3)
+    betty.use(lower, bl.Unrolled())
+    other = problem(changed(training_step=disturbed)(Quiet), "other", Vector(quadratic.x), sgd(0.1))
+    dependencies["l2u"][other] = [lower]
     with pytest.raises(ValueError, match=r"the steps of problem lower could not be replayed: .* Something else moves"):
-        ran(use=bl.Unrolled(), before=disturbed)
+        run([upper, lower, other], dependencies, 3)
 
 
 @recent
@@ -187,7 +263,7 @@ def test_an_upper_problem_that_comes_in_the_middle_of_a_loop_is_refused():
         def training_step(self, batch):
             return (self.module() - self.upper()).square().sum()
 
-    class Upper(Quiet):
+    class Upper(Watched):
         def training_step(self, batch):
             return (self.a() - self.b() - quadratic.c).square().sum()
 
@@ -205,7 +281,7 @@ def test_problems_that_share_parameters_are_refused_before_and_while_it_runs():
     quadratic = Quadratic()
     shared = Vector(quadratic.x)
 
-    class Upper(Quiet):
+    class Upper(Watched):
         def training_step(self, batch):
             return (self.lower() - quadratic.c).square().sum()
 
@@ -300,6 +376,109 @@ def test_optimizers_that_betty_cannot_make_or_makes_otherwise_are_said():
         betty.check([top, mid, low], complete)
 
 
+def test_mistakes_in_the_dependencies_are_said():
+    top, mid, low = three()
+    for wrong in (
+        None,
+        {"u2l": {top: low}, "l2u": {low: [top]}},
+        {"u2l": {"top": ["low"]}},
+        {"u2l": {top: [None]}},
+    ):
+        with pytest.raises(TypeError, match=r'a dict \{"u2l": \{upper: \[lower\]\}.* was needed'):
+            betty.check([top, mid, low], wrong)
+
+
+@recent
+def test_optimizers_and_schedulers_that_betty_cannot_run_are_named():
+    def case(optimizer, scheduler=None, kind="darts"):
+        top, mid, low = three()
+        low.optimizer = optimizer(low.module.parameters())
+        low.scheduler = scheduler(low.optimizer) if scheduler else None
+        low._config = dataclasses.replace(low.config, type=kind)
+        betty.check([top, mid, low], edges(u2l={top: [low]}, l2u={low: [mid], mid: [top]}))
+
+    schedules = torch.optim.lr_scheduler
+    for arguments, said in (
+        ((torch.optim.LBFGS,), "problem low has a LBFGS, whose step needs a closure"),
+        ((sgd(0.1), schedules.ReduceLROnPlateau), "problem low has a ReduceLROnPlateau, whose step needs an argument"),
+        (
+            (sgd(0.1), lambda o: schedules.OneCycleLR(o, 0.1, 10)),
+            "problem low has a OneCycleLR, which Betty makes anew",
+        ),
+        ((sgd(0.1), None, "reinforce"), "type='reinforce', which is an empty function"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            case(*arguments)
+    # (A warm-up has changed the rate of the group, and nothing is lost.)
+    case(sgd(0.1), lambda o: schedules.LinearLR(o, 0.1, total_iters=5))
+    case(sgd(0.1), lambda o: schedules.StepLR(o, 5))
+
+
+def test_a_loader_that_fills_one_buffer_is_refused_also_in_low_precision():
+    """The recorded batches are all the last one."""
+
+    def loader(dtype):
+        buffer = torch.zeros(4, dtype=dtype)
+        for k in range(100):
+            buffer.copy_(torch.full((4,), 1.0 + k % 3))
+            yield (buffer,)
+
+    class Buffered:
+        def __init__(self, dtype):
+            self.dtype = dtype
+
+        def __iter__(self):
+            return loader(self.dtype)
+
+    def step(self, batch):
+        return ((self.module() - self.upper() * batch[0]) ** 2).sum()
+
+    for dtype, lr in ((torch.float32, 1e-5), (torch.bfloat16, 0.01), (torch.float64, 0.1)):
+        quadratic = Quadratic(dtype)
+        upper, lower, dependencies = quadratic.problems(3, sgd(lr), changed(training_step=step))
+        lower.train_data_loader = Buffered(dtype)
+        betty.use(lower, bl.Unrolled())
+        with pytest.raises(ValueError, match=r"could not be replayed: .* fills the tensors of earlier batches anew"):
+            run([upper, lower], dependencies, 3)
+
+
+def test_a_rate_of_zero_on_a_part_is_refused_and_on_all_it_is_a_schedule_that_has_ended():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.zeros(4, dtype=torch.float64)) for _ in range(2))
+
+    class Lower(Quiet):
+        def training_step(self, batch):
+            return (self.module.a - self.upper()).square().sum() + (self.module.b - self.module.a).square().sum()
+
+        def param_groups(self):
+            return [{"params": [self.module.a]}, {"params": [self.module.b], "lr": self.rate}]
+
+    class Upper(Watched):
+        def training_step(self, batch):
+            return (self.lower.module.a + self.lower.module.b).sum()
+
+    for rate, schedule in (
+        (0.0, None),
+        (0.1, lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: float(k < 200))),
+    ):
+        module, x = Two(), torch.ones(4, dtype=torch.float64)
+        Lower.rate = rate
+        name = betty.register(CG)
+        lower = problem(Lower, "lower", module, sgd(0.1), scheduler=schedule, unroll_steps=201, type=name)
+        upper = problem(Upper, "upper", Vector(x), sgd(0.0))
+        dependencies = edges(u2l={upper: [lower]}, l2u={lower: [upper]})
+        if rate == 0:
+            with pytest.raises(
+                ValueError, match=r"the step size 0 for problem lower.b, which therefore rests anywhere"
+            ):
+                run([upper, lower], dependencies, 201)
+        else:
+            run([upper, lower], dependencies, 201)
+            torch.testing.assert_close(upper.gradients[-1][0], torch.full((4,), 2.0, dtype=torch.float64))
+
+
 def test_several_processes_are_refused():
     quadratic = Quadratic()
     upper, lower, dependencies = quadratic.problems(2, type=betty.register(CG))
@@ -334,8 +513,12 @@ def test_wrong_arguments_are_refused_where_they_are_given(label):
 def test_names_of_bettys_own_and_negative_steps_are_refused():
     with pytest.raises(ValueError, match="name='cg', which is Betty's own"):
         betty.register(CG, name="cg")
-    with pytest.raises(ValueError, match="below=-1 was given"):
-        betty.register(CG, below=-1)
+    for below in (-1, True, 0.5, bl.Converge(bl.SGD(0.1), tol=1e-3)):
+        with pytest.raises(ValueError, match=re.escape(f"below={below!r} was given")):
+            betty.register(CG, below=below)
+    name = betty.register(CG)
+    with pytest.raises(ValueError, match=f"name='{name}', which is that of an estimator registered before"):
+        betty.register(bl.Unrolled(), name=name)
     with pytest.raises(TypeError, match=re.escape("use() was given a Linear as problem")):
         betty.use(nn.Linear(1, 1), CG)
 

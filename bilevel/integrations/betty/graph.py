@@ -1,5 +1,6 @@
 """check(): what is wrong with a Betty program, said before Betty stops on it, or does not."""
 
+import inspect
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ def check(problems: Sequence[Any], dependencies: Mapping[str, Mapping[Any, Seque
     Warns:
         UserWarning: a problem uses a method of Betty's that is wrong in this release, or has settings that Betty loses.
     """
+    _check_shape(dependencies)
     u2l, l2u = (dependencies.get(key, {}) for key in ("u2l", "l2u"))
     _check_names(problems)
     for kind, edges in (("u2l", u2l), ("l2u", l2u)):
@@ -52,6 +54,19 @@ def check(problems: Sequence[Any], dependencies: Mapping[str, Mapping[Any, Seque
     for each in problems:
         _check_optimizer(each)
     _check_types(u2l, l2u)
+
+
+def _check_shape(dependencies: Any) -> None:
+    needed = 'a dict {"u2l": {upper: [lower]}, "l2u": {lower: [upper]}} of problems and lists of problems was needed'
+    if not isinstance(dependencies, Mapping):
+        raise TypeError(f"the dependencies are a {type(dependencies).__name__}; {needed}")
+    for kind in ("u2l", "l2u"):
+        edges = dependencies.get(kind, {})
+        if not isinstance(edges, Mapping) or not all(isinstance(each, (list, tuple)) for each in edges.values()):
+            raise TypeError(f"the dependencies have {edges!r} as {kind!r}; {needed}")
+        for each in itertools.chain(edges, *edges.values()):
+            if not hasattr(each, "training_step_exec"):
+                raise TypeError(f"the dependencies have {each!r} in {kind!r}, which is no problem; {needed}")
 
 
 def _check_names(problems: Sequence[Any]) -> None:
@@ -89,14 +104,45 @@ def _check_optimizer(problem: Any) -> None:
         key
         for group in optimizer.param_groups
         for key, value in group.items()
-        if key in defaults and key != "initial_lr" and value != defaults[key]
+        if key in defaults and (group.get("initial_lr", value) if key == "lr" else value) != defaults[key]
     }
+    if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
+        raise ValueError(
+            f"problem {problem.name} has a {name}, whose step needs a closure that evaluates the loss again; Betty "
+            f"calls it without. Use torch.optim.SGD or Adam"
+        )
+    _check_scheduler(problem, type(optimizer)([torch.zeros(1, requires_grad=True)], **defaults))
     if lost:
         warnings.warn(
             f"problem {problem.name} has parameter groups with settings of their own ({', '.join(sorted(lost))}), "
             f"which Betty loses: it makes the optimizer anew with its defaults. Define param_groups() on the problem",
             stacklevel=3,
         )
+
+
+def _check_scheduler(problem: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Betty makes each scheduler anew, too, and steps it without an argument."""
+    scheduler = problem.scheduler
+    if scheduler is None or release.installed_version() < (0, 2):
+        return
+    name = type(scheduler).__name__
+    with release.importing():
+        from betty.patch.scheduler import patch_scheduler
+    step = inspect.signature(scheduler.step).parameters.values()
+    if any(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in step):
+        raise ValueError(
+            f"problem {problem.name} has a {name}, whose step needs an argument; Betty gives it none. Use a scheduler "
+            f"of the number of steps, such as StepLR"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            patch_scheduler(scheduler, optimizer)
+    except Exception as error:  # whatever its constructor raises
+        raise ValueError(
+            f"problem {problem.name} has a {name}, which Betty makes anew from its attributes and cannot "
+            f"({type(error).__name__}: {error}). Use another, such as StepLR or LambdaLR"
+        ) from None
 
 
 def _check_types(u2l: Mapping[Any, Sequence[Any]], l2u: Mapping[Any, Sequence[Any]]) -> None:
@@ -122,6 +168,10 @@ def _check_types(u2l: Mapping[Any, Sequence[Any]], l2u: Mapping[Any, Sequence[An
                 f"problem {lower.name} has type={kind!r}, which Betty does not know; it knows "
                 f"{', '.join(jvp_fn_mapping)}. Write "
                 f"type=bilevel.integrations.betty.register(bilevel.Implicit(bilevel.CG(10)))"
+            )
+        if kind == "reinforce":
+            raise ValueError(
+                f"problem {lower.name} has type='reinforce', which is an empty function in Betty; choose another"
             )
         if kind in ("cg", "neumann") and lower in u2l:
             raise ValueError(

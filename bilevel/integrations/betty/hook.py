@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from bilevel.integrations.betty.optimizer import at_rest
-from bilevel.integrations.betty.program import Named, Program, paired, program
-from bilevel.integrations.betty.recording import CALLBACKS, Recording
+from bilevel.integrations.betty.movers import other_movers
+from bilevel.integrations.betty.optimizer import Named, at_rest
+from bilevel.integrations.betty.program import Program, program
+from bilevel.integrations.betty.recording import Recording
 
 _LINEAR = (bl.Implicit, bl.MemoryReduced, bl.Unrolled, bl.FirstOrderCorrected)
 """Estimators that are known to scale with the outer gradient."""
@@ -33,8 +34,10 @@ class Hook:
         solver: how the inner loop goes on from the lower problem's parameters (which stay where they are): for
             FirstOrderCorrected and others that need steps of their own. With steps=0 it only says where the problem
             rests. None: it rests where its torch optimizer does, at gradient + weight_decay * parameter = 0.
-        below: where the lower problem is itself above others: for how many steps of their optimizers these follow it, 0
-            to take them as fixed, as Betty's darts does. Each step costs a gradient with its graph.
+        below: where the lower problem is itself above others: for how many steps of their optimizers (SGD) these follow
+            it, from where they are; or `Descent(SGD(...), steps)`, with their weight decay, to follow by that; 0 to
+            take them as fixed, as Betty's darts does. Each step costs a gradient with its graph, and as many of each
+            problem below that. How much dependence is left is logged as `below_left`; more than half is refused.
         tolerate: failed statuses that are handed on with a warning in Betty's log, as in `bilevel.iterate`.
 
     Warm starts: an estimator's state is kept from call to call, for each pair of problems.
@@ -51,13 +54,14 @@ class Hook:
         estimator: bl.Estimator,
         solver: bl.InnerSolver | None = None,
         *,
-        below: int | None = None,
+        below: int | bl.Descent | None = None,
         tolerate: Collection[bl.Status] = (bl.Status.NEGATIVE_CURVATURE,),
     ) -> None:
         _check(estimator, solver, below)
         self.estimator, self.solver, self.below, self.tolerate = estimator, solver, below, tuple(tolerate)
         self._recordings: weakref.WeakKeyDictionary[Any, Recording] = weakref.WeakKeyDictionary()
         self._states: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Any]] = weakref.WeakKeyDictionary()
+        self._looked: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
         self._admitted = isinstance(estimator, _LINEAR)
 
     @property
@@ -84,21 +88,38 @@ class Hook:
             BilevelError: the hypergradient failed (see `Status.failed`) or is not finite.
             NotTwiceDifferentiableError: a loss lacks the second derivative that the estimator needs.
         """
-        posed = program(curr, prev, steps_below=self.below)
-        v = paired(vector, posed)
-        found = self._estimated(posed, v)
-        gradients = [found.grad[name] for name in posed.outer]
-        self._log(found, posed)
+        recorded = self.solver is None and curr in self._recordings
+        posed = program(curr, prev, below=self.below, whole=recorded)
+        v = posed.paired(vector)
+        self._look(posed)
+        left = posed.left()
+        try:
+            found = self._replayed(posed, v, self._recordings[curr]) if recorded else self._estimated(posed, v)
+        except bl.NotTwiceDifferentiableError as error:
+            raise type(error)(
+                f"problem {curr.name}: {error} (Inside a Betty program that is register(bilevel.FirstOrderCorrected(), "
+                f"bilevel.Descent(bilevel.SGD(lr=0.1), 20)); FirstOrder() has nothing to differentiate there.)"
+            ) from error
+        self._log(found, posed, left)
+        # Of a parameter that stands twice in the list Betty adds up what it gets.
+        gradients = [
+            found.grad[name] if name not in posed.given[:place] else torch.zeros_like(found.grad[name])
+            for place, name in enumerate(posed.given)
+        ]
         if not sync:
             return gradients
-        prev.set_grads(prev.trainable_parameters(), gradients)
+        prev.set_grads(list(prev.trainable_parameters()), gradients)
         return None
+
+    def _look(self, posed: Program) -> None:
+        """Whether the losses see the tensors that are put in the places of parameters; once for each pair."""
+        seen = self._looked.setdefault(posed.curr, weakref.WeakSet())
+        if posed.prev not in seen:
+            posed.require_same_value(posed.curr.cur_batch)
+            seen.add(posed.prev)
 
     def _estimated(self, posed: Program, v: Named) -> bl.Hypergradient:
         curr = posed.curr
-        recording = self._recordings.get(curr)
-        if recording is not None and self.solver is None:
-            return self._replayed(posed, v, recording)
         now = {name: leaf.detach() for name, leaf in posed.inner.items()}
         problem = bl.Problem(posed.loss, lambda y, x, w: sum(((y[name] - now[name]) * w[name]).sum() for name in w))
         solver = bl.Descent(self._resting(posed), 0) if self.solver is None else self.solver
@@ -140,9 +161,9 @@ class Hook:
     def _resting(self, posed: Program) -> bl.Optimizer:
         """The optimizer that says where the lower problem rests."""
         curr = posed.curr
-        if used := [name for name in CALLBACKS if callable(getattr(curr, name, None))]:
+        if used := other_movers(curr, posed.inner.values()):
             raise ValueError(
-                f"problem {curr.name} defines {', '.join(used)}, which may move its parameters or change their "
+                f"problem {curr.name} has {', '.join(used)}, which may move its parameters or change their "
                 f"gradients, so where it rests is not known. If it does neither (it logs, say), write solver="
                 f"bilevel.Descent(bilevel.SGD(lr=1.0), 0): it rests where its gradient is zero"
             )
@@ -174,7 +195,7 @@ class Hook:
             )
         self._admitted = True
 
-    def _log(self, found: bl.Hypergradient, posed: Program) -> None:
+    def _log(self, found: bl.Hypergradient, posed: Program, left: float | None) -> None:
         """Status and residual, to Betty's log; a failure is raised."""
         curr, status = posed.curr, found.status
         figures: dict[str, Any] = {
@@ -182,6 +203,8 @@ class Hook:
             for key, value in found.stats.items()
             if key not in _NO_FIGURE and (number := _number(value)) is not None
         }
+        if left is not None:
+            figures["below_left"] = left
         text = " || ".join(f"{key}: {value:.3g}" for key, value in figures.items())
         said = f'[Problem "{curr.name}"] [Hypergradient for "{posed.prev.name}"] {status.name}'
         logger = getattr(curr, "logger", None)
@@ -214,8 +237,12 @@ def _check(estimator: Any, solver: Any, below: Any) -> None:
         raise TypeError(
             f"a {type(solver).__name__} was given as solver; bilevel.Descent(bilevel.SGD(lr=0.1), steps=20) was needed"
         )
-    if below is not None and (not isinstance(below, int) or isinstance(below, bool) or below < 0):
-        raise ValueError(f"below={below!r} was given; a number of steps of at least 0 was needed")
+    counted = isinstance(below, int) and not isinstance(below, bool) and below >= 0
+    if not (below is None or counted or (isinstance(below, bl.Descent) and isinstance(below.optimizer, bl.Optimizer))):
+        raise ValueError(
+            f"below={below!r} was given; a number of steps of at least 0 was needed, or "
+            f"bilevel.Descent(bilevel.SGD(lr=0.1), 20)"
+        )
     if estimator.delegates:
         raise ValueError(
             f"{name} hands tasks to another estimator, and a Betty problem has no tasks; give the estimator inside it"

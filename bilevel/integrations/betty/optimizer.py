@@ -9,6 +9,7 @@ from torch import Tensor
 
 import bilevel as bl
 
+Named = dict[str, Tensor]
 _COUPLED = (torch.optim.SGD, torch.optim.Adam)
 _SETTINGS = {
     torch.optim.SGD: ("lr", "momentum", "dampening", "weight_decay"),
@@ -69,6 +70,22 @@ def at_rest(name: str, optimizer: Any, parameters: Mapping[str, Tensor]) -> bl.O
         )
     decay = _by_name(name, optimizer, "weight_decay", parameters, missing=0.0)
     kind = type(optimizer)
+    if not kind.__module__.startswith("torch.optim"):
+        raise ValueError(
+            f"problem {name} is moved by {kind.__name__}, of which nothing is known: it may project, centralize or "
+            f"decay what it moves, and rest elsewhere than where the gradient is zero. {_REST}"
+        )
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        raise ValueError(
+            f"problem {name} is moved by {kind.__name__}(maximize=True); negate its loss, and leave it out"
+        )
+    rates = _by_name(name, optimizer, "lr", parameters, missing=1.0)
+    # (Of a schedule that has ended, all are 0: it rests where it came to rest.)
+    if isinstance(rates, dict) and (fixed := [each for each, rate in rates.items() if rate == 0]):
+        raise ValueError(
+            f"problem {name} has the step size 0 for {', '.join(fixed)}, which therefore rests anywhere. Let "
+            f"meta_trainable_parameters() return what moves"
+        )
     if kind is torch.optim.LBFGS or (kind in _COUPLED and not _decoupled(optimizer)):
         return bl.SGD(lr=1.0, weight_decay=decay)
     if moved := _moves_at_rest(optimizer, decay, parameters):

@@ -4,11 +4,12 @@
                      the other's;          f(y, v) = <v, y - y_now>, whose hypergradient is (dy*/dx)^T v
 
 Betty's problems read their parameters from their modules, so the tensors are put into the modules for the time of a
-call. A loss that holds on to a parameter object would not see them, and is refused.
+call. A loss that does not see them there (it holds on to a parameter object, or asks for its type) is refused.
 """
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,24 +18,26 @@ from torch import Tensor, nn
 
 import bilevel as bl
 from bilevel.engine import autodiff
-from bilevel.integrations.betty.optimizer import steps_as
+from bilevel.integrations.betty.below import all_below, following, lower_of
+from bilevel.integrations.betty.optimizer import Named
 
-Named = dict[str, Tensor]
 _SINGLE = {"default", "cpu", "gpu", None}
+_STUCK = 0.5
+"""How much of the dependence may be left when what lies below has followed."""
 
 
 class _Modules(nn.Module):
-    """The modules of all problems, so that the parameters of any can be exchanged while one computes its loss."""
+    """The modules of problems, so that the parameters of any can be exchanged while one computes its loss."""
 
     def __init__(self, problems: Sequence[Any]) -> None:
         super().__init__()
-        for problem in problems:
+        for number, problem in enumerate(problems):
             # (Names are for messages; a module's name may hold anything but a dot.)
-            self.add_module(f"problem {problem.name}".replace(".", "_"), problem.module)
+            name = f"problem {problem.name}".replace(".", "_")
+            self.add_module(f"{name} ({number})" if name in self._modules else name, problem.module)
 
     def forward(self, problem: Any, batch: Any) -> Tensor:
-        loss = problem.training_step_exec(batch)
-        return loss["loss"] if isinstance(loss, dict) else loss
+        return loss_of(problem, batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,28 +47,90 @@ class Program:
     Attributes:
         inner: the lower problem's parameters now, by name.
         outer: the other problem's, likewise.
-        below: the problems below `curr`, in the order in which they move.
+        wanted: names of the inner parameters that Betty's vector is of, one for each of its tensors.
+        given: names of the outer parameters, one for each tensor that Betty waits for.
+        lower: the parameters of all that lies below `curr`, by problem.
+        below: how that follows; 0 to take it as fixed.
+        call: a problem's loss with tensors in the places of parameters, by name.
+        known: the modules of all problems of the program.
     """
 
     curr: Any
     prev: Any
     inner: Named
     outer: Named
-    below: Sequence[tuple[Any, Named]]
-    steps_below: int
-    modules: nn.Module
+    wanted: Sequence[str]
+    given: Sequence[str]
+    lower: Sequence[tuple[Any, Named]]
+    below: int | bl.Descent
     call: Callable[..., Tensor]
+    known: nn.Module
     seen: list[bool] = dataclasses.field(default_factory=list)
     """Whether a loss of this call was looked at for parameters that it holds on to."""
 
     def loss(self, inner: Named, outer: Named, batch: Any) -> Tensor:
         """The lower problem's loss at these parameters, after the problems below it have followed."""
-        loss = self._at({**inner, **outer, **self._followed(inner, outer)}, self.curr, batch)
+        # As in the program that Betty runs, a loss sees parameters that require grad, also without a derivative.
+        tensors = {name: _as_leaf(leaf) for name, leaf in {**self._fixed(), **inner, **outer}.items()}
+        loss = self._total(self.curr, tensors, batch, graph=torch.is_grad_enabled())
         if loss.requires_grad and not self.seen:
             # Once: a later step's graph may hold all earlier ones.
             self.seen.append(True)
             self._refuse_held_parameters(loss)
         return loss
+
+    def paired(self, vector: Sequence[Tensor]) -> Named:
+        """Betty's vector by the names of the inner parameters; zero for those that it leaves out.
+
+        Raises:
+            ValueError: it is not one tensor for each parameter.
+        """
+        needed = [tuple(self.inner[name].shape) for name in self.wanted]
+        if [tuple(leaf.shape) for leaf in vector] != needed:
+            raise ValueError(
+                f"problem {self.curr.name} was handed a vector of shapes {[tuple(leaf.shape) for leaf in vector]}; one "
+                f"tensor for each of its parameters was needed, {needed}"
+            )
+        found = dict(zip(self.wanted, (leaf.detach() for leaf in vector), strict=True))
+        return {name: found.get(name, torch.zeros_like(leaf)).detach() for name, leaf in self.inner.items()}
+
+    def left(self) -> float | None:
+        """How much of what lies below depends on `curr` after it has followed, as a part of what it did before.
+
+        The norm of d/dy <stationarity of the lower, u> for a random u, at b_K(y) over that at b fixed; None where
+        nothing follows.
+        """
+        if not self.below:
+            return None
+        worst, generator = 0.0, torch.Generator().manual_seed(0)
+        for problem in lower_of(self.curr):
+            own = self._names_of(problem)
+            u = {n: torch.randn(leaf.shape, generator=generator).to(leaf) for n, leaf in own.items()}
+            after, before = (self._slope(problem, u, follows=follows) for follows in (True, False))
+            worst = max(worst, after / before if before else 0.0)
+        if not worst <= _STUCK:
+            raise ValueError(
+                f"problem {self.curr.name}: what lies below it does not follow in {self.below}: {worst:.0%} of its "
+                f"gradient's dependence is left. Give it more steps, or a larger step size: "
+                f"below=bilevel.Descent(bilevel.SGD(lr=0.1), 100)"
+            )
+        return worst
+
+    def _slope(self, problem: Any, u: Named, *, follows: bool) -> float:
+        y = {name: leaf.detach().requires_grad_() for name, leaf in self.inner.items()}
+        with torch.enable_grad():
+            tensors = {name: _as_leaf(leaf) for name, leaf in {**self._fixed(), **y, **self.outer}.items()}
+            if follows:
+                tensors |= self._followed(self.curr, tensors, graph=True)
+            own = self._names_of(problem)
+            b = {name: tensors[name] for name in own}
+            loss = self._total(problem, tensors, problem.cur_batch, graph=True)
+            gradient = dict(zip(b, autodiff.grad([loss], list(b.values()), create_graph=True), strict=True))
+            optimizer, _ = following(problem, own, self.below)
+            rest = optimizer.stationarity(gradient, b, self.outer)
+            value = sum((rest[n] * u[n]).sum() for n in b if rest is not None and rest[n] is not None)
+            found = autodiff.grad([value], list(y.values())) if isinstance(value, Tensor) else ()
+        return math.sqrt(sum(float(g.double().square().sum()) for g in found if g is not None))
 
     def require_dependence(self, batches: Sequence[Any]) -> None:
         """Raise ValueError unless the loss uses some of the outer parameters on some of the batches."""
@@ -82,47 +147,88 @@ class Program:
             f"detached, or under torch.no_grad()?"
         )
 
-    def _at(self, tensors: Named, problem: Any, batch: Any) -> Tensor:
-        with _no_statistics(self.modules):
+    def require_same_value(self, batch: Any) -> None:
+        """Raise ValueError unless the loss is the same with the parameters exchanged as it is in Betty's program."""
+        for problem, at in ((self.curr, batch), *((each, each.cur_batch) for each, _ in self.lower)):
+            with self._undisturbed():
+                plain = float(loss_of(problem, at).detach())
+            with self._undisturbed():
+                again = float(loss_of(problem, at).detach())
+            with self._undisturbed():
+                tensors = {name: _as_leaf(leaf) for name, leaf in {**self._fixed(), **self.inner, **self.outer}.items()}
+                ours = float(self.call(tensors, problem, at).detach())
+            eps = torch.finfo(next(iter(self.inner.values())).dtype).eps
+            if abs(ours - plain) > abs(again - plain) + min(64 * eps, 0.02) * abs(plain):
+                raise ValueError(
+                    f"training_step of problem {problem.name} gives {ours:.6g} where its parameters are exchanged for "
+                    f"tensors of the same numbers, and {plain:.6g} with the parameters themselves. Either it asks "
+                    f"which objects they are (id(p), isinstance(p, torch.nn.Parameter), p in a set), and what it "
+                    f"leaves out has no derivative: choose parameters by their names, from "
+                    f"self.module.named_parameters(). Or a call changes what the next one sees (a counter of its own, "
+                    f"the batch in place): let it be a function of the parameters and the batch"
+                )
+
+    @contextlib.contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        device = next(iter(self.inner.values())).device
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.enable_grad(), no_statistics(self.known):
+            torch.manual_seed(0)
+            yield
+
+    def _fixed(self) -> Named:
+        """What lies below, where it is."""
+        return {name: leaf for _, each in self.lower for name, leaf in each.items()}
+
+    def _names_of(self, problem: Any) -> Named:
+        return next(each for owner, each in self.lower if owner is problem)
+
+    def _total(self, problem: Any, tensors: Named, batch: Any, *, graph: bool) -> Tensor:
+        """A problem's loss after what lies below it has followed."""
+        if self.below:
+            tensors = {**tensors, **self._followed(problem, tensors, graph=graph)}
+        with no_statistics(self.known):
             return self.call(tensors, problem, batch)
 
-    def _followed(self, inner: Named, outer: Named) -> Named:
-        """The parameters below after some steps from where they are, each problem on its own batch."""
-        graph = torch.is_grad_enabled()
-        moved = {name: leaf.detach() for _, each in self.below for name, leaf in each.items()}
-        for problem, own in self.below if self.steps_below else ():
-            optimizer = steps_as(problem.name, problem.optimizer, own)
-            y: Named = {name: moved[name] for name in own}
+    def _followed(self, problem: Any, tensors: Named, *, graph: bool) -> Named:
+        """The parameters of what lies below after its steps from where it is, each problem on its own batch."""
+        moved: Named = {}
+        for low in lower_of(problem):
+            own = self._names_of(low)
+            optimizer, steps = following(low, own, self.below)
+            y: Named = {name: leaf.detach() for name, leaf in own.items()}
             state = optimizer.init(y)
-            for _ in range(self.steps_below):
+            for _ in range(steps):
                 with torch.enable_grad():
-                    y = {name: leaf if leaf.requires_grad else leaf.requires_grad_() for name, leaf in y.items()}
-                    loss = self._at({**inner, **outer, **moved, **y}, problem, problem.cur_batch)
+                    y = {name: _as_leaf(leaf) for name, leaf in y.items()}
+                    loss = self._total(low, {**tensors, **moved, **y}, low.cur_batch, graph=True)
                     found = autodiff.grad([loss], list(y.values()), create_graph=graph)
-                    y, state = optimizer.step(dict(zip(y, found, strict=True)), state, y, outer)
+                    y, state = optimizer.step(dict(zip(y, found, strict=True)), state, y, self.outer)
                 if not graph:
                     y = {name: leaf.detach() for name, leaf in y.items()}
-            moved |= y
+            moved |= {name: _as_leaf(leaf) for name, leaf in y.items()}
         return moved
 
     def _refuse_held_parameters(self, loss: Tensor) -> None:
-        originals = {id(leaf): name for name, leaf in {**self.inner, **self.outer}.items()}
+        originals = {id(leaf): name for name, leaf in {**self.inner, **self.outer, **self._fixed()}.items()}
         for leaf in _leaves(loss):
             if id(leaf) in originals:
                 raise ValueError(
-                    f"training_step of problem {self.curr.name} uses {originals[id(leaf)]} by an object that it holds "
-                    f"on to (a list of parameters made earlier, a closure), so its derivative cannot be followed. Take "
-                    f"parameters from the module in each call, such as self.module.parameters()"
+                    f"training_step of problem {self.curr.name}, or of one below it, uses {originals[id(leaf)]} by "
+                    f"an object that it holds on to (a list of parameters made earlier, a closure), so its derivative "
+                    f"cannot be followed. Take them from the module in each call, such as self.module.parameters()"
                 )
 
 
-def program(curr: Any, prev: Any, *, steps_below: int | None) -> Program:
+def program(curr: Any, prev: Any, *, below: int | bl.Descent | None, whole: bool) -> Program:
     """The two problems of a call of a hypergradient hook.
 
     Args:
         curr: the lower problem.
         prev: the problem whose parameters the result is for.
-        steps_below: how many steps the problems below `curr` follow it; 0 holds them fixed; None: there must be none.
+        below: how what lies below `curr` follows it: a number of steps of its own optimizer, or an optimizer with that
+            number; 0 holds it fixed; None: there must be nothing.
+        whole: whether all that `curr` trains is the inner variable, not only what Betty's vector is of.
 
     Raises:
         ValueError: the two cannot be differentiated; the message says why and what to write.
@@ -130,31 +236,46 @@ def program(curr: Any, prev: Any, *, steps_below: int | None) -> Program:
     for problem in (curr, prev):
         _refuse_processes(problem)
     refuse_shared(curr, prev)
-    lower = _below(curr)
-    if lower and steps_below is None:
+    lower = all_below(curr)
+    if lower and below is None:
         raise ValueError(
             f"problem {curr.name} is itself above {', '.join(each.name for each in lower)}: its gradient has a part "
             f"through what lies below, and so has its Hessian, which its training_step alone does not show. Write "
             f"below=K, to let what lies below follow for K steps of its optimizer (exact as K grows), or below=0, to "
             f"take it as fixed, as Betty's darts does"
         )
-    if steps_below and any(each is prev for each in lower):
+    if below and any(each is prev for each in lower):
         raise ValueError(
             f"problem {prev.name} lies below {curr.name}, and the gradient for its own parameters was asked for while "
-            f"it follows {curr.name}. Write below=0, or take its edges out of one of the paths"
+            f"it follows {curr.name}: the two answer together, and Betty's paths, which take one answer after the "
+            f"other, cannot say that. No edges do; let {curr.name} and {prev.name} be one problem"
         )
     lower = [each for each in lower if each is not prev]
-    others = [each for each in _known(curr) if each not in (curr, prev, *lower)]
-    modules = _Modules([curr, prev, *lower, *others])
+    involved = [curr, prev, *lower]
+    modules = _Modules(involved)
+    known = nn.ModuleList([each.module for each in (*involved, *_known(curr)) if isinstance(each.module, nn.Module)])
     names = {id(leaf): name for name, leaf in modules.named_parameters()}
-    meta = getattr(curr, "meta_trainable_parameters", curr.trainable_parameters)
-    inner = _named(curr, meta(), names)
-    outer = _named(prev, prev.trainable_parameters(), names)
-    below = [(each, _named(each, each.trainable_parameters(), names)) for each in lower]
-    wanted = [*inner, *outer, *(name for _, leaves in below for name in leaves)]
-    with _no_statistics(modules):
-        call, _ = bl.functional(modules, trainable=wanted, requires_grad=False)
-    return Program(curr, prev, inner, outer, below, steps_below or 0, modules, call)
+    wanted = _names(curr, getattr(curr, "meta_trainable_parameters", curr.trainable_parameters)(), names)
+    if len(set(wanted)) < len(wanted):
+        raise ValueError(
+            f"problem {curr.name} names a trainable parameter twice; each was needed once, as in "
+            f"list(self.module.parameters())"
+        )
+    given = _names(prev, prev.trainable_parameters(), names)
+    by_name: Named = dict(modules.named_parameters())
+    inner = {name: by_name[name] for name in (_names(curr, curr.trainable_parameters(), names) if whole else wanted)}
+    outer = {name: by_name[name] for name in given}
+    own = [(each, {n: by_name[n] for n in _names(each, each.trainable_parameters(), names)}) for each in lower]
+    trainable = {*inner, *outer, *(name for _, leaves in own for name in leaves)}
+    with no_statistics(known):
+        call, _ = bl.functional(modules, trainable=trainable, requires_grad=False)
+    return Program(curr, prev, inner, outer, wanted, given, own, below or 0, call, known)
+
+
+def loss_of(problem: Any, batch: Any) -> Tensor:
+    """The loss of a problem's training_step, which may return a dict with it."""
+    loss = problem.training_step_exec(batch)
+    return loss["loss"] if isinstance(loss, dict) else loss
 
 
 def refuse_shared(one: Any, other: Any) -> None:
@@ -169,59 +290,8 @@ def refuse_shared(one: Any, other: Any) -> None:
         )
 
 
-def paired(vector: Sequence[Tensor], program: Program) -> Named:
-    """Betty's vector by the names of the parameters.
-
-    Raises:
-        ValueError: it is not one tensor for each parameter.
-    """
-    if [tuple(leaf.shape) for leaf in vector] != [tuple(leaf.shape) for leaf in program.inner.values()]:
-        raise ValueError(
-            f"problem {program.curr.name} was handed a vector of shapes {[tuple(leaf.shape) for leaf in vector]}; one "
-            f"tensor for each of its parameters was needed, "
-            f"{[tuple(leaf.shape) for leaf in program.inner.values()]}"
-        )
-    return dict(zip(program.inner, (leaf.detach() for leaf in vector), strict=True))
-
-
-def _named(problem: Any, parameters: Sequence[Tensor], names: Mapping[int, str]) -> Named:
-    unknown = [tuple(leaf.shape) for leaf in parameters if id(leaf) not in names]
-    if unknown:
-        raise ValueError(
-            f"problem {problem.name} has {len(unknown)} trainable parameters (of shapes {unknown[:3]}) that are none "
-            f"of its module's, as those of an IterativeProblem are; write it as an ImplicitProblem, whose module holds "
-            f"what is trained"
-        )
-    if not parameters:
-        raise ValueError(f"problem {problem.name} has no trainable parameters; its module was to hold at least one")
-    return {names[id(leaf)]: leaf for leaf in parameters}
-
-
-def _below(curr: Any) -> list[Any]:
-    """What lies below a problem on its paths, the lowest first."""
-    found: list[Any] = []
-    for path in curr.paths:
-        found += [each for each in reversed(path[1:-1]) if each not in found and each is not curr]
-    return found
-
-
-def _known(problem: Any) -> list[Any]:
-    """All problems of the program: the engine makes each an attribute of the others."""
-    found = [each for each in vars(problem).values() if hasattr(each, "training_step_exec") and hasattr(each, "module")]
-    return [each for i, each in enumerate(found) if all(each is not other for other in found[:i])]
-
-
-def _refuse_processes(problem: Any) -> None:
-    strategy = getattr(problem, "_strategy", None)
-    if strategy not in _SINGLE or (getattr(problem, "_world_size", 0) or 0) > 1:
-        raise ValueError(
-            f'problem {problem.name} runs with strategy="{strategy}", over several processes, whose gradients are not '
-            f'averaged here. Use EngineConfig(strategy="default"), or Betty\'s own types'
-        )
-
-
 @contextlib.contextmanager
-def _no_statistics(modules: nn.Module) -> Iterator[None]:
+def no_statistics(modules: nn.Module) -> Iterator[None]:
     """Normalization layers in training mode write no running statistics: what they normalize by does not change."""
     writing = [
         layer
@@ -235,6 +305,38 @@ def _no_statistics(modules: nn.Module) -> Iterator[None]:
     finally:
         for layer in writing:
             layer.track_running_stats = True
+
+
+def _names(problem: Any, parameters: Sequence[Tensor], names: Mapping[int, str]) -> list[str]:
+    parameters = list(parameters)
+    unknown = [tuple(leaf.shape) for leaf in parameters if id(leaf) not in names]
+    if unknown:
+        raise ValueError(
+            f"problem {problem.name} has {len(unknown)} trainable parameters (of shapes {unknown[:3]}) that are none "
+            f"of its module's, as those of an IterativeProblem are; write it as an ImplicitProblem, whose module holds "
+            f"what is trained"
+        )
+    if not parameters:
+        raise ValueError(f"problem {problem.name} has no trainable parameters; its module was to hold at least one")
+    return [names[id(leaf)] for leaf in parameters]
+
+
+def _known(problem: Any) -> list[Any]:
+    """All other problems of the program: the engine makes each an attribute of the others."""
+    return [each for each in vars(problem).values() if hasattr(each, "training_step_exec") and hasattr(each, "module")]
+
+
+def _refuse_processes(problem: Any) -> None:
+    strategy = getattr(problem, "_strategy", None)
+    if strategy not in _SINGLE or (getattr(problem, "_world_size", 0) or 0) > 1:
+        raise ValueError(
+            f'problem {problem.name} runs with strategy="{strategy}", over several processes, whose gradients are not '
+            f'averaged here. Use EngineConfig(strategy="default"), or Betty\'s own types'
+        )
+
+
+def _as_leaf(leaf: Tensor) -> Tensor:
+    return leaf if leaf.requires_grad and not isinstance(leaf, nn.Parameter) else leaf.detach().requires_grad_()
 
 
 def _leaves(value: Tensor) -> Iterator[Tensor]:

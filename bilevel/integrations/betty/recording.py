@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from bilevel.integrations.betty.movers import other_movers
 from bilevel.integrations.betty.optimizer import Continued, state_of, steps_as
 from bilevel.integrations.betty.program import Program
 
-_DIFFERS = 1e-3
-"""The part of the way that a replay may end beside, for rounding."""
+_DIFFERS, _ROUNDING = 1e-3, 0.02
+"""The part of the way that a replay may end beside, and the most of it that rounding may be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Recording:
 
     def _see(self, batch: Any) -> None:
         problem = self._problem
-        parameters = problem.trainable_parameters()
+        parameters = list(problem.trainable_parameters())
         named = {str(i): leaf for i, leaf in enumerate(parameters)}
         if (problem.count - 1) % max(problem.config.unroll_steps, 1) == 0:
             self._start = [leaf.detach().clone() for leaf in parameters]
@@ -77,7 +78,7 @@ class Recording:
             ValueError: it cannot be replayed.
         """
         problem = self._problem
-        self._refuse(problem)
+        self._refuse(problem, program)
         if len(self.steps) != problem.config.unroll_steps:
             raise ValueError(
                 f"problem {problem.name} has made {len(self.steps)} recorded steps of its inner loop, whose "
@@ -111,34 +112,31 @@ class Recording:
         away = [(ended[name] - now.detach()).double() for name, now in program.inner.items()]
         way = [(now.detach() - start).double() for now, start in zip(program.inner.values(), self._start, strict=True)]
         size = _norm([now.detach().double() for now in program.inner.values()])
-        rounding = 100 * max(torch.finfo(leaf.dtype).eps for leaf in program.inner.values())
-        if not _norm(away) <= _DIFFERS * _norm(way) + rounding * size:
+        rounding = 100 * max(torch.finfo(leaf.dtype).eps for leaf in program.inner.values()) * size
+        if not _norm(away) <= _DIFFERS * _norm(way) + min(rounding, _ROUNDING * _norm(way)):
             raise ValueError(
                 f"the steps of problem {self._problem.name} could not be replayed: from the same start, on the same "
-                f"batches, they end {_norm(away):.1e} away after a way of {_norm(way):.1e}. Something else moves its "
-                f"parameters (a callback, another problem, a loss that keeps a state). Use an estimator at the "
-                f"solution, such as bilevel.Implicit(bilevel.CG(10))"
+                f"batches, they end {_norm(away):.1e} away after a way of {_norm(way):.1e}. Something "
+                f"else moves its parameters (a callback, another problem), its loss keeps a state, its loader fills "
+                f"the tensors of earlier batches anew, or another upper problem has already made its step. Use an "
+                f"estimator at the solution, such as bilevel.Implicit(bilevel.CG(10))"
             )
 
     @staticmethod
-    def _refuse(problem: Any) -> None:
+    def _refuse(problem: Any, program: Program) -> None:
         refused = {
             "gradient_accumulation": getattr(problem, "gas", 1) != 1,
             "gradient_clipping": getattr(problem, "gradient_clipping", 0.0) > 0,
             "precision='fp16'": getattr(problem, "scaler", None) is not None,
             "roll_back": bool(getattr(problem, "_roll_back", False)),
-            **{name: callable(getattr(problem, name, None)) for name in CALLBACKS},
         }
-        if used := [name for name, there in refused.items() if there]:
+        named = [name for name, there in refused.items() if there]
+        if used := named + other_movers(problem, program.inner.values()):
             raise ValueError(
-                f"problem {problem.name} uses {', '.join(used)}, so its steps are more than its optimizer's, and "
-                f"cannot be differentiated here. Leave it out, or use an estimator at the solution, such as "
+                f"problem {problem.name} uses {', '.join(used)}, so its steps are more than its optimizer's, "
+                f"and cannot be differentiated here. Leave it out, or use an estimator at the solution, such as "
                 f"bilevel.Implicit(bilevel.CG(10))"
             )
-
-
-CALLBACKS = ("grad_callback", "param_callback", "custom_optimizer_step")
-"""Methods of a Betty problem with which a user moves parameters, or changes gradients, beside the optimizer."""
 
 
 def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

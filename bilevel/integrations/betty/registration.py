@@ -14,7 +14,7 @@ def register(
     solver: bl.InnerSolver | None = None,
     *,
     name: str | None = None,
-    below: int | None = None,
+    below: int | bl.Descent | None = None,
     tolerate: Collection[bl.Status] = (bl.Status.NEGATIVE_CURVATURE,),
 ) -> str:
     """Put an estimator beside Betty's own hypergradients, under a name for `Config(type=...)`.
@@ -32,7 +32,7 @@ def register(
     Raises:
         ImportError: Betty is not installed.
         TypeError: `estimator` or `solver` is none.
-        ValueError: the name is one of Betty's own, or the estimator needs more than it was given.
+        ValueError: the name is taken, or the estimator needs more than it was given.
 
     Example:
         >>> import bilevel as bl
@@ -51,7 +51,7 @@ def use(
     estimator: bl.Estimator,
     solver: bl.InnerSolver | None = None,
     *,
-    below: int | None = None,
+    below: int | bl.Descent | None = None,
     tolerate: Collection[bl.Status] = (bl.Status.NEGATIVE_CURVATURE,),
 ) -> str:
     """Let a Betty problem use an estimator from now on: `register`, and the name put into its configuration.
@@ -92,8 +92,8 @@ def _registered(hook: Hook, name: str | None) -> str:
     if name is None:
         stem = f"bilevel {type(hook.estimator).__name__}"
         name = next(each for number in range(1, 1_000_000) if (each := f"{stem} {number}") not in jvp_fn_mapping)
-    taken = jvp_fn_mapping.get(name)
-    if taken is not None and not isinstance(taken, Hook):
-        raise ValueError(f"register() was given name={name!r}, which is Betty's own; another was needed")
+    if name in jvp_fn_mapping:
+        whose = "that of an estimator registered before" if isinstance(jvp_fn_mapping[name], Hook) else "Betty's own"
+        raise ValueError(f"register() was given name={name!r}, which is {whose}; another was needed")
     jvp_fn_mapping[name] = hook
     return name
