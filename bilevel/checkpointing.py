@@ -32,8 +32,8 @@ class Checkpoints:
                 raise ValueError(
                     f"the module runs a {type(layer).__name__} inside torch.utils.checkpoint, which runs it again in "
                     f"the backward, when the module has its own parameters again: the gradient would be that of those. "
-                    f"Take the checkpoint out (gradient_checkpointing_disable() in transformers). Unrolled(keep='segments') "
-                    f"saves memory over the steps instead"
+                    f"Take the checkpoint out (gradient_checkpointing_disable() in transformers); "
+                    f"Unrolled(keep='segments') saves memory over the steps instead"
                 )
 
         handle = torch.nn.modules.module.register_module_forward_pre_hook(look)

@@ -481,8 +481,8 @@ def test_losses_may_ask_which_parameters_require_grad(label):
     lower = problem(Lower, "lower", Vector(torch.zeros(2, dtype=DOUBLE)), sgd(0.2), unroll_steps=200)
     betty.use(lower, **settings)
     upper = problem(Upper, "upper", Vector(torch.tensor(0.5, dtype=DOUBLE)), sgd(0.0))
-    other = problem(Other, "other", Vector(torch.tensor([0.25, 0.25], dtype=DOUBLE)), sgd(0.0), unroll_steps=10**6)
-    run([upper, lower, other], edges(u2l={upper: [lower]}, l2u={lower: [upper], other: [lower]}), 200)
+    other = problem(Other, "other", Vector(torch.tensor([0.25, 0.25], dtype=DOUBLE)), sgd(0.0))
+    run([upper, lower, other], edges(u2l={upper: [lower]}, l2u={lower: [upper]}), 200)
     # 2 (y - 1) + 2 x y + 0.5 = 0
     x = torch.tensor(0.5, dtype=DOUBLE, requires_grad=True)
     (wanted,) = torch.autograd.grad(2 * ((2 - 0.5) / (2 + 2 * x)) ** 2, x)

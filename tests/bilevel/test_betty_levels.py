@@ -32,7 +32,7 @@ class Top(Watched):
 
 
 def four_levels(below):
-    """a*(b) = b;  b*(c) = argmin (b - c)^2 / 2 + a(b)^2 / 2 = c / 2;  c*(x) = argmin (c - x)^2 / 2 + b(c)^2 / 2 = 0.8 x."""
+    """a*(b) = b;  b*(c) = argmin (b - c)^2 / 2 + a(b)^2 / 2 = c / 2;  c*(x): (c - x)^2 / 2 + b(c)^2 / 2, so 0.8 x."""
     top = problem(Top, "x", vector(1.0), sgd(0.0))
     c = problem(
         loss(lambda c, s: (c - s.x()) ** 2 / 2 + s.b() ** 2 / 2),
@@ -88,11 +88,11 @@ def test_the_order_of_edges_does_not_matter(order):
         sgd(0.15),
         type=betty.register(SOLVED, below=40),
         retain_graph=True,
-        unroll_steps=40,
+        unroll_steps=25,
     )
     low = {
-        "a": problem(loss(lambda a, s: (a - s.m()) ** 2 / 2), "a", vector(0.0), sgd(0.9), unroll_steps=10),
-        "b": problem(loss(lambda b, s: (b - s.m() - s.a()) ** 2 / 2), "b", vector(0.0), sgd(0.9), unroll_steps=10),
+        "a": problem(loss(lambda a, s: (a - s.m()) ** 2 / 2), "a", vector(0.0), sgd(0.9), unroll_steps=4),
+        "b": problem(loss(lambda b, s: (b - s.m() - s.a()) ** 2 / 2), "b", vector(0.0), sgd(0.9), unroll_steps=4),
     }
     for each in low.values():
         betty.use(each, SOLVED)

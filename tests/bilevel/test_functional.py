@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
 
 import bilevel as bl
 
@@ -556,3 +557,44 @@ def test_a_module_that_was_rebuilt_since_is_refused(change):
     change(net)
     with pytest.raises(ValueError, match=r"changed after functional\(module\); call functional again"):
         call(params, inputs_of(net))
+
+
+class Checkpointed(nn.Module):
+    """A body that is recomputed in the backward, as transformers do it."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.body, self.head, self.use = nn.Linear(3, 3).double(), nn.Linear(3, 1).double(), use
+
+    def forward(self, inputs):
+        use = self.use if self.use is not None else self.training
+        return self.head(checkpoint(self.body, inputs, use_reentrant=False) if use else self.body(inputs)).tanh()
+
+
+def test_a_checkpoint_inside_the_module_is_refused_where_there_is_a_graph():
+    inputs = torch.randn(4, 3, dtype=torch.float64)
+    call, params = bl.functional(Checkpointed(True))
+    with torch.no_grad():
+        call(params, inputs)
+    with pytest.raises(ValueError, match=r"runs a Linear inside torch.utils.checkpoint, .*its own parameters again"):
+        call(params, inputs)
+    module = Checkpointed(None).eval()
+    call, params = bl.functional(module)
+    call(params, inputs)
+    module.train()
+    with pytest.raises(ValueError, match="inside torch.utils.checkpoint"):
+        call(params, inputs)
+
+
+def test_a_checkpoint_around_the_call_is_right():
+    """It runs the call again, with the tensors that it was given."""
+    call, params = bl.functional(Checkpointed(False))
+    moved = {name: leaf.detach().clone().requires_grad_() for name, leaf in params.items()}
+    inputs = torch.randn(4, 3, dtype=torch.float64)
+    losses = [
+        checkpoint(call, moved, inputs, use_reentrant=False).square().sum(),
+        call(moved, inputs).square().sum(),
+    ]
+    ours, plain = (torch.autograd.grad(loss, moved.values()) for loss in losses)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b)
