@@ -24,11 +24,11 @@ class Checkpoints:
         if module.training in self._seen or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             yield
             return
-        around = _hooks()
+        around = _packs()
 
         def look(layer: nn.Module, _: Any) -> None:
-            hooks = _hooks()
-            if hooks is not None and hooks is not around and hooks[0].__module__ == "torch.utils.checkpoint":
+            packs = _packs()
+            if packs is not around and getattr(packs, "__module__", "") == "torch.utils.checkpoint":
                 raise ValueError(
                     f"the module runs a {type(layer).__name__} inside torch.utils.checkpoint, which runs it again in "
                     f"the backward, when the module has its own parameters again: the gradient would be that of those. "
@@ -44,6 +44,7 @@ class Checkpoints:
         self._seen.add(module.training)
 
 
-def _hooks() -> tuple[Any, Any] | None:
-    """What packs the tensors that autograd saves now."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+def _packs() -> Any:
+    """What packs the tensors that autograd saves now; None for nothing."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return None if hooks is None else hooks[0]

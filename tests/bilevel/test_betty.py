@@ -388,6 +388,7 @@ class Tied(nn.Module):
         return self.first * self.second
 
 
+@recent
 @pytest.mark.parametrize("listed", ["twice", "generator"])
 def test_lists_of_parameters_may_name_one_twice_and_may_be_generators(listed):
     """Betty's neumann, whose answer is torch.autograd's own, is the measure."""
@@ -427,6 +428,7 @@ def test_lists_of_parameters_may_name_one_twice_and_may_be_generators(listed):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=0)
 
 
+@recent
 def test_only_a_part_may_be_what_the_upper_gradient_goes_through():
     """meta_trainable_parameters leaves one out: Unrolled still follows all that moves."""
 
@@ -459,6 +461,7 @@ def test_only_a_part_may_be_what_the_upper_gradient_goes_through():
     assert relative(upper_gradient(upper), wanted) < 1e-12
 
 
+@recent
 @pytest.mark.parametrize("label", ["implicit CG", "corrected", "unrolled onwards"])
 def test_losses_may_ask_which_parameters_require_grad(label):
     """A penalty whose strength is learned, on those that do: in all evaluations, also where y is held fixed."""

@@ -72,6 +72,7 @@ def test_four_levels_are_exact_when_each_follows_with_what_lies_below_it():
     assert found == pytest.approx(0.8, rel=1e-4)
 
 
+@programs.recent
 @pytest.mark.parametrize("order", ["a b", "b a"])
 def test_the_order_of_edges_does_not_matter(order):
     """a*(m) = m;  b*(a, m) = a + m;  m*(x) = argmin (m - x)^2 / 2 + b^2 / 2 = x / 5."""
@@ -159,6 +160,7 @@ def test_what_cannot_follow_is_refused(label):
         chain(**settings)
 
 
+@programs.recent
 def test_a_gradient_for_what_itself_follows_is_refused():
     """The upper problem uses both: Betty's paths take one answer after the other, and these two answer together."""
 

@@ -241,6 +241,7 @@ def test_a_loss_without_a_second_derivative_is_named(training_step, use):
         ran(kind=changed(training_step=training_step), **settings)
 
 
+@recent
 def test_a_replay_that_ends_elsewhere_is_refused():
     """Something else moved the parameters between two steps."""
 
@@ -445,6 +446,7 @@ def test_a_loader_that_fills_one_buffer_is_refused_also_in_low_precision():
             run([upper, lower], dependencies, 3)
 
 
+@recent
 def test_a_rate_of_zero_on_a_part_is_refused_and_on_all_it_is_a_schedule_that_has_ended():
     class Two(nn.Module):
         def __init__(self):
