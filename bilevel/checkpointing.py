@@ -1,50 +1,47 @@
 """torch.utils.checkpoint inside a module that is called with other parameters: found, and refused.
 
-It recomputes a layer in the backward, when the parameters of the call are out of their places again: the gradient would
+It runs a part again in the backward, when the parameters of the call are out of their places again: the gradient would
 be that at the module's own parameters, without a word.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import nn
+from torch.utils import checkpoint
+
+_inside = threading.local()
+_REFUSED = (
+    "the module uses torch.utils.checkpoint inside, which runs a part of it again in the backward, when the module has "
+    "its own parameters again: the gradient would be that of those. Take the checkpoint out "
+    "(gradient_checkpointing_disable() in transformers); Unrolled(keep='segments') saves memory over the steps. "
+    "A checkpoint around the whole call is right"
+)
 
 
-class Checkpoints:
-    """Looks for checkpoints in the first call that has a graph, in either mode of a module; then no more."""
-
-    def __init__(self) -> None:
-        self._seen: set[bool] = set()
-
-    @contextlib.contextmanager
-    def refused(self, module: nn.Module) -> Iterator[None]:
-        """Raise ValueError if a layer is called in a torch.utils.checkpoint that is inside this block."""
-        if module.training in self._seen or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            yield
-            return
-        around = _packs()
-
-        def look(layer: nn.Module, _: Any) -> None:
-            packs = _packs()
-            if packs is not around and getattr(packs, "__module__", "") == "torch.utils.checkpoint":
-                raise ValueError(
-                    f"the module runs a {type(layer).__name__} inside torch.utils.checkpoint, which runs it again in "
-                    f"the backward, when the module has its own parameters again: the gradient would be that of those. "
-                    f"Take the checkpoint out (gradient_checkpointing_disable() in transformers); "
-                    f"Unrolled(keep='segments') saves memory over the steps instead"
-                )
-
-        handle = torch.nn.modules.module.register_module_forward_pre_hook(look)
-        try:
-            yield
-        finally:
-            handle.remove()
-        self._seen.add(module.training)
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """Raise ValueError where a checkpoint is begun inside this block, by this thread."""
+    _listen()
+    before = getattr(_inside, "call", False)
+    _inside.call = True
+    try:
+        yield
+    finally:
+        _inside.call = before
 
 
-def _packs() -> Any:
-    """What packs the tensors that autograd saves now; None for nothing."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return None if hooks is None else hooks[0]
+def _listen() -> None:
+    """Let what checkpoints do when they begin look at where they are; once in a process, when it is first needed."""
+    begins: Any = checkpoint._checkpoint_hook
+    if "__enter__" in vars(begins):
+        return
+    enter = begins.__enter__
+
+    def looked_at(self: Any) -> Any:
+        if getattr(_inside, "call", False):
+            raise ValueError(_REFUSED)
+        return enter(self)
+
+    begins.__enter__ = looked_at

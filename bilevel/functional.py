@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from bilevel.checkpointing import Checkpoints
+from bilevel import checkpointing
 
 Trainable = bool | str | Collection[str] | Callable[[str], bool]
 
@@ -85,7 +85,7 @@ def functional(
                     f"gradient; leave it out of trainable=..."
                 )
             parameter.requires_grad_()
-    wanted, checkpoints = frozenset(names), Checkpoints()
+    wanted = frozenset(names)
 
     def call(params: dict[str, Tensor], *inputs: Any, **keywords: Any) -> Any:
         layout.check_unchanged()
@@ -104,7 +104,7 @@ def functional(
             )
         buffers = layout.buffers()
         versions = [buffer._version for buffer in buffers.values()]
-        with layout.holding(params), checkpoints.refused(module):
+        with layout.holding(params), checkpointing.refused():
             output = module(*inputs, **keywords)
         changed = [
             name
@@ -295,6 +295,8 @@ def _refuse(module: nn.Module) -> None:
 
 
 def _refuse_embedding(where: str, layer: nn.Embedding | nn.EmbeddingBag) -> None:
+    if layer.sparse:
+        raise ValueError(f"{where} has sparse=True; dense gradients were needed. Build it without")
     if layer.max_norm is not None:
         raise ValueError(
             f"{where} has max_norm={layer.max_norm}, with which every forward writes its weight. Build it without, and "

@@ -147,7 +147,7 @@ REFUSED = {
     ),
     "a middle that holds the lowest's parameters": (
         {"low": following, "middle": Holding},
-        r"uses problem a.value by an object that it holds on to",
+        r"training_step of problem c, or its gradient, is not the same .* holds on to parameter objects",
     ),
 }
 

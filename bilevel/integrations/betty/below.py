@@ -10,7 +10,7 @@ from typing import Any
 
 import bilevel as bl
 from bilevel.integrations.betty.movers import other_movers
-from bilevel.integrations.betty.optimizer import Named, steps_as
+from bilevel.integrations.betty.optimizer import Named, require_decay, steps_as
 
 
 def lower_of(problem: Any) -> list[Any]:
@@ -48,6 +48,7 @@ def following(problem: Any, parameters: Named, below: int | bl.Descent) -> tuple
     if not isinstance(below, int):
         optimizer = below.optimizer
         assert isinstance(optimizer, bl.Optimizer)
+        require_decay(problem.name, problem.optimizer, parameters, optimizer)
         return optimizer, below.steps
     optimizer = steps_as(problem.name, problem.optimizer, parameters)
     if not isinstance(optimizer, bl.SGD):
@@ -57,6 +58,19 @@ def following(problem: Any, parameters: Named, below: int | bl.Descent) -> tuple
             f"with its weight decay, or below=0, to take the problem as fixed"
         )
     return optimizer, below
+
+
+def rival(curr: Any, known: list[Any]) -> Any | None:
+    """A problem beside `curr` that the same lower problem follows, so that the two answer each other through it."""
+    above: list[Any] = []
+    waiting = list(curr.parents)
+    while waiting:
+        each = waiting.pop()
+        above += [] if _among(each, above) else [each]
+        waiting += each.parents
+    lower = all_below(curr)
+    beside = [each for each in known if each is not curr and not _among(each, above) and not _among(each, lower)]
+    return next((each for each in beside if any(_among(low, lower) for low in all_below(each))), None)
 
 
 def _lies_below(one: Any, other: Any) -> bool:

@@ -93,7 +93,7 @@ def _check_optimizer(problem: Any) -> None:
         return
     name, defaults = type(optimizer).__name__, optimizer.defaults
     try:
-        type(optimizer)([torch.zeros(1, requires_grad=True)], **defaults)
+        type(optimizer)([torch.zeros(1, 1, requires_grad=True)], **defaults)
     except TypeError as error:
         instead = " Write torch.optim.Adam(..., decoupled_weight_decay=True)" if name == "AdamW" else ""
         raise ValueError(
@@ -106,12 +106,13 @@ def _check_optimizer(problem: Any) -> None:
         for key, value in group.items()
         if key in defaults and (group.get("initial_lr", value) if key == "lr" else value) != defaults[key]
     }
-    if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
         raise ValueError(
             f"problem {problem.name} has a {name}, whose step needs a closure that evaluates the loss again; Betty "
             f"calls it without. Use torch.optim.SGD or Adam"
         )
-    _check_scheduler(problem, type(optimizer)([torch.zeros(1, requires_grad=True)], **defaults))
+    _check_scheduler(problem, type(optimizer)([torch.zeros(1, 1, requires_grad=True)], **defaults))
     if lost:
         warnings.warn(
             f"problem {problem.name} has parameter groups with settings of their own ({', '.join(sorted(lost))}), "

@@ -18,9 +18,10 @@ from torch import Tensor
 
 import bilevel as bl
 from bilevel.integrations.betty.movers import other_movers
-from bilevel.integrations.betty.optimizer import Named, at_rest
+from bilevel.integrations.betty.optimizer import Named, at_rest, require_decay
 from bilevel.integrations.betty.program import Program, program
 from bilevel.integrations.betty.recording import Recording
+from bilevel.integrations.betty.sameness import require_same
 
 _LINEAR = (bl.Implicit, bl.MemoryReduced, bl.Unrolled, bl.FirstOrderCorrected)
 """Estimators that are known to scale with the outer gradient."""
@@ -91,16 +92,15 @@ class Hook:
         recorded = self.solver is None and curr in self._recordings
         posed = program(curr, prev, below=self.below, whole=recorded)
         v = posed.paired(vector)
-        self._look(posed)
-        left = posed.left()
         try:
             found = self._replayed(posed, v, self._recordings[curr]) if recorded else self._estimated(posed, v)
         except bl.NotTwiceDifferentiableError as error:
             raise type(error)(
                 f"problem {curr.name}: {error} (Inside a Betty program that is register(bilevel.FirstOrderCorrected(), "
-                f"bilevel.Descent(bilevel.SGD(lr=0.1), 20)); FirstOrder() has nothing to differentiate there.)"
+                f"bilevel.Descent(bilevel.SGD(lr=0.1), 20)), with the problem's weight decay; FirstOrder() has nothing "
+                f"to differentiate there.)"
             ) from error
-        self._log(found, posed, left)
+        self._log(found, posed, posed.left())
         # Of a parameter that stands twice in the list Betty adds up what it gets.
         gradients = [
             found.grad[name] if name not in posed.given[:place] else torch.zeros_like(found.grad[name])
@@ -115,19 +115,23 @@ class Hook:
         """Whether the losses see the tensors that are put in the places of parameters; once for each pair."""
         seen = self._looked.setdefault(posed.curr, weakref.WeakSet())
         if posed.prev not in seen:
-            posed.require_same_value(posed.curr.cur_batch)
+            require_same(posed, posed.curr.cur_batch, once=isinstance(self.estimator, _AT_A_POINT))
             seen.add(posed.prev)
 
     def _estimated(self, posed: Program, v: Named) -> bl.Hypergradient:
         curr = posed.curr
         now = {name: leaf.detach() for name, leaf in posed.inner.items()}
         problem = bl.Problem(posed.loss, lambda y, x, w: sum(((y[name] - now[name]) * w[name]).sum() for name in w))
+        if self.solver is not None:
+            require_decay(curr.name, curr.optimizer, posed.inner, self.solver.dynamics.update)
         solver = bl.Descent(self._resting(posed), 0) if self.solver is None else self.solver
+        self._look(posed)
         self._admit(lambda w: self._run(problem, posed, now, bl.Batches(curr.cur_batch, w), solver), v)
         return self._run(problem, posed, now, bl.Batches(inner=curr.cur_batch, outer=v), solver)
 
     def _replayed(self, posed: Program, v: Named, recording: Recording) -> bl.Hypergradient:
         problem, started, solver, steps = recording.replayed(posed)
+        self._look(posed)
         device = next(iter(v.values())).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             self._admit(lambda w: self._run(problem, posed, started, bl.Batches(steps, w), solver), v)
@@ -165,7 +169,7 @@ class Hook:
             raise ValueError(
                 f"problem {curr.name} has {', '.join(used)}, which may move its parameters or change their "
                 f"gradients, so where it rests is not known. If it does neither (it logs, say), write solver="
-                f"bilevel.Descent(bilevel.SGD(lr=1.0), 0): it rests where its gradient is zero"
+                f"bilevel.Descent(bilevel.SGD(lr=1.0, weight_decay=...), 0), with the weight decay of its optimizer"
             )
         if self.differentiates_steps:
             name = type(self.estimator).__name__
@@ -204,7 +208,7 @@ class Hook:
             if key not in _NO_FIGURE and (number := _number(value)) is not None
         }
         if left is not None:
-            figures["below_left"] = left
+            figures |= {"below_left": left, "below_moved": posed.moved()}
         text = " || ".join(f"{key}: {value:.3g}" for key, value in figures.items())
         said = f'[Problem "{curr.name}"] [Hypergradient for "{posed.prev.name}"] {status.name}'
         logger = getattr(curr, "logger", None)

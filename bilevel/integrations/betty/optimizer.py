@@ -98,6 +98,26 @@ def at_rest(name: str, optimizer: Any, parameters: Mapping[str, Tensor]) -> bl.O
     return bl.SGD(lr=1.0, weight_decay=decay)
 
 
+def require_decay(name: str, optimizer: Any, parameters: Mapping[str, Tensor], said: bl.Optimizer | None) -> None:
+    """Raise ValueError unless an optimizer that is given in the place of a problem's own decays as it does.
+
+    Where the problem's decay is not known (no torch optimizer), or `said` is None or has none, nothing is compared.
+    """
+    given = getattr(said, "weight_decay", None)
+    if not isinstance(optimizer, torch.optim.Optimizer) or given is None:
+        return
+    decay = _by_name(name, optimizer, "weight_decay", parameters, missing=0.0)
+    decoupled = type(optimizer).__name__ == "AdamW" or _decoupled(optimizer)
+    same = decay == given or (isinstance(decay, float) and isinstance(given, dict) and set(given.values()) == {decay})
+    if not same or (decoupled and decay != 0.0 and not isinstance(said, bl.AdamW)):
+        kind = "AdamW" if decoupled else type(said).__name__
+        raise ValueError(
+            f"problem {name} is moved with weight_decay={decay}{' (decoupled)' if decoupled else ''}, and "
+            f"{said!r} was given in the place of its optimizer, which rests elsewhere. Write "
+            f"bilevel.{kind}(..., weight_decay={decay})"
+        )
+
+
 def steps_as(name: str, optimizer: Any, parameters: Mapping[str, Tensor]) -> bl.Optimizer:
     """The optimizer of the library that makes the same steps, with its settings as they are now.
 
@@ -162,7 +182,7 @@ def _by_name(
     """A setting: one number where all parameters share it, else a number for each name."""
     found: dict[str, float] = {}
     for name, parameter in parameters.items():
-        group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), None)
+        group = _group_of(optimizer, parameter)
         if group is None:
             raise ValueError(
                 f"the optimizer of problem {problem} does not hold the parameter {name}, through which the upper "
@@ -174,6 +194,10 @@ def _by_name(
     return next(iter(found.values())) if len(set(found.values())) == 1 else found
 
 
+def _group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any] | None:
+    return next((group for group in optimizer.param_groups if any(p is parameter for p in group["params"])), None)
+
+
 def _moves_at_rest(optimizer: torch.optim.Optimizer, decay: Any, parameters: Mapping[str, Tensor]) -> str:
     """How a fresh optimizer of that kind moves copies of the parameters at a gradient of -decay y; "" if not at all."""
     copies = {
@@ -182,16 +206,14 @@ def _moves_at_rest(optimizer: torch.optim.Optimizer, decay: Any, parameters: Map
     for name, leaf in copies.items():
         leaf.grad = -(decay[name] if isinstance(decay, dict) else decay) * leaf.detach()
     before = [leaf.detach().clone() for leaf in copies.values()]
-    settings = {key: value for key, value in optimizer.param_groups[0].items() if key in optimizer.defaults}
     try:
-        groups = [
-            {"params": [leaf], "weight_decay": decay[name] if isinstance(decay, dict) else decay}
-            if "weight_decay" in optimizer.defaults
-            else {"params": [leaf]}
-            for name, leaf in copies.items()
-        ]
-        fresh: Any = type(optimizer)(groups, **settings)
-        fresh.step()
+        for name, leaf in copies.items():
+            group = _group_of(optimizer, parameters[name]) or {}
+            settings = {key: value for key, value in group.items() if key in optimizer.defaults}
+            kind: Any = type(optimizer)
+            first = kind([leaf], lr=settings["lr"]) if "lr" in settings else kind([leaf])
+            first.param_groups[0].update(settings)
+            first.step()
     except Exception as error:  # an optimizer of the user's own may raise anything
         return f"a fresh one could not make a step: {type(error).__name__}: {error}"
     moved = sum(float((a.detach() - b).square().sum()) for a, b in zip(copies.values(), before, strict=True)) ** 0.5

@@ -7,10 +7,9 @@ Betty's problems read their parameters from their modules, so the tensors are pu
 call. A loss that does not see them there (it holds on to a parameter object, or asks for its type) is refused.
 """
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,26 +17,13 @@ from torch import Tensor, nn
 
 import bilevel as bl
 from bilevel.engine import autodiff
-from bilevel.integrations.betty.below import all_below, following, lower_of
+from bilevel.integrations.betty.below import all_below, following, lower_of, rival
+from bilevel.integrations.betty.modules import Modules, as_leaf, leaves_behind, no_statistics
 from bilevel.integrations.betty.optimizer import Named
 
 _SINGLE = {"default", "cpu", "gpu", None}
 _STUCK = 0.5
 """How much of the dependence may be left when what lies below has followed."""
-
-
-class _Modules(nn.Module):
-    """The modules of problems, so that the parameters of any can be exchanged while one computes its loss."""
-
-    def __init__(self, problems: Sequence[Any]) -> None:
-        super().__init__()
-        for number, problem in enumerate(problems):
-            # (Names are for messages; a module's name may hold anything but a dot.)
-            name = f"problem {problem.name}".replace(".", "_")
-            self.add_module(f"{name} ({number})" if name in self._modules else name, problem.module)
-
-    def forward(self, problem: Any, batch: Any) -> Tensor:
-        return loss_of(problem, batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +36,7 @@ class Program:
         wanted: names of the inner parameters that Betty's vector is of, one for each of its tensors.
         given: names of the outer parameters, one for each tensor that Betty waits for.
         lower: the parameters of all that lies below `curr`, by problem.
+        rest: those of these problems that require grad and are not trained.
         below: how that follows; 0 to take it as fixed.
         call: a problem's loss with tensors in the places of parameters, by name.
         known: the modules of all problems of the program.
@@ -62,22 +49,16 @@ class Program:
     wanted: Sequence[str]
     given: Sequence[str]
     lower: Sequence[tuple[Any, Named]]
+    rest: Named
     below: int | bl.Descent
     call: Callable[..., Tensor]
     known: nn.Module
-    seen: list[bool] = dataclasses.field(default_factory=list)
-    """Whether a loss of this call was looked at for parameters that it holds on to."""
 
     def loss(self, inner: Named, outer: Named, batch: Any) -> Tensor:
         """The lower problem's loss at these parameters, after the problems below it have followed."""
         # As in the program that Betty runs, a loss sees parameters that require grad, also without a derivative.
-        tensors = {name: _as_leaf(leaf) for name, leaf in {**self._fixed(), **inner, **outer}.items()}
-        loss = self._total(self.curr, tensors, batch, graph=torch.is_grad_enabled())
-        if loss.requires_grad and not self.seen:
-            # Once: a later step's graph may hold all earlier ones.
-            self.seen.append(True)
-            self._refuse_held_parameters(loss)
-        return loss
+        tensors = {name: as_leaf(leaf) for name, leaf in {**self.rest, **self.fixed(), **inner, **outer}.items()}
+        return self._total(self.curr, tensors, batch, graph=torch.is_grad_enabled())
 
     def paired(self, vector: Sequence[Tensor]) -> Named:
         """Betty's vector by the names of the inner parameters; zero for those that it leaves out.
@@ -119,7 +100,7 @@ class Program:
     def _slope(self, problem: Any, u: Named, *, follows: bool) -> float:
         y = {name: leaf.detach().requires_grad_() for name, leaf in self.inner.items()}
         with torch.enable_grad():
-            tensors = {name: _as_leaf(leaf) for name, leaf in {**self._fixed(), **y, **self.outer}.items()}
+            tensors = {name: as_leaf(leaf) for name, leaf in {**self.rest, **self.fixed(), **y, **self.outer}.items()}
             if follows:
                 tensors |= self._followed(self.curr, tensors, graph=True)
             own = self._names_of(problem)
@@ -139,7 +120,7 @@ class Program:
             inner = {name: leaf.detach().requires_grad_() for name, leaf in self.inner.items()}
             wanted = {id(leaf) for leaf in outer.values()}
             with torch.enable_grad():
-                if any(id(leaf) in wanted for leaf in _leaves(self.loss(inner, outer, batch))):
+                if any(id(leaf) in wanted for leaf in leaves_behind(self.loss(inner, outer, batch))):
                     return
         raise ValueError(
             f"training_step of problem {self.curr.name} does not use the parameters of problem {self.prev.name}, so "
@@ -147,36 +128,17 @@ class Program:
             f"detached, or under torch.no_grad()?"
         )
 
-    def require_same_value(self, batch: Any) -> None:
-        """Raise ValueError unless the loss is the same with the parameters exchanged as it is in Betty's program."""
-        for problem, at in ((self.curr, batch), *((each, each.cur_batch) for each, _ in self.lower)):
-            with self._undisturbed():
-                plain = float(loss_of(problem, at).detach())
-            with self._undisturbed():
-                again = float(loss_of(problem, at).detach())
-            with self._undisturbed():
-                tensors = {name: _as_leaf(leaf) for name, leaf in {**self._fixed(), **self.inner, **self.outer}.items()}
-                ours = float(self.call(tensors, problem, at).detach())
-            eps = torch.finfo(next(iter(self.inner.values())).dtype).eps
-            if abs(ours - plain) > abs(again - plain) + min(64 * eps, 0.02) * abs(plain):
-                raise ValueError(
-                    f"training_step of problem {problem.name} gives {ours:.6g} where its parameters are exchanged for "
-                    f"tensors of the same numbers, and {plain:.6g} with the parameters themselves. Either it asks "
-                    f"which objects they are (id(p), isinstance(p, torch.nn.Parameter), p in a set), and what it "
-                    f"leaves out has no derivative: choose parameters by their names, from "
-                    f"self.module.named_parameters(). Or a call changes what the next one sees (a counter of its own, "
-                    f"the batch in place): let it be a function of the parameters and the batch"
-                )
+    def moved(self) -> float:
+        """How far what lies below went from where it is while it followed, as a part of its size."""
+        tensors = {**self.rest, **self.fixed(), **self.inner, **self.outer}
+        with torch.no_grad():
+            ends = self._followed(self.curr, {n: as_leaf(leaf) for n, leaf in tensors.items()}, graph=False)
+        own = self.fixed()
+        way = sum(float((leaf.detach() - own[name].detach()).double().square().sum()) for name, leaf in ends.items())
+        size = sum(float(own[name].detach().double().square().sum()) for name in ends)
+        return math.sqrt(way / size) if size else math.sqrt(way)
 
-    @contextlib.contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        device = next(iter(self.inner.values())).device
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.enable_grad(), no_statistics(self.known):
-            torch.manual_seed(0)
-            yield
-
-    def _fixed(self) -> Named:
+    def fixed(self) -> Named:
         """What lies below, where it is."""
         return {name: leaf for _, each in self.lower for name, leaf in each.items()}
 
@@ -200,24 +162,14 @@ class Program:
             state = optimizer.init(y)
             for _ in range(steps):
                 with torch.enable_grad():
-                    y = {name: _as_leaf(leaf) for name, leaf in y.items()}
+                    y = {name: as_leaf(leaf) for name, leaf in y.items()}
                     loss = self._total(low, {**tensors, **moved, **y}, low.cur_batch, graph=True)
                     found = autodiff.grad([loss], list(y.values()), create_graph=graph)
                     y, state = optimizer.step(dict(zip(y, found, strict=True)), state, y, self.outer)
                 if not graph:
                     y = {name: leaf.detach() for name, leaf in y.items()}
-            moved |= {name: _as_leaf(leaf) for name, leaf in y.items()}
+            moved |= {name: as_leaf(leaf) for name, leaf in y.items()}
         return moved
-
-    def _refuse_held_parameters(self, loss: Tensor) -> None:
-        originals = {id(leaf): name for name, leaf in {**self.inner, **self.outer, **self._fixed()}.items()}
-        for leaf in _leaves(loss):
-            if id(leaf) in originals:
-                raise ValueError(
-                    f"training_step of problem {self.curr.name}, or of one below it, uses {originals[id(leaf)]} by "
-                    f"an object that it holds on to (a list of parameters made earlier, a closure), so its derivative "
-                    f"cannot be followed. Take them from the module in each call, such as self.module.parameters()"
-                )
 
 
 def program(curr: Any, prev: Any, *, below: int | bl.Descent | None, whole: bool) -> Program:
@@ -250,9 +202,14 @@ def program(curr: Any, prev: Any, *, below: int | bl.Descent | None, whole: bool
             f"it follows {curr.name}: the two answer together, and Betty's paths, which take one answer after the "
             f"other, cannot say that. No edges do; let {curr.name} and {prev.name} be one problem"
         )
+    if below and (other := rival(curr, _known(curr))) is not None:
+        raise ValueError(
+            f"problems {curr.name} and {other.name} answer each other through what lies below both, which Betty's "
+            f"paths cannot say. Write below=0, to take what lies below as fixed"
+        )
     lower = [each for each in lower if each is not prev]
     involved = [curr, prev, *lower]
-    modules = _Modules(involved)
+    modules = Modules(involved)
     known = nn.ModuleList([each.module for each in (*involved, *_known(curr)) if isinstance(each.module, nn.Module)])
     names = {id(leaf): name for name, leaf in modules.named_parameters()}
     wanted = _names(curr, getattr(curr, "meta_trainable_parameters", curr.trainable_parameters)(), names)
@@ -266,16 +223,11 @@ def program(curr: Any, prev: Any, *, below: int | bl.Descent | None, whole: bool
     inner = {name: by_name[name] for name in (_names(curr, curr.trainable_parameters(), names) if whole else wanted)}
     outer = {name: by_name[name] for name in given}
     own = [(each, {n: by_name[n] for n in _names(each, each.trainable_parameters(), names)}) for each in lower]
-    trainable = {*inner, *outer, *(name for _, leaves in own for name in leaves)}
+    trained = {*inner, *outer, *(name for _, leaves in own for name in leaves)}
+    rest = {name: leaf for name, leaf in by_name.items() if leaf.requires_grad and name not in trained}
     with no_statistics(known):
-        call, _ = bl.functional(modules, trainable=trainable, requires_grad=False)
-    return Program(curr, prev, inner, outer, wanted, given, own, below or 0, call, known)
-
-
-def loss_of(problem: Any, batch: Any) -> Tensor:
-    """The loss of a problem's training_step, which may return a dict with it."""
-    loss = problem.training_step_exec(batch)
-    return loss["loss"] if isinstance(loss, dict) else loss
+        call, _ = bl.functional(modules, trainable={*trained, *rest}, requires_grad=False)
+    return Program(curr, prev, inner, outer, wanted, given, own, rest, below or 0, call, known)
 
 
 def refuse_shared(one: Any, other: Any) -> None:
@@ -288,23 +240,6 @@ def refuse_shared(one: Any, other: Any) -> None:
             f"{', ...' if len(shared) > 3 else ''}): each level moves its own, so the derivative of one by the other "
             f"has no meaning. Give each problem a module of its own (copy.deepcopy), or take the shared part out of one"
         )
-
-
-@contextlib.contextmanager
-def no_statistics(modules: nn.Module) -> Iterator[None]:
-    """Normalization layers in training mode write no running statistics: what they normalize by does not change."""
-    writing = [
-        layer
-        for layer in modules.modules()
-        if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.training and layer.track_running_stats
-    ]
-    for layer in writing:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in writing:
-            layer.track_running_stats = True
 
 
 def _names(problem: Any, parameters: Sequence[Tensor], names: Mapping[int, str]) -> list[str]:
@@ -333,21 +268,3 @@ def _refuse_processes(problem: Any) -> None:
             f'problem {problem.name} runs with strategy="{strategy}", over several processes, whose gradients are not '
             f'averaged here. Use EngineConfig(strategy="default"), or Betty\'s own types'
         )
-
-
-def _as_leaf(leaf: Tensor) -> Tensor:
-    return leaf if leaf.requires_grad and not isinstance(leaf, nn.Parameter) else leaf.detach().requires_grad_()
-
-
-def _leaves(value: Tensor) -> Iterator[Tensor]:
-    """The leaf tensors behind a tensor's graph."""
-    seen, queue = set[object](), [value.grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor):
-            yield leaf
-        queue += [following for following, _ in node.next_functions]

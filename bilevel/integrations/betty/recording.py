@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from bilevel.integrations.betty.movers import other_movers
 from bilevel.integrations.betty.optimizer import Continued, state_of, steps_as
 from bilevel.integrations.betty.program import Program
 
@@ -78,7 +77,7 @@ class Recording:
             ValueError: it cannot be replayed.
         """
         problem = self._problem
-        self._refuse(problem, program)
+        self._refuse(problem)
         if len(self.steps) != problem.config.unroll_steps:
             raise ValueError(
                 f"problem {problem.name} has made {len(self.steps)} recorded steps of its inner loop, whose "
@@ -123,15 +122,14 @@ class Recording:
             )
 
     @staticmethod
-    def _refuse(problem: Any, program: Program) -> None:
+    def _refuse(problem: Any) -> None:
         refused = {
             "gradient_accumulation": getattr(problem, "gas", 1) != 1,
             "gradient_clipping": getattr(problem, "gradient_clipping", 0.0) > 0,
             "precision='fp16'": getattr(problem, "scaler", None) is not None,
             "roll_back": bool(getattr(problem, "_roll_back", False)),
         }
-        named = [name for name, there in refused.items() if there]
-        if used := named + other_movers(problem, program.inner.values()):
+        if used := [name for name, there in refused.items() if there]:
             raise ValueError(
                 f"problem {problem.name} uses {', '.join(used)}, so its steps are more than its optimizer's, "
                 f"and cannot be differentiated here. Leave it out, or use an estimator at the solution, such as "
