@@ -187,7 +187,8 @@ def _named(function: Any) -> str:
     if isinstance(function, functools.partial):
         given = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
         return f"{_named(function.func)}({', '.join(given)})"
-    module = getattr(function, "__module__", "").rpartition(".")[2]
+    # A script is called so in the processes that it starts.
+    module = getattr(function, "__module__", "").rpartition(".")[2].replace("__mp_main__", "__main__")
     own = getattr(function, "__qualname__", type(function).__qualname__)
     return f"{module}.{own}" if module else own
 

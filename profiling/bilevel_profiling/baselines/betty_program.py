@@ -41,8 +41,10 @@ class Call:
     taken: int = 0
     grad: Sequence[Tensor | None] = ()
     outer_loss: Tensor | None = None
+    begins_at_solution: bool = False
+    """Whether the method evaluates g at y_K first, after the last step, and not at a point beside it."""
     at_solution: Tensor | None = None
-    """g at the first evaluation after the last step."""
+    """g at y_K, where the method evaluates it there."""
 
     def of_outer(self, ys: Sequence[Tensor]) -> Tensor:
         """f at the inner tensors `ys`."""
@@ -55,7 +57,7 @@ class Call:
         step, self.taken = self.taken, self.taken + 1
         batch = self.batches.inner_at(step) if step < self.steps else self.batches.at_solution(self.steps)
         loss = self.problem.inner(self.like_start(ys), tree.like(self.outer, list(self.xs)), batch)
-        if step == self.steps:
+        if step == self.steps and self.begins_at_solution:
             self.at_solution = loss.detach()
         return loss
 
