@@ -165,7 +165,12 @@ def _check_facts(folder: Folder, name: str, old: Facts | None, new: Facts) -> No
 
 def _check_rows(folder: Folder, settled: Settled, settings: Settings, records: Sequence[Record]) -> None:
     cells = {(cell.label, cell.steps): cell for cell in settled.cells}
-    compared = settled.case.compared
+    # (How a baseline that does not take part would weight its tasks now is of no account.)
+    compared = {
+        label: each
+        for label, each in settled.compared.items()
+        if label in settled.labels or label not in settled.case.baselines
+    }
     for record in records:
         now = {"device": settings.device, "seed": str(settings.seed)}
         then = {"device": record.device, "seed": str(record.seed), "estimator": plain(record.settings)}
