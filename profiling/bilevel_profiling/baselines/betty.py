@@ -162,7 +162,7 @@ def hypergradient_with_betty(
 
     Raises:
         ImportError: betty-ml is not installed.
-        ValueError: Betty has no such solver or method.
+        ValueError: Betty has no such solver or method, or cannot take the products that the method needs.
 
     Example:
         >>> import torch, bilevel as bl
@@ -223,7 +223,8 @@ def hypergradient_with_betty(
                 problems=problems,
                 dependencies={"u2l": {up: [low]}, "l2u": {low: [up]}},
             )
-            engine.run()
+            with program.explained(call, method.name):
+                engine.run()
             moved = call.like_start([leaf.detach() for leaf in low.trainable_parameters()])
         finally:
             for each in problems:  # they refer to each other, and would hold every tensor until a collection

@@ -190,6 +190,26 @@ def placed_on(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def explained(call: Call, method: str) -> Iterator[None]:
+    """A sentence where a product with the Hessian fails because an inner tensor has none.
+
+    Raises:
+        ValueError: it does.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        known = ("does not require grad and does not have a grad_fn", "appears to not have been used in the graph")
+        if call.taken <= call.steps or not any(words in str(error) for words in known):
+            raise
+        raise ValueError(
+            f"Betty's {method} takes products with the Hessian in every inner tensor, and the gradient of the inner "
+            f"loss in one of them depends on none (it enters linearly, or not at all): leave it out of the inner "
+            f"variable ({str(error).partition('.')[0]})"
+        ) from error
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Nothing on the terminal: neither Betty's logger, which is left as it was found, nor torch's warnings about how
     Betty keeps gradients.
