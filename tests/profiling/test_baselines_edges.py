@@ -146,7 +146,7 @@ TWO = {"a": torch.ones(2), "b": torch.ones(())}
         (
             TWO,
             {"a": torch.ones(2), "b": None},
-            r"returned None as the hypergradient of outer \['b'\], but x enters as \['b'\] through the outer loss. Was",
+            r"returned None for a part of the hypergradient, but x enters as \['b'\] through the outer loss. Was",
         ),
         (torch.ones(2), None, r"returned None, .*does it end in a return\? .*return torch.zeros_like\(outer\)"),
         (torch.ones(2), torch.eye(2)[0].to_sparse(), r"a sparse tensor \(torch.sparse_coo\).*write .to_dense\(\)"),

@@ -11,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import bilevel as bl
 from bilevel.engine import spans
-from bilevel.estimators import paths
 from bilevel.space import tree
 from bilevel_profiling.baselines.anchored import anchored
 from bilevel_profiling.baselines.counting import Counter, counting
@@ -146,18 +145,17 @@ class Baseline(bl.Estimator):
                 f"Where nothing arrives at outer, return torch.zeros_like(outer)"
             )
         grad = self._gradient(instance, found.grad if isinstance(found, bl.Hypergradient) else found)
-        unused = self._unused(instance, grad)
         if whole is None:
             start, oracles = instance.oracles.start(), instance.oracles
             losses = oracles.outer_loss(start), oracles.inner_loss(start, 0)
             stats = {**stats, WITHOUT_INNER: True}
-            return bl.estimators.Estimate(grad, start, *losses, code=0, stats=stats, unused=unused)
+            return bl.estimators.Estimate(grad, start, *losses, code=0, stats=stats)
         inner = self._inner(instance, whole.inner)
         losses = self._loss(whole, "outer_loss"), self._loss(whole, "inner_loss")
         code = torch.as_tensor(self._code(whole.code), device=losses[0].device)
         code = torch.where(tree.finite(inner).to(code.device), code, bl.Status.DIVERGED.code)
         own = {name: value for name, value in whole.stats.items() if name not in RESERVED}
-        return bl.estimators.Estimate(grad, inner, *losses, code=code, stats={**own, **stats}, unused=unused)
+        return bl.estimators.Estimate(grad, inner, *losses, code=code, stats={**own, **stats})
 
     def _gradient(self, instance: bl.estimators.Instance, found: Any) -> tuple[Tensor | None, ...]:
         outer, needed = instance.outer, "a tree like outer was needed"
@@ -192,20 +190,11 @@ class Baseline(bl.Estimator):
                 )
         return tuple(None if leaf is None else leaf.detach() for leaf in leaves)
 
-    def _unused(self, instance: bl.estimators.Instance, grad: tuple[Tensor | None, ...]) -> frozenset[int]:
-        """The outer tensors for which nothing came back; ValueError where one of them acts."""
-        missed = [name for name, leaf in zip(tree.names(instance.outer), grad, strict=True) if leaf is None]
-        places = frozenset(place for place, leaf in enumerate(grad) if leaf is None)
-        try:
-            if places:
-                paths.check_unreached(self, instance, places)
-        except ValueError as error:
-            acts = str(error).partition(", but ")[2].partition(". Its hypergradient")[0]
-            raise ValueError(
-                f"baseline {self.name} returned None as the hypergradient of outer {', '.join(missed)}, but {acts}. "
-                f"Was a graph cut on the way there? For a gradient that is zero there, return zeros"
-            ) from None
-        return places
+    def missed(self, acts: str) -> str:
+        return (
+            f"baseline {self.name} returned None for a part of the hypergradient, but {acts}. Was a graph cut on the "
+            f"way there? For a gradient that is zero there, return zeros"
+        )
 
     def _code(self, found: Any) -> Any:
         """The code of a result, which must be that of a status."""

@@ -17,8 +17,7 @@ The features of a problem and the pull of a proximal term belong to the call of 
 the library computes inside says its own calls, which are added.
 
 What torch.func computes is not seen, and neither are forward mode, compiled code, and features that are called by
-themselves or used in several calls: then nothing is counted, and `blind` says why. Neither are calls from threads of
-its own told from those of the library.
+themselves or used in several calls: then nothing is counted, and `blind` says why.
 """
 
 import contextlib
@@ -30,10 +29,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 import bilevel as bl
 from bilevel.engine import spans
-from bilevel.problem import Pulled, distance
 from bilevel.space import tree
 
 _Pass = tuple[int, int]
@@ -141,9 +140,10 @@ class Counter:
         return self._within or (not self._all and len(spans._listeners.get()) > self._listeners)
 
     def _watched(self, loss: Callable[..., Tensor], passes: set[_Pass]) -> Callable[..., Tensor]:
-        if isinstance(loss, Pulled):  # it stays of its kind, which the library knows
-            inside = self._watched(loss.inner_loss, passes)
-            return _WatchedPull(inside, loss.init, loss.strength, functools.partial(self._run, passes))
+        if isinstance(loss, _Pulled):  # it stays of its kind, which the library knows
+            pulled: Any = loss
+            inside = self._watched(pulled.inner_loss, passes)
+            return _WatchedPull(inside, pulled.init, pulled.strength, functools.partial(self._run, passes))
         return functools.wraps(loss, updated=())(functools.partial(self._run, passes, loss))
 
     def _run(self, passes: set[_Pass], loss: Callable[..., Tensor], inner: Any, outer: Any, batch: Any) -> Tensor:
@@ -185,7 +185,7 @@ class Counter:
 
     def _see(self, call: _Call, to_inner: bool) -> Callable[[Any], Any]:
         def see(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
+            if not isinstance(leaf, Tensor) or isinstance(leaf, FakeTensor):  # a look of the library, without numbers
                 return leaf
             if why := _unseen(leaf):
                 self.blind = why
@@ -221,18 +221,22 @@ class Counter:
         self._products.add((call, torch._C._current_graph_task_id()))
 
 
+def _none(*_: Any) -> Any:
+    return None
+
+
+_Pulled: Any = type(bl.proximal(bl.Problem(_none, _none, init=_none), 1.0).inner_loss)
+"""What the inner loss of a proximal problem is."""
+
+
 @dataclasses.dataclass(frozen=True)
-class _WatchedPull(Pulled):
+class _WatchedPull(_Pulled):
     """A proximal term whose pull is watched with its loss."""
 
     run: Callable[..., Tensor]
 
     def __call__(self, inner: Any, outer: Any, batch: Any) -> Tensor:
-        return self.run(self._pulled, inner, outer, batch)
-
-    def _pulled(self, inner: Any, outer: Any, batch: Any) -> Tensor:
-        loss: Tensor = self.inner_loss(inner, outer, batch)
-        return loss + distance(self.strength, inner, self.init(outer, batch))
+        return self.run(super().__call__, inner, outer, batch)
 
 
 def _unseen(leaf: Tensor) -> str:
