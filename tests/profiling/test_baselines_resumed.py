@@ -144,6 +144,54 @@ def test_the_local_module_of_an_object_is_followed(modules):
         assert mark("FACTOR = 1.0\n", text.replace(old, new)) != first, old
 
 
+LOCAL = """
+import functools
+FIRST, SECOND = [1.0], [2.0]
+TABLE = {}
+TABLE["a"] = 3.0
+TABLE.update(b=4.0)
+class Rate:
+    def __init__(self, value):
+        self.value = value
+RATE = Rate(5.0)
+@functools.cache
+def cached():
+    return 6.0
+def scaled(n):
+    return SECOND[0] * TABLE["a"] * RATE.value * cached() * n
+@functools.cache
+def whole(n):
+    return 7.0 * scaled(n)
+class Callable:
+    factor = 8.0
+    @staticmethod
+    def times(n):
+        return 9.0 * n
+    @property
+    def turned(self):
+        return whole(self.factor)
+    def __call__(self, *given):
+        return self.times(self.turned)
+if __name__ == "__main__":
+    print(TABLE, 10.0)
+"""
+
+
+def test_what_a_module_makes_at_its_top_is_followed(modules):
+    def mark(text):
+        made = modules("", text)[0]
+        return content.mark(made.Callable()), content.mark(made.whole)
+
+    first = mark(LOCAL)
+    assert mark(LOCAL) == first
+    assert mark(LOCAL.replace("10.0", "11.0")) == first
+    for number in ("2.0", "3.0", "4.0", "5.0", "6.0", "7.0"):
+        assert not set(mark(LOCAL.replace(number, "0.5"))) & set(first), number
+    assert mark(LOCAL.replace("self.value = value", "self.value = -value"))[1] != first[1]
+    for number in ("8.0", "9.0"):
+        assert mark(LOCAL.replace(number, "0.5"))[0] != first[0], number
+
+
 def around(value):
     def function(*given):
         return value

@@ -107,8 +107,8 @@ class _Told:
             found = value.__reduce_ex__(4)
         except Exception as error:  # an object's own reduction raises whatever it does
             raise UntoldError(f"a {type(value).__name__}") from error
-        if isinstance(found, str):
-            return f"global {found}"
+        if isinstance(found, str):  # such as a function in a functools.cache
+            return self._list(f"global {found}", getattr(value, "__wrapped__", None))
         parts = [list(part) if place > 2 and part is not None else part for place, part in enumerate(found[:5])]
         return self._list("object", type(value), *parts)
 
@@ -163,7 +163,8 @@ class _Told:
             else:
                 file = Path(names.get("__file__") or "")
                 said, used = sources.setting(file.read_bytes(), name) if file.is_file() else ("", set())
-                self._code[key] = said
+                wrapped = getattr(value, "__wrapped__", None)
+                self._code[key] = f"{said} {'' if wrapped is None else self._words(wrapped)}"
                 waiting += sorted(used & set(names))
 
 
@@ -171,7 +172,7 @@ def _tensor(value: Tensor) -> str:
     if type(value) not in (Tensor, torch.nn.Parameter) or value.layout is not torch.strided or value.is_meta:
         raise UntoldError(f"a {type(value).__name__} ({value.layout}, on {value.device})")
     data = value.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
-    digest = hashlib.sha256(data.numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(data.numpy().data).hexdigest()
     return f"tensor {tuple(value.shape)} {value.dtype} {value.requires_grad} {digest}"
 
 

@@ -35,15 +35,33 @@ def meaning(text: str | bytes, without: frozenset[str] | set[str] = _NONE) -> st
 
 
 def setting(text: str | bytes, name: str) -> tuple[str, set[str]]:
-    """What the statements at the top of a text say that set a name, and the names that they use.
+    """What the statements at the top of a text say that make a name or change what it holds, and the names that they
+    use.
 
     Example:
         >>> setting("a = b + 1; c = 2", "a")[1]
         {'b'}
     """
-    nodes = [node for node in ast.parse(text).body if name in _set(node)]
+    nodes = [node for node in ast.parse(text).body if _makes(node, name)]
     used = {each.id for node in nodes for each in ast.walk(node) if isinstance(each, ast.Name)}
     return "\n".join(map(ast.dump, nodes)), used - {name}
+
+
+def _makes(node: ast.stmt, name: str) -> bool:
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return node.name == name
+    for each in ast.walk(node):
+        if isinstance(each, ast.Name) and each.id == name and isinstance(each.ctx, ast.Store):
+            return True
+        inside = each.func if isinstance(node, ast.Expr) and isinstance(each, ast.Call) else each
+        if isinstance(inside, (ast.Subscript, ast.Attribute)) and (
+            isinstance(inside.ctx, ast.Store) or inside is not each
+        ):
+            while isinstance(inside, (ast.Subscript, ast.Attribute)):
+                inside = inside.value
+            if isinstance(inside, ast.Name) and inside.id == name:
+                return True
+    return False
 
 
 def imported(path: Path, package: str) -> dict[str, str]:
