@@ -255,6 +255,12 @@ class Estimator(Strategy):
         """Whether it only hands parts of the instance to another estimator, each of which is checked by itself."""
         return False
 
+    def missed(self, acts: str) -> str:
+        """What to say where it returned None for outer tensors that act, which `acts` names with their paths; "" for
+        the library's own words.
+        """
+        return ""
+
     def init_state(self, instance: Instance) -> State | None:
         """A state like those that this estimator returns on this instance; None if it carries nothing."""
         return None

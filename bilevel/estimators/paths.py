@@ -97,7 +97,8 @@ def check_unreached(estimator: Estimator, instance: Instance, missed: frozenset[
         return
     blind = [f"{names[i]} through {path.value}" for i in sorted(missed) for path in Path if path in taken[i]]
     if blind and (instance.solver.max_steps or Path.START not in estimator.sees):
-        raise ValueError(_refusal(estimator, estimator.sees_after(instance.solver.max_steps), blind))
+        said = estimator.missed(f"x enters as {'; '.join(blind)}")
+        raise ValueError(said or _refusal(estimator, estimator.sees_after(instance.solver.max_steps), blind))
 
 
 def _refusal(estimator: Estimator, sees: frozenset[Path], blind: Sequence[str]) -> str:

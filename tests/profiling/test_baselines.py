@@ -407,7 +407,7 @@ def test_oracle_calls_are_the_passes_of_autograd(function, calls):
 def test_the_counts_of_our_own_estimators_are_what_they_say_of_themselves():
     implicit, corrected = bl.Implicit(bl.CG(6)), bl.FirstOrderCorrected()
     for estimator in (bl.Unrolled(), bl.Unrolled("iterates"), bl.Unrolled("segments"), implicit, corrected):
-        counter, (problem, *rest) = Counter(), quadratic.setup()
+        counter, (problem, *rest) = Counter(of_library=True), quadratic.setup()
         found = bl.hypergradient(counter.watched(problem), *rest, solver=SOLVER, estimator=estimator)
         said = found.stats["calls"]
         for name in ("inner_gradient", "outer_gradient"):

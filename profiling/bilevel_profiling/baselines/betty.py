@@ -162,7 +162,7 @@ def hypergradient_with_betty(
 
     Raises:
         ImportError: betty-ml is not installed.
-        ValueError: Betty has no such solver or method.
+        ValueError: Betty has no such solver or method, or cannot take the products that the method needs.
 
     Example:
         >>> import torch, bilevel as bl
@@ -181,7 +181,7 @@ def hypergradient_with_betty(
     with program.quiet(), torch.enable_grad(), program.placed_on(device):
         upper = program.Held([leaf.detach() for leaf in tree.tensors(outer)])
         call = program.Call(problem, outer, batches, solver.max_steps, inner)
-        call.xs = list(upper.leaves)
+        call.xs, call.begins_at_solution = list(upper.leaves), method.name in ("cg", "neumann")
         call.start = _start(call, inner, follow=by_steps)
         lower = program.Held([leaf.detach().clone() for leaf in tree.tensors(call.start)])
         kind = classes.steps if by_steps else classes.solution
@@ -223,7 +223,8 @@ def hypergradient_with_betty(
                 problems=problems,
                 dependencies={"u2l": {up: [low]}, "l2u": {low: [up]}},
             )
-            engine.run()
+            with program.explained(call, method.name):
+                engine.run()
             moved = call.like_start([leaf.detach() for leaf in low.trainable_parameters()])
         finally:
             for each in problems:  # they refer to each other, and would hold every tensor until a collection
@@ -235,8 +236,8 @@ def _start(call: program.Call, inner: Any, *, follow: bool) -> Any:
     """y_0: what was given, or what init returns, with its graph where that is followed."""
     if call.problem.init is None:
         return tree.detach(inner)
-    with torch.set_grad_enabled(follow):
-        return call.problem.init(tree.like(call.outer, list(call.xs)), call.batches.inner_at(0))
+    begun = call.problem.init(tree.like(call.outer, list(call.xs)), call.batches.inner_at(0))
+    return begun if follow else tree.detach(begun)
 
 
 def _result(call: program.Call, moved: Any) -> bl.Hypergradient:
@@ -244,9 +245,9 @@ def _result(call: program.Call, moved: Any) -> bl.Hypergradient:
     grad = [torch.zeros_like(x) if g is None else g.detach() for x, g in zip(xs, call.grad, strict=True)]
     inner_loss = call.at_solution
     if inner_loss is None or call.batches.curvature is not None:
-        with torch.no_grad():
-            last = call.batches.inner_at(call.steps - 1)
-            inner_loss = call.problem.inner(moved, tree.like(call.outer, xs), last)
+        last = call.batches.inner_at(call.steps - 1)
+        # With gradients on and y a leaf of a graph: the loss may take gradients of its own.
+        inner_loss = call.problem.inner(tree.attach(moved), tree.like(call.outer, xs), last).detach()
     assert call.outer_loss is not None, "the engine has run the upper problem"
     sound = tree.finite([*grad, call.outer_loss, inner_loss])
     code = torch.where(sound, bl.Status.OK.code, bl.Status.NONFINITE.code)

@@ -41,8 +41,10 @@ class Call:
     taken: int = 0
     grad: Sequence[Tensor | None] = ()
     outer_loss: Tensor | None = None
+    begins_at_solution: bool = False
+    """Whether the method evaluates g at y_K first, after the last step, and not at a point beside it."""
     at_solution: Tensor | None = None
-    """g at the first evaluation after the last step."""
+    """g at y_K, where the method evaluates it there."""
 
     def of_outer(self, ys: Sequence[Tensor]) -> Tensor:
         """f at the inner tensors `ys`."""
@@ -55,7 +57,7 @@ class Call:
         step, self.taken = self.taken, self.taken + 1
         batch = self.batches.inner_at(step) if step < self.steps else self.batches.at_solution(self.steps)
         loss = self.problem.inner(self.like_start(ys), tree.like(self.outer, list(self.xs)), batch)
-        if step == self.steps:
+        if step == self.steps and self.begins_at_solution:
             self.at_solution = loss.detach()
         return loss
 
@@ -185,6 +187,26 @@ def placed_on(device: torch.device) -> Iterator[None]:
     """Betty says "cuda" and means the current device."""
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         yield
+
+
+@contextlib.contextmanager
+def explained(call: Call, method: str) -> Iterator[None]:
+    """A sentence where a product with the Hessian fails because an inner tensor has none.
+
+    Raises:
+        ValueError: it does.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        known = ("does not require grad and does not have a grad_fn", "appears to not have been used in the graph")
+        if call.taken <= call.steps or not any(words in str(error) for words in known):
+            raise
+        raise ValueError(
+            f"Betty's {method} takes products with the Hessian in every inner tensor, and the gradient of the inner "
+            f"loss in one of them depends on none (it enters linearly, or not at all): leave it out of the inner "
+            f"variable ({str(error).partition('.')[0]})"
+        ) from error
 
 
 @contextlib.contextmanager

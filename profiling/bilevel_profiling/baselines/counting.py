@@ -13,8 +13,11 @@ and memory do without.
 | back through a gradient of the inner loss, to y, or in one sweep from the outer loss | hvp |
 | the same, to x alone | mixed |
 
-What torch.func computes is not seen, and neither are forward mode and compiled code: then nothing is counted, and
-`blind` says why.
+The features of a problem and the pull of a proximal term belong to the call of the loss that they are made for. What
+the library computes inside says its own calls, which are added.
+
+What torch.func computes is not seen, and neither are forward mode, compiled code, and features that are called by
+themselves or used in several calls: then nothing is counted, and `blind` says why.
 """
 
 import contextlib
@@ -26,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 import bilevel as bl
 from bilevel.engine import spans
@@ -33,6 +37,19 @@ from bilevel.space import tree
 
 _Pass = tuple[int, int]
 """A call of a loss, and the backward pass (of autograd's own number) that went through it."""
+
+
+@dataclasses.dataclass
+class _Call:
+    """A call of a loss."""
+
+    number: int
+    passes: set[_Pass] | None = None
+    """Through the inner or the outer loss; None while it is not known which."""
+    seen: bool = False
+    """Whether it has variables to be differentiated in."""
+
+
 _counting: contextvars.ContextVar[bool] = contextvars.ContextVar("bilevel_counting", default=True)
 
 
@@ -54,6 +71,9 @@ def counting() -> bool:
 class Counter:
     """Counts the passes through the losses of the problem that `watched` returns.
 
+    Args:
+        of_library: also those that the library itself makes, which says them by itself.
+
     Attributes:
         blind: why the counts would be wrong; "" where they are right.
 
@@ -68,14 +88,20 @@ class Counter:
         {'inner_gradient': 1, 'outer_gradient': 0, 'hvp': 1, 'mixed': 0}
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, of_library: bool = False) -> None:
         self.blind = ""
+        self._all = of_library
         self._calls = 0
         self._inner: set[_Pass] = set()
         self._outer: set[_Pass] = set()
         self._products: set[_Pass] = set()
         self._to_inner: set[int] = set()
         """Passes in which a product reached y."""
+        self._listeners = len(spans._listeners.get())
+        self._within = False
+        """Whether a loss is running."""
+        self._features: tuple[Any, _Call] | None = None
+        """What the features returned last, and the call that they are for."""
 
     def watched(self, problem: bl.Problem) -> bl.Problem:
         """The same problem, its losses watched."""
@@ -83,6 +109,7 @@ class Counter:
             problem,
             inner_loss=self._watched(problem.inner_loss, self._inner),
             outer_loss=self._watched(problem.outer_loss, self._outer),
+            features=None if problem.features is None else self._watched_features(problem.features),
         )
 
     @property
@@ -104,45 +131,89 @@ class Counter:
                 with spans.span(f"bilevel.{name}", count):
                     pass
 
-    def _watched(self, loss: Callable[..., Tensor], passes: set[_Pass]) -> Callable[..., Tensor]:
-        if dataclasses.is_dataclass(loss) and hasattr(loss, "inner_loss"):  # what bl.proximal makes stays of its kind
-            return dataclasses.replace(loss, inner_loss=self._watched(loss.inner_loss, passes))
+    @property
+    def _aside(self) -> bool:
+        """Whether the library is at work, which listens to itself, or a loss that is watched already."""
+        if torch.compiler.is_compiling():
+            self.blind = "it compiles"
+            return True
+        return self._within or (not self._all and len(spans._listeners.get()) > self._listeners)
 
-        @functools.wraps(loss, updated=())
-        def watched(inner: Any, outer: Any, batch: Any) -> Tensor:
+    def _watched(self, loss: Callable[..., Tensor], passes: set[_Pass]) -> Callable[..., Tensor]:
+        if isinstance(loss, _Pulled):  # it stays of its kind, which the library knows
+            pulled: Any = loss
+            inside = self._watched(pulled.inner_loss, passes)
+            return _WatchedPull(inside, pulled.init, pulled.strength, functools.partial(self._run, passes))
+        return functools.wraps(loss, updated=())(functools.partial(self._run, passes, loss))
+
+    def _run(self, passes: set[_Pass], loss: Callable[..., Tensor], inner: Any, outer: Any, batch: Any) -> Tensor:
+        """A loss at views of its variables."""
+        if self._aside:
+            return loss(inner, outer, batch)
+        call = self._begun(batch)
+        call.passes = passes
+        self._within = True
+        try:
+            return loss(
+                *(tree.tree_map(self._see(call, to), part) for to, part in ((True, inner), (False, outer))), batch
+            )
+        finally:
+            self._within = False
+
+    def _begun(self, batch: Any) -> _Call:
+        """A new call, or that of the features that it is given."""
+        if self._features is not None and self._features[0] is batch:
+            call = self._features[1]
+            if call.passes is None or not call.seen:
+                return call
+            self.blind = "it uses the features of one call in several"
+        self._calls += 1
+        return _Call(self._calls)
+
+    def _watched_features(self, features: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(features, updated=())
+        def watched(outer: Any, batch: Any) -> Any:
+            if self._aside:
+                return features(outer, batch)
             self._calls += 1
-            see = functools.partial(self._see, self._calls, passes)
-            return loss(tree.tree_map(see(True), inner), tree.tree_map(see(False), outer), batch)
+            call = _Call(self._calls)
+            found = features(tree.tree_map(self._see(call, False), outer), batch)
+            self._features = found, call
+            return found
 
         return watched
 
-    def _see(self, call: int, passes: set[_Pass], to_inner: bool) -> Callable[[Any], Any]:
+    def _see(self, call: _Call, to_inner: bool) -> Callable[[Any], Any]:
         def see(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
+            if not isinstance(leaf, Tensor) or isinstance(leaf, FakeTensor):  # a look of the library, without numbers
                 return leaf
             if why := _unseen(leaf):
                 self.blind = why
                 return leaf
             if not (leaf.requires_grad and torch.is_grad_enabled()):
                 return leaf
+            call.seen = True
             view = leaf.view_as(leaf)
-            view.register_hook(functools.partial(self._passed, call, passes, to_inner))
+            view.register_hook(functools.partial(self._passed, call, to_inner))
             return view
 
         return see
 
-    def _passed(self, call: int, passes: set[_Pass], to_inner: bool, gradient: Tensor) -> Tensor | None:
+    def _passed(self, call: _Call, to_inner: bool, gradient: Tensor) -> Tensor | None:
         """A backward pass arrives at a variable of a call."""
-        sweep = torch._C._current_graph_task_id()
-        passes.add((call, sweep))
-        if (call, sweep) in self._products:
-            if to_inner:
-                self._to_inner.add(sweep)
+        if call.passes is None:
+            self.blind = "it differentiates the features by themselves"
             return None
-        if passes is self._outer or not gradient.requires_grad:
+        at = (call.number, torch._C._current_graph_task_id())
+        call.passes.add(at)
+        if at in self._products:
+            if to_inner:
+                self._to_inner.add(at[1])
+            return None
+        if call.passes is self._outer or not gradient.requires_grad:
             return None
         view = gradient.view_as(gradient)
-        view.register_hook(functools.partial(self._differentiated, call))
+        view.register_hook(functools.partial(self._differentiated, call.number))
         return view
 
     def _differentiated(self, call: int, _: Tensor) -> None:
@@ -150,9 +221,25 @@ class Counter:
         self._products.add((call, torch._C._current_graph_task_id()))
 
 
+def _none(*_: Any) -> Any:
+    return None
+
+
+_Pulled: Any = type(bl.proximal(bl.Problem(_none, _none, init=_none), 1.0).inner_loss)
+"""What the inner loss of a proximal problem is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _WatchedPull(_Pulled):
+    """A proximal term whose pull is watched with its loss."""
+
+    run: Callable[..., Tensor]
+
+    def __call__(self, inner: Any, outer: Any, batch: Any) -> Tensor:
+        return self.run(super().__call__, inner, outer, batch)
+
+
 def _unseen(leaf: Tensor) -> str:
-    if torch.compiler.is_compiling():
-        return "it compiles"
     if torch._C._functorch.is_functorch_wrapped_tensor(leaf):
         return "it differentiates with torch.func"
     if torch.autograd.forward_ad._current_level >= 0:

@@ -12,6 +12,7 @@ that the two agree. It has no AdamW.
 """
 
 import importlib.metadata
+import importlib.util
 from typing import Any
 
 import torch
@@ -30,11 +31,24 @@ def baselines() -> dict[str, Baseline]:
     Raises:
         ImportError: it is not installed.
     """
+    return {"higher unrolled": baseline()}
+
+
+def baseline() -> Baseline:
+    """Its one row, for a label of your own.
+
+    Raises:
+        ImportError: it is not installed.
+
+    Example:
+        >>> if importlib.util.find_spec("higher"):  # BASELINES = {"theirs": higher.baseline()} in a case file
+        ...     assert baseline().package == "higher"
+    """
     try:
         version = importlib.metadata.version("higher")
     except importlib.metadata.PackageNotFoundError:
         raise ImportError('the baselines of higher need it installed: pip install "bilevel[peers]"') from None
-    return {"higher unrolled": Baseline(unrolled, "higher", version, target=Target.PROGRAM)}
+    return Baseline(unrolled, "higher", version, target=Target.PROGRAM)
 
 
 class Variables(nn.Module):

@@ -6,13 +6,16 @@
 | torchopt implicit CG | one linearization at y_K and the vectors of CG |
 
 "unrolled" takes `FuncOptimizer` over `sgd`, `adam` or `adamw`, the engine of its MetaSGD and MetaAdam. "implicit CG"
-solves with 10 steps of `solve_cg`, without damping; for others write a baseline of your own in the case file:
-`functools.partial(torchopt.implicit, steps=20, damping=0.1)`.
+solves with 10 steps of `solve_cg`, without damping; for others write in the case file
+`BASELINES = {"torchopt CG, 20": torchopt.baseline(torchopt.implicit, steps=20, damping=0.1)}`.
 
 Where a second moment of Adam is exactly zero its hypergradient is NaN, where ours is not.
 """
 
+import functools
 import importlib.metadata
+import importlib.util
+import inspect
 import warnings
 from typing import Any
 
@@ -21,15 +24,13 @@ from torch import Tensor
 
 import bilevel as bl
 from bilevel.space import tree
-from bilevel_profiling.baselines.baseline import Baseline
+from bilevel_profiling.baselines.baseline import Baseline, Function
 from bilevel_profiling.baselines.unrolling import descent, finished, number, start
 from bilevel_profiling.records.record import Target
 
 BIAS_CORRECTION = (
     "Its Adam and AdamW round 1 - beta^t to torch's default dtype; of float32, with beta = 0.999, five digits are left."
 )
-
-LINEAR_SOLVE = "It takes at most 10 steps of conjugate gradients, to a relative residual of 1e-5, without damping."
 
 
 def baselines() -> dict[str, Baseline]:
@@ -38,17 +39,54 @@ def baselines() -> dict[str, Baseline]:
     Raises:
         ImportError: it is not installed.
     """
+    return {"torchopt unrolled": baseline(unrolled), "torchopt implicit CG": baseline(implicit)}
+
+
+def baseline(method: Function, **settings: Any) -> Baseline:
+    """A method with settings of your own as a row that says whose it is.
+
+    Args:
+        method: `unrolled` or `implicit` of this module.
+        settings: of `implicit`: `steps`, `tol`, `damping`.
+
+    Raises:
+        ImportError: it is not installed.
+        TypeError, ValueError: it has no such method, or that no such setting.
+
+    Example:
+        >>> if importlib.util.find_spec("torchopt"):
+        ...     print(baseline(implicit, steps=20, damping=0.1).notes[0])
+        It takes at most 20 steps of conjugate gradients, to a relative residual of 1e-05, with damping 0.1.
+    """
     try:
         version = importlib.metadata.version("torchopt")
     except importlib.metadata.PackageNotFoundError:
         raise ImportError('the baselines of torchopt need it installed: pip install "bilevel[peers]"') from None
-    at_solution = frozenset({bl.Path.INNER_LOSS, bl.Path.OUTER_LOSS})
-    return {
-        "torchopt unrolled": Baseline(unrolled, "torchopt", version, Target.PROGRAM, (BIAS_CORRECTION,)),
-        "torchopt implicit CG": Baseline(
-            implicit, "torchopt", version, Target.SOLUTION, (LINEAR_SOLVE, BIAS_CORRECTION), sees=at_solution
-        ),
+    if method not in (unrolled, implicit):
+        raise ValueError(f"torchopt was asked for {method!r}; torchopt.unrolled or torchopt.implicit was needed")
+    known = {
+        name: parameter.default
+        for name, parameter in inspect.signature(method).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
     }
+    if unknown := [name for name in settings if name not in known]:
+        raise TypeError(f"torchopt {method.__name__} has no setting {unknown[0]}; it has {', '.join(known) or 'none'}")
+    if method is unrolled:
+        return Baseline(unrolled, "torchopt", version, Target.PROGRAM, (BIAS_CORRECTION,))
+    used = known | settings
+    damped = f"with damping {used['damping']:g}" if used["damping"] else "without damping"
+    solve = (
+        f"It takes at most {used['steps']} steps of conjugate gradients, to a relative residual of {used['tol']:g}, "
+        f"{damped}."
+    )
+    return Baseline(
+        functools.partial(implicit, **settings) if settings else implicit,
+        "torchopt",
+        version,
+        None if used["damping"] else Target.SOLUTION,
+        (solve, BIAS_CORRECTION),
+        sees=frozenset({bl.Path.INNER_LOSS, bl.Path.OUTER_LOSS}),
+    )
 
 
 def unrolled(

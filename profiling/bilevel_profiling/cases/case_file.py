@@ -24,7 +24,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -143,14 +143,25 @@ class Definition:
 
     @property
     def compared(self) -> dict[str, bl.Estimator]:
-        """What a comparison has rows of: the estimators, then the baselines, over tasks where the estimators are."""
-        tasks = next((each for each in self.estimators.values() if isinstance(each, bl.TaskMean)), None)
+        """What a comparison has rows of: the estimators, then the baselines."""
+        return self.among(())
+
+    def among(self, labels: Sequence[str]) -> dict[str, bl.Estimator]:
+        """The same where these labels were asked for (none: all): the baselines are over tasks where the estimators
+        are, weighted as by those asked for. Where they weight them differently the first counts, and the rows say so.
+        """
+        asked = [each for label, each in self.estimators.items() if label in labels and isinstance(each, bl.TaskMean)]
+        means = asked or [each for each in self.estimators.values() if isinstance(each, bl.TaskMean)]
         made = {
             label: value if isinstance(value, Baseline) else Baseline(value) for label, value in self.baselines.items()
         }
-        if tasks is None:
+        if not means:
             return {**self.estimators, **made}
-        over = {label: dataclasses.replace(tasks, estimator=value, chunk=1) for label, value in made.items()}
+        if len({repr(each.weights) for each in means}) > 1:
+            first = next(label for label, each in self.estimators.items() if each is means[0])
+            said = f"Its tasks are weighted as those of {first}; others in this comparison weight them otherwise."
+            made = {label: dataclasses.replace(each, notes=(*each.notes, said)) for label, each in made.items()}
+        over = {label: dataclasses.replace(means[0], estimator=each, chunk=1) for label, each in made.items()}
         return {**self.estimators, **over}
 
 
@@ -200,6 +211,11 @@ def given(setup: Setup | str, **overrides: Any) -> Definition:
         return Definition(**{"name": name_of(setup), "setup": setup, **known})
     case = load(setup)
     if "baselines" in known:
+        if twice := [label for label in case.baselines if label in known["baselines"]]:
+            raise CaseError(
+                f"case {case.name}: {twice[0]!r} is one of its BASELINES, and another of that label was asked for "
+                f"beside them; give one of the two another label"
+            )
         known["baselines"] = {**case.baselines, **known["baselines"]}
     return dataclasses.replace(case, **known)
 

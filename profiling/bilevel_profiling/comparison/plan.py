@@ -71,8 +71,8 @@ class Cell:
     solver: bl.InnerSolver
     solver_name: str = ""
     """Where the case names its solvers; else it is told by the number of inner steps."""
-    by_task: bool = False
-    """Whether the estimate is a mean over tasks."""
+    tasks: str = ""
+    """For a mean over tasks, how they are weighted, as a name."""
 
     @property
     def steps(self) -> int:
@@ -91,14 +91,26 @@ class Settled:
     @property
     def cells(self) -> list[Cell]:
         """The rows to be, by solver in the order of K; with named solvers in the order of the case."""
-        case, rows = self.case, self.case.compared
+        case, rows = self.case, self.compared
         solvers = [("", in_steps(case.optimizer, k)) for k in sorted(set(case.inner_steps))]
         found: list[Cell] = []
         for name, solver in case.solvers.items() or solvers:
             for label in self.labels:
-                by_task = isinstance(rows[label], bl.TaskMean)
-                found.append(Cell(f"{label}, {name}" if name else label, label, solver, name, by_task))
+                tasks = _tasks(rows[label])
+                found.append(Cell(f"{label}, {name}" if name else label, label, solver, name, tasks))
         return found
+
+    @property
+    def compared(self) -> dict[str, bl.Estimator]:
+        """The case's estimators and baselines, as they are beside those that take part."""
+        return self.case.among(self.labels)
+
+
+def _tasks(estimator: bl.Estimator) -> str:
+    if not isinstance(estimator, bl.TaskMean):
+        return ""
+    weights = "" if estimator.weights is None else repr(estimator.weights)
+    return f"tasks {weights}".strip()
 
 
 def settle(plans: Sequence[Plan], settings: Settings | None = None) -> list[Settled]:
@@ -138,7 +150,9 @@ def _check_labels(found: list[Settled]) -> None:
     asked = dict.fromkeys(label for each in found for label in each.plan.labels or ())
     unknown = [label for label in asked if not any(label in each.case.compared for each in found)]
     if unknown:
-        raise CaseError(f"there is no estimator {' or '.join(map(repr, unknown))}: {have}")
+        commas = [label for each in found for label in each.case.compared if "," in label]
+        hint = f" (--estimators takes commas apart, so it cannot name {commas[0]!r})" if commas else ""
+        raise CaseError(f"there is no estimator {' or '.join(map(repr, unknown))}: {have}{hint}")
     for each in found:
         if not _labels(each):
             raise CaseError(f"case {each.case.name} has none of the estimators asked for: {have}")

@@ -7,16 +7,16 @@ loops that did, are measured anew; what a hypergradient says of itself (DIVERGED
 would say it again. A row that the new plan does not ask for stays.
 
 The settings of an estimator, its device and its seed are in its row. What is not in it is kept beside the file: the
-case's code with the local modules that it imports (see `code`), the inner optimizer, the number of repeats and
-threads, and so on. Whatever differs is refused, by name: a report of rows that were measured differently compares
-nothing. Time and memory limits may differ, and so may the labels, the K and the cases.
+case's code with the local modules that it imports, what each baseline is made of (see `code`), the inner optimizer, the
+number of repeats and threads, and so on. Whatever differs is refused, by name: a report of rows that were measured
+differently compares nothing. Time and memory limits may differ, and so may the labels, the K and the cases.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 
-from bilevel_profiling.comparison.code import fingerprint, marks_of_baselines
+from bilevel_profiling.comparison.code import UNTOLD, fingerprint, marks_of_baselines
 from bilevel_profiling.comparison.folder import DAMAGED, Folder
 from bilevel_profiling.comparison.plan import Settings, Settled
 from bilevel_profiling.measurement.environment import environment
@@ -90,7 +90,9 @@ def resume(folder: Folder, settled: Sequence[Settled], settings: Settings) -> tu
                 row.record for row in rows if row.record.case == each.case.name and row.record.source == "measured"
             ]
             if records:
-                _check_facts(folder, each.case.name, (old or {}).get(each.case.name), new[each.case.name])
+                there = _with_rows(each, records)
+                known = {key: value for key, value in new[each.case.name].items() if key not in there or there[key]}
+                _check_facts(folder, each.case.name, (old or {}).get(each.case.name), known)
             _check_rows(folder, each, settings, records)
         for damage in found.damage:
             folder.keep_damaged(damage.text)
@@ -119,28 +121,41 @@ def _of_rows_no_longer_asked_for(old: Mapping[str, Facts] | None, name: str) -> 
     return {key: value for key, value in known.items() if key.startswith(f"{_CODE} of ")}
 
 
+def _with_rows(settled: Settled, records: Sequence[Record]) -> dict[str, bool]:
+    """Whether there are rows of each baseline that takes part, by the name of its mark."""
+    labels = {cell.label: cell.estimator for cell in settled.cells}
+    there = {labels.get(record.estimator) for record in records}
+    return {f"{_CODE} of {label}": label in there for label in settled.case.baselines}
+
+
 def loop_failed(record: Record) -> bool:
     """Whether the run of a row's outer loop failed."""
     return any(map(unfinished, record.iterations))
 
 
 def plain(value: object) -> str:
-    """A repr without addresses, which are others in each process.
+    """A repr without addresses and the name of the main module, which are others in each process.
 
     Example:
         >>> plain(len), plain("<function f at 0x7f3a>")
         ('<built-in function len>', '<function f>')
     """
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", value if isinstance(value, str) else repr(value))
+    text = value if isinstance(value, str) else repr(value)
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text).replace("__mp_main__", "__main__")
 
 
 def _check_facts(folder: Folder, name: str, old: Facts | None, new: Facts) -> None:
     for key, value in new.items():
-        before = (old or {}).get(key, value)
+        before, code = (old or {}).get(key, value), key == _CODE or key.startswith(f"{_CODE} of ")
+        if value.startswith(UNTOLD) and key != _CODE:
+            raise ResumeError(
+                f"{folder.records} cannot be continued: whether {key.removeprefix(f'{_CODE} of ')} is what it was "
+                f"{value}. Make the baseline without it, or give it another label, or another folder"
+            )
         if before == value or (key == _STEPS and "0" in (before, value)):
             continue
-        code = key == _CODE or key.startswith(f"{_CODE} of ")
-        what = f"other {key} than it has now" if code else f"{key} {before}, and this is {value}"
+        said = key if key == _CODE else key.replace(_CODE, f"{_CODE}, arguments or notes", 1)
+        what = f"other {said} than it has now" if code else f"{key} {before}, and this is {value}"
         remedy = f"the old {key}" if code else f"{key} {before}"
         raise ResumeError(
             f"{folder.records} cannot be continued: case {name} was measured with {what}. Use {remedy}, or another "
@@ -150,7 +165,12 @@ def _check_facts(folder: Folder, name: str, old: Facts | None, new: Facts) -> No
 
 def _check_rows(folder: Folder, settled: Settled, settings: Settings, records: Sequence[Record]) -> None:
     cells = {(cell.label, cell.steps): cell for cell in settled.cells}
-    compared = settled.case.compared
+    # (How a baseline that does not take part would weight its tasks now is of no account.)
+    compared = {
+        label: each
+        for label, each in settled.compared.items()
+        if label in settled.labels or label not in settled.case.baselines
+    }
     for record in records:
         now = {"device": settings.device, "seed": str(settings.seed)}
         then = {"device": record.device, "seed": str(record.seed), "estimator": plain(record.settings)}

@@ -90,6 +90,7 @@ class Piece(abc.ABC):
             self.cell.estimator,
             self.cell.solver,
             row=self.cell.label,
+            labels=self.settled.labels,
             device=settings.device,
             seed=settings.seed,
             repeats=settings.repeats,
@@ -116,11 +117,11 @@ class Reference(Piece):
         return Task(self.settled.case.name, f"float64 reference, {said}", 5 + self.cell.steps / 4)
 
     def path(self, site: Site) -> Path:
-        """Where it is kept: estimators share it, but means over tasks have one of their own."""
+        """Where it is kept: estimators share it, but means over tasks have one for each weighting."""
         parts = [self.settled.case.name, self.target.value]
         if self.target is Target.PROGRAM:
             parts += filter(None, [self.cell.solver_name, str(self.cell.steps)])
-        parts += [*(["tasks"] if self.cell.by_task else []), site.settings.device, str(site.settings.seed)]
+        parts += [*filter(None, [self.cell.tasks]), site.settings.device, str(site.settings.seed)]
         return site.folder.reference("-".join(parts))
 
     def do(self, site: Site) -> str:

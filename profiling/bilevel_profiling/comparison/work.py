@@ -9,7 +9,7 @@ see `resume`. What is done is in `tasks`.
 import dataclasses
 import difflib
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -118,11 +118,26 @@ def compare(
     if estimators is not None:
         asked["estimators"] = estimators
     if "baselines" in asked and not isinstance(asked["baselines"], Mapping):
-        asked["baselines"] = packages.named(asked["baselines"])
+        asked["baselines"] = packages.named(_names(asked["baselines"]))
     plan = Plan(setup if callable(setup) else str(setup), asked)
     comparison = Comparison([plan], out, Settings(**how), progress)
     comparison.run()
     return comparison.records
+
+
+def _names(given: Any) -> list[str]:
+    """Names of libraries.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(given, str) and isinstance(given, Iterable) and not callable(given):
+        return list(given)
+    write = f"[{given!r}]" if isinstance(given, str) else f'{{"mine": {getattr(given, "__name__", "function")}}}'
+    raise TypeError(
+        f"compare() was given {given!r} as baselines; names of libraries or a dict of label to function were needed: "
+        f"write baselines={write}"
+    )
 
 
 class Comparison:

@@ -37,6 +37,8 @@ class Job:
     solver: bl.InnerSolver
     row: str = ""
     """Label of the record, if it is another."""
+    labels: tuple[str, ...] = ()
+    """Of all that take part; none for all of the case."""
     device: str = "cpu"
     seed: int = 0
     repeats: int = 5
@@ -57,7 +59,7 @@ class Job:
         return Case(
             definition.setup,
             solver=self.solver,
-            estimator=definition.compared[self.label],
+            estimator=definition.among(self.labels)[self.label],
             device=self.device,
             seed=self.seed,
             name=definition.name,

@@ -3,6 +3,7 @@ damaged file is refused with the place of the damage; lenient about fields that 
 out.
 """
 
+import enum
 import functools
 import json
 import math
@@ -60,14 +61,15 @@ def _converter() -> "Converter":
     return found
 
 
-def _scalar(kind: type, value: Any, _: object) -> Any:
+def _scalar(kind: type, value: Any, declared: Any) -> Any:
     """A value of exactly this type. JSON does not tell 1.0 from 1, so a number is a number."""
     numbers = (int, float)
     if isinstance(value, dict) and set(value) == {"nonfinite"} and kind in numbers and value["nonfinite"] in _NONFINITE:
         return _NONFINITE[value["nonfinite"]]
     if type(value) not in (numbers if kind in numbers else (kind,)):
         raise TypeError(f"{str(value)[:40]!r} was given, {kind.__name__} was needed")
-    return value
+    # An enum of strings is a str to cattrs.
+    return declared(value) if isinstance(declared, type) and issubclass(declared, enum.Enum) else value
 
 
 def _finite(value: float) -> Any:
