@@ -1,6 +1,7 @@
 """Our estimators in Betty programs: against closed forms, programs written by hand, and Betty's own methods."""
 
 import gc
+import random
 import subprocess
 import sys
 import warnings
@@ -490,6 +491,49 @@ def test_losses_may_ask_which_parameters_require_grad(label):
     x = torch.tensor(0.5, dtype=DOUBLE, requires_grad=True)
     (wanted,) = torch.autograd.grad(2 * ((2 - 0.5) / (2 + 2 * x)) ** 2, x)
     assert upper_gradient(upper) == pytest.approx(float(wanted), rel=1e-6)
+
+
+class Ordinary(Quiet):
+    """What programs do beside: a loss of one element, noise of Python's own, a callback that logs, frozen layers."""
+
+    noisy = True
+
+    def training_step(self, batch):
+        net = self.module
+        (slope,) = torch.autograd.grad(net(batch[0]).sum(), net[0].weight, create_graph=True)
+        jitter = 1 + (0.1 * random.random() if self.noisy else 0.0)
+        penalty = sum(p.square().sum() for p in net.parameters() if p.requires_grad)
+        return jitter * (net(batch[0]) - self.upper()).square().mean().reshape(1) + 0.1 * penalty + slope.square().sum()
+
+    def trainable_parameters(self):
+        return list(self.module[2].parameters())
+
+
+@pytest.mark.parametrize("use", [bl.Unrolled(), bl.Implicit(bl.Dense())], ids=["unrolled", "implicit"])
+def test_ordinary_programs_are_not_refused(use):
+    """With a head that is trained on a body that is not, though it requires grad; the head's problem is quadratic."""
+
+    class Upper(Watched):
+        def training_step(self, batch):
+            return (self.lower(batch[0]) - 1).square().mean()
+
+    class Logging(Ordinary):
+        noisy = False  # a replay draws torch's numbers again, and no others
+
+        def grad_callback(self):
+            self.logger.info("seen")
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    rows = [(torch.randn(6, 2, dtype=DOUBLE),)]
+    kind = Logging if isinstance(use, bl.Unrolled) else Ordinary
+    lower = problem(kind, "lower", net, sgd(0.05), batches=rows, unroll_steps=2)
+    upper = problem(Upper, "upper", Vector(torch.zeros(1, dtype=DOUBLE)), sgd(0.0), batches=rows)
+    betty.use(lower, use)
+    random.seed(0)
+    run([upper, lower], edges(u2l={upper: [lower]}, l2u={lower: [upper]}), 2)
+    assert upper_gradient(upper).isfinite().all()
+    assert upper_gradient(upper).abs().sum() > 0
 
 
 def test_two_paths_add_up_and_sync_leaves_the_sum_in_place():

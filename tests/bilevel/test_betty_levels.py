@@ -136,6 +136,10 @@ class Holding(Quiet):
 
 
 REFUSED = {
+    "a rate without the weight decay": (
+        {"low": following, "optimizer": sgd(0.5, weight_decay=0.3), "below": bl.Descent(bl.SGD(0.5), 20)},
+        r"problem a is moved with weight_decay=0.3, and SGD\(lr=0.5",
+    ),
     "a callback": ({"low": Clipped}, r"problem a lies below and is to follow, and it uses param_callback"),
     "Adam": (
         {"low": following, "optimizer": lambda p: torch.optim.Adam(p, lr=0.1)},
@@ -188,3 +192,61 @@ def test_a_gradient_for_what_itself_follows_is_refused():
     )
     with pytest.raises(ValueError, match=r"problem a lies below c, .* the two answer together"):
         run([top, c, a], edges(u2l={top: [c, a], c: [a]}, l2u={a: [c], c: [top]}), 4)
+
+
+def test_two_that_answer_each_other_through_a_third_are_refused():
+    """a and b both have c below them: what c does for the one moves the other."""
+
+    class Both(Watched):
+        def training_step(self, batch):
+            return self.a().sum() + self.b().sum()
+
+    top = problem(Both, "x", vector(1.0), sgd(0.0))
+    a, b = (
+        problem(
+            loss(lambda own, s: (own - s.x()) ** 2 / 2 + own * s.c()),
+            name,
+            vector(0.5),
+            sgd(0.1),
+            type=betty.register(SOLVED, below=20),
+            retain_graph=True,
+        )
+        for name in "ab"
+    )
+    c = problem(
+        loss(lambda c, s: (c - s.a() - s.b()) ** 2 / 2), "c", vector(0.1), sgd(0.5), type=betty.register(SOLVED)
+    )
+    dependencies = edges(u2l={top: [a, b], a: [c], b: [c]}, l2u={c: [a, b], a: [top], b: [top]})
+    with pytest.raises(ValueError, match=r"problems a and b answer each other through what lies below both"):
+        run([top, a, b, c], dependencies, 1)
+
+
+@programs.recent
+def test_how_far_what_lies_below_went_is_in_the_log():
+    """On the batch of the moment: where that pulls it away, the derivative is taken elsewhere than where it is."""
+    top = problem(Top, "x", vector(1.0), sgd(0.0))
+    figures = {}
+    for noise in (0.0, 0.5):
+
+        class Noisy(Quiet):
+            def training_step(self, batch):
+                a = self.module()
+                return ((a - self.c()) ** 2 / 2 + batch[0] * a).sum()
+
+        c = problem(
+            loss(lambda c, s: (c - s.x()) ** 2 / 2 + s.a() ** 2 / 2),
+            "c",
+            vector(0.5),
+            sgd(0.3),
+            type=betty.register(SOLVED, below=20),
+            retain_graph=True,
+            unroll_steps=20,
+        )
+        batches = [(torch.tensor(sign * noise, dtype=DOUBLE),) for sign in (1.0, -1.0)]
+        a = problem(Noisy, "a", vector(0.1), sgd(0.1), batches=batches, unroll_steps=20, type=betty.register(SOLVED))
+        top = problem(Top, "x", vector(1.0), sgd(0.0))
+        run([top, c, a], edges(u2l={top: [c], c: [a]}, l2u={a: [c], c: [top]}), 400)
+        figures[noise] = next(stats for tag, _, stats in reversed(c.logger.stats) if tag == "c/hypergradient")
+    assert figures[0.0]["below_moved"] < 0.01
+    assert figures[0.5]["below_moved"] > 0.2
+    assert figures[0.0]["below_left"] == pytest.approx(0.9**20, rel=0.01)

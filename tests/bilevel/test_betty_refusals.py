@@ -87,6 +87,12 @@ def by_kind(self, batch):
     return decay + (self.module() - self.upper()).square().sum()
 
 
+def detached_by_kind(self, batch):
+    """The value is the same at every point, the gradient is not."""
+    own = [p if isinstance(p, nn.Parameter) else p.detach() for p in self.module.parameters()]
+    return (own[0] - self.upper()).square().sum()
+
+
 def annealed(self, batch):
     """A weight that grows with the calls."""
     self.calls = getattr(self, "calls", 0) + 1
@@ -97,6 +103,10 @@ def hooked(parameters):
     parameters = list(parameters)
     parameters[0].register_hook(lambda g: g * 0.5)
     return torch.optim.SGD(parameters, lr=0.1)
+
+
+def projecting(lower):
+    lower.optimizer.register_step_post_hook(lambda *_: None)
 
 
 class NonNegative(torch.optim.SGD):
@@ -141,9 +151,21 @@ REFUSED = {
         {"type": CG, "kind": changed(training_step=by_kind)},
         r"training_step of problem lower, or its gradient, is not the same where the parameters are exchanged",
     ),
+    "a gradient that differs where the value does not": (
+        {"type": CG, "kind": changed(training_step=detached_by_kind)},
+        r"training_step of problem lower, or its gradient, is not the same",
+    ),
     "a loss with a counter of its own": (
         {"use": bl.Unrolled(), "kind": changed(training_step=annealed)},
         r"training_step of problem lower gives .* a call changes what the next one sees",
+    ),
+    "a loss by a hand-written Betty method": (
+        {"type": CG, "kind": changed(get_loss=lambda self, batch: (self.training_step_exec(batch) * 2, {}))},
+        r"problem lower has get_loss, which may move its parameters",
+    ),
+    "a hook on the optimizer's step": (
+        {"type": CG, "before": lambda upper, lower: setattr(lower, "patch_optimizer", lambda: projecting(lower))},
+        r"problem lower has hooks on the step of its optimizer",
     ),
     "a projection in the optimizer": (
         {"type": CG, "optimizer": lambda p: NonNegative(p, lr=0.1)},
@@ -239,6 +261,23 @@ def test_a_loss_without_a_second_derivative_is_named(training_step, use):
         bl.NotTwiceDifferentiableError, match=r"(?s)problem lower: .*register\(bilevel.FirstOrderCorrected"
     ):
         ran(kind=changed(training_step=training_step), **settings)
+
+
+def test_a_solver_in_the_place_of_the_optimizer_decays_as_it_does():
+    """Its weight decay is a part of where the problem rests."""
+    quadratic, here = Quadratic(), bl.Descent(bl.SGD(lr=1.0), 0)
+    decaying = sgd(quadratic.lr / 2, weight_decay=0.5)
+    with pytest.raises(ValueError, match=r"problem lower is moved with weight_decay=0.5, and SGD.* weight_decay=0.5\)"):
+        ran(quadratic, optimizer=decaying, type=betty.register(CG, here))
+    right = bl.Descent(bl.SGD(lr=1.0, weight_decay=0.5), 0)
+    upper, _ = ran(quadratic, steps=600, optimizer=decaying, type=betty.register(CG, right))
+    exact = quadratic.exact(decay=0.5)
+    assert (upper.gradients[-1][0] - exact).norm() < 1e-8 * exact.norm()
+    decoupled = lambda p: torch.optim.Adam(p, weight_decay=0.5, decoupled_weight_decay=True)  # noqa: E731
+    with pytest.raises(
+        ValueError, match=r"weight_decay=0.5 \(decoupled\), .* bilevel.AdamW\(\.\.\., weight_decay=0.5\)"
+    ):
+        ran(quadratic, optimizer=decoupled, type=betty.register(CG, right))
 
 
 @recent

@@ -40,8 +40,8 @@ def require_same(program: Program, batch: Any, *, once: bool) -> None:
                 f"training_step of problem {problem.name}, or its gradient, is not the same where the parameters are "
                 f"exchanged for tensors of the same numbers ({ours[0]:.6g}, and {plain[0]:.6g} with the parameters "
                 f"themselves). It holds on to parameter objects (a list made earlier, a closure), or asks which "
-                f"objects they are (id(p), isinstance(p, torch.nn.Parameter), p in a set), and what it does with those has no "
-                f"derivative. Take them from the module in each call, and choose them by their names, from "
+                f"objects they are (id(p), isinstance(p, torch.nn.Parameter), p in a set), and what it does with those "
+                f"has no derivative. Take them from the module in each call, and choose them by their names, from "
                 f"self.module.named_parameters()"
             )
 
