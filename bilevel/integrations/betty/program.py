@@ -257,8 +257,16 @@ def _names(problem: Any, parameters: Sequence[Tensor], names: Mapping[int, str])
 
 
 def _known(problem: Any) -> list[Any]:
-    """All other problems of the program: the engine makes each an attribute of the others."""
-    return [each for each in vars(problem).values() if hasattr(each, "training_step_exec") and hasattr(each, "module")]
+    """All problems of the program: the engine makes each an attribute of the others (0.1.1: of those it has edges to)."""
+    found: list[Any] = []
+    waiting = [problem]
+    while waiting:
+        each = waiting.pop()
+        if not any(each is other for other in found):
+            found.append(each)
+            theirs = [value for value in vars(each).values() if hasattr(value, "training_step_exec")]
+            waiting += [*theirs, *each.parents, *each.children]
+    return found
 
 
 def _refuse_processes(problem: Any) -> None:
