@@ -257,7 +257,7 @@ def _names(problem: Any, parameters: Sequence[Tensor], names: Mapping[int, str])
 
 
 def _known(problem: Any) -> list[Any]:
-    """All problems of the program: the engine makes each an attribute of the others (0.1.1: of those it has edges to)."""
+    """All problems of the program: each is an attribute of the others (in 0.1.1 of those that it has edges to)."""
     found: list[Any] = []
     waiting = [problem]
     while waiting:
