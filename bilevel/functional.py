@@ -295,8 +295,6 @@ def _refuse(module: nn.Module) -> None:
 
 
 def _refuse_embedding(where: str, layer: nn.Embedding | nn.EmbeddingBag) -> None:
-    if layer.sparse:
-        raise ValueError(f"{where} has sparse=True; dense gradients were needed. Build it without")
     if layer.max_norm is not None:
         raise ValueError(
             f"{where} has max_norm={layer.max_norm}, with which every forward writes its weight. Build it without, and "

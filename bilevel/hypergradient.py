@@ -122,7 +122,8 @@ class Owned:
     """
 
     def __init__(self, given: Sequence[Tensor]) -> None:
-        self._seen = {leaf.untyped_storage()._cdata for leaf in given}
+        # (A sparse tensor of a batch has no storage of its own, and nothing that is returned is sparse.)
+        self._seen = {leaf.untyped_storage()._cdata for leaf in given if leaf.layout is torch.strided}
 
     def tensor(self, leaf: Tensor) -> Tensor:
         """The tensor, or a copy."""

@@ -1272,3 +1272,25 @@ def test_the_inner_loss_is_reported_on_the_inner_batch_not_on_the_curvature_batc
         hg.inner_loss, problem.inner(hg.inner, vector(0.5, -0.3), vector(1.0)), rtol=1e-5, atol=1e-8
     )
     assert hg.status is not bl.Status.INNER_ROSE
+
+
+def test_a_sparse_matrix_in_a_batch_is_no_bad_input():
+    """A design matrix of mostly zeros: the same numbers as the dense one."""
+    rows = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).relu()
+    problem = bl.Problem(
+        lambda y, x, X: ((X @ y - 1) ** 2).mean() + x.exp() * (y**2).sum(), lambda y, x, X: ((X @ y - 1) ** 2).mean()
+    )
+    found = [
+        bl.hypergradient(
+            problem,
+            torch.zeros((), dtype=torch.float64),
+            torch.zeros(3, 1, dtype=torch.float64),
+            bl.Batches(inner=each, outer=each),
+            solver=bl.Descent(bl.SGD(0.1), 5),
+            estimator=estimator,
+        ).grad
+        for estimator in (bl.Unrolled(), bl.Implicit(bl.CG(3)))
+        for each in (rows, rows.to_sparse())
+    ]
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[2], found[3])

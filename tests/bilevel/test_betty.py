@@ -536,6 +536,27 @@ def test_ordinary_programs_are_not_refused(use):
     assert upper_gradient(upper).abs().sum() > 0
 
 
+@pytest.mark.parametrize("use", [bl.Unrolled(), bl.Implicit(bl.CG(10, damping=0.1))], ids=["unrolled", "implicit"])
+def test_sparse_embeddings_are_those_that_are_dense(use):
+    class Upper(Watched):
+        def training_step(self, batch):
+            return (self.lower(torch.tensor([2])) ** 2).sum()
+
+    class Lower(Quiet):
+        def training_step(self, batch):
+            return ((self.module(torch.tensor([0, 2, 2])) - self.upper()) ** 2).sum()
+
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        lower = problem(Lower, "lower", nn.Embedding(4, 2, sparse=sparse).double(), sgd(0.1), unroll_steps=2)
+        upper = problem(Upper, "upper", Vector(torch.ones(2, dtype=DOUBLE)), sgd(0.0))
+        betty.use(lower, use)
+        run([upper, lower], edges(u2l={upper: [lower]}, l2u={lower: [upper]}), 2)
+        found.append(upper_gradient(upper))
+    torch.testing.assert_close(*found)
+
+
 def test_two_paths_add_up_and_sync_leaves_the_sum_in_place():
     """One upper problem above two lower ones: the gradient is the sum, whichever of them is last."""
     first, second = Quadratic(seed=1), Quadratic(seed=2)

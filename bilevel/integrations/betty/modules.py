@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -49,6 +50,11 @@ def no_statistics(modules: nn.Module) -> Iterator[None]:
             layer.track_running_stats = True
         for layer, mean, variance in kept:
             layer.running_mean, layer.running_var = mean, variance
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """A gradient without a graph, which embeddings with sparse=True make sparse."""
+    return gradient.detach() if gradient.layout is torch.strided else gradient.detach().to_dense()
 
 
 def as_leaf(leaf: Tensor) -> Tensor:

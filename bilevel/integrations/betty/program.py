@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import bilevel as bl
 from bilevel.engine import autodiff
 from bilevel.integrations.betty.below import all_below, following, lower_of, rival
-from bilevel.integrations.betty.modules import Modules, as_leaf, leaves_behind, no_statistics
+from bilevel.integrations.betty.modules import Modules, as_leaf, dense, leaves_behind, no_statistics
 from bilevel.integrations.betty.optimizer import Named
 
 _SINGLE = {"default", "cpu", "gpu", None}
@@ -72,7 +72,7 @@ class Program:
                 f"problem {self.curr.name} was handed a vector of shapes {[tuple(leaf.shape) for leaf in vector]}; one "
                 f"tensor for each of its parameters was needed, {needed}"
             )
-        found = dict(zip(self.wanted, (leaf.detach() for leaf in vector), strict=True))
+        found = dict(zip(self.wanted, map(dense, vector), strict=True))
         return {name: found.get(name, torch.zeros_like(leaf)).detach() for name, leaf in self.inner.items()}
 
     def left(self) -> float | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.engine import autodiff
-from bilevel.integrations.betty.modules import as_leaf, loss_of, no_statistics
+from bilevel.integrations.betty.modules import as_leaf, dense, loss_of, no_statistics
 from bilevel.integrations.betty.optimizer import Named
 from bilevel.integrations.betty.program import Program
 
@@ -54,7 +54,7 @@ def _numbers(program: Program, problem: Any, batch: Any, own: Named, exchanged: 
         loss = program.call({**rest, **tensors}, problem, batch) if exchanged else loss_of(problem, batch)
         at = list(tensors.values())
         found = autodiff.filled(autodiff.grad([loss], at), at) if loss.requires_grad else at[:0]
-        return float(loss.detach()), torch.cat([torch.zeros(1), *(g.detach().double().flatten().cpu() for g in found)])
+        return float(loss.detach()), torch.cat([torch.zeros(1), *(dense(g).double().flatten().cpu() for g in found)])
 
 
 @contextlib.contextmanager
