@@ -1,0 +1,148 @@
+"""What a function uses without being given it: tensors that require grad, modules, compiled parts.
+
+Two ways. The graph of a run holds every captured tensor that a derivative would reach, whatever way the function came
+to it; that search is complete, and names leaves. The closure, defaults and attributes of a function hold the tensors
+by name; that search finds a tensor again of which the graph knows only the place.
+"""
+
+import functools
+import types
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+_DEEP = 6
+"""Containers and closures inside each other that are searched."""
+_MANY = 20_000
+"""Objects that are looked at."""
+
+Edge = tuple[Node, int]
+
+
+def captured(outputs: Sequence[Tensor], own: Sequence[Tensor], start: int, function: Any) -> list[Tensor]:
+    """Tensors that require grad, entered the graph of `outputs`, and are not among `own`.
+
+    Args:
+        outputs: of a run of the function.
+        own: its arguments: leaves made for this run.
+        start: the sequence number of autograd's nodes when the run began.
+        function: what was run.
+
+    Raises:
+        ValueError: one of them is the result of operators and is not found by name, or leads to another of them.
+    """
+    leaves, edges = _entering(outputs, own, start)
+    if not edges:
+        return leaves
+    found: dict[Edge, Tensor] = {}
+    for tensor in (*outputs, *reachable(function, Tensor)):
+        if tensor.grad_fn is not None and (edge := (tensor.grad_fn, tensor.output_nr)) in edges:
+            found.setdefault(edge, tensor)
+    name = getattr(function, "__name__", type(function).__name__)
+    if len(found) < len(edges):
+        raise ValueError(
+            f"the rematerialized block {name} uses a tensor that was computed outside of it and requires grad (made by "
+            f"{next(node.name() for node, nr in edges if (node, nr) not in found)}). Give it to the block as an "
+            f"argument"
+        )
+    inputs = [*leaves, *found.values()]
+    if len(inputs) > 1 and _dependent(leaves, list(found)):
+        raise ValueError(
+            f"the rematerialized block {name} uses two tensors from outside that require grad, one of which was "
+            f"computed from the other. Give them to the block as arguments"
+        )
+    return inputs
+
+
+def _entering(outputs: Sequence[Tensor], own: Sequence[Tensor], start: int) -> tuple[list[Tensor], set[Edge]]:
+    """Foreign leaves, and foreign results of operators, by their places."""
+    known, leaves, edges = {id(tensor) for tensor in own}, dict[int, Tensor](), set[Edge]()
+    seen, queue = set[Node](), list[Edge]()
+    for tensor in outputs:
+        if tensor.grad_fn is not None:
+            queue.append((tensor.grad_fn, tensor.output_nr))
+        elif tensor.requires_grad and id(tensor) not in known:
+            leaves[id(tensor)] = tensor
+    while queue:
+        node, place = queue.pop()
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor) and not node.next_functions:
+            if id(leaf) not in known:
+                leaves[id(leaf)] = leaf
+        elif node._sequence_nr() < start:
+            edges.add((node, place))
+        elif node not in seen:
+            seen.add(node)
+            queue += [(following, nr) for following, nr in node.next_functions if following is not None]
+    return list(leaves.values()), edges
+
+
+def _dependent(leaves: Sequence[Tensor], edges: Sequence[Edge]) -> bool:
+    """Whether one of the tensors lies behind another."""
+    ends, targets = {id(leaf) for leaf in leaves}, {node for node, _ in edges}
+    if len(targets) < len(edges):
+        return True  # two results of one operator: gradients to one would be taken for the other's as well
+    for begin in targets:
+        seen, queue = {begin}, [begin]
+        while queue:
+            for node, _ in queue.pop().next_functions:
+                if node is None or node in seen:
+                    continue
+                if node in targets or id(getattr(node, "variable", None)) in ends:
+                    return True
+                seen.add(node)
+                queue.append(node)
+    return False
+
+
+def reachable(function: Any, kind: type | tuple[type, ...]) -> Iterator[Any]:
+    """Objects of a kind in the closure, the defaults, the attributes and the named globals of a function."""
+    seen, queue = set[int](), [(function, 0)]
+    while queue and len(seen) < _MANY:
+        value, depth = queue.pop()
+        if id(value) in seen or depth > _DEEP:
+            continue
+        seen.add(id(value))
+        if isinstance(value, kind):
+            yield value
+        queue += [(part, depth + 1) for part in _parts(value, depth)]
+
+
+def _parts(value: Any, depth: int) -> list[Any]:
+    if isinstance(value, types.FunctionType):
+        cells = [_content(cell) for cell in value.__closure__ or ()]
+        named = [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
+        return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *named]
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, nn.Module):
+        return [*value.modules(), *vars(value).values()]
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (list, tuple, Set)):
+        return list(value)
+    if isinstance(value, (Tensor, str, bytes, type, types.ModuleType)) or depth > 2:
+        return []
+    return list(getattr(value, "__dict__", {}).values())
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not yet assigned
+        return None
+
+
+def refuse_compiled(function: Any) -> None:
+    """Raise ValueError if a part of the function was given to torch.compile."""
+    for value in reachable(function, (nn.Module, types.FunctionType)):
+        inside = value._modules if isinstance(value, nn.Module) else vars(value)
+        if {"_orig_mod", "_torchdynamo_orig_callable"} & inside.keys() or vars(value).get("_compiled_call_impl"):
+            raise ValueError(
+                "a rematerialized block was given to torch.compile, whose gradient has no second derivative; write the "
+                "block with the module or function that was given to it"
+            )
