@@ -102,7 +102,9 @@ class _Block:
         if not torch.is_grad_enabled():
             return self.forward(*inputs, **keywords)
         # What a hook of the block made of its parameters before this forward, as old weight_norm does.
-        made = [(vars(self._block), key) for key, value in made_tensors(self._block).items() if isinstance(value, Tensor)]
+        made = [
+            (vars(self._block), key) for key, value in made_tensors(self._block).items() if isinstance(value, Tensor)
+        ]
         places = [*self._places, *made]
         run = functools.partial(self._run, places)
         functools.update_wrapper(run, self, assigned=("__name__",), updated=())

@@ -1,6 +1,6 @@
 """Where the parameters and buffers of a module stand, and how others are put there for a while."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -154,5 +154,3 @@ def made_tensors(layer: nn.Module) -> dict[str, Any]:
         for name, value in vars(layer).items()
         if isinstance(value, Tensor) or name in ("_flat_weights", "_flat_weight_refs")
     }
-
-

@@ -15,8 +15,6 @@ from torch.nn.utils import parametrize
 
 from bilevel._blocks import Blocks, Rematerialized, chosen
 from bilevel._layout import Layout, Trainable
-from bilevel.engine.captures import reachable, refuse_compiled
-from bilevel.engine.rematerialize import rematerialized
 
 
 def functional(

@@ -64,8 +64,9 @@ LIBRARY = House(
     name="bilevel",
     folder=ROOT / "bilevel",
     layers=(
-        {"_strategy", "space", "engine.__init__", "engine.spans", "engine.replay"},
-        {"outcome", "batches"},
+        {"_strategy", "space", "engine.__init__", "engine.spans", "engine.replay", "engine.captures", "_layout"},
+        {"engine.rematerialize"},
+        {"outcome", "batches", "rematerialize", "_blocks"},
         {
             "engine.autodiff",
             "engine.jacobian",
@@ -158,12 +159,14 @@ PROFILER_SEES = {"engine.spans", "space.tree", "problems", "integrations"}
 
 # Who may call which part of torch's differentiation machinery.
 DIFFERENTIATION = {
-    "torch.autograd": {"engine.autodiff", "engine.twice"},  # the latter looks at graphs, and derives through the former
-    "torch.func": {"engine.evaluation", "engine.jacobian"},
+    # (The second and the third look at graphs, and derive through the others.)
+    "torch.autograd": {"engine.autodiff", "engine.twice", "engine.captures", "engine.rematerialize"},
+    "torch.func": {"engine.evaluation", "engine.jacobian", "engine.rematerialize"},
     "torch.vmap": set(),
     "torch._functorch": set(),
 }
 FUNC_NAMES = {
+    "engine.rematerialize": {"torch.func.vmap"},
     "engine.evaluation": {"torch.func.vmap"},
     "engine.jacobian": {"torch.func.vmap", "torch.func.vjp"},
 }

@@ -19,21 +19,22 @@ _MANY = 20_000
 """Objects that are looked at."""
 
 Edge = tuple[Node, int]
+Entries = tuple[dict[int, Tensor], set[Edge]]
+"""Leaves by their ids, and the places of what operators made, that a graph was entered by."""
 
 
-def captured(outputs: Sequence[Tensor], own: Sequence[Tensor], start: int, function: Any) -> list[Tensor]:
-    """Tensors that require grad, entered the graph of `outputs`, and are not among `own`.
+def captured(outputs: Sequence[Tensor], entries: Entries, function: Any) -> list[Tensor]:
+    """The tensors of `entries`.
 
     Args:
         outputs: of a run of the function.
-        own: its arguments: leaves made for this run.
-        start: the sequence number of autograd's nodes when the run began.
+        entries: by what tensors its graph was entered.
         function: what was run.
 
     Raises:
         ValueError: one of them is the result of operators and is not found by name, or leads to another of them.
     """
-    leaves, edges = _entering(outputs, own, start)
+    leaves, edges = list(entries[0].values()), entries[1]
     if not edges:
         return leaves
     found: dict[Edge, Tensor] = {}
@@ -56,8 +57,14 @@ def captured(outputs: Sequence[Tensor], own: Sequence[Tensor], start: int, funct
     return inputs
 
 
-def _entering(outputs: Sequence[Tensor], own: Sequence[Tensor], start: int) -> tuple[list[Tensor], set[Edge]]:
-    """Foreign leaves, and foreign results of operators, by their places."""
+def entries(outputs: Sequence[Tensor], own: Sequence[Tensor], start: int) -> Entries:
+    """By what tensors the graph of a run was entered, apart from its arguments.
+
+    Args:
+        outputs: of the run.
+        own: its arguments: leaves made for this run.
+        start: the sequence number of autograd's nodes when the run began.
+    """
     known, leaves, edges = {id(tensor) for tensor in own}, dict[int, Tensor](), set[Edge]()
     seen, queue = set[Node](), list[Edge]()
     for tensor in outputs:
@@ -76,7 +83,7 @@ def _entering(outputs: Sequence[Tensor], own: Sequence[Tensor], start: int) -> t
         elif node not in seen:
             seen.add(node)
             queue += [(following, nr) for following, nr in node.next_functions if following is not None]
-    return list(leaves.values()), edges
+    return leaves, edges
 
 
 def _dependent(leaves: Sequence[Tensor], edges: Sequence[Edge]) -> bool:

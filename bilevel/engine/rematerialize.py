@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
-from bilevel.engine.captures import captured
+from bilevel.engine.captures import Entries, captured, entries
 from bilevel.engine.replay import Generators
 
 Flat = Callable[[list[Tensor]], list[Tensor]]
@@ -125,10 +125,9 @@ def _first_run(flat: Flat, tensors: list[Tensor], function: Any) -> Sequence[Ten
     block.outputs = [(each.shape, each.dtype, each.requires_grad) for each in outputs]
     if not any(each.requires_grad for each in outputs):
         return outputs
-    foreign = captured(outputs, z, start, function)
-    found = _Forward.apply(
-        block, _Hand(z, outputs), [each.detach() for each in outputs], *tensors, *foreign
-    )
+    block.entries = entries(outputs, z, start)
+    foreign = captured(outputs, block.entries, function)
+    found = _Forward.apply(block, _Hand(z, outputs), [each.detach() for each in outputs], *tensors, *foreign)
     return found if isinstance(found, tuple) else (found,)
 
 
@@ -150,6 +149,7 @@ class Block:
         self._modes = _get_current_function_mode_stack()
         self._autocast = [_autocast(each) for each in self._devices]
         self.outputs: list[tuple[torch.Size, torch.dtype, bool]] = []
+        self.entries: Entries = {}, set()
 
     def leaves(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The inputs as leaves of a graph of their own."""
@@ -170,14 +170,16 @@ class Block:
                     stack.enter_context(mode)
             return self._flat(inputs)
 
-    def again(self, inputs: list[Tensor]) -> list[Tensor]:
+    def again(self, inputs: list[Tensor], *, attached: bool = False) -> list[Tensor]:
         """The outputs once more, from the same random numbers; the generators stay where they are.
+
+        `attached`: the inputs are not leaves, so that what else the graph was entered by cannot be told.
 
         Raises:
             ValueError: they are not like those of the first run.
         """
         _Hand.empty()
-        now = self._generators.peek()
+        now, start = self._generators.peek(), torch.autograd._get_sequence_nr()
         self._generators.set(self._before)
         try:
             found = self.run(inputs)
@@ -187,6 +189,12 @@ class Block:
             raise ValueError(
                 f"the rematerialized block {self._name} returned other tensors when it was run again; it must be a "
                 f"function of its arguments and of torch's global random numbers"
+            )
+        leaves, edges = self.entries if attached else entries(found, inputs, start)
+        if leaves.keys() != self.entries[0].keys() or edges != self.entries[1]:
+            raise ValueError(
+                f"the rematerialized block {self._name} used other tensors that require grad when it was run again; "
+                f"give them to it as arguments"
             )
         return found
 
@@ -246,7 +254,7 @@ class Block:
             )
         z = [each.view_as(each) if need else each for each, need in zip(inputs, self.needs, strict=True)]
         w = [None if each is None else each.view_as(each) for each in weights]
-        gradient = self._gradient(self.again(z), z, w, graph=True)
+        gradient = self._gradient(self.again(z, attached=True), z, w, graph=True)
         pairs = [
             (g, c)
             for g, c in zip(gradient, cotangents, strict=True)
@@ -266,7 +274,7 @@ def _grad(pairs: Sequence[Any], inputs: Sequence[Tensor | None], *, create_graph
     if pairs and wanted:
         gradients = torch.autograd.grad(
             [output for output, _ in pairs],
-            [inputs[i] for i in wanted],  # type: ignore[misc]
+            [inputs[i] for i in wanted],  # type: ignore[arg-type]
             [weight for _, weight in pairs],
             create_graph=create_graph,
             allow_unused=True,
@@ -302,7 +310,7 @@ class _Forward(torch.autograd.Function):
     """f(z), already computed."""
 
     @staticmethod
-    def forward(ctx: Any, block: Block, hand: _Hand, outputs: list[Tensor], *inputs: Tensor) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, block: Block, hand: _Hand, outputs: list[Tensor], *inputs: Tensor) -> Any:
         ctx.block, ctx.hand = block, hand
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
@@ -324,7 +332,7 @@ class _Backward(torch.autograd.Function):
     """g(z, w) = J_f(z)' w."""
 
     @staticmethod
-    def forward(ctx: Any, block: Block, hand: _Hand, count: int, *tensors: Tensor | None) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, block: Block, hand: _Hand, count: int, *tensors: Tensor | None) -> Any:
         ctx.block, ctx.count = block, count
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
@@ -340,14 +348,14 @@ class _Backward(torch.autograd.Function):
         return None, None, None, *found
 
 
-def inside(node: Node) -> list[Tensor] | None:
-    """Tensors with the graph that a node of a block stands for, made again; None for any other node."""
-    if isinstance(node, _Forward._backward_cls):  # type: ignore[attr-defined]
-        block, saved = node.block, node.saved_tensors
+def inside(node: Any) -> list[Tensor] | None:
+    """Tensors with the graph that the autograd node of a block stands for, made again; None for any other node."""
+    kind, block = type(node), getattr(node, "block", None)
+    if kind is _Forward._backward_cls and block is not None:
         with torch.enable_grad():
-            return block.again(block.leaves(saved[: len(block.needs)]))
-    if isinstance(node, _Backward._backward_cls):  # type: ignore[attr-defined]
-        block, saved = node.block, node.saved_tensors
+            return block.again(block.leaves(node.saved_tensors[: len(block.needs)]))
+    if kind is _Backward._backward_cls and block is not None:
+        saved = node.saved_tensors
         with torch.enable_grad():
             gradient = block.differentiable(saved[: node.count], saved[node.count :])[2]
         return [each for each in gradient if each is not None]

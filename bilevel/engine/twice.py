@@ -4,7 +4,7 @@ torch's own operators, but for a few (`_DOUBTFUL`), have a right second derivati
 drop it without a word: what torch.compile made, a Function marked @once_differentiable whose incoming gradient is a
 constant, and a Function of the user's whose backward computes with detached tensors. The first is refused; for the
 others, and for the doubtful ones, a product with the second derivatives is held against differences of the gradient,
-once per problem.
+once per problem. A rematerialized block is what is inside of it.
 """
 
 import torch
@@ -13,6 +13,7 @@ from torch.autograd.function import BackwardCFunction
 
 from bilevel.engine import autodiff
 from bilevel.engine.base import Losses
+from bilevel.engine.rematerialize import inside
 from bilevel.engine.replay import Generators
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
@@ -56,11 +57,15 @@ def _nodes(value: Tensor) -> tuple[bool, set[str]]:
         if node is None or node in seen:
             continue
         seen.add(node)
+        queue += [following for following, _ in node.next_functions]
+        block = inside(node)
+        if block is not None:
+            queue += [tensor.grad_fn for tensor in block]
+            continue
         name = node.name()
         compiled = compiled or name.startswith("CompiledFunction")
         if isinstance(node, BackwardCFunction) or "CppNode" in name or name.startswith(_DOUBTFUL):
             custom.add(name)
-        queue += [following for following, _ in node.next_functions]
     return compiled, custom
 
 
