@@ -75,8 +75,23 @@ def _mapped(tensor: Tensor) -> bool:
 
 
 def _out_of_vmap(flat: Flat, tensors: list[Tensor], function: Any) -> Sequence[Tensor]:
-    found = _Mapped.apply(flat, function, *tensors)
+    # A mode is switched off while it looks at what vmap calls.
+    found = _Mapped.apply(_within(_get_current_function_mode_stack(), flat), function, *tensors)
     return found if isinstance(found, tuple) else (found,)
+
+
+def _within(modes: Sequence[Any], flat: Flat) -> Flat:
+    """A block under torch-function modes, those apart that are at work anyway."""
+
+    def run(given: list[Tensor]) -> list[Tensor]:
+        present = {id(mode) for mode in _get_current_function_mode_stack()}
+        with ExitStack() as stack:
+            for mode in modes:
+                if id(mode) not in present:
+                    stack.enter_context(mode)
+            return flat(given)
+
+    return run
 
 
 class _Mapped(torch.autograd.Function):
@@ -141,12 +156,14 @@ class Block:
     """
 
     def __init__(self, flat: Flat, tensors: Sequence[Tensor], function: Any) -> None:
-        self._flat, self._name = flat, getattr(function, "__name__", type(function).__name__)
+        self._flat, self._name = (
+            _within(_get_current_function_mode_stack(), flat),
+            getattr(function, "__name__", type(function).__name__),
+        )
         self.needs = [each.requires_grad for each in tensors]
         device = next((each.device for each in tensors if each.device.type != "cpu"), torch.device("cpu"))
         self._generators, self._devices = Generators(device), sorted({"cpu", device.type})
         self._before = self._generators.state()
-        self._modes = _get_current_function_mode_stack()
         self._autocast = [_autocast(each) for each in self._devices]
         self.outputs: list[tuple[torch.Size, torch.dtype, bool]] = []
         self.entries: Entries = {}, set()
@@ -164,10 +181,6 @@ class Block:
                 if enabled or torch.is_autocast_enabled(kind):
                     # Without autocast's cache, which would keep the copies of every block to the end of the context.
                     stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-            present = {id(mode) for mode in _get_current_function_mode_stack()}
-            for mode in self._modes:
-                if id(mode) not in present:
-                    stack.enter_context(mode)
             return self._flat(inputs)
 
     def again(self, inputs: list[Tensor], *, attached: bool = False) -> list[Tensor]:
