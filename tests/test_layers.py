@@ -64,7 +64,16 @@ LIBRARY = House(
     name="bilevel",
     folder=ROOT / "bilevel",
     layers=(
-        {"_strategy", "space", "engine.__init__", "engine.spans", "engine.replay", "engine.captures", "_layout"},
+        {
+            "_strategy",
+            "space",
+            "engine.__init__",
+            "engine.spans",
+            "engine.replay",
+            "engine.captures",
+            "engine.lean",
+            "_layout",
+        },
         {"engine.rematerialize"},
         {"outcome", "batches", "rematerialize", "_blocks"},
         {
@@ -160,7 +169,13 @@ PROFILER_SEES = {"engine.spans", "space.tree", "problems", "integrations"}
 # Who may call which part of torch's differentiation machinery.
 DIFFERENTIATION = {
     # (The second and the third look at graphs, and derive through the others.)
-    "torch.autograd": {"engine.autodiff", "engine.twice", "engine.captures", "engine.rematerialize"},
+    "torch.autograd": {
+        "engine.autodiff",
+        "engine.twice",
+        "engine.captures",
+        "engine.rematerialize",
+        "engine.lean",
+    },
     "torch.func": {"engine.evaluation", "engine.jacobian", "engine.rematerialize"},
     "torch.vmap": set(),
     "torch._functorch": set(),

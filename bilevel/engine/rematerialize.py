@@ -18,7 +18,7 @@ are found in the graph of the first run, and differentiated in or refused.
 
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
 from bilevel.engine.captures import Entries, captured, entries
+from bilevel.engine.lean import Lean
 from bilevel.engine.replay import Generators
 
 Flat = Callable[[list[Tensor]], list[Tensor]]
@@ -87,7 +88,7 @@ def _within(modes: Sequence[Any], flat: Flat) -> Flat:
         present = {id(mode) for mode in _get_current_function_mode_stack()}
         with ExitStack() as stack:
             for mode in modes:
-                if id(mode) not in present:
+                if id(mode) not in present and not isinstance(mode, Lean):
                     stack.enter_context(mode)
             return flat(given)
 
@@ -173,17 +174,21 @@ class Block:
         pairs = zip(tensors, self.needs, strict=True)
         return [each.detach().requires_grad_() if need else each.detach() for each, need in pairs]
 
-    def run(self, inputs: list[Tensor]) -> list[Tensor]:
-        """The block's outputs under the autocast and the modes of its first run."""
+    def run(self, inputs: list[Tensor], lean: Lean | None = None) -> list[Tensor]:
+        """The block's outputs under the autocast and the modes of its first run, or with lean operators."""
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
+            stack.callback(setattr, Lean, "active", Lean.active)
+            Lean.active = lean
+            if lean is not None:
+                stack.enter_context(lean)
             for kind, (enabled, dtype) in zip(self._devices, self._autocast, strict=True):
                 if enabled or torch.is_autocast_enabled(kind):
                     # Without autocast's cache, which would keep the copies of every block to the end of the context.
                     stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             return self._flat(inputs)
 
-    def again(self, inputs: list[Tensor], *, attached: bool = False) -> list[Tensor]:
+    def again(self, inputs: list[Tensor], *, attached: bool = False, lean: Lean | None = None) -> list[Tensor]:
         """The outputs once more, from the same random numbers; the generators stay where they are.
 
         `attached`: the inputs are not leaves, so that what else the graph was entered by cannot be told.
@@ -195,7 +200,7 @@ class Block:
         now, start = self._generators.peek(), torch.autograd._get_sequence_nr()
         self._generators.set(self._before)
         try:
-            found = self.run(inputs)
+            found = self.run(inputs, lean)
         finally:
             self._generators.set(now)
         if [(each.shape, each.dtype, each.requires_grad) for each in found] != self.outputs:
@@ -234,19 +239,22 @@ class Block:
         return _grad(pairs, leaves, create_graph=graph)
 
     def differentiable(
-        self, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]
+        self, inputs: Sequence[Tensor], weights: Sequence[Tensor | None], *, lean: bool = False
     ) -> tuple[list[Tensor], list[Tensor | None], Gradients]:
-        """z, w and J' w with the graph that leads from the former to the latter."""
+        """z, w and J' w with the graph that leads from the former to the latter; `lean`: without all of its numbers."""
         own = self.leaves(inputs[: len(self.needs)])
         w = [None if each is None else each.detach().requires_grad_(each.requires_grad) for each in weights]
+        mode = Lean(own) if lean else None
+        outputs = self.again(own, lean=mode)
         leaves = [*own, *inputs[len(self.needs) :]]
-        return leaves, w, self._gradient(self.again(own), leaves, w, graph=True)
+        with nullcontext() if mode is None else mode.only_graph():
+            return leaves, w, self._gradient(outputs, leaves, w, graph=True)
 
     def pulled_twice(
         self, inputs: Sequence[Tensor], weights: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
     ) -> Gradients:
         """The derivative of <J' w, c> in every input and in w, without a graph. Cost: 1 forward, 2 backwards."""
-        leaves, w, gradient = self.differentiable(inputs, weights)
+        leaves, w, gradient = self.differentiable(inputs, weights, lean=True)
         pairs = [
             # The place in the graph, so that the numbers are freed before the backward.
             (get_gradient_edge(g) if g.grad_fn is not None else g, c)

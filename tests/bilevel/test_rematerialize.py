@@ -12,9 +12,16 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import bilevel as bl
+from bilevel.engine import lean
 from bilevel.testing import catalogue
 
 DOUBLE = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def lean_at_every_size(monkeypatch):
+    monkeypatch.setattr(lean, "_WORTH", 1)
+    monkeypatch.setattr(lean, "_LARGE", 1)
 
 
 def tensor(*shape, seed=0, dtype=DOUBLE):
@@ -162,6 +169,35 @@ def a_partial(make, h, w):
     return make(functools.partial(torch.nn.functional.linear, bias=w[0]))(h, w).sin().sum()
 
 
+def lean_operators(make, h, w):
+    """Those of bilevel.engine.lean, in all their spellings, each with its weight once, twice and transposed."""
+
+    def block(h, w):
+        a = F.gelu(F.linear(h, w, w[0]).unsqueeze(0).expand(2, 4, 3)) + F.gelu(h, approximate="tanh")
+        b = torch.softmax(a, -1) + a.softmax(1) + F.softmax(a, dim=0) + torch.softmax(a, -1, dtype=h.dtype)
+        return F.linear(F.linear(b, w), w.t()) @ w + F.gelu(w.t().contiguous().t()).sum(0) + F.linear(h[0], w)
+
+    return make(block)(make(block)(h, w)[0], w).square().sum()
+
+
+def lean_operators_inside_gradients(make, h, w):
+    def block(h, w):
+        value = F.linear(F.gelu(F.linear(h, w)), w).softmax(-1).square().sum()
+        to_h, to_w = torch.autograd.grad(value, (h, w), create_graph=True)
+        return F.linear(to_h, to_w)
+
+    return make(lambda h, w: F.linear(make(block)(h, w), w).square())(h * 1.0, w).sum()
+
+
+def a_hook_on_a_parameter(make, h, w):
+    def block(h, w):
+        if w.requires_grad:
+            w.register_hook(lambda g: 2 * g)
+        return F.linear(h, w).sin()
+
+    return make(block)(h, w * 1.0).square().sum()
+
+
 def dropout(make, h, w):
     def block(h, w):
         return F.dropout(torch.tanh(h @ w), 0.5) + torch.rand(3, dtype=h.dtype) * h
@@ -188,6 +224,9 @@ PROGRAMS = [
     the_same_tensor_twice,
     a_gradient_inside,
     a_partial,
+    lean_operators,
+    lean_operators_inside_gradients,
+    a_hook_on_a_parameter,
     dropout,
     dropout_in_nested_blocks,
 ]
@@ -196,6 +235,11 @@ PROGRAMS = [
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_the_numbers_of_autograd(program):
     same(program, (tensor(4, 3), tensor(3, 3, seed=1)))
+
+
+def test_activations_in_pieces(monkeypatch):
+    monkeypatch.setattr(lean, "_PIECE", 5)
+    same(lean_operators, (tensor(4, 3), tensor(3, 3, seed=1)))
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
