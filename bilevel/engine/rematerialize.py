@@ -168,6 +168,7 @@ class Block:
         self._autocast = [_autocast(each) for each in self._devices]
         self.outputs: list[tuple[torch.Size, torch.dtype, bool]] = []
         self.entries: Entries = {}, set()
+        self._compared = False
 
     def leaves(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The inputs as leaves of a graph of their own."""
@@ -208,7 +209,10 @@ class Block:
                 f"the rematerialized block {self._name} returned other tensors when it was run again; it must be a "
                 f"function of its arguments and of torch's global random numbers"
             )
-        leaves, edges = self.entries if attached else entries(found, inputs, start)
+        if attached or (self._compared and not any(self.entries)):
+            return found
+        self._compared = True  # (a walk through the graph, which costs 1% of a block: without captures, once)
+        leaves, edges = entries(found, inputs, start)
         if leaves.keys() != self.entries[0].keys() or edges != self.entries[1]:
             raise ValueError(
                 f"the rematerialized block {self._name} used other tensors that require grad when it was run again; "
