@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel._layout import Layout, made_tensors
-from bilevel.engine.captures import refuse_compiled
+from bilevel.engine.captures import refuse
 from bilevel.engine.rematerialize import rematerialized
 
 Blocks = type[nn.Module] | tuple[type[nn.Module], ...] | list[type[nn.Module]] | Callable[[nn.Module], bool]
@@ -43,7 +43,7 @@ def chosen(module: nn.Module, which: Blocks) -> list[tuple[str, nn.Module]]:
                 f"functional()'s rematerialize=... said {type(layer).__name__} {name!r}, which has no forward of its "
                 f"own; say the layers in it"
             )
-        refuse_compiled(layer)
+        refuse(layer)
     return found
 
 

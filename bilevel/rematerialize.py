@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from bilevel.engine.captures import reachable, refuse_compiled
+from bilevel.engine.captures import reachable, refuse
 from bilevel.engine.rematerialize import rematerialized
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -36,10 +36,12 @@ def rematerialize(function: Function) -> Function:
 
     Raises:
         TypeError: `function` cannot be called.
-        ValueError: here, when a part of it was given to torch.compile; in the call, when it changes an argument in
-            place or writes a module's buffer, or when it uses a tensor that requires grad, was computed elsewhere and
+        ValueError: here, when a part of it was given to torch.compile or has a torch.Generator; in the call, when it
+            changes an argument in place or writes a module's buffer, when it returns tensors in an object that pytrees
+            do not know or stores one outside, or when it uses a tensor that requires grad, was computed elsewhere and
             is not in its closure (or two, one computed from the other): give it as an argument; in the backward, when
             it returned other shapes than in the forward.
+        RuntimeError: a third derivative is taken, and it uses a tensor that is no argument.
 
     Source: an autograd.Function whose backward is one; the idea is that of gradient checkpointing (Chen et al. 2016,
     arXiv:1604.06174), which torch.utils.checkpoint does for the first derivative only.
@@ -55,7 +57,7 @@ def rematerialize(function: Function) -> Function:
     """
     if not callable(function):
         raise TypeError(f"rematerialize() was given a {type(function).__name__}; a function was needed")
-    refuse_compiled(function)
+    refuse(function)
     modules = dict.fromkeys(reachable(function, nn.Module))
 
     def block(*arguments: Any, **keywords: Any) -> Any:

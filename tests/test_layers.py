@@ -74,6 +74,7 @@ LIBRARY = House(
             "engine.lean",
             "_layout",
         },
+        {"engine.block"},
         {"engine.rematerialize"},
         {"outcome", "batches", "rematerialize", "_blocks"},
         {
@@ -174,6 +175,7 @@ DIFFERENTIATION = {
         "engine.twice",
         "engine.captures",
         "engine.rematerialize",
+        "engine.block",
         "engine.lean",
     },
     "torch.func": {"engine.evaluation", "engine.jacobian", "engine.rematerialize"},

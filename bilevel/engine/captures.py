@@ -10,6 +10,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
@@ -41,7 +42,7 @@ def captured(outputs: Sequence[Tensor], entries: Entries, function: Any) -> list
     for tensor in (*outputs, *reachable(function, Tensor)):
         if tensor.grad_fn is not None and (edge := (tensor.grad_fn, tensor.output_nr)) in edges:
             found.setdefault(edge, tensor)
-    name = getattr(function, "__name__", type(function).__name__)
+    name = name_of(function)
     if len(found) < len(edges):
         raise ValueError(
             f"the rematerialized block {name} uses a tensor that was computed outside of it and requires grad (made by "
@@ -144,12 +145,30 @@ def _content(cell: types.CellType) -> Any:
         return None
 
 
-def refuse_compiled(function: Any) -> None:
-    """Raise ValueError if a part of the function was given to torch.compile."""
-    for value in reachable(function, (nn.Module, types.FunctionType)):
+def hides_graph(leaves: Sequence[Any]) -> bool:
+    """Whether among the leaves of a tree there is an object with a tensor in it that requires grad."""
+    odd = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, int, float, complex, str, bytes, types.NoneType))]
+    return any(tensor.requires_grad for leaf in odd for tensor in reachable(leaf, Tensor))
+
+
+def name_of(function: Any) -> str:
+    """What to call a function in a message."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def refuse(function: Any) -> None:
+    """Raise ValueError if the function cannot be a block: a part of it was given to torch.compile, or it has a random
+    generator of its own, whose numbers are not replayed.
+    """
+    for value in reachable(function, (nn.Module, types.FunctionType, torch.Generator)):
+        if isinstance(value, torch.Generator):
+            raise ValueError(
+                f"the block {name_of(function)} has a torch.Generator, whose numbers would be others each time the "
+                f"block is run; draw from torch's global generator, or give the numbers to the block as an argument"
+            )
         inside = value._modules if isinstance(value, nn.Module) else vars(value)
         if {"_orig_mod", "_torchdynamo_orig_callable"} & inside.keys() or vars(value).get("_compiled_call_impl"):
             raise ValueError(
-                "a rematerialized block was given to torch.compile, whose gradient has no second derivative; write the "
-                "block with the module or function that was given to it"
+                f"the block {name_of(function)} was given to torch.compile, whose gradient has no second derivative; "
+                f"write the block with the module or function that was given to it"
             )

@@ -94,24 +94,40 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, w: Tensor) -> Any:
         input, weight = ctx.saved_tensors
-        rows = w.reshape(-1, w.shape[-1])
-        to_input = (rows @ weight).reshape(input.shape) if ctx.needs_input_grad[1] else None
-        to_weight = _Outer.apply(ctx.mode.graph_only, rows, input.reshape(-1, input.shape[-1]))
-        return None, to_input, to_weight, rows.sum(0) if ctx.biased else None
+        rows, given = w.reshape(-1, w.shape[-1]), input.reshape(-1, input.shape[-1])
+        wanted = ctx.needs_input_grad[1], ctx.biased
+        to_input, to_weight, to_bias = _LinearBackward.apply(ctx.mode.graph_only, wanted, rows, given, weight)
+        return None, None if to_input is None else to_input.reshape(input.shape), to_weight, to_bias
 
 
-class _Outer(torch.autograd.Function):
-    """The product a' b, or its place in the graph alone."""
-
-    @staticmethod
-    def forward(ctx: Any, graph_only: bool, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return a.new_zeros(()).expand(a.shape[1], b.shape[1]) if graph_only else a.mT @ b
+class _LinearBackward(torch.autograd.Function):
+    """w W, w' x and the sum of w over the rows; of the second, where no numbers are read, its place in the graph."""
 
     @staticmethod
-    def backward(ctx: Any, w: Tensor) -> Any:
-        a, b = ctx.saved_tensors
-        return None, b @ w.mT if ctx.needs_input_grad[1] else None, a @ w if ctx.needs_input_grad[2] else None
+    def forward(ctx: Any, graph_only: bool, wanted: tuple[bool, bool], w: Tensor, x: Tensor, weight: Tensor) -> Any:
+        ctx.save_for_backward(w, x, weight)
+        ctx.set_materialize_grads(False)
+        to_weight = w.new_zeros(()).expand(weight.shape) if graph_only else w.mT @ x
+        return w @ weight if wanted[0] else None, to_weight, w.sum(0) if wanted[1] else None
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor | None, c_weight: Tensor | None, c_bias: Tensor | None) -> Any:
+        w, x, weight = ctx.saved_tensors
+        to_w = _sum_of_products([(c, weight), (x, c_weight)], c_bias, w.shape) if ctx.needs_input_grad[2] else None
+        to_x = w @ c_weight if c_weight is not None and ctx.needs_input_grad[3] else None
+        return None, None, to_w, to_x, w.mT @ c if c is not None else None
+
+
+def _sum_of_products(pairs: list[Any], bias: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """The sum of a b' over the pairs, and of the bias, in one buffer, where autograd would add up three of its size."""
+    total: Tensor | None = None
+    graph = torch.is_grad_enabled()
+    for a, b in pairs:
+        if a is not None and b is not None:
+            total = a @ b.mT if total is None else total.addmm(a, b.mT) if graph else total.addmm_(a, b.mT)
+    if bias is None:
+        return total
+    return bias.expand(shape) if total is None else total + bias if graph else total.add_(bias)
 
 
 def _elementwise(input: Any) -> bool:

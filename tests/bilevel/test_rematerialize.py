@@ -1,5 +1,6 @@
 """Rematerialized blocks: the numbers of plain autograd, and what is kept to have them."""
 
+import contextlib
 import functools
 import gc
 
@@ -9,7 +10,9 @@ from bilevel_profiling import Case, forecast, measure
 from bilevel_profiling.meters.tensors import Tensors
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import bilevel as bl
 from bilevel.engine import lean
@@ -331,11 +334,8 @@ def test_under_vmap(closure, deep, order):
         return torch.func.vmap(mapped, (0, None), randomness="different")(torch.stack([y, 2 * y]), x).sum()
 
     x = tensor(5, 4, 3, seed=2).detach()
-    try:
+    with pytest.raises((RuntimeError, ValueError)) if closure and (deep or order == 3) else contextlib.nullcontext():
         same(program, (tensor(5, 3, 3), tensor(3, 3, seed=1)), order)
-    except (RuntimeError, ValueError) as error:
-        assert closure, error
-        assert deep or order == 3, error
 
 
 # --- what is refused
@@ -359,6 +359,31 @@ def test_what_is_refused_in_words():
         bl.rematerialize(lambda h: h @ next(hidden))(h)
     with pytest.raises(ValueError, match="writes a buffer"):
         bl.rematerialize(nn.BatchNorm1d(3).double())(h)
+    generator = torch.Generator()
+    with pytest.raises(ValueError, match=r"has a torch\.Generator"):
+        bl.rematerialize(lambda h: h * torch.rand(3, generator=generator))
+    with pytest.raises(ValueError, match="pytrees do not know"):
+        bl.rematerialize(lambda h: Holder(h * 2))(h)
+    with pytest.raises(ValueError, match="made by MulBackward0"):
+        bl.rematerialize(lambda h, holder: holder.held * h)(h, Holder(h * 2))
+
+
+class Holder:
+    def __init__(self, held):
+        self.held = held
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_tensor_stored_outside_is_refused(last):
+    h, w, stored = tensor(4, 3), tensor(3, 3, seed=1), []
+
+    def function(h, w):
+        stored.append(torch.tanh(h @ w))
+        return stored[-1] * 2
+
+    block = bl.rematerialize(function)
+    with pytest.raises(ValueError, match="stored a tensor"):
+        (block(h, w) if last else block(block(h, w), w)).sum().backward()
 
 
 def test_another_function_the_second_time_is_refused():
@@ -470,6 +495,24 @@ class Recurrent(nn.Module):
         return h + self.lstm(h[:, None])[0][:, 0]
 
 
+def with_attention():
+    """torch's own layer; its fused attention is switched off in the test."""
+    torch.manual_seed(1)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.3, batch_first=True)
+    return nn.Sequential(nn.Linear(3, 4), nn.Unflatten(0, (2, 3)), layer, nn.Flatten(0, 1), nn.Linear(4, 2))
+
+
+class Convolution(nn.Sequential):
+    """With an activation in place that is not the first."""
+
+
+def convolutional():
+    torch.manual_seed(1)
+    norm = nn.BatchNorm2d(3, track_running_stats=False)
+    block = Convolution(nn.Conv2d(4, 3, 3, padding=1), norm, nn.ReLU(inplace=True), nn.MaxPool2d(2))
+    return nn.Sequential(nn.Linear(3, 64), nn.Unflatten(1, (4, 4, 4)), block, nn.Flatten(), nn.Linear(12, 2))
+
+
 def recurrent():
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(3, 4), Recurrent(), Recurrent(), nn.Linear(4, 2))
@@ -510,6 +553,8 @@ NETS = {
     "recurrent": (recurrent, Recurrent),
     "recurrent itself": (recurrent, nn.LSTM),
     "borrowing": (borrowing, Borrows),
+    "attention": (with_attention, nn.TransformerEncoderLayer),
+    "convolutional": (convolutional, Convolution),
 }
 
 
@@ -531,9 +576,10 @@ def test_modules_have_the_numbers_they_had(kind):
     make, which = NETS[kind]
     net, x, y = make().double(), tensor(6, 3), tensor(6, 2, seed=5).detach()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    theirs = hessian_products(net, x, y)
-    after = torch.get_rng_state()
-    close(hessian_products(net, x, y, rematerialize=which), theirs)
+    with sdpa_kernel(SDPBackend.MATH):
+        theirs = hessian_products(net, x, y)
+        after = torch.get_rng_state()
+        close(hessian_products(net, x, y, rematerialize=which), theirs, tol=1e-10)
     assert torch.equal(torch.get_rng_state(), after)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert not any("forward" in vars(layer) for layer in net.modules())
@@ -752,6 +798,35 @@ def test_each_block_more_keeps_its_inputs_and_no_more():
     # The input and one cotangent of each block, its part of the result, and a generator's state.
     assert slopes["blocks"] <= 2 * activation + parameters + 6000
     assert slopes["plain"] >= 10 * activation
+
+
+def test_nothing_is_left_without_a_collection_of_garbage():
+    net = stack(dropout=0.5).double()
+    call, params = bl.functional(net, requires_grad=True, rematerialize=Residual)
+    leaves, x = list(params.values()), torch.randn(6, 3, dtype=DOUBLE)
+    gc.collect()
+    gc.disable()
+    try:
+        with Tensors() as meter:
+            gradient = torch.autograd.grad(call(params, x).square().sum(), leaves, create_graph=True)
+            products = torch.autograd.grad(sum(g.square().sum() for g in gradient), leaves)
+            del gradient, products
+            torch.autograd.grad(call(params, x).square().sum(), leaves)
+            call(params, x)
+            assert meter.live_bytes == 0
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_beside_checkpoints_of_torch(inside):
+    def program(make, h, w):
+        block = make(layer)
+        if inside:
+            return make(lambda h, w: checkpoint(layer, h, w, use_reentrant=False))(h, w).sin().sum()
+        return checkpoint(lambda h, w: block(block(h, w), w), h, w, use_reentrant=False).sin().sum()
+
+    same(program, (tensor(4, 3), tensor(3, 3, seed=1)))
 
 
 def test_a_segment_of_blocks_is_a_block():
