@@ -50,23 +50,31 @@ def check(value: Tensor, loss: Losses, inner: Tree, outer: Tree, batch: object) 
 
 def _nodes(value: Tensor) -> tuple[bool, set[str]]:
     """Whether a compiled node is behind a tensor, and the names of the nodes that are not torch's own."""
-    compiled, custom, seen = False, set[str](), set[object]()
-    queue: list[torch.autograd.graph.Node | None] = [value.grad_fn]
+    custom = _custom([value], set())
+    return any(name.startswith("CompiledFunction") for name in custom), custom
+
+
+def _custom(values: list[Tensor], outside: set[object]) -> set[str]:
+    """The names of the nodes behind tensors, apart from those `outside`, that are not torch's own or are doubtful."""
+    custom, seen = set[str](), set(outside)
+    queue: list[torch.autograd.graph.Node | None] = [value.grad_fn for value in values]
     while queue:
         node = queue.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         queue += [following for following, _ in node.next_functions]
-        block = inside(node)
-        if block is not None:
-            queue += [tensor.grad_fn for tensor in block]
+        made = inside(node)
+        if made is not None:
+            # At once and by itself, so that one block's graph is there at a time.
+            custom |= _custom(made, seen)
+            del made
             continue
         name = node.name()
-        compiled = compiled or name.startswith("CompiledFunction")
-        if isinstance(node, BackwardCFunction) or "CppNode" in name or name.startswith(_DOUBTFUL):
+        compiled = name.startswith("CompiledFunction")
+        if compiled or isinstance(node, BackwardCFunction) or "CppNode" in name or name.startswith(_DOUBTFUL):
             custom.add(name)
-    return compiled, custom
+    return custom
 
 
 def _lacking(loss: Losses, inner: Tree, outer: Tree, batch: object, generators: Generators) -> bool:

@@ -800,6 +800,29 @@ def test_each_block_more_keeps_its_inputs_and_no_more():
     assert slopes["plain"] >= 10 * activation
 
 
+def test_a_hypergradient_has_one_graph_at_a_time():
+    """With the check whether there is a second derivative, which looks into every block."""
+
+    def peak(n, **options):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 16), *[Residual(16) for _ in range(n)], nn.Linear(16, 2))
+        call, params = bl.functional(net, requires_grad=False, **options)
+
+        def loss(y, x, inputs):
+            return (x.sigmoid() * call(y, inputs).square().mean(1)).mean()
+
+        inputs = torch.randn(256, 3)
+        arguments = (bl.Problem(loss, loss), torch.zeros(256), params, bl.Batches(inputs, inputs))
+        with Tensors() as meter:
+            bl.hypergradient(*arguments, solver=bl.Descent(bl.SGD(0.1), 1), estimator=bl.Unrolled("iterates"))
+        return meter.peak_bytes
+
+    activation, parameters = 256 * 16 * 4, 4 * sum(leaf.numel() for leaf in Residual(16).parameters())
+    slopes = [(peak(12, **options) - peak(4, **options)) / 8 for options in ({"rematerialize": Residual}, {})]
+    assert slopes[0] <= 2 * activation + 4 * parameters + 6000
+    assert slopes[1] >= slopes[0] + 8 * activation
+
+
 def test_nothing_is_left_without_a_collection_of_garbage():
     net = stack(dropout=0.5).double()
     call, params = bl.functional(net, requires_grad=True, rematerialize=Residual)
