@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import _get_current_function_mode_stack
 
 from bilevel.engine.captures import Entries, entries, name_of
-from bilevel.engine.lean import Lean
+from bilevel.engine.lean import Lean, NotTheEnd, running
 from bilevel.engine.replay import Generators
 
 Flat = Callable[[list[Tensor]], list[Tensor]]
@@ -32,10 +32,7 @@ class Block:
     """
 
     def __init__(self, flat: Flat, tensors: Sequence[Tensor], function: Any) -> None:
-        self._flat, self.name = (
-            within(_get_current_function_mode_stack(), flat),
-            name_of(function),
-        )
+        self._flat, self.name = within(_get_current_function_mode_stack(), flat), name_of(function)
         self.needs = [each.requires_grad for each in tensors]
         device = next((each.device for each in tensors if each.device.type != "cpu"), torch.device("cpu"))
         self._generators, self._devices = Generators(device), sorted({"cpu", device.type})
@@ -44,6 +41,7 @@ class Block:
         self.outputs: list[tuple[torch.Size, torch.dtype, bool]] = []
         self.entries: Entries = {}, set()
         self._compared = False
+        self.end: int | None = None
 
     def leaves(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The inputs as leaves of a graph of their own."""
@@ -54,10 +52,7 @@ class Block:
         """The block's outputs under the autocast and the modes of its first run, or with lean operators."""
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
-            stack.callback(setattr, Lean, "active", Lean.active)
-            Lean.active = lean
-            if lean is not None:
-                stack.enter_context(lean)
+            stack.enter_context(running(lean))
             for kind, (enabled, dtype) in zip(self._devices, self._autocast, strict=True):
                 if enabled or torch.is_autocast_enabled(kind):
                     # Without autocast's cache, which would keep the copies of every block to the end of the context.
@@ -67,7 +62,8 @@ class Block:
     def again(self, inputs: list[Tensor], *, attached: bool = False, lean: Lean | None = None) -> list[Tensor]:
         """The outputs once more, from the same random numbers; the generators stay where they are.
 
-        `attached`: the inputs are not leaves, so that what else the graph was entered by cannot be told.
+        `attached`: the inputs are not leaves, so that what else the graph was entered by cannot be told. `lean`: the
+        graph is right, and numbers that it does not need are missing.
 
         Raises:
             ValueError: they are not like those of the first run.
@@ -77,8 +73,13 @@ class Block:
         self._generators.set(self._before)
         try:
             found = self.run(inputs, lean)
+        except NotTheEnd:
+            found = None
         finally:
             self._generators.set(now)
+        if found is None:
+            self.end = None
+            return self.again(inputs, attached=attached)
         if [(each.shape, each.dtype, each.requires_grad) for each in found] != self.outputs:
             raise ValueError(
                 f"the rematerialized block {self.name} returned other tensors when it was run again; it must be a "
@@ -106,7 +107,7 @@ class Block:
         """J' w in every input, without a graph. Cost: 1 forward unless it is at hand, 1 backward."""
         made = None if hand is None else hand.take()
         z, outputs = made or (self.leaves(inputs[: len(self.needs)]), None)
-        outputs = self.again(z) if outputs is None else outputs
+        outputs = self.again(z, lean=Lean(tail=self.end)) if outputs is None else outputs
         leaves = [*z, *inputs[len(self.needs) :]]
         found = self._gradient(outputs, leaves, weights)
         if made is not None and hand is not None:
@@ -126,7 +127,7 @@ class Block:
         """z, w and J' w with the graph that leads from the former to the latter; `lean`: without all of its numbers."""
         own = self.leaves(inputs[: len(self.needs)])
         w = [None if each is None else each.detach().requires_grad_(each.requires_grad) for each in weights]
-        mode = Lean(own) if lean else None
+        mode = Lean(own, self.end) if lean else None
         outputs = self.again(own, lean=mode)
         leaves = [*own, *inputs[len(self.needs) :]]
         with nullcontext() if mode is None else mode.only_graph():
@@ -226,13 +227,14 @@ class Hand:
 
 
 def within(modes: Sequence[Any], flat: Flat) -> Flat:
-    """A block under torch-function modes, those apart that are at work anyway."""
+    """A block under torch-function modes, those apart that are at work anyway or are another block's."""
+    own = [mode for mode in modes if not isinstance(mode, Lean)]
 
     def run(given: list[Tensor]) -> list[Tensor]:
         present = {id(mode) for mode in _get_current_function_mode_stack()}
         with ExitStack() as stack:
-            for mode in modes:
-                if id(mode) not in present and not isinstance(mode, Lean):
+            for mode in own:
+                if id(mode) not in present:
                     stack.enter_context(mode)
             return flat(given)
 

@@ -58,13 +58,16 @@ def captured(outputs: Sequence[Tensor], entries: Entries, function: Any) -> list
     return inputs
 
 
-def entries(outputs: Sequence[Tensor], own: Sequence[Tensor], start: int) -> Entries:
+def entries(
+    outputs: Sequence[Tensor], own: Sequence[Tensor], start: int, graph: dict[Node, list[Node]] | None = None
+) -> Entries:
     """By what tensors the graph of a run was entered, apart from its arguments.
 
     Args:
         outputs: of the run.
         own: its arguments: leaves made for this run.
         start: the sequence number of autograd's nodes when the run began.
+        graph: is filled with the nodes of the run, and what each leads to.
     """
     known, leaves, edges = {id(tensor) for tensor in own}, dict[int, Tensor](), set[Edge]()
     seen, queue = set[Node](), list[Edge]()
@@ -83,7 +86,10 @@ def entries(outputs: Sequence[Tensor], own: Sequence[Tensor], start: int) -> Ent
             edges.add((node, place))
         elif node not in seen:
             seen.add(node)
-            queue += [(following, nr) for following, nr in node.next_functions if following is not None]
+            following = [(each, nr) for each, nr in node.next_functions if each is not None]
+            if graph is not None:
+                graph[node] = [each for each, _ in following]
+            queue += following
     return leaves, edges
 
 

@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
 from bilevel.engine.block import Block, Flat, Hand, within
 from bilevel.engine.captures import captured, entries, hides_graph, name_of
+from bilevel.engine.lean import Lean
 
 
 def rematerialized(function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
@@ -112,9 +114,9 @@ def _first_run(flat: Flat, tensors: list[Tensor], function: Any) -> Sequence[Ten
     versions = [0 if each.is_inference() else each._version for each in tensors]
     start = torch.autograd._get_sequence_nr()
     Hand.empty()
-    z = block.leaves(tensors)
+    z, lean, graph = block.leaves(tensors), Lean(first=True), dict[Node, list[Node]]()
     try:
-        outputs = block.run(z)
+        outputs = block.run(z, lean)
     except RuntimeError as error:
         if "in-place operation" not in str(error) or "leaf Variable" not in str(error):
             raise
@@ -124,7 +126,8 @@ def _first_run(flat: Flat, tensors: list[Tensor], function: Any) -> Sequence[Ten
     block.outputs = [(each.shape, each.dtype, each.requires_grad) for each in outputs]
     if not any(each.requires_grad for each in outputs):
         return outputs
-    block.entries = entries(outputs, z, start)
+    block.entries = entries(outputs, z, start, graph)
+    block.end = lean.end(graph)
     foreign = captured(outputs, block.entries, function)
     found = _Forward.apply(block, Hand(block, z, outputs), [each.detach() for each in outputs], *tensors, *foreign)
     return found if isinstance(found, tuple) else (found,)

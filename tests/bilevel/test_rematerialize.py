@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import bilevel as bl
@@ -201,6 +202,29 @@ def a_hook_on_a_parameter(make, h, w):
     return make(block)(h, w * 1.0).square().sum()
 
 
+def an_end_whose_numbers_are_read(make, h, w):
+    def block(h, w):
+        a = F.linear(h, w)
+        scale = a.detach().abs().max()
+        return a + h * scale, F.linear(a.detach(), w)
+
+    def other(h, w):
+        a = F.linear(h, w)
+        return a + h, a.reshape(-1) * 2, a.argmax(1)
+
+    first, second = make(block)(h, w)
+    third, fourth, place = make(other)(first + second, w)
+    return third.sin().sum() + fourth.square().sum() * place.sum()
+
+
+def ends_that_are_not_needed(make, h, w):
+    first = make(lambda h, w: h + F.linear(h.sin(), w, w[0]))
+    second = make(lambda h, w: (F.linear(h, w) + F.linear(h.cos(), w)).reshape(2, 2, 3))
+    third = make(lambda h, w: F.linear(first(h, w), w))
+    fourth = make(lambda h, w: first(F.linear(h, w), w) + h)
+    return fourth(third(first(second(first(h, w), w).flatten(0, 1), w), w), w).sin().sum()
+
+
 def dropout(make, h, w):
     def block(h, w):
         return F.dropout(torch.tanh(h @ w), 0.5) + torch.rand(3, dtype=h.dtype) * h
@@ -230,6 +254,8 @@ PROGRAMS = [
     lean_operators,
     lean_operators_inside_gradients,
     a_hook_on_a_parameter,
+    an_end_whose_numbers_are_read,
+    ends_that_are_not_needed,
     dropout,
     dropout_in_nested_blocks,
 ]
@@ -243,6 +269,45 @@ def test_the_numbers_of_autograd(program):
 def test_activations_in_pieces(monkeypatch):
     monkeypatch.setattr(lean, "_PIECE", 5)
     same(lean_operators, (tensor(4, 3), tensor(3, 3, seed=1)))
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_product_that_ends_a_block_is_not_made_again():
+    h, w = tensor(4, 3), tensor(3, 3, seed=1)
+
+    def products(function):
+        block = bl.rematerialize(function)
+        with Products() as counter:
+            (gradient,) = torch.autograd.grad(block(block(h, w), w).sum(), h, create_graph=True)
+            torch.autograd.grad(gradient.square().sum(), h)
+        return counter.count
+
+    assert products(lambda h, w: F.linear(h.sin(), w) + h) < products(lambda h, w: (F.linear(h.sin(), w) + h) * 1.0)
+
+
+def test_a_block_that_ends_otherwise_the_second_time():
+    calls = []
+
+    def program(make, h, w):
+        def block(h, w):
+            calls.append(1)
+            found = F.linear(h.sin(), w)
+            return found + h if len(calls) % 3 == 1 else (found * 1.0 + h) * 1.0
+
+        return make(block)(make(block)(make(block)(h, w), w), w).sin().sum()
+
+    same(program, (tensor(4, 3), tensor(3, 3, seed=1)))
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
