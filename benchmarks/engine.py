@@ -135,10 +135,33 @@ def cell(work, size, rounds):
             "memory_ratio": peaks[label] / peaks[first],
             "difference": differences[label],
             "rounds": rounds,
+            "profile_milliseconds": profiled(variants[label]) if work == "hvp" else None,
             "environment": environment(),
         }
         for label in variants
     ]
+
+
+GROUPS = {  # by the beginnings of operators' names; the rest is Python and autograd's own work
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "activations": ("aten::gelu", "aten::_softmax", "aten::native_layer_norm", "NativeLayerNorm", "aten::exp"),
+    "sums and products": ("aten::add", "aten::mul", "aten::sub", "aten::sum", "aten::neg", "aten::pow", "aten::div"),
+    "copies": ("aten::copy_", "aten::cat", "aten::fill_"),
+}
+
+
+def profiled(function, runs=3):
+    """Milliseconds of one call by group of operators, under torch's profiler, which itself slows Python down."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(runs):
+            function()
+    found = dict.fromkeys([*GROUPS, "the rest"], 0.0)
+    for event in profile.key_averages():
+        group = next((name for name, begins in GROUPS.items() if event.key.startswith(begins)), "the rest")
+        found[group] += event.self_cpu_time_total / 1e3 / runs
+    return found
 
 
 def table(records):
@@ -151,6 +174,12 @@ def table(records):
             f"| {names[r['work']].format(r['size'])} | {r['variant']} | {r['seconds'] * 1e3:,.0f} | "
             f"{r['time_ratio']:.2f} | {r['peak_bytes'] / 1e6:.1f} | {r['memory_ratio']:.2f} | {difference} |"
         )
+    lines += ["", "Where the time of a product goes, in ms under torch's profiler:", ""]
+    lines += ["| work | variant | " + " | ".join([*GROUPS, "the rest"]) + " |", "| --- " * (3 + len(GROUPS)) + "|"]
+    for r in records:
+        if r["profile_milliseconds"]:
+            cells = " | ".join(f"{value:,.0f}" for value in r["profile_milliseconds"].values())
+            lines.append(f"| {names[r['work']].format(r['size'])} | {r['variant']} | {cells} |")
     where = ", ".join(f"{key} {value}" for key, value in records[0]["environment"].items())
     return "\n".join(lines) + (
         f"\n\nMade by `python benchmarks/engine.py`: process CPU time, medians over {records[0]['rounds']} rounds that "
@@ -182,7 +211,7 @@ def main():
             command = [sys.executable, __file__, "--cell", work, str(size), "--rounds", str(arguments.rounds)]
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             records += [json.loads(line) for line in done.stdout.splitlines()]
-            print(table(records), flush=True)
+            print(table(records[-len(done.stdout.splitlines()) :]), flush=True)
     arguments.out.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     arguments.out.with_suffix(".md").write_text(table(records), encoding="utf-8")
 

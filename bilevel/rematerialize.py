@@ -17,10 +17,9 @@ def rematerialize(function: Function) -> Function:
 
     What autograd would keep of it is computed again when it is needed. Of n blocks one after another, a gradient and a
     product with second derivatives hold the inputs of n blocks and the graph of one, where autograd holds n graphs.
-    Cost of a block: 1 more forward in a gradient; 1 more in the product's first gradient, and 3 more forwards and 2
-    backwards in the product itself. Numbers are the same up to rounding. Without a graph (torch.no_grad(), no input
-    that requires grad) and inside torch.func's grad and jvp it is the function itself. Third derivatives are right, and
-    keep what autograd keeps.
+    Cost of a block: 1 more forward in a gradient; 2 more forwards and 2 more backwards in a product. Numbers are the
+    same up to rounding. Without a graph (torch.no_grad(), no input that requires grad) and inside torch.func's grad and
+    jvp it is the function itself. Third derivatives are right, and keep what autograd keeps.
 
     For layers of a module write `functional(module, rematerialize=Block)`.
 
