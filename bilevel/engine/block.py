@@ -88,7 +88,7 @@ class Block:
         if attached or (self._compared and not any(self.entries)):
             return found
         self._compared = True  # (a walk through the graph, which costs 1% of a block: without captures, once)
-        leaves, edges = entries(found, inputs, start)
+        leaves, edges = entries(found, inputs, start, before=self.entries)
         if leaves.keys() != self.entries[0].keys() or edges != self.entries[1]:
             raise ValueError(
                 f"the rematerialized block {self.name} used other tensors that require grad when it was run again; "

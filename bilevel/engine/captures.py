@@ -59,7 +59,12 @@ def captured(outputs: Sequence[Tensor], entries: Entries, function: Any) -> list
 
 
 def entries(
-    outputs: Sequence[Tensor], own: Sequence[Tensor], start: int, graph: dict[Node, list[Node]] | None = None
+    outputs: Sequence[Tensor],
+    own: Sequence[Tensor],
+    start: int,
+    *,
+    before: Entries | None = None,
+    graph: dict[Node, list[Node]] | None = None,
 ) -> Entries:
     """By what tensors the graph of a run was entered, apart from its arguments.
 
@@ -67,6 +72,7 @@ def entries(
         outputs: of the run.
         own: its arguments: leaves made for this run.
         start: the sequence number of autograd's nodes when the run began.
+        before: those of another run, which may have been in another thread, where numbers are others.
         graph: is filled with the nodes of the run, and what each leads to.
     """
     known, leaves, edges = {id(tensor) for tensor in own}, dict[int, Tensor](), set[Edge]()
@@ -82,7 +88,7 @@ def entries(
         if isinstance(leaf, Tensor) and not node.next_functions:
             if id(leaf) not in known:
                 leaves[id(leaf)] = leaf
-        elif node._sequence_nr() < start:
+        elif node._sequence_nr() < start or (before is not None and (node, place) in before[1]):
             edges.add((node, place))
         elif node not in seen:
             seen.add(node)

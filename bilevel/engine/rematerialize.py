@@ -126,7 +126,7 @@ def _first_run(flat: Flat, tensors: list[Tensor], function: Any) -> Sequence[Ten
     block.outputs = [(each.shape, each.dtype, each.requires_grad) for each in outputs]
     if not any(each.requires_grad for each in outputs):
         return outputs
-    block.entries = entries(outputs, z, start, graph)
+    block.entries = entries(outputs, z, start, graph=graph)
     block.end = lean.end(graph)
     foreign = captured(outputs, block.entries, function)
     found = _Forward.apply(block, Hand(block, z, outputs), [each.detach() for each in outputs], *tensors, *foreign)
