@@ -63,6 +63,11 @@ def functional(
         >>> call(params, torch.ones(4, 3)).shape
         torch.Size([4, 2])
 
+        With blocks that keep their inputs alone:
+
+        >>> blocks = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh()) for _ in "ab"])
+        >>> call, params = bl.functional(blocks, rematerialize=lambda layer: layer in list(blocks))
+
         The head as inner variable, the body as outer variable, and the adapted head back into the module:
 
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
