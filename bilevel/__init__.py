@@ -47,6 +47,7 @@ from bilevel.outer import NormalizedSGD as NormalizedSGD
 from bilevel.outer import OptimisticSGD as OptimisticSGD
 from bilevel.problem import Problem as Problem
 from bilevel.problem import proximal as proximal
+from bilevel.rematerialize import rematerialize as rematerialize
 from bilevel.tasks import GivenWeights as GivenWeights
 from bilevel.tasks import GradientSimilarity as GradientSimilarity
 from bilevel.tasks import TaskMean as TaskMean

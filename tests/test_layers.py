@@ -64,8 +64,19 @@ LIBRARY = House(
     name="bilevel",
     folder=ROOT / "bilevel",
     layers=(
-        {"_strategy", "space", "engine.__init__", "engine.spans", "engine.replay"},
-        {"outcome", "batches", "checkpointing"},
+        {
+            "_strategy",
+            "space",
+            "engine.__init__",
+            "engine.spans",
+            "engine.replay",
+            "engine.captures",
+            "engine.lean",
+            "_layout",
+        },
+        {"engine.block"},
+        {"engine.rematerialize"},
+        {"outcome", "batches", "checkpointing", "rematerialize", "_blocks"},
         {
             "engine.autodiff",
             "engine.jacobian",
@@ -158,12 +169,21 @@ PROFILER_SEES = {"engine.spans", "space.tree", "problems", "integrations"}
 
 # Who may call which part of torch's differentiation machinery.
 DIFFERENTIATION = {
-    "torch.autograd": {"engine.autodiff", "engine.twice"},  # the latter looks at graphs, and derives through the former
-    "torch.func": {"engine.evaluation", "engine.jacobian"},
+    # (The second and the third look at graphs, and derive through the others.)
+    "torch.autograd": {
+        "engine.autodiff",
+        "engine.twice",
+        "engine.captures",
+        "engine.rematerialize",
+        "engine.block",
+        "engine.lean",
+    },
+    "torch.func": {"engine.evaluation", "engine.jacobian", "engine.rematerialize"},
     "torch.vmap": set(),
     "torch._functorch": set(),
 }
 FUNC_NAMES = {
+    "engine.rematerialize": {"torch.func.vmap"},
     "engine.evaluation": {"torch.func.vmap"},
     "engine.jacobian": {"torch.func.vmap", "torch.func.vjp"},
 }

@@ -4,7 +4,7 @@ torch's own operators, but for a few (`_DOUBTFUL`), have a right second derivati
 drop it without a word: what torch.compile made, a Function marked @once_differentiable whose incoming gradient is a
 constant, and a Function of the user's whose backward computes with detached tensors. The first is refused; for the
 others, and for the doubtful ones, a product with the second derivatives is held against differences of the gradient,
-once per problem.
+once per problem. A rematerialized block is what is inside of it.
 """
 
 import torch
@@ -13,6 +13,7 @@ from torch.autograd.function import BackwardCFunction
 
 from bilevel.engine import autodiff
 from bilevel.engine.base import Losses
+from bilevel.engine.rematerialize import inside
 from bilevel.engine.replay import Generators
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
@@ -49,19 +50,31 @@ def check(value: Tensor, loss: Losses, inner: Tree, outer: Tree, batch: object) 
 
 def _nodes(value: Tensor) -> tuple[bool, set[str]]:
     """Whether a compiled node is behind a tensor, and the names of the nodes that are not torch's own."""
-    compiled, custom, seen = False, set[str](), set[object]()
-    queue: list[torch.autograd.graph.Node | None] = [value.grad_fn]
+    custom = _custom([value], set())
+    return any(name.startswith("CompiledFunction") for name in custom), custom
+
+
+def _custom(values: list[Tensor], outside: set[object]) -> set[str]:
+    """The names of the nodes behind tensors, apart from those `outside`, that are not torch's own or are doubtful."""
+    custom, seen = set[str](), set(outside)
+    queue: list[torch.autograd.graph.Node | None] = [value.grad_fn for value in values]
     while queue:
         node = queue.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        name = node.name()
-        compiled = compiled or name.startswith("CompiledFunction")
-        if isinstance(node, BackwardCFunction) or "CppNode" in name or name.startswith(_DOUBTFUL):
-            custom.add(name)
         queue += [following for following, _ in node.next_functions]
-    return compiled, custom
+        made = inside(node)
+        if made is not None:
+            # At once and by itself, so that one block's graph is there at a time.
+            custom |= _custom(made, seen)
+            del made
+            continue
+        name = node.name()
+        compiled = name.startswith("CompiledFunction")
+        if compiled or isinstance(node, BackwardCFunction) or "CppNode" in name or name.startswith(_DOUBTFUL):
+            custom.add(name)
+    return custom
 
 
 def _lacking(loss: Losses, inner: Tree, outer: Tree, batch: object, generators: Generators) -> bool:

@@ -1,0 +1,189 @@
+"""Blocks that keep nothing but their inputs: in the forward, in the backward and in the double backward.
+
+A block f(z) = o is an autograd.Function, and its backward g(z, w) = J_f(z)' w is another one: both save their tensors
+z and (z, w) alone, and build the graph of f anew when they are differentiated. So n blocks hold n inputs and the graph
+of one block, to the second order. (torch.utils.checkpoint does so to the first; under create_graph it keeps all.)
+
+| | cost of a block | kept |
+| --- | --- | --- |
+| forward | 1 forward, with its graph, which lives until the next block begins | z |
+| backward | 1 forward (none for the block that ran last), 1 backward | z, and w if it is to be differentiated |
+| double backward | 1 forward, 1 backward with a graph, 1 backward through both; later 1 forward, 1 backward | z |
+| third derivatives | as plain autograd | as plain autograd |
+
+What a forward depends on besides its arguments is replayed: the random numbers of torch's global generators, autocast,
+torch-function modes, and torch.func.vmap, of which a block is taken out. Tensors that require grad and are no arguments
+are found in the graph of the first run, and differentiated in or refused.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils import _pytree as pytree
+
+from bilevel.engine.block import Block, Flat, Hand, within
+from bilevel.engine.captures import captured, entries, hides_graph, name_of
+from bilevel.engine.lean import Lean
+
+
+def rematerialized(function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """function(*arguments, **keywords), as a block where a derivative may be wanted of it, and as it is elsewhere."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _differentiated_by_func():
+        return function(*arguments, **keywords)
+    leaves, structure = pytree.tree_flatten((arguments, keywords))
+    tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}  # given twice, it is one input
+    mapped = torch._C._functorch.maybe_current_level() is not None
+    if not any(_mapped(leaf) if mapped else leaf.requires_grad for leaf in tensors.values()):
+        return function(*arguments, **keywords)
+    order = {key: place for place, key in enumerate(tensors)}
+    places = [order.get(id(leaf)) if isinstance(leaf, Tensor) else None for leaf in leaves]
+    others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    shape: list[Any] = []
+
+    def flat(given: list[Tensor]) -> list[Tensor]:
+        filled = [other if place is None else given[place] for place, other in zip(places, others, strict=True)]
+        args, kwargs = pytree.tree_unflatten(filled, structure)
+        found, out = pytree.tree_flatten(function(*args, **kwargs))
+        if hides_graph(found):
+            raise ValueError(
+                f"the rematerialized block {name_of(function)} returned tensors in an object that torch's pytrees do "
+                f"not know; return them in tuples, lists or dicts, or register it by torch.utils._pytree"
+            )
+        shape[:] = [None if isinstance(each, Tensor) else (each,) for each in found], out
+        return [each for each in found if isinstance(each, Tensor)]
+
+    results = iter((_out_of_vmap if mapped else _first_run)(flat, list(tensors.values()), function))
+    constants, out = shape
+    return pytree.tree_unflatten([next(results) if each is None else each[0] for each in constants], out)
+
+
+def _differentiated_by_func() -> bool:
+    """Whether torch.func's grad, jvp or forward mode is at work, for which a block is a plain function."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return torch.autograd.forward_ad._current_level >= 0 or any(
+        each.key() != torch._C._functorch.TransformType.Vmap for each in stack
+    )
+
+
+def _mapped(tensor: Tensor) -> bool:
+    """Whether the innermost torch.func.vmap maps over a tensor."""
+    return torch._C._functorch.maybe_get_level(tensor) == torch._C._functorch.maybe_current_level()
+
+
+def _out_of_vmap(flat: Flat, tensors: list[Tensor], function: Any) -> Sequence[Tensor]:
+    # A mode is switched off while it looks at what vmap calls.
+    found = _Mapped.apply(within(_get_current_function_mode_stack(), flat), function, *tensors)
+    return found if isinstance(found, tuple) else (found,)
+
+
+class _Mapped(torch.autograd.Function):
+    """A block under vmap: the block of the mapped function, so that it can be run again when vmap is over."""
+
+    @staticmethod
+    def forward(flat: Flat, function: Any, *tensors: Tensor) -> Any:
+        raise AssertionError("a block is mapped")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], flat: Flat, function: Any, *tensors: Tensor) -> Any:
+        dims = in_dims[2:]
+
+        def every(given: list[Tensor]) -> list[Tensor]:
+            def one(*slices: Tensor) -> tuple[Tensor, ...]:
+                return tuple(flat(list(slices)))
+
+            return list(torch.func.vmap(one, in_dims=dims, randomness=info.randomness)(*given))
+
+        again = torch._C._functorch.maybe_current_level() is not None and any(_mapped(each) for each in tensors)
+        found = (_out_of_vmap if again else _first_run)(every, list(tensors), function)
+        return tuple(found), (0,) * len(found)
+
+
+def _first_run(flat: Flat, tensors: list[Tensor], function: Any) -> Sequence[Tensor]:
+    """Run a block, and put it into the graph of its inputs."""
+    block = Block(flat, tensors, function)
+    if not any(block.needs):
+        return flat(tensors)
+    versions = [0 if each.is_inference() else each._version for each in tensors]
+    start = torch.autograd._get_sequence_nr()
+    Hand.empty()
+    z, lean, graph = block.leaves(tensors), Lean(first=True), dict[Node, list[Node]]()
+    try:
+        outputs = block.run(z, lean)
+    except RuntimeError as error:
+        if "in-place operation" not in str(error) or "leaf Variable" not in str(error):
+            raise
+        raise block.in_place() from error
+    if versions != [0 if each.is_inference() else each._version for each in tensors]:
+        raise block.in_place()
+    block.outputs = [(each.shape, each.dtype, each.requires_grad) for each in outputs]
+    if not any(each.requires_grad for each in outputs):
+        return outputs
+    block.entries = entries(outputs, z, start, graph=graph)
+    block.end = lean.end(graph)
+    foreign = captured(outputs, block.entries, function)
+    found = _Forward.apply(block, Hand(block, z, outputs), [each.detach() for each in outputs], *tensors, *foreign)
+    return found if isinstance(found, tuple) else (found,)
+
+
+class _Forward(torch.autograd.Function):
+    """f(z), already computed."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Block, hand: Hand, outputs: list[Tensor], *inputs: Tensor) -> Any:
+        ctx.block, ctx.hand = block, hand
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        kinds = zip(outputs, block.outputs, strict=True)
+        ctx.mark_non_differentiable(*[each for each, (_, _, live) in kinds if not live])
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *weights: Tensor | None) -> Any:
+        inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            found = _Backward.apply(ctx.block, ctx.hand, len(inputs), *inputs, *weights)
+        else:
+            found = ctx.block.pulled(inputs, weights, ctx.hand)
+        return None, None, None, *found
+
+
+class _Backward(torch.autograd.Function):
+    """g(z, w) = J_f(z)' w."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Block, hand: Hand, count: int, *tensors: Tensor | None) -> Any:
+        ctx.block, ctx.count = block, count
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return block.pulled(tensors[:count], tensors[count:], hand)  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        inputs, weights = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        if torch.is_grad_enabled():
+            found = ctx.block.pulled_twice_with_graph(inputs, weights, cotangents)
+        else:
+            found = ctx.block.pulled_twice(inputs, weights, cotangents)
+        return None, None, None, *found
+
+
+def inside(node: Any) -> list[Tensor] | None:
+    """Tensors with the graph that the autograd node of a block stands for, made again; None for any other node."""
+    kind, block = type(node), getattr(node, "block", None)
+    if kind is _Forward._backward_cls and block is not None:
+        with torch.enable_grad():
+            return block.again(block.leaves(node.saved_tensors[: len(block.needs)]))
+    if kind is _Backward._backward_cls and block is not None:
+        saved = node.saved_tensors
+        with torch.enable_grad():
+            gradient = block.differentiable(saved[: node.count], saved[node.count :])[2]
+        return [each for each in gradient if each is not None]
+    return None
