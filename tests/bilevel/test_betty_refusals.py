@@ -368,6 +368,17 @@ def test_a_path_with_a_missing_edge_is_named():
         betty.check([top, mid, low], edges(u2l={top: [low]}, l2u={}))
 
 
+def test_the_engine_of_a_program_with_one_of_ours_says_it_too():
+    top, mid, low = three()
+    missing = edges(u2l={top: [low]}, l2u={low: [mid]})
+    with pytest.raises(AssertionError, match="No path"):  # Betty's own
+        run([top, mid, low], missing, 1)
+    top, mid, low = three()
+    betty.use(low, CG)
+    with pytest.raises(ValueError, match=r'"u2l" says that top differentiates through low'):
+        run([top, mid, low], edges(u2l={top: [low]}, l2u={low: [mid]}), 1)
+
+
 def test_other_graphs_that_betty_would_run_wrong_are_named():
     top, mid, low = three()
     complete = edges(u2l={top: [low]}, l2u={low: [mid], mid: [top]})

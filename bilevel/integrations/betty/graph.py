@@ -30,6 +30,15 @@ def check(problems: Sequence[Any], dependencies: Mapping[str, Mapping[Any, Seque
     Warns:
         UserWarning: a problem uses a method of Betty's that is wrong in this release, or has settings that Betty loses.
     """
+    check_graph(problems, dependencies)
+    u2l, l2u = (dependencies.get(key, {}) for key in ("u2l", "l2u"))
+    for each in problems:
+        _check_optimizer(each)
+    _check_types(u2l, l2u)
+
+
+def check_graph(problems: Sequence[Any], dependencies: Mapping[str, Mapping[Any, Sequence[Any]]]) -> None:
+    """The part of `check` that looks at the problems and their edges."""
     _check_shape(dependencies)
     u2l, l2u = (dependencies.get(key, {}) for key in ("u2l", "l2u"))
     _check_names(problems)
@@ -51,9 +60,6 @@ def check(problems: Sequence[Any], dependencies: Mapping[str, Mapping[Any, Seque
             )
     for one, other in itertools.combinations([each for each in problems if each.module is not None], 2):
         refuse_shared(one, other)
-    for each in problems:
-        _check_optimizer(each)
-    _check_types(u2l, l2u)
 
 
 def _check_shape(dependencies: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import bilevel as bl
 from bilevel.integrations.betty import release
+from bilevel.integrations.betty.graph import check_graph
 from bilevel.integrations.betty.hook import Hook
 
 
@@ -18,6 +19,8 @@ def register(
     tolerate: Collection[bl.Status] = (bl.Status.NEGATIVE_CURVATURE,),
 ) -> str:
     """Put an estimator beside Betty's own hypergradients, under a name for `Config(type=...)`.
+
+    From then on a Betty Engine looks at the edges of a program that uses one of ours, as `check` does.
 
     Args:
         estimator: how the hypergradient is estimated.
@@ -96,4 +99,23 @@ def _registered(hook: Hook, name: str | None) -> str:
         whose = "that of an estimator registered before" if isinstance(jvp_fn_mapping[name], Hook) else "Betty's own"
         raise ValueError(f"register() was given name={name!r}, which is {whose}; another was needed")
     jvp_fn_mapping[name] = hook
+    _look_first()
     return name
+
+
+def _look_first() -> None:
+    """Let Betty's Engine look at the graph of programs with one of ours before it parses it; once in a process."""
+    with release.importing():
+        from betty.engine import Engine
+        from betty.hypergradient import jvp_fn_mapping
+    parse = Engine.parse_dependency
+    if getattr(parse, "looks_first", False):
+        return
+
+    def parse_dependency(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if any(isinstance(jvp_fn_mapping.get(each.config.type), Hook) for each in self.problems):
+            check_graph(self.problems, self.dependencies)
+        return parse(self, *arguments, **keywords)
+
+    parse_dependency.looks_first = True  # type: ignore[attr-defined]
+    Engine.parse_dependency = parse_dependency
