@@ -15,8 +15,8 @@ _inside = threading.local()
 _REFUSED = (
     "the module uses torch.utils.checkpoint inside, which runs a part of it again in the backward, when the module has "
     "its own parameters again: the gradient would be that of those. Take the checkpoint out "
-    "(gradient_checkpointing_disable() in transformers), and write bilevel.functional(module, rematerialize=Block), with "
-    "the class of the layer, which saves more, in second derivatives too. A checkpoint around the whole call is right"
+    "(gradient_checkpointing_disable() in transformers), and say bilevel.functional(module, rematerialize=Block), with "
+    "the class of the layer, which saves more, in second derivatives too. A checkpoint around the call is right"
 )
 
 
