@@ -41,7 +41,12 @@ class Hook:
             problem below that. How much dependence is left is logged as `below_left`; more than half is refused.
         tolerate: failed statuses that are handed on with a warning in Betty's log, as in `bilevel.iterate`.
 
+    Cost of a call: the estimator's own, and one evaluation of the loss; a replay makes the K gradients of the inner loop
+    again. The first call of a pair of problems: 3 gradients more. Memory: the estimator's own.
+
     Warm starts: an estimator's state is kept from call to call, for each pair of problems.
+
+    Source: Betty, Choe et al. 2023, arXiv 2207.02849, whose hooks these are; the estimators name theirs.
 
     Example:
         >>> import bilevel as bl
