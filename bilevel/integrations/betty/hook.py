@@ -41,8 +41,8 @@ class Hook:
             problem below that. How much dependence is left is logged as `below_left`; more than half is refused.
         tolerate: failed statuses that are handed on with a warning in Betty's log, as in `bilevel.iterate`.
 
-    Cost of a call: the estimator's own, and one evaluation of the loss; a replay makes the K gradients of the inner loop
-    again. The first call of a pair of problems: 3 gradients more. Memory: the estimator's own.
+    Cost of a call: the estimator's own, and one evaluation of the loss; a replay makes the K gradients of the inner
+    loop again. The first call of a pair of problems: 3 gradients more. Memory: the estimator's own.
 
     Warm starts: an estimator's state is kept from call to call, for each pair of problems.
 
