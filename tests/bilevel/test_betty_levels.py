@@ -26,6 +26,12 @@ def loss(function):
     return Own
 
 
+def level(name, kind, rate, *, start=0.0, below=None, **config):
+    """A problem of two numbers, of a class or with the loss of a function, moved by SGD; it may be above others."""
+    config = {"type": betty.register(SOLVED, below=below), "retain_graph": True} | config
+    return problem(kind if isinstance(kind, type) else loss(kind), name, vector(start), sgd(rate), **config)
+
+
 class Top(Watched):
     def training_step(self, batch):
         return self.c().sum()
@@ -34,32 +40,9 @@ class Top(Watched):
 def four_levels(below):
     """a*(b) = b;  b*(c) = argmin (b - c)^2 / 2 + a(b)^2 / 2 = c / 2;  c*(x): (c - x)^2 / 2 + b(c)^2 / 2, so 0.8 x."""
     top = problem(Top, "x", vector(1.0), sgd(0.0))
-    c = problem(
-        loss(lambda c, s: (c - s.x()) ** 2 / 2 + s.b() ** 2 / 2),
-        "c",
-        vector(0.0),
-        sgd(0.3),
-        type=betty.register(SOLVED, below=below),
-        retain_graph=True,
-        unroll_steps=25,
-    )
-    b = problem(
-        loss(lambda b, s: (b - s.c()) ** 2 / 2 + s.a() ** 2 / 2),
-        "b",
-        vector(0.0),
-        sgd(0.3),
-        type=betty.register(SOLVED, below=below),
-        retain_graph=True,
-        unroll_steps=15,
-    )
-    a = problem(
-        loss(lambda a, s: (a - s.b()) ** 2 / 2),
-        "a",
-        vector(0.0),
-        sgd(0.9),
-        type=betty.register(SOLVED),
-        unroll_steps=10,
-    )
+    c = level("c", lambda c, s: (c - s.x()) ** 2 / 2 + s.b() ** 2 / 2, 0.3, below=below, unroll_steps=25)
+    b = level("b", lambda b, s: (b - s.c()) ** 2 / 2 + s.a() ** 2 / 2, 0.3, below=below, unroll_steps=15)
+    a = level("a", lambda a, s: (a - s.b()) ** 2 / 2, 0.9, unroll_steps=10)
     run([top, c, b, a], edges(u2l={top: [c], c: [b], b: [a]}, l2u={a: [b], b: [c], c: [top]}), 25 * 15 * 10)
     return float(top.gradients[-1][0][0]), b
 
@@ -82,38 +65,24 @@ def test_the_order_of_edges_does_not_matter(order):
             return self.m().sum()
 
     top = problem(Upper, "x", vector(1.0), sgd(0.0))
-    m = problem(
-        loss(lambda m, s: (m - s.x()) ** 2 / 2 + s.b() ** 2 / 2),
-        "m",
-        vector(0.0),
-        sgd(0.15),
-        type=betty.register(SOLVED, below=40),
-        retain_graph=True,
-        unroll_steps=25,
-    )
+    m = level("m", lambda m, s: (m - s.x()) ** 2 / 2 + s.b() ** 2 / 2, 0.15, below=40, unroll_steps=25)
     low = {
-        "a": problem(loss(lambda a, s: (a - s.m()) ** 2 / 2), "a", vector(0.0), sgd(0.9), unroll_steps=4),
-        "b": problem(loss(lambda b, s: (b - s.m() - s.a()) ** 2 / 2), "b", vector(0.0), sgd(0.9), unroll_steps=4),
+        "a": level("a", lambda a, s: (a - s.m()) ** 2 / 2, 0.9, unroll_steps=4),
+        "b": level("b", lambda b, s: (b - s.m() - s.a()) ** 2 / 2, 0.9, unroll_steps=4),
     }
-    for each in low.values():
-        betty.use(each, SOLVED)
     u2l = {top: [m], m: [low[name] for name in order.split()]}
     run([top, m, *low.values()], edges(u2l=u2l, l2u={low["a"]: [low["b"], m], low["b"]: [m], m: [top]}), 400)
     torch.testing.assert_close(top.gradients[-1][0], torch.full((2,), 0.2, dtype=DOUBLE), rtol=1e-4, atol=0)
 
 
+def above_a(c, s):
+    return (c - s.x()) ** 2 / 2 + s.a() ** 2 / 2
+
+
 def chain(low, *, below=20, optimizer=None, middle=None, scheduler=None):
     """A middle problem above `low`, with the classes given; two steps of each."""
     top = problem(Top, "x", vector(1.0), sgd(0.0))
-    c = problem(
-        middle or loss(lambda c, s: (c - s.x()) ** 2 / 2 + s.a() ** 2 / 2),
-        "c",
-        vector(0.5),
-        sgd(0.3),
-        type=betty.register(SOLVED, below=below),
-        retain_graph=True,
-        unroll_steps=2,
-    )
+    c = level("c", middle or above_a, 0.3, start=0.5, below=below, unroll_steps=2)
     a = problem(low, "a", vector(0.1), optimizer or sgd(0.5), scheduler=scheduler, unroll_steps=2, type="neumann")
     run([top, c, a], edges(u2l={top: [c], c: [a]}, l2u={a: [c], c: [top]}), 4)
     return top
@@ -173,23 +142,8 @@ def test_a_gradient_for_what_itself_follows_is_refused():
             return self.c().sum() + self.a().sum()
 
     top = problem(Both, "x", vector(1.0), sgd(0.0))
-    c = problem(
-        loss(lambda c, s: (c - s.x()) ** 2 / 2 + s.a() ** 2 / 2),
-        "c",
-        vector(0.5),
-        sgd(0.3),
-        type=betty.register(SOLVED, below=20),
-        retain_graph=True,
-        unroll_steps=2,
-    )
-    a = problem(
-        loss(lambda a, s: (a - s.c() * s.x()) ** 2 / 2),
-        "a",
-        vector(0.1),
-        sgd(0.5),
-        unroll_steps=2,
-        type=betty.register(SOLVED),
-    )
+    c = level("c", above_a, 0.3, start=0.5, below=20, unroll_steps=2)
+    a = level("a", lambda a, s: (a - s.c() * s.x()) ** 2 / 2, 0.5, start=0.1, unroll_steps=2)
     with pytest.raises(ValueError, match=r"problem a lies below c, .* the two answer together"):
         run([top, c, a], edges(u2l={top: [c, a], c: [a]}, l2u={a: [c], c: [top]}), 4)
 
@@ -202,20 +156,8 @@ def test_two_that_answer_each_other_through_a_third_are_refused():
             return self.a().sum() + self.b().sum()
 
     top = problem(Both, "x", vector(1.0), sgd(0.0))
-    a, b = (
-        problem(
-            loss(lambda own, s: (own - s.x()) ** 2 / 2 + own * s.c()),
-            name,
-            vector(0.5),
-            sgd(0.1),
-            type=betty.register(SOLVED, below=20),
-            retain_graph=True,
-        )
-        for name in "ab"
-    )
-    c = problem(
-        loss(lambda c, s: (c - s.a() - s.b()) ** 2 / 2), "c", vector(0.1), sgd(0.5), type=betty.register(SOLVED)
-    )
+    a, b = (level(name, lambda own, s: (own - s.x()) ** 2 / 2 + own * s.c(), 0.1, start=0.5, below=20) for name in "ab")
+    c = level("c", lambda c, s: (c - s.a() - s.b()) ** 2 / 2, 0.5, start=0.1)
     dependencies = edges(u2l={top: [a, b], a: [c], b: [c]}, l2u={c: [a, b], a: [top], b: [top]})
     with pytest.raises(ValueError, match=r"problems a and b answer each other through what lies below both"):
         run([top, a, b, c], dependencies, 1)
@@ -224,7 +166,6 @@ def test_two_that_answer_each_other_through_a_third_are_refused():
 @programs.recent
 def test_how_far_what_lies_below_went_is_in_the_log():
     """On the batch of the moment: where that pulls it away, the derivative is taken elsewhere than where it is."""
-    top = problem(Top, "x", vector(1.0), sgd(0.0))
     figures = {}
     for noise in (0.0, 0.5):
 
@@ -233,15 +174,7 @@ def test_how_far_what_lies_below_went_is_in_the_log():
                 a = self.module()
                 return ((a - self.c()) ** 2 / 2 + batch[0] * a).sum()
 
-        c = problem(
-            loss(lambda c, s: (c - s.x()) ** 2 / 2 + s.a() ** 2 / 2),
-            "c",
-            vector(0.5),
-            sgd(0.3),
-            type=betty.register(SOLVED, below=20),
-            retain_graph=True,
-            unroll_steps=20,
-        )
+        c = level("c", above_a, 0.3, start=0.5, below=20, unroll_steps=20)
         batches = [(torch.tensor(sign * noise, dtype=DOUBLE),) for sign in (1.0, -1.0)]
         a = problem(Noisy, "a", vector(0.1), sgd(0.1), batches=batches, unroll_steps=20, type=betty.register(SOLVED))
         top = problem(Top, "x", vector(1.0), sgd(0.0))

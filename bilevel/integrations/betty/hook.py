@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from bilevel.integrations.betty.modules import norm
 from bilevel.integrations.betty.movers import other_movers
 from bilevel.integrations.betty.optimizer import Named, at_rest, require_decay
 from bilevel.integrations.betty.program import Program, program
@@ -105,7 +106,7 @@ class Hook:
                 f"bilevel.Descent(bilevel.SGD(lr=0.1), 20)), with the problem's weight decay; FirstOrder() has nothing "
                 f"to differentiate there.)"
             ) from error
-        self._log(found, posed, posed.left())
+        self._log(found, posed, posed.follow_up())
         # Of a parameter that stands twice in the list Betty adds up what it gets.
         gradients = [
             found.grad[name] if name not in posed.given[:place] else torch.zeros_like(found.grad[name])
@@ -195,16 +196,14 @@ class Hook:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 found.append(run({name: scale * leaf for name, leaf in v.items()}).grad)
         once, twice = ([leaf.double() for leaf in each.values()] for each in found)
-        size = sum(float((2 * leaf).square().sum()) for leaf in once) ** 0.5
-        away = sum(float((b - 2 * a).square().sum()) for a, b in zip(once, twice, strict=True)) ** 0.5
-        if away > 0.1 * size:
+        if norm([b - 2 * a for a, b in zip(once, twice, strict=True)]) > 0.2 * norm(once):
             raise ValueError(
                 f"{type(self.estimator).__name__} does not return (dy*/dx)^T v of the vector v that Betty hands it: "
                 f"for 2 v it is not twice as large, so it estimates something else than the gradient of the upper loss"
             )
         self._admitted = True
 
-    def _log(self, found: bl.Hypergradient, posed: Program, left: float | None) -> None:
+    def _log(self, found: bl.Hypergradient, posed: Program, below: dict[str, float]) -> None:
         """Status and residual, to Betty's log; a failure is raised."""
         curr, status = posed.curr, found.status
         figures: dict[str, Any] = {
@@ -212,8 +211,7 @@ class Hook:
             for key, value in found.stats.items()
             if key not in _NO_FIGURE and (number := _number(value)) is not None
         }
-        if left is not None:
-            figures |= {"below_left": left, "below_moved": posed.moved()}
+        figures |= below
         text = " || ".join(f"{key}: {value:.3g}" for key, value in figures.items())
         said = f'[Problem "{curr.name}"] [Hypergradient for "{posed.prev.name}"] {status.name}'
         logger = getattr(curr, "logger", None)

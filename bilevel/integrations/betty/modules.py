@@ -62,6 +62,11 @@ def as_leaf(leaf: Tensor) -> Tensor:
     return leaf if leaf.requires_grad and not isinstance(leaf, nn.Parameter) else leaf.detach().requires_grad_()
 
 
+def norm(leaves: Sequence[Tensor]) -> float:
+    """The Euclidean norm of all of them."""
+    return sum(float(leaf.detach().double().square().sum()) for leaf in leaves) ** 0.5
+
+
 def leaves_behind(value: Tensor) -> Iterator[Tensor]:
     """The leaf tensors behind a tensor's graph."""
     seen, queue = set[object](), [value.grad_fn]

@@ -8,7 +8,6 @@ call. A loss that does not see them there (it holds on to a parameter object, or
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 import bilevel as bl
 from bilevel.engine import autodiff
 from bilevel.integrations.betty.below import all_below, following, lower_of, rival
-from bilevel.integrations.betty.modules import Modules, as_leaf, dense, leaves_behind, no_statistics
+from bilevel.integrations.betty.modules import Modules, as_leaf, dense, leaves_behind, no_statistics, norm
 from bilevel.integrations.betty.optimizer import Named
 
 _SINGLE = {"default", "cpu", "gpu", None}
@@ -75,43 +74,49 @@ class Program:
         found = dict(zip(self.wanted, map(dense, vector), strict=True))
         return {name: found.get(name, torch.zeros_like(leaf)).detach() for name, leaf in self.inner.items()}
 
-    def left(self) -> float | None:
-        """How much of what lies below depends on `curr` after it has followed, as a part of what it did before.
+    def follow_up(self) -> dict[str, float]:
+        """How what lies below followed, for the log; nothing where nothing follows.
 
-        The norm of d/dy <stationarity of the lower, u> for a random u, at b_K(y) over that at b fixed; None where
-        nothing follows.
+        `below_left`: how much of it depends on `curr` after it has followed, as a part of what did before: the norm of
+        d/dy <its stationarity, u> for a random u, at b_K(y) over that at b fixed, the largest of the problems.
+        `below_moved`: how far it went from where it is, as a part of its size.
+
+        Raises:
+            ValueError: more than half of the dependence is left.
         """
         if not self.below:
-            return None
-        worst, generator = 0.0, torch.Generator().manual_seed(0)
-        for problem in lower_of(self.curr):
-            own = self._names_of(problem)
-            u = {n: torch.randn(leaf.shape, generator=generator).to(leaf) for n, leaf in own.items()}
-            after, before = (self._slope(problem, u, follows=follows) for follows in (True, False))
-            worst = max(worst, after / before if before else 0.0)
-        if not worst <= _STUCK:
+            return {}
+        y = {name: leaf.detach().requires_grad_() for name, leaf in self.inner.items()}
+        here = {name: as_leaf(leaf) for name, leaf in {**self.rest, **self.fixed(), **y, **self.outer}.items()}
+        with torch.enable_grad():
+            ends = self._followed(self.curr, here, graph=True)
+            parts = [self._left(each, y, here, {**here, **ends}) for each in lower_of(self.curr)]
+        if not max(parts) <= _STUCK:
             raise ValueError(
-                f"problem {self.curr.name}: what lies below it does not follow in {self.below}: {worst:.0%} of its "
-                f"gradient's dependence is left. Give it more steps, or a larger step size: "
+                f"problem {self.curr.name}: what lies below it does not follow in {self.below}: {max(parts):.0%} of "
+                f"its gradient's dependence is left. Give it more steps, or a larger step size: "
                 f"below=bilevel.Descent(bilevel.SGD(lr=0.1), 100)"
             )
-        return worst
+        way = norm([leaf.detach() - here[name].detach() for name, leaf in ends.items()])
+        size = norm([here[name].detach() for name in ends])
+        return {"below_left": max(parts), "below_moved": way / size if size else way}
 
-    def _slope(self, problem: Any, u: Named, *, follows: bool) -> float:
-        y = {name: leaf.detach().requires_grad_() for name, leaf in self.inner.items()}
-        with torch.enable_grad():
-            tensors = {name: as_leaf(leaf) for name, leaf in {**self.rest, **self.fixed(), **y, **self.outer}.items()}
-            if follows:
-                tensors |= self._followed(self.curr, tensors, graph=True)
-            own = self._names_of(problem)
-            b = {name: tensors[name] for name in own}
-            loss = self._total(problem, tensors, problem.cur_batch, graph=True)
-            gradient = dict(zip(b, autodiff.grad([loss], list(b.values()), create_graph=True), strict=True))
-            optimizer, _ = following(problem, own, self.below)
-            rest = optimizer.stationarity(gradient, b, self.outer)
-            value = sum((rest[n] * u[n]).sum() for n in b if rest is not None and rest[n] is not None)
-            found = autodiff.grad([value], list(y.values())) if isinstance(value, Tensor) else ()
-        return math.sqrt(sum(float(g.double().square().sum()) for g in found if g is not None))
+    def _left(self, problem: Any, y: Named, before: Named, after: Named) -> float:
+        own, generator = self._names_of(problem), torch.Generator().manual_seed(0)
+        u = {name: torch.randn(leaf.shape, generator=generator).to(leaf) for name, leaf in own.items()}
+        whole = self._slope(problem, y, u, before)
+        return self._slope(problem, y, u, after) / whole if whole else 0.0
+
+    def _slope(self, problem: Any, y: Named, u: Named, tensors: Named) -> float:
+        """The norm of d/dy <stationarity of the problem, u>."""
+        b = {name: tensors[name] for name in u}
+        loss = self._total(problem, tensors, problem.cur_batch, graph=True)
+        gradient = dict(zip(b, autodiff.grad([loss], list(b.values()), create_graph=True), strict=True))
+        optimizer, _ = following(problem, self._names_of(problem), self.below)
+        rest = optimizer.stationarity(gradient, b, self.outer)
+        pairs = [(rest[name], u[name]) for name in b if rest is not None and rest[name] is not None]
+        found = autodiff.grad([g for g, _ in pairs], list(y.values()), [v for _, v in pairs], retain_graph=True)
+        return norm([leaf for leaf in found if leaf is not None])
 
     def require_dependence(self, batches: Sequence[Any]) -> None:
         """Raise ValueError unless the loss uses some of the outer parameters on some of the batches."""
@@ -127,16 +132,6 @@ class Program:
             f"the gradient of this path is zero. Is an edge of the dependencies one too many, or is it used as .data, "
             f"detached, or under torch.no_grad()?"
         )
-
-    def moved(self) -> float:
-        """How far what lies below went from where it is while it followed, as a part of its size."""
-        tensors = {**self.rest, **self.fixed(), **self.inner, **self.outer}
-        with torch.no_grad():
-            ends = self._followed(self.curr, {n: as_leaf(leaf) for n, leaf in tensors.items()}, graph=False)
-        own = self.fixed()
-        way = sum(float((leaf.detach() - own[name].detach()).double().square().sum()) for name, leaf in ends.items())
-        size = sum(float(own[name].detach().double().square().sum()) for name in ends)
-        return math.sqrt(way / size) if size else math.sqrt(way)
 
     def fixed(self) -> Named:
         """What lies below, where it is."""

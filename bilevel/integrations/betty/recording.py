@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from bilevel.integrations.betty.modules import norm
 from bilevel.integrations.betty.optimizer import Continued, state_of, steps_as
 from bilevel.integrations.betty.program import Program
 
@@ -108,14 +109,14 @@ class Recording:
 
     def check(self, ended: dict[str, Tensor], program: Program) -> None:
         """Raise ValueError unless a replay ended where the parameters are."""
-        away = [(ended[name] - now.detach()).double() for name, now in program.inner.items()]
-        way = [(now.detach() - start).double() for now, start in zip(program.inner.values(), self._start, strict=True)]
-        size = _norm([now.detach().double() for now in program.inner.values()])
+        away = [ended[name] - now.detach() for name, now in program.inner.items()]
+        way = [now.detach() - start for now, start in zip(program.inner.values(), self._start, strict=True)]
+        size = norm(list(program.inner.values()))
         rounding = 100 * max(torch.finfo(leaf.dtype).eps for leaf in program.inner.values()) * size
-        if not _norm(away) <= _DIFFERS * _norm(way) + min(rounding, _ROUNDING * _norm(way)):
+        if not norm(away) <= _DIFFERS * norm(way) + min(rounding, _ROUNDING * norm(way)):
             raise ValueError(
                 f"the steps of problem {self._problem.name} could not be replayed: from the same start, on the same "
-                f"batches, they end {_norm(away):.1e} away after a way of {_norm(way):.1e}. Something "
+                f"batches, they end {norm(away):.1e} away after a way of {norm(way):.1e}. Something "
                 f"else moves its parameters (a callback, another problem), its loss keeps a state, its loader fills "
                 f"the tensors of earlier batches anew, or another upper problem has already made its step. Use an "
                 f"estimator at the solution, such as bilevel.Implicit(bilevel.CG(10))"
@@ -159,7 +160,3 @@ def _renamed(optimizer: bl.Optimizer, names: list[str]) -> bl.Optimizer:
 
     settings = {field.name: by_name(getattr(optimizer, field.name)) for field in dataclasses.fields(optimizer)}  # type: ignore[arg-type]
     return type(optimizer)(**settings)
-
-
-def _norm(leaves: list[Tensor]) -> float:
-    return sum(float(leaf.square().sum()) for leaf in leaves) ** 0.5

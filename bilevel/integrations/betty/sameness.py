@@ -64,7 +64,7 @@ def _undisturbed(program: Program) -> Iterator[None]:
     numpy, drawn = sys.modules.get("numpy"), random.getstate()
     state = None if numpy is None else numpy.random.get_state()
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), no_statistics(program.known):
-        torch.manual_seed(0)
+        # (Each block begins from the same random numbers, since each puts them back.)
         try:
             yield
         finally:
