@@ -3,7 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+import bilevel as bl
+from bilevel.integrations import betty
 from bilevel.integrations.betty import release
 
 if not release.available():
@@ -133,3 +136,92 @@ class Quadratic:
         )
         upper = problem(Upper, "upper", Vector(self.x), sgd(0.0))
         return upper, lower, edges(u2l={upper: [lower]}, l2u={lower: [upper]})
+
+
+DOUBLE = torch.float64
+
+
+def relative(found, exact):
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
+
+
+def upper_gradient(upper, step=-1):
+    return upper.gradients[step][0]
+
+
+AT_SOLUTION = {
+    "implicit CG": lambda q: {"estimator": bl.Implicit(bl.CG(10, tol=1e-12))},
+    "implicit dense": lambda q: {"estimator": bl.Implicit(bl.Dense())},
+    "implicit Neumann": lambda q: {"estimator": bl.Implicit(bl.Neumann(400, q.lr))},
+    "memory-reduced": lambda q: {"estimator": bl.MemoryReduced(tol=1e-12)},
+    "memory-reduced, warm": lambda q: {"estimator": bl.MemoryReduced(tol=1e-12, warm_adjoint=True)},
+    "corrected": lambda q: {
+        "estimator": bl.FirstOrderCorrected(),
+        "solver": bl.Descent(bl.SGD(lr=q.lr), 400),
+    },
+    "unrolled onwards": lambda q: {"estimator": bl.Unrolled(), "solver": bl.Descent(bl.SGD(lr=q.lr), 400)},
+}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, inputs):
+        return self.last(self.drop(torch.tanh(self.norm(self.first(inputs)))))
+
+
+class Weights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1), nn.Sigmoid())
+
+    def forward(self, losses):
+        return self.net(losses)
+
+
+def data(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(count, 5, 3, generator=generator, dtype=DOUBLE)
+    return [(x, (x.sum(1, keepdim=True) + 0.5 * torch.randn(5, 1, generator=generator, dtype=DOUBLE))) for x in inputs]
+
+
+class Reweighting:
+    """Data reweighting with a net that has dropout and batch normalization, minibatches and a schedule."""
+
+    def __init__(self, estimator=None, optimizer=None, scheduler=None, steps=3, **config):
+        torch.manual_seed(5)
+        self.net, self.weights = Net().double(), Weights().double()
+        self.train, self.valid = data(9, 1), data(3, 2)
+
+        class Outer(Watched):
+            def training_step(self, batch):
+                return F.mse_loss(self.net(batch[0]), batch[1])
+
+        class Inner(Quiet):
+            def training_step(self, batch):
+                losses = (self.module(batch[0]) - batch[1]).square()
+                weighted = (self.outer(losses.detach()) * losses).mean()
+                return {"loss": weighted, "plain": losses.mean().item()}
+
+        self.inner = problem(
+            Inner,
+            "net",
+            self.net,
+            optimizer or sgd(0.1, momentum=0.5),
+            batches=self.train,
+            scheduler=scheduler,
+            unroll_steps=steps,
+            **config,
+        )
+        self.outer = problem(Outer, "outer", self.weights, sgd(0.05), batches=self.valid)
+        self.dependencies = edges(u2l={self.outer: [self.inner]}, l2u={self.inner: [self.outer]})
+        if estimator is not None:
+            betty.use(self.inner, estimator)
+
+    def run(self, iterations=9):
+        torch.manual_seed(6)
+        run([self.outer, self.inner], self.dependencies, iterations)
+        return self.outer.gradients

@@ -1,45 +1,32 @@
 """Our estimators in Betty programs: against closed forms, programs written by hand, and Betty's own methods."""
 
 import gc
-import random
 import subprocess
 import sys
-import warnings
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
-from betty_programs import Quadratic, Quiet, Vector, Watched, edges, problem, recent, run, sgd
+from betty_programs import (
+    AT_SOLUTION,
+    DOUBLE,
+    Quadratic,
+    Quiet,
+    Reweighting,
+    Vector,
+    Watched,
+    edges,
+    problem,
+    recent,
+    relative,
+    run,
+    sgd,
+    upper_gradient,
+)
 from torch import nn
-from torch.nn import functional as F
 
 import bilevel as bl
 from bilevel.integrations import betty
-
-DOUBLE = torch.float64
-
-
-def relative(found, exact):
-    return float((found.double() - exact.double()).norm() / exact.double().norm())
-
-
-def upper_gradient(upper, step=-1):
-    return upper.gradients[step][0]
-
-
-AT_SOLUTION = {
-    "implicit CG": lambda q: {"estimator": bl.Implicit(bl.CG(10, tol=1e-12))},
-    "implicit dense": lambda q: {"estimator": bl.Implicit(bl.Dense())},
-    "implicit Neumann": lambda q: {"estimator": bl.Implicit(bl.Neumann(400, q.lr))},
-    "memory-reduced": lambda q: {"estimator": bl.MemoryReduced(tol=1e-12)},
-    "memory-reduced, warm": lambda q: {"estimator": bl.MemoryReduced(tol=1e-12, warm_adjoint=True)},
-    "corrected": lambda q: {
-        "estimator": bl.FirstOrderCorrected(),
-        "solver": bl.Descent(bl.SGD(lr=q.lr), 400),
-    },
-    "unrolled onwards": lambda q: {"estimator": bl.Unrolled(), "solver": bl.Descent(bl.SGD(lr=q.lr), 400)},
-}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -61,180 +48,6 @@ def test_weight_decay_is_a_part_of_where_the_lower_problem_rests():
     run([upper, lower], dependencies, 600)
     assert relative(upper_gradient(upper), quadratic.exact(decay=0.5)) < 1e-10
     assert relative(upper_gradient(upper), quadratic.exact()) > 0.05
-
-
-OPTIMIZERS = {
-    "SGD": (sgd(0.1), bl.SGD(0.1)),
-    "momentum": (sgd(0.05, momentum=0.9), bl.SGD(0.05, momentum=0.9)),
-    "nesterov and decay": (
-        sgd(0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
-        bl.SGD(0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
-    ),
-    "dampening": (sgd(0.05, momentum=0.9, dampening=0.3), bl.SGD(0.05, momentum=0.9, dampening=0.3)),
-    "Adam": (lambda p: torch.optim.Adam(p, lr=0.05), bl.Adam(0.05)),
-    "Adam, decay": (lambda p: torch.optim.Adam(p, lr=0.05, weight_decay=0.1), bl.Adam(0.05, weight_decay=0.1)),
-    "AdamW": (
-        lambda p: torch.optim.Adam(p, lr=0.05, weight_decay=0.1, decoupled_weight_decay=True),
-        bl.AdamW(0.05, weight_decay=0.1),
-    ),
-}
-
-
-@pytest.mark.parametrize("keep", ["tape", "iterates", "segments"])
-@pytest.mark.parametrize("label", OPTIMIZERS)
-def test_unrolled_differentiates_the_steps_that_betty_made(label, keep):
-    quadratic, (theirs, ours) = Quadratic(), OPTIMIZERS[label]
-    upper, lower, dependencies = quadratic.problems(6, theirs)
-    estimator = bl.Unrolled() if keep == "tape" else bl.Unrolled(keep=keep)
-    betty.use(lower, estimator)
-    run([upper, lower], dependencies, 6)
-    wanted = bl.hypergradient(
-        bl.Problem(
-            lambda y, x, b: 0.5 * y @ quadratic.H @ y - y @ (quadratic.B @ x),
-            lambda y, x, b: 0.5 * ((y - quadratic.c) ** 2).sum(),
-        ),
-        quadratic.x,
-        torch.zeros_like(quadratic.x),
-        bl.Batches(None, None),
-        solver=bl.Descent(ours, 6),
-        estimator=bl.Unrolled(),
-    )
-    assert relative(lower.module.value.detach(), wanted.inner) < 1e-12
-    assert relative(upper_gradient(upper), wanted.grad) < 1e-12
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.norm, self.last = nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)
-        self.drop = nn.Dropout(0.3)
-
-    def forward(self, inputs):
-        return self.last(self.drop(torch.tanh(self.norm(self.first(inputs)))))
-
-
-class Weights(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1), nn.Sigmoid())
-
-    def forward(self, losses):
-        return self.net(losses)
-
-
-def data(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(count, 5, 3, generator=generator, dtype=DOUBLE)
-    return [(x, (x.sum(1, keepdim=True) + 0.5 * torch.randn(5, 1, generator=generator, dtype=DOUBLE))) for x in inputs]
-
-
-class Reweighting:
-    """Data reweighting with a net that has dropout and batch normalization, minibatches and a schedule."""
-
-    def __init__(self, estimator=None, optimizer=None, scheduler=None, steps=3, **config):
-        torch.manual_seed(5)
-        self.net, self.weights = Net().double(), Weights().double()
-        self.train, self.valid = data(9, 1), data(3, 2)
-
-        class Outer(Watched):
-            def training_step(self, batch):
-                return F.mse_loss(self.net(batch[0]), batch[1])
-
-        class Inner(Quiet):
-            def training_step(self, batch):
-                losses = (self.module(batch[0]) - batch[1]).square()
-                weighted = (self.outer(losses.detach()) * losses).mean()
-                return {"loss": weighted, "plain": losses.mean().item()}
-
-        self.inner = problem(
-            Inner,
-            "net",
-            self.net,
-            optimizer or sgd(0.1, momentum=0.5),
-            batches=self.train,
-            scheduler=scheduler,
-            unroll_steps=steps,
-            **config,
-        )
-        self.outer = problem(Outer, "outer", self.weights, sgd(0.05), batches=self.valid)
-        self.dependencies = edges(u2l={self.outer: [self.inner]}, l2u={self.inner: [self.outer]})
-        if estimator is not None:
-            betty.use(self.inner, estimator)
-
-    def run(self, iterations=9):
-        torch.manual_seed(6)
-        run([self.outer, self.inner], self.dependencies, iterations)
-        return self.outer.gradients
-
-
-def by_hand(case, steps=3, momentum=0.5, rates=None):
-    """The same program with autograd alone: truncated at each outer step, momentum going on."""
-    torch.manual_seed(5)
-    net, weights = Net().double(), Weights().double()
-    names = [name for name, _ in net.named_parameters()]
-    y = [p.detach().clone() for p in net.parameters()]
-    buffers = [None] * len(y)
-    gradients, count = [], 0
-    torch.manual_seed(6)
-    for window in range(3):
-        y = [leaf.detach().requires_grad_() for leaf in y]
-        buffers = [None if b is None else b.detach() for b in buffers]
-        for _ in range(steps):
-            inputs, targets = case.train[count % 9]
-            losses = (torch.func.functional_call(net, dict(zip(names, y, strict=True)), (inputs,)) - targets).square()
-            loss = (weights(losses.detach()) * losses).mean()
-            found = torch.autograd.grad(loss, y, create_graph=True)
-            buffers = [g if b is None else momentum * b + g for g, b in zip(found, buffers, strict=True)]
-            rate = 0.1 if rates is None else rates[count]
-            y = [leaf - rate * b for leaf, b in zip(y, buffers, strict=True)]
-            count += 1
-        inputs, targets = case.valid[window]
-        outer = F.mse_loss(torch.func.functional_call(net, dict(zip(names, y, strict=True)), (inputs,)), targets)
-        found = torch.autograd.grad(outer, list(weights.parameters()))
-        gradients.append(found)
-        with torch.no_grad():
-            for parameter, gradient in zip(weights.parameters(), found, strict=True):
-                parameter -= 0.05 * gradient
-    return gradients
-
-
-@pytest.mark.parametrize("keep", ["graph", "iterates"])
-def test_a_real_program_with_noise_batch_norm_and_minibatches_is_differentiated(keep):
-    case = Reweighting(bl.Unrolled() if keep == "graph" else bl.Unrolled(keep="iterates"))
-    found, wanted = case.run(), by_hand(case)
-    assert len(found) == 3
-    for ours, theirs in zip(found, wanted, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-14)
-
-
-def test_a_schedule_of_step_sizes_is_followed():
-    case = Reweighting(
-        bl.Unrolled(), scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.8)
-    )
-    found, wanted = case.run(), by_hand(case, rates=[0.1 * 0.8**k for k in range(9)])
-    for ours, theirs in zip(found, wanted, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-14)
-
-
-@recent
-def test_a_replay_leaves_the_program_as_it_is():
-    """Parameters, running statistics, modes and random numbers, as after the program without any hypergradient."""
-    ends = []
-    for asked in (False, True):
-        case = Reweighting(bl.Unrolled())
-        case.outer.optimizer_step = lambda: None
-        if not asked:  # no path: the upper problem takes its own gradient alone
-            case.dependencies["u2l"] = {}
-        case.run()
-        ends.append((case.net.state_dict(), torch.rand(3), [layer.training for layer in case.net.modules()]))
-    (without, drawn, modes), (with_it, again, after) = ends
-    for key, value in with_it.items():
-        torch.testing.assert_close(value, without[key], rtol=0, atol=0)
-    assert torch.equal(drawn, again)
-    assert modes == after
-    assert int(with_it["norm.num_batches_tracked"]) == 12  # of nine inner steps and three outer losses
 
 
 class Levels:
@@ -376,185 +189,6 @@ def test_a_chain_is_refused_unless_it_is_said_what_lies_below_does():
     chain = Chain(betty.register(bl.Implicit(bl.CG(10))), steps=(2, 2))
     with pytest.raises(ValueError, match=r"problem mid is itself above bottom.*below=K.*below=0"):
         chain.run()
-
-
-class Tied(nn.Module):
-    """One parameter in two places, and a list of parameters that names it twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = (nn.Parameter(torch.tensor([0.5, 1.5], dtype=DOUBLE)) for _ in range(2))
-
-    def forward(self):
-        return self.first * self.second
-
-
-@recent
-@pytest.mark.parametrize("listed", ["twice", "generator"])
-def test_lists_of_parameters_may_name_one_twice_and_may_be_generators(listed):
-    """Betty's neumann, whose answer is torch.autograd's own, is the measure."""
-    found = {}
-    for label, kind in {"theirs": "neumann", "ours": betty.register(bl.Implicit(bl.Neumann(30, 0.25)))}.items():
-
-        class Upper(Watched):
-            def training_step(self, batch):
-                return (self.lower() ** 2).sum()
-
-            def trainable_parameters(self):
-                m = self.module
-                return [m.first, m.second, m.first] if listed == "twice" else [m.first, m.second]
-
-        class Lower(Quiet):
-            def training_step(self, batch):
-                return ((self.module() - self.upper()) ** 2).sum()
-
-            def trainable_parameters(self):
-                return (p for p in self.module.parameters()) if listed == "generator" else [self.module.value]
-
-            def zero_grad(self):
-                self.module.zero_grad()
-
-        value = Vector(torch.ones(2, dtype=DOUBLE))
-        lower = problem(Lower, "lower", value, sgd(0.25), type=kind, neumann_iterations=30, neumann_alpha=0.25)
-        upper = problem(Upper, "upper", Tied(), lambda p: torch.optim.SGD([{"params": list(p)}], lr=0.0))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of a parameter that stands twice
-            try:
-                run([upper, lower], edges(u2l={upper: [lower]}, l2u={lower: [upper]}), 2)
-            except (TypeError, IndexError, RuntimeError):
-                assert label == "theirs"  # a generator is empty when Betty comes back to it
-                return
-        found[label] = upper.gradients[-1]
-    for a, b in zip(found["ours"], found["theirs"], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=0)
-
-
-@recent
-def test_only_a_part_may_be_what_the_upper_gradient_goes_through():
-    """meta_trainable_parameters leaves one out: Unrolled still follows all that moves."""
-
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.b, self.a = (nn.Parameter(torch.zeros(2, dtype=DOUBLE)) for _ in range(2))
-
-    class Lower(Quiet):
-        def training_step(self, batch):
-            m = self.module
-            return ((m.a - self.upper()) ** 2).sum() + ((m.b - m.a) ** 2).sum() + (m.a * m.b).sum()
-
-        def meta_trainable_parameters(self):
-            return [self.module.a]
-
-    class Upper(Watched):
-        def training_step(self, batch):
-            return (self.lower.module.a**2).sum()
-
-    lower = problem(Lower, "lower", Two(), sgd(0.1), unroll_steps=3)
-    upper = problem(Upper, "upper", Vector(torch.tensor([1.0, 2.0], dtype=DOUBLE)), sgd(0.0))
-    betty.use(lower, bl.Unrolled())
-    run([upper, lower], edges(u2l={upper: [lower]}, l2u={lower: [upper]}), 3)
-    x = torch.tensor([1.0, 2.0], dtype=DOUBLE, requires_grad=True)
-    b = a = torch.zeros(2, dtype=DOUBLE)
-    for _ in range(3):
-        b, a = b - 0.1 * (2 * (b - a) + a), a - 0.1 * (2 * (a - x) - 2 * (b - a) + b)
-    (wanted,) = torch.autograd.grad((a**2).sum(), x)
-    assert relative(upper_gradient(upper), wanted) < 1e-12
-
-
-@recent
-@pytest.mark.parametrize("label", ["implicit CG", "corrected", "unrolled onwards"])
-def test_losses_may_ask_which_parameters_require_grad(label):
-    """A penalty whose strength is learned, on those that do: in all evaluations, also where y is held fixed."""
-
-    class Lower(Quiet):
-        def training_step(self, batch):
-            decay = sum(p.square().sum() for p in self.module.parameters() if p.requires_grad)
-            pull = sum(p.sum() for p in self.other.module.parameters() if p.requires_grad)
-            return (self.module() - 1).square().sum() + self.upper() * decay + pull * self.module().sum()
-
-    class Other(Quiet):
-        def training_step(self, batch):
-            return self.module().square().sum()
-
-    class Upper(Watched):
-        def training_step(self, batch):
-            return (self.lower() ** 2).sum()
-
-    settings = AT_SOLUTION[label](SimpleNamespace(lr=0.2))
-    lower = problem(Lower, "lower", Vector(torch.zeros(2, dtype=DOUBLE)), sgd(0.2), unroll_steps=200)
-    betty.use(lower, **settings)
-    upper = problem(Upper, "upper", Vector(torch.tensor(0.5, dtype=DOUBLE)), sgd(0.0))
-    other = problem(Other, "other", Vector(torch.tensor([0.25, 0.25], dtype=DOUBLE)), sgd(0.0))
-    run([upper, lower, other], edges(u2l={upper: [lower]}, l2u={lower: [upper]}), 200)
-    # 2 (y - 1) + 2 x y + 0.5 = 0
-    x = torch.tensor(0.5, dtype=DOUBLE, requires_grad=True)
-    (wanted,) = torch.autograd.grad(2 * ((2 - 0.5) / (2 + 2 * x)) ** 2, x)
-    assert upper_gradient(upper) == pytest.approx(float(wanted), rel=1e-6)
-
-
-class Ordinary(Quiet):
-    """What programs do beside: a loss of one element, noise of Python's own, a callback that logs, frozen layers."""
-
-    noisy = True
-
-    def training_step(self, batch):
-        net = self.module
-        (slope,) = torch.autograd.grad(net(batch[0]).sum(), net[0].weight, create_graph=True)
-        jitter = 1 + (0.1 * random.random() if self.noisy else 0.0)
-        penalty = sum(p.square().sum() for p in net.parameters() if p.requires_grad)
-        return jitter * (net(batch[0]) - self.upper()).square().mean().reshape(1) + 0.1 * penalty + slope.square().sum()
-
-    def trainable_parameters(self):
-        return list(self.module[2].parameters())
-
-
-@pytest.mark.parametrize("use", [bl.Unrolled(), bl.Implicit(bl.Dense())], ids=["unrolled", "implicit"])
-def test_ordinary_programs_are_not_refused(use):
-    """With a head that is trained on a body that is not, though it requires grad; the head's problem is quadratic."""
-
-    class Upper(Watched):
-        def training_step(self, batch):
-            return (self.lower(batch[0]) - 1).square().mean()
-
-    class Logging(Ordinary):
-        noisy = False  # a replay draws torch's numbers again, and no others
-
-        def grad_callback(self):
-            self.logger.info("seen")
-
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
-    rows = [(torch.randn(6, 2, dtype=DOUBLE),)]
-    kind = Logging if isinstance(use, bl.Unrolled) else Ordinary
-    lower = problem(kind, "lower", net, sgd(0.05), batches=rows, unroll_steps=2)
-    upper = problem(Upper, "upper", Vector(torch.zeros(1, dtype=DOUBLE)), sgd(0.0), batches=rows)
-    betty.use(lower, use)
-    random.seed(0)
-    run([upper, lower], edges(u2l={upper: [lower]}, l2u={lower: [upper]}), 2)
-    assert upper_gradient(upper).isfinite().all()
-    assert upper_gradient(upper).abs().sum() > 0
-
-
-@pytest.mark.parametrize("use", [bl.Unrolled(), bl.Implicit(bl.CG(10, damping=0.1))], ids=["unrolled", "implicit"])
-def test_sparse_embeddings_are_those_that_are_dense(use):
-    class Upper(Watched):
-        def training_step(self, batch):
-            return (self.lower(torch.tensor([2])) ** 2).sum()
-
-    class Lower(Quiet):
-        def training_step(self, batch):
-            return ((self.module(torch.tensor([0, 2, 2])) - self.upper()) ** 2).sum()
-
-    found = []
-    for sparse in (False, True):
-        torch.manual_seed(0)
-        lower = problem(Lower, "lower", nn.Embedding(4, 2, sparse=sparse).double(), sgd(0.1), unroll_steps=2)
-        upper = problem(Upper, "upper", Vector(torch.ones(2, dtype=DOUBLE)), sgd(0.0))
-        betty.use(lower, use)
-        run([upper, lower], edges(u2l={upper: [lower]}, l2u={lower: [upper]}), 2)
-        found.append(upper_gradient(upper))
-    torch.testing.assert_close(*found)
 
 
 def test_two_paths_add_up_and_sync_leaves_the_sum_in_place():

@@ -3,12 +3,11 @@
 import betty_programs as programs
 import pytest
 import torch
-from betty_programs import Quiet, Vector, Watched, edges, problem, run, sgd
+from betty_programs import DOUBLE, Quiet, Vector, Watched, edges, problem, run, sgd
 
 import bilevel as bl
 from bilevel.integrations import betty
 
-DOUBLE = torch.float64
 SOLVED = bl.Implicit(bl.CG(10, tol=1e-12))
 
 
