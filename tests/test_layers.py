@@ -74,7 +74,7 @@ LIBRARY = House(
             "engine.lean",
             "_layout",
         },
-        {"engine.block"},
+        {"engine.block", "engine.offload"},
         {"engine.rematerialize"},
         {"outcome", "batches", "checkpointing", "rematerialize", "_blocks"},
         {

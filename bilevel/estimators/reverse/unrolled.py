@@ -10,6 +10,7 @@ df/dx likewise. With `resampled` a step's VJP takes the derivatives of dg/dy at 
 | "graph" | K | K | K tapes of a differentiable step |
 | "iterates" | 2 K | K | K S + one tape |
 | "segments" | about 3 K - sqrt(2 K) | K | sqrt(2 K) S + one tape |
+| ... offload, on CUDA | as above, and 2 copies of S numbers a step | | 2 S + one tape; the rest on the host |
 | ... resampled | K more, but for SGD with a number as its lr alone | as above | + one batch |
 
 One outer gradient, or one per weight that is not 0 (with keep="graph" each holds its P numbers until the sweep).
@@ -67,13 +68,17 @@ class Unrolled(Estimator):
             product is unbiased for the derivative of the step at the iterates; with one batch for both it is not. What
             an optimizer does with a gradient (momentum, moments, rates that are functions of x) is differentiated
             where it ran. Random numbers in losses are drawn anew.
+        offload: whether the kept iterates wait in pinned memory of the host, on CUDA: copied there while the next step
+            runs, and back while the one after is differentiated. For variables on the CPU they stay what they are.
 
     Stats: `cotangent_growth`, the largest norm of a cotangent on its way back over the one that entered; `digits`, the
     decimal digits that rounding leaves of the hypergradient by it; `cotangent_left`, the part that reached the start.
     (Where several cotangents enter, over the sum of their norms.)
     With a solver that stops by itself (Converge) and no init, more than 1% left is Status.STOPPED_EARLY.
 
-    Memory: see the table in `bilevel.estimators.reverse.unrolled`; independent of Q but for one copy, linear in T.
+    Memory: see the table in `bilevel.estimators.reverse.unrolled`; independent of Q but for one copy, linear in T. With
+        `offload` the peak of a CUDA device does not grow with K: beside one step there are the iterate in use and the
+        next; that of the host grows as the table says.
 
     Raises:
         ValueError: an argument is out of range, or (when used) x enters only through Problem.init and `last` cuts that
@@ -101,6 +106,7 @@ class Unrolled(Estimator):
     last: int | None = None
     step_weights: Sequence[float] | None = None
     resampled: bool = False
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if self.keep not in _KEEPS:
@@ -114,8 +120,15 @@ class Unrolled(Estimator):
                 f"Unrolled was given segment={self.segment} with keep={self.keep!r}; write "
                 f'Unrolled(keep="segments", segment={self.segment})'
             )
-        if not isinstance(self.resampled, bool):
-            raise ValueError(f"Unrolled was given resampled={self.resampled!r}; True or False was needed")
+        for name in ("resampled", "offload"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"Unrolled was given {name}={getattr(self, name)!r}; True or False was needed")
+        if self.offload and self.keep == "graph":
+            raise ValueError(
+                'Unrolled was given offload=True with keep="graph", which keeps what autograd saves of every step, and '
+                'no iterates; write Unrolled("iterates", offload=True). The inputs of rematerialized blocks leave a '
+                "graph by bilevel.functional(module, rematerialize=Block, offload=True)"
+            )
         if self.resampled and self.keep == "graph":
             raise ValueError(
                 'Unrolled was given resampled=True with keep="graph", which keeps the graph of the steps as they ran, '
@@ -165,7 +178,15 @@ class Unrolled(Estimator):
         forward = (
             Tape(instance, program, first, masks, terms)
             if self.keep == "graph"
-            else Checkpoints(instance, program, self._starts(first, steps), masks, terms, resampled=self.resampled)
+            else Checkpoints(
+                instance,
+                program,
+                self._starts(first, steps),
+                masks,
+                terms,
+                resampled=self.resampled,
+                offload=self.offload,
+            )
         )
         found, forgets = forward.solution, None
         if learned is not None:
