@@ -32,7 +32,6 @@ from bilevel.inner.loop import where
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
 
-
 _IN_PLACE = (
     "{name}.step() changed the inner variable or its state in place, after it was kept to rebuild the step from. "
     "Steps are "
