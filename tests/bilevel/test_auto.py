@@ -63,6 +63,13 @@ def choices(**options):
     return found(bl.Unrolled("auto", budget=PLENTY), **options)[0].stats["keep_peaks"]
 
 
+@pytest.fixture(scope="module")
+def long():
+    """A problem of many steps, asked once."""
+    posed = setup()
+    return posed, choices(posed=posed, steps=30)
+
+
 # --- the choice
 
 
@@ -73,21 +80,24 @@ def test_with_plenty_of_memory_the_graph_is_kept():
 
 
 @pytest.mark.parametrize("name", ["graph", "iterates", "segments"])
-def test_the_least_compute_that_fits_is_chosen(name):
-    peaks = choices(steps=30)
+def test_the_least_compute_that_fits_is_chosen(long, name):
+    posed, peaks = long
     assert peaks["graph"] > peaks["iterates"] > peaks["segments"]
-    assert found(bl.Unrolled("auto", budget=peaks[name]), steps=30)[0].stats["keep"] == name
+    assert found(bl.Unrolled("auto", budget=peaks[name]), posed=posed, steps=30)[0].stats["keep"] == name
     exceeded = list(peaks)[list(peaks).index(name) + 1 :]
     if exceeded:
-        assert found(bl.Unrolled("auto", budget=peaks[name] - 1), steps=30)[0].stats["keep"] == exceeded[0]
+        stats = found(bl.Unrolled("auto", budget=peaks[name] - 1), posed=posed, steps=30)[0].stats
+        assert stats["keep"] == exceeded[0]
 
 
 def test_offload_comes_before_segments_where_variables_can_leave():
+    posed = setup()
     with offload.on_a_device():
-        peaks = choices(steps=30)
+        peaks = choices(posed=posed, steps=20)
         assert list(peaks) == ["graph", "iterates", "iterates, offload", "segments"]
         budget = max(peaks["iterates, offload"], peaks["segments"])
-        assert found(bl.Unrolled("auto", budget=budget), steps=30)[0].stats["keep"] == "iterates, offload"
+        stats = found(bl.Unrolled("auto", budget=budget), posed=posed, steps=20)[0].stats
+    assert stats["keep"] == "iterates, offload"
 
 
 @pytest.mark.parametrize("name", ["graph", "iterates", "segments", "iterates, offload"])
@@ -127,7 +137,6 @@ def test_nothing_that_fits_is_refused_before_anything_is_computed(monkeypatch):
 # --- the numbers
 
 
-BUDGETS = ["graph", "iterates", "segments", "iterates, offload"]
 CASES = {
     "plain": ({}, {}),
     "dropout": ({"noise": True}, {}),
@@ -139,20 +148,20 @@ CASES = {
 }
 
 
-def chosen_by(name, peaks):
-    """A budget by which this is chosen."""
-    return peaks[name]
-
-
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("keep", BUDGETS)
-def test_the_hypergradient_is_that_of_the_graph(case, keep):
+def test_the_hypergradient_is_that_of_the_graph(case):
     options, fields = CASES[case]
+    posed = setup(rows=128, **{name: value for name, value in options.items() if name in ("noise", "init")})
+    moves = {name: value for name, value in options.items() if name not in ("noise", "init")}
+    chosen = set()
     with offload.on_a_device():
-        peaks = found(bl.Unrolled("auto", budget=PLENTY, **fields), **options)[0].stats["keep_peaks"]
-        ours = found(bl.Unrolled("auto", budget=chosen_by(keep, peaks), **fields), **options)
-        same(ours, found(bl.Unrolled(**fields), **options))
-    assert peaks[ours[0].stats["keep"]] <= peaks[keep]
+        theirs = found(bl.Unrolled(**fields), posed=posed, **moves)
+        peaks = found(bl.Unrolled("auto", budget=PLENTY, **fields), posed=posed, **moves)[0].stats["keep_peaks"]
+        for budget in peaks.values():
+            ours = found(bl.Unrolled("auto", budget=budget, **fields), posed=posed, **moves)
+            chosen.add(ours[0].stats["keep"])
+            same(ours, theirs)
+    assert len(chosen) > 1
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 2])
@@ -218,20 +227,21 @@ def test_blocks_are_run_as_such_where_the_budget_needs_it():
         ours = found(bl.Unrolled("auto", budget=budget), posed=posed, solver=solver)
         names.add(ours[0].stats["keep"])
         same(ours, plenty)
-    assert {"graph", "iterates", "iterates, blocks"} <= names
-    assert "segments" not in names or peaks["segments"] < peaks["iterates, blocks"]
+    assert {"graph", "graph, blocks"} <= names
+    assert names & {"iterates, blocks", "segments, blocks"}
 
 
 def test_a_run_in_blocks_takes_what_was_forecast():
     posed, _ = deep()
     solver = bl.Descent(bl.SGD(0.1), 3)
     peaks = found(bl.Unrolled("auto", budget=PLENTY), posed=posed, solver=solver)[0].stats["keep_peaks"]
-    for name in ("iterates, blocks", "iterates"):
+    chosen = set()
+    for budget in peaks.values():
         with Tensors() as meter:
-            ours = found(bl.Unrolled("auto", budget=peaks[name]), posed=posed, solver=solver)
-        assert ours[0].stats["keep"] == name
-        del ours
-        assert meter.peak_bytes == pytest.approx(peaks[name], rel=0.01)
+            stats = found(bl.Unrolled("auto", budget=budget), posed=posed, solver=solver)[0].stats
+        chosen.add(stats["keep"])
+        assert meter.peak_bytes == pytest.approx(peaks[stats["keep"]], rel=0.01)
+    assert len(chosen) > 2
 
 
 # --- what is remembered
@@ -253,7 +263,7 @@ def test_the_forecast_is_made_once(forecasts):
 
 def test_and_again_for_other_shapes_steps_solvers_and_modes(forecasts):
     posed, net = deep(1, rows=8)
-    problem, x, y, batches = posed
+    blocks, x, y, batches = posed
     more = bl.Batches(tensor(8, 8), tensor(8, 8).expand(2, 8, 8).reshape(-1, 8))
 
     def asked(steps=2, posed=posed, solver=None, **options):
@@ -261,8 +271,7 @@ def test_and_again_for_other_shapes_steps_solvers_and_modes(forecasts):
         found(bl.Unrolled("auto", budget=PLENTY, **options), posed=posed, solver=solver, steps=steps)
         return len(forecasts) > before
 
-    wide = problem.inner_loss, lambda y, x, inputs: problem.outer_loss(y, x, inputs[:8])
-    problem = bl.Problem(*wide)
+    problem = bl.Problem(blocks.inner_loss, lambda y, x, inputs: blocks.outer_loss(y, x, inputs[:8]))
     posed = problem, x, y, batches
     assert asked(posed=posed)
     assert not asked(posed=posed)

@@ -129,6 +129,7 @@ def _peaks(ways: Mapping[str, Way], instance: Instance) -> dict[str, int]:
 def _peak(estimator: Estimator, instance: Instance, *, blocks: bool) -> tuple[int, bool]:
     """What an estimate adds at its peak, and whether it met rematerialized blocks."""
     profiler, generators = _profiler(), instance.oracles.generators
+    tensors, without_data = profiler.meters.tensors.Tensors, profiler.forecasting.fake.without_data
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     before = generators.peek()
 
@@ -138,13 +139,13 @@ def _peak(estimator: Estimator, instance: Instance, *, blocks: bool) -> tuple[in
 
     try:
         with spans.unheard(), _disable_current_modes(), switched(on=blocks) as switch:
-            if mode is None:
-                peak = profiler.forecasting.fake.forecast(call).peak_tensor_bytes
-            else:  # inside another forecast
-                with mode, profiler.meters.tensors.Tensors(getattr(mode, "stand_in", None)) as meter:
-                    call()
-                peak = meter.peak_bytes
-            return peak, switch.met
+            # (Inside another forecast its tensors without data are those of this one.)
+            with (
+                without_data() if mode is None else mode as shapes,
+                tensors(getattr(shapes, "stand_in", None)) as meter,
+            ):
+                call()
+            return meter.peak_bytes, switch.met
     except Exception as error:
         error.add_note('Unrolled("auto") asks a forecast; Unrolled("graph"), "iterates" and "segments" do not.')
         raise
@@ -178,13 +179,18 @@ class _Rehearsed(PerStep):
         self._ready: bool | None = None
 
     def __getitem__(self, step: int) -> Any:
-        if step not in self._known:
-            with _disable_current_modes():
+        with _disable_current_modes():
+            if step not in self._known:
+                before = torch.get_rng_state()
                 batch = self._steps[step]
                 if self._ready is None:
                     self._ready = _storages(batch) == _storages(self._steps[step])
-                self._known[step] = batch if self._ready else tree.tree_map(_outline, batch)
-        return tree.tree_map(lambda leaf: leaf.made() if isinstance(leaf, _Outline) else leaf, self._known[step])
+                drew = not torch.equal(before, torch.get_rng_state())
+                self._known[step] = (batch if self._ready else tree.tree_map(_outline, batch)), drew
+            batch, drew = self._known[step]
+            if drew:
+                torch.rand(1)  # a generator that has moved is kept with an iterate
+        return tree.tree_map(lambda leaf: leaf.made() if isinstance(leaf, _Outline) else leaf, batch)
 
     def __len__(self) -> int:
         return len(self._steps)

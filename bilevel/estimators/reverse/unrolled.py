@@ -53,9 +53,8 @@ class Unrolled(Estimator):
 
     Args:
         keep: "graph" keeps the tape of every step; "iterates" keeps the iterates and rebuilds one step's graph at a
-            time; "segments" keeps about sqrt(2 K) iterates and recomputes the others once; "auto" takes what has the least
-            compute of those whose forecast fits `budget`: these three and offload, with and without rematerialized
-            blocks.
+            time; "segments" keeps about sqrt(2 K) iterates and recomputes the others once; "auto" takes what has the
+            least compute of those whose forecast fits `budget`: these three and offload, with and without blocks.
         segment: a uniform segment length for keep="segments"; None for lengths that shrink towards the end, the least
             memory for one recomputation.
         last: backpropagate through the last steps only; None for all. Truncation drops everything that acted before:
