@@ -110,6 +110,8 @@ def lane_of(tensor: Tensor) -> Lane | None:
     """How a tensor leaves its device; None if it stays."""
     if type(tensor) not in (Tensor, FakeTensor) or tensor.layout is not torch.strided:
         return None
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return None  # copies are no part of a function that is being traced
     kind = tensor.device.type
     if kind in ("cpu", "meta"):
         return None if kind == "meta" else _stands_for.get()
