@@ -45,7 +45,7 @@ class Compiled(Engine):
     Args:
         backend: "inductor", or "graph" for the traced graph operator by operator, which needs no compiler.
         check: hold every function against the eager one, at its first two calls by the whole result, later (at calls 1,
-            4, 16, ... of a hypergradient) by the loss. False leaves that out.
+            16, 256, ... of a hypergradient) by the loss. False leaves that out.
 
     Raises:
         ValueError: an argument is out of range.
@@ -93,7 +93,7 @@ class Session(Derivatives):
     def __init__(self, engine: Compiled) -> None:
         self._engine, self._eager, self._make = engine, Operators(), inductor.make(engine.backend)
         self._known: dict[Any, Bound] = {}
-        self._watched: dict[tuple[int, str], int] = {}
+        self._watched: dict[str, int] = {}
         self._used: dict[int, tuple[Functions, dict[str, int]]] = {}
         self._notes: dict[str, None] = {}
         self._repeated = self._inner_only = False
@@ -194,9 +194,8 @@ class Session(Derivatives):
     def run(self, bound: Bound, name: str, given: Sequence[Tensor]) -> list[Tensor | None]:
         """A function at tensors, held against the eager loss now and then."""
         self._use(bound.functions)
-        place = id(bound.functions), name
-        count = self._watched[place] = self._watched.get(place, 0) + 1
-        watch = count & (count - 1) == 0 and count.bit_length() % 2 == 1  # 1, 4, 16, ...
+        count = self._watched[bound.loss.name] = self._watched.get(bound.loss.name, 0) + 1
+        watch = count & (count - 1) == 0 and count.bit_length() % 4 == 1  # 1, 16, 256, ...
         return bound.functions.run(bound.loss, name, list(given), watch=watch)
 
     def prepare(self, bound: Bound, given: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
