@@ -25,6 +25,7 @@ from bilevel_profiling.forecasting.optimizers import put_back
 from bilevel_profiling.forecasting.shapes import Shapes
 from bilevel_profiling.forecasting.unreadable import ForecastError as ForecastError
 from bilevel_profiling.forecasting.unreadable import explained
+from bilevel_profiling.measurement import engines
 from bilevel_profiling.measurement.environment import environment
 from bilevel_profiling.measurement.passes import (
     Figures,
@@ -135,6 +136,9 @@ def _of_case(case: Case, device: Device | None, command: str) -> Record:
         trial = Trial(known)
         trial.prime()
         base = trial.base_sizes()
+        if not engines.sees_operators(case.engine):  # tracing is no part of the call
+            trial.hypergradient()
+            trial.tidy()
         figures, notes, blocks = _metered(trial, device, shapes)
         facts: dict[str, Any] = {"dtype": str(trial.posed.dtype).removeprefix("torch."), "base_tensor_bytes": sum(base)}
         del trial
@@ -166,6 +170,7 @@ def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> 
     """
     figures, unread, tensors = Figures(), _Unread(), Tensors(shapes.stand_in)
     meters: list[Meter] = [Oracles(), Work(device), tensors]  # the last is asked first, and sees what the code calls
+    traced = False
     gc.collect()
     with contextlib.ExitStack() as around:
         around.enter_context(_few_full_collections())
@@ -179,7 +184,9 @@ def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> 
             "inner_size": tree.size(result.inner),
             "outer_size": tree.size(result.grad),
             "tasks": result.stats.get("tasks"),
+            "functions": engines.functions(result.stats, timed=False),
         }
+        traced = engines.hidden(result)
     del result
     if isinstance(call, Trial):
         call.tidy()
@@ -188,7 +195,8 @@ def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> 
     for meter in meters:
         with figures.of(meter):
             pass
-    notes = [*unread.notes(), *([kernels.note(shapes.unseen)] if shapes.unseen else [])]
+    notes = [*unread.notes(), *([engines.ABOVE] if traced else [])]
+    notes += [kernels.note(shapes.unseen)] if shapes.unseen else []
     return figures, notes, tensors.peak_block_bytes
 
 
