@@ -81,6 +81,11 @@ class Case:
         known = "" if self.engine is None else type(self.engine).__name__.lower()
         object.__setattr__(self, "engine_name", self.engine_name or known)
 
+    @property
+    def title(self) -> str:
+        """The label, and the engine where one is named."""
+        return f"{self.label} ({self.engine_name})" if self.engine_name else self.label
+
     def pose(self) -> "Posed":
         """Make the problem."""
         return pose(self.setup, self.device, self.seed)

@@ -27,14 +27,8 @@ from bilevel_profiling.forecasting.unreadable import ForecastError as ForecastEr
 from bilevel_profiling.forecasting.unreadable import explained
 from bilevel_profiling.measurement import engines
 from bilevel_profiling.measurement.environment import environment
-from bilevel_profiling.measurement.passes import (
-    Figures,
-    Trial,
-    described,
-    frozen_heap,
-    own_random_state,
-    without_warnings,
-)
+from bilevel_profiling.measurement.passes import Figures, Trial, described
+from bilevel_profiling.measurement.surroundings import frozen_heap, own_random_state, without_warnings
 from bilevel_profiling.meters.base import Meter
 from bilevel_profiling.meters.devices import DEVICES, Device
 from bilevel_profiling.meters.oracles import Oracles

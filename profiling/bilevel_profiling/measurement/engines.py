@@ -24,6 +24,8 @@ HIDDEN = (
     "An engine that compiles or captures was at work: what happens inside its functions is in none of these bytes and "
     "FLOPs. Measure a Case(..., engine=...), whose memory is read from the allocator."
 )
+WARM_UP = 2
+"""Hypergradients until an engine has traced, compiled and wholly checked what it runs."""
 Stats = Mapping[str, Any]
 
 

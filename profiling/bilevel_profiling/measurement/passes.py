@@ -12,7 +12,6 @@ import dataclasses
 import gc
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from bilevel_profiling.cases.case import Case, leaves_of, name_of
 from bilevel_profiling.cases.target import target_of
 from bilevel_profiling.measurement import engines, references
 from bilevel_profiling.measurement.environment import environment
+from bilevel_profiling.measurement.surroundings import frozen_heap, own_random_state, without_warnings
 from bilevel_profiling.meters.allocator import Allocator
 from bilevel_profiling.meters.base import Meter, observe
 from bilevel_profiling.meters.clock import Clock
@@ -326,9 +326,7 @@ class Figures:
         tidy = call.tidy if isinstance(call, Trial) else lambda: None
         engine = call.case.engine if isinstance(call, Trial) else None
         seen, clock = engines.sees_operators(engine), Clock(device)
-        cuda = Cuda(
-            device, workspaces=engines.may_lose_workspaces(engine), tensors=not seen, snapshot=passes.snapshot
-        )
+        cuda = Cuda(device, workspaces=engines.may_lose_workspaces(engine), tensors=not seen, snapshot=passes.snapshot)
         gpu = torch.device(device).type == "cuda"
         meters: list[Meter] = [Tensors(), Work()] if seen else [] if gpu else [Allocator()]
         started = time.perf_counter()
@@ -338,7 +336,7 @@ class Figures:
                 len(clock.seconds) < 2 or time.perf_counter() - started < _LONG
             ):
                 with clock:
-                    result = call()
+                    result: object = call()
                 del result
                 tidy()
         said = _compiled() if seen else (engines.ALLOCATOR,)
@@ -346,7 +344,7 @@ class Figures:
         for meter in [cuda, *meters] if gpu else meters:
             with self.of(meter):
                 with meter:
-                    result: object = call()
+                    result = call()
                     if not seen:  # the allocator knows what is left when the block ends, and nothing later
                         result = tidy()
                         gc.collect()
@@ -386,33 +384,3 @@ def phases_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Phase]:
     """Phases in the order in which they run."""
     order = {"inner": 0, "hypergradient": 1, "outer": 2}
     return {name: Phase(**found[name]) for name in sorted(found, key=lambda name: order.get(name, 3))}
-
-
-@contextlib.contextmanager
-def without_warnings() -> Iterator[None]:
-    """Leave out the warnings of a status that is stepped through: the record says it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"iterate\(\) stepped through")
-        yield
-
-
-@contextlib.contextmanager
-def own_random_state() -> Iterator[None]:
-    """Put the global random state back after the block."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        yield
-
-
-@contextlib.contextmanager
-def frozen_heap() -> Iterator[None]:
-    """Collections between passes look only at what the passes made: walking all of torch takes 0.2 s each time."""
-    if gc.get_freeze_count():  # somebody else's, and unfreezing would be too
-        yield
-        return
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
