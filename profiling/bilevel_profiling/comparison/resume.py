@@ -6,10 +6,11 @@ after its time limit is a result. To retry, the rows that ended with ERROR, CRAS
 outer loops that did, are measured anew; what a hypergradient says of itself (DIVERGED, NONFINITE, ...) is not, because
 it would say it again. A row that the new plan does not ask for stays.
 
-The settings of an estimator and its engine, its device and its seed are in its row. What is not in it is kept beside the
-file: the case's code with the local modules that it imports, what each baseline is made of (see `code`), the inner
-optimizer, the number of repeats and threads, and so on. Whatever differs is refused, by name: a report of rows that were measured
-differently compares nothing. Time and memory limits may differ, and so may the labels, the K and the cases.
+The settings of an estimator and its engine, its device and its seed are in its row. What is not in it is kept beside
+the file: the case's code with the local modules that it imports, what each baseline is made of (see `code`), the inner
+optimizer, the number of repeats and threads, and so on. Whatever differs is refused, by name: a report of rows that
+were measured differently compares nothing. Time and memory limits may differ, and so may the labels, the engines, the
+K and the cases.
 """
 
 import json
