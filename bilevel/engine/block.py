@@ -42,6 +42,7 @@ class Block:
         self.entries: Entries = {}, set()
         self._compared = False
         self.end: int | None = None
+        self.offloads = False
 
     def leaves(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The inputs as leaves of a graph of their own."""

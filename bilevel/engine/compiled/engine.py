@@ -12,7 +12,7 @@ system) gets them from one explicit function.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from bilevel.engine.base import Condition, Derivatives, Engine, Losses
 from bilevel.engine.compiled import inductor
 from bilevel.engine.compiled.closure import surroundings
 from bilevel.engine.compiled.functions import Arguments, Functions
+from bilevel.engine.compiled.piece import Compile
 from bilevel.engine.eager import Graph, Operators
 from bilevel.engine.evaluation import Pure
 from bilevel.engine.replay import Generators, State
@@ -45,7 +46,7 @@ class Compiled(Engine):
     Args:
         backend: "inductor", or "graph" for the traced graph operator by operator, which needs no compiler.
         check: hold every function against the eager one, at its first two calls by the whole result, later (at calls 1,
-            4, 16, ... of a hypergradient) by the loss. False leaves that out.
+            16, 256, ... of a hypergradient) by the loss. False leaves that out.
 
     Raises:
         ValueError: an argument is out of range.
@@ -64,16 +65,10 @@ class Compiled(Engine):
     check: bool = True
 
     def __post_init__(self) -> None:
-        if self.backend not in inductor.BACKENDS:
-            raise ValueError(
-                f"Compiled was given backend={self.backend!r}; one of {', '.join(map(repr, inductor.BACKENDS))} was "
-                f"needed"
-            )
-        if not isinstance(self.check, bool):
-            raise ValueError(f"Compiled was given check={self.check!r}; True or False was needed")
+        inductor.check("Compiled", self.backend, self.check)
 
     def open(self) -> "Session":
-        return Session(self)
+        return Session(self, "compiled", inductor.make(self.backend), check=self.check)
 
 
 class Bound(NamedTuple):
@@ -88,12 +83,29 @@ Variants = list[tuple[list[Any], Functions]]
 
 
 class Session(Derivatives):
-    """Compiled derivatives of one hypergradient."""
+    """Derivatives of one hypergradient by functions that are traced.
 
-    def __init__(self, engine: Compiled) -> None:
-        self._engine, self._eager, self._make = engine, Operators(), inductor.make(engine.backend)
+    Args:
+        engine: which tells its functions from another's.
+        name: for the report.
+        make: makes a function of a graph.
+        check: whether functions are held against the eager ones.
+        unfit: says why tensors are left to the eager engine; None where they are not.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        make: Compile,
+        *,
+        check: bool,
+        unfit: Callable[[Sequence[Tensor]], str | None] = lambda tensors: None,
+    ) -> None:
+        self._engine, self._name, self._make, self._check, self._unfit = engine, name, make, check, unfit
+        self._eager = Operators()
         self._known: dict[Any, Bound] = {}
-        self._watched: dict[tuple[int, str], int] = {}
+        self._watched: dict[str, int] = {}
         self._used: dict[int, tuple[Functions, dict[str, int]]] = {}
         self._notes: dict[str, None] = {}
         self._repeated = self._inner_only = False
@@ -171,6 +183,10 @@ class Session(Derivatives):
         if any(type(each) not in _TENSORS or each.layout is not torch.strided for each in given):
             self._notes[f"{loss.name} was given a sparse tensor or a tensor of a class of its own: ran eagerly"] = None
             return None, []
+        reason = self._unfit(given)
+        if reason is not None:
+            self._notes[reason] = None
+            return None, []
         key = ("compiled", self._engine, loss.key(), _ambience(given), arguments.key())
         if key not in self._known:
             self._known[key] = Bound(self._found(loss, arguments, loss.memo.setdefault(key, [])), loss)
@@ -187,16 +203,15 @@ class Session(Derivatives):
                 f"changed {_VARIANTS} times, and the compiled engine traces it anew each time. Pass what changes as a "
                 f"tensor in the batch or in outer, or take engine=bilevel.Eager()"
             )
-        functions = Functions(loss.name, arguments.emptied(), self._make, check=self._engine.check)
+        functions = Functions(loss.name, arguments.emptied(), self._make, check=self._check)
         variants.append((now, functions))
         return functions
 
     def run(self, bound: Bound, name: str, given: Sequence[Tensor]) -> list[Tensor | None]:
         """A function at tensors, held against the eager loss now and then."""
         self._use(bound.functions)
-        place = id(bound.functions), name
-        count = self._watched[place] = self._watched.get(place, 0) + 1
-        watch = count & (count - 1) == 0 and count.bit_length() % 2 == 1  # 1, 4, 16, ...
+        count = self._watched[bound.loss.name] = self._watched.get(bound.loss.name, 0) + 1
+        watch = count & (count - 1) == 0 and count.bit_length() % 4 == 1  # 1, 16, 256, ...
         return bound.functions.run(bound.loss, name, list(given), watch=watch)
 
     def prepare(self, bound: Bound, given: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
@@ -230,7 +245,9 @@ class Session(Derivatives):
                         "new": name not in before or before[name] == 0,
                     }
                 )
-        return {"name": "compiled", "backend": self._engine.backend, "functions": rows, "notes": list(self._notes)}
+                if piece.note is not None:
+                    self._notes[f"{name} of {functions.name}: {piece.note}"] = None
+        return {"name": self._name, "functions": rows, "notes": list(self._notes)}
 
 
 _TENSORS = (Tensor, torch.nn.Parameter, torch._subclasses.FakeTensor)

@@ -7,12 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from bilevel.engine.compiled.piece import Compile, Made
+
 BACKENDS = ("inductor", "graph")
-
-
-def as_it_is(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """Operator by operator, each result freed after its last use."""
-    return graph
 
 
 def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
@@ -44,11 +41,20 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., A
         ) from error
 
 
-def make(backend: str) -> Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Any]]:
+def make(backend: str) -> Compile:
     """The maker of a backend's functions. On tensors without data graphs run as they are."""
 
-    def run(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    def made(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Made:
         fake = any(isinstance(each, torch._subclasses.FakeTensor) for each in inputs)
-        return as_it_is(graph, inputs) if fake or backend == "graph" else inductor(graph, inputs)
+        # (A graph runs operator by operator, each result freed after its last use.)
+        return Made(graph if fake or backend == "graph" else inductor(graph, inputs))
 
-    return run
+    return made
+
+
+def check(who: str, backend: str, check: bool) -> None:
+    """Raise ValueError where an engine's arguments are out of range."""
+    if backend not in BACKENDS:
+        raise ValueError(f"{who} was given backend={backend!r}; one of {', '.join(map(repr, BACKENDS))} was needed")
+    if not isinstance(check, bool):
+        raise ValueError(f"{who} was given check={check!r}; True or False was needed")
