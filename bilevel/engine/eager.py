@@ -37,7 +37,7 @@ class Eager(Engine):
         self, loss: Losses, inner: Tree, outer: Tree, batch: Any
     ) -> tuple[Tensor, PartialLeaves]:
         value = loss(inner, outer, batch)
-        return value.detach(), autodiff.grad([value.sum()], tree.tensors(inner), create_graph=True)
+        return value.detach(), autodiff.grad([_total(value)], tree.tensors(inner), create_graph=True)
 
     def gradients(
         self, loss: Losses, inner: Tree, outer: Tree, batch: Any, *, in_inner: bool, in_outer: bool
@@ -45,7 +45,7 @@ class Eager(Engine):
         y = tree.attach(inner) if in_inner else tree.detach(inner)
         value = loss(y, outer, batch)
         ys, xs = tree.tensors(y), tree.tensors(outer)
-        found = autodiff.grad([value.sum()], [*ys, *xs] if in_outer else ys)
+        found = autodiff.grad([_total(value)], [*ys, *xs] if in_outer else ys)
         return value.detach(), found[: len(ys)], found[len(ys) :] if in_outer else (None,) * len(xs)
 
     def linearize(
@@ -83,3 +83,8 @@ class Graph:
         found = self._products(v, [*self._ys, *self._xs, *self._batch], last=True)
         self._roots = None
         return autodiff.filled(found[:count], self._ys), found[count:to_outer], found[to_outer:]
+
+
+def _total(loss: Tensor) -> Tensor:
+    """The loss, summed over tasks where there are tasks."""
+    return loss.sum() if loss.dim() else loss
