@@ -6,6 +6,9 @@ The problem is written once, every estimator of the hypergradient is one argumen
 from bilevel.adapt import adapt as adapt
 from bilevel.batches import Batches as Batches
 from bilevel.batches import PerStep as PerStep
+from bilevel.engine.base import Engine as Engine
+from bilevel.engine.compiled.engine import Compiled as Compiled
+from bilevel.engine.eager import Eager as Eager
 from bilevel.estimators import Bootstrapped as Bootstrapped
 from bilevel.estimators import Estimator as Estimator
 from bilevel.estimators import FirstOrder as FirstOrder
@@ -36,8 +39,10 @@ from bilevel.optim import Optimizer as Optimizer
 from bilevel.optim import Scheduled as Scheduled
 from bilevel.outcome import Adapted as Adapted
 from bilevel.outcome import BilevelError as BilevelError
+from bilevel.outcome import EngineMismatchError as EngineMismatchError
 from bilevel.outcome import Hypergradient as Hypergradient
 from bilevel.outcome import LinearSolution as LinearSolution
+from bilevel.outcome import NotTraceableError as NotTraceableError
 from bilevel.outcome import NotTwiceDifferentiableError as NotTwiceDifferentiableError
 from bilevel.outcome import Solution as Solution
 from bilevel.outcome import Status as Status

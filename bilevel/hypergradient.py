@@ -11,6 +11,8 @@ from torch import Tensor
 
 from bilevel.batches import Batches, PerStep
 from bilevel.engine import autodiff, spans
+from bilevel.engine.base import Engine
+from bilevel.engine.eager import Eager
 from bilevel.estimators.base import Estimator, Instance
 from bilevel.estimators.run import estimated
 from bilevel.estimators.state import State
@@ -30,6 +32,7 @@ def hypergradient(
     solver: InnerSolver,
     estimator: Estimator,
     state: Any = None,
+    engine: Engine | None = None,
 ) -> Hypergradient:
     """Estimate dF/dx for F(x) = f(y*(x), x).
 
@@ -41,6 +44,8 @@ def hypergradient(
         solver: how y moves.
         estimator: how the hypergradient is estimated.
         state: `state` of this estimator's previous result, for warm starts.
+        engine: how derivatives are computed: `bilevel.Eager()` (the default), `bilevel.Compiled()`. All give the same
+            numbers to rounding; what one of them did, and its cost, is in `stats["engine"]`.
 
     Returns:
         The hypergradient with its status. Failures of the computation are data: see `status` and `raise_if_failed`.
@@ -48,6 +53,7 @@ def hypergradient(
     Raises:
         TypeError, ValueError: an argument is not what is needed; the message says what to write.
         NotTwiceDifferentiableError: an operator in a loss lacks the second derivative that the estimator needs.
+        NotTraceableError, EngineMismatchError: of an engine that traces; see `bilevel.Compiled`.
 
     Warns:
         UserWarning: an outer tensor influences nothing; its gradient is zero.
@@ -65,7 +71,11 @@ def hypergradient(
     """
     check_arguments("hypergradient", problem, outer, inner, batches, solver)
     _check_kind("hypergradient", "estimator", estimator, Estimator, "bilevel.Implicit(bilevel.CG(max_steps=10))")
-    instance = Instance(problem, tree.detach(outer), None if inner is None else tree.detach(inner), batches, solver)
+    if engine is not None:
+        _check_kind("hypergradient", "engine", engine, Engine, "bilevel.Eager() or bilevel.Compiled()")
+    derivatives = (engine or Eager()).open()
+    start = None if inner is None else tree.detach(inner)
+    instance = Instance(problem, tree.detach(outer), start, batches, solver, engine=derivatives)
     calls = spans.Calls()
     with prepared(), spans.listen(calls):
         estimate = estimated(estimator, instance, state)
@@ -80,6 +90,7 @@ def hypergradient(
     xs = tree.tensors(instance.outer)
     own = Owned([*xs, *tree.tensors(instance.inner), *given_in(batches)])
     grad = own.leaves([leaf.detach() for leaf in autodiff.filled(estimate.grad, xs)])
+    report = derivatives.report()
     sound = tree.finite([*grad, estimate.outer_loss, estimate.inner_loss])
     return Hypergradient(
         grad=tree.like(instance.outer, grad),
@@ -88,7 +99,11 @@ def hypergradient(
         inner_loss=own.tensor(estimate.inner_loss.detach().mean()),
         state=None if estimate.state is None else own.state(estimate.state),
         next_inner=None if estimate.next_inner is None else own.tree(tree.detach(estimate.next_inner)),
-        stats={"calls": calls.calls, **{name: value for name, value in estimate.stats.items() if value is not None}},
+        stats={
+            "calls": calls.calls,
+            **{name: value for name, value in estimate.stats.items() if value is not None},
+            **({"engine": report} if report else {}),
+        },
         code=_most_telling(estimate.code, code_if(~sound, Status.NONFINITE)),
     )
 

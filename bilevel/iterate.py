@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel.batches import Batches
 from bilevel.engine import spans
+from bilevel.engine.base import Engine
 from bilevel.estimators.base import Estimator
 from bilevel.hypergradient import check_movable, hypergradient, set_grad
 from bilevel.inner.base import InnerSolver
@@ -50,6 +51,7 @@ def iterate(
     carry: bool = True,
     state: Any = None,
     tolerate: Collection[Status] = (Status.NEGATIVE_CURVATURE,),
+    engine: Engine | None = None,
 ) -> Iterator[Step]:
     """Hypergradient, outer step, repeat: one step for each item of `loader`.
 
@@ -67,6 +69,7 @@ def iterate(
         tolerate: failed statuses that are stepped through with a warning. By default negative curvature: nets that are
             not converged have it now and then, and conjugate gradients that stop there still give a direction. A
             non-finite hypergradient is never tolerated.
+        engine: how derivatives are computed, as in `hypergradient`; what it compiles is shared by all steps.
 
     Yields:
         A `Step` after each outer step.
@@ -111,7 +114,7 @@ def iterate(
             "iterate() was given an optimizer that holds none of the tensors of outer, so outer would never move; make "
             "it over outer.values()"
         )
-    return _steps(problem, outer, inner, loader, solver, estimator, optimizer, carry, state, tolerate)
+    return _steps(problem, outer, inner, loader, solver, estimator, optimizer, carry, state, tolerate, engine)
 
 
 def _steps(
@@ -125,6 +128,7 @@ def _steps(
     carry: bool,
     state: Any,
     tolerate: Collection[Status],
+    engine: Engine | None,
 ) -> Iterator[Step]:
     warned = False
     for index, batches in enumerate(loader):
@@ -133,7 +137,9 @@ def _steps(
                 f"iterate()'s loader yielded a {type(batches).__name__}; write (bilevel.Batches(inner=a, outer=b) for "
                 f"a, b in zip(train, valid))"
             )
-        found = hypergradient(problem, outer, inner, batches, solver=solver, estimator=estimator, state=state)
+        found = hypergradient(
+            problem, outer, inner, batches, solver=solver, estimator=estimator, state=state, engine=engine
+        )
         with spans.span(spans.OUTER):
             # Without data nothing can be seen to fail: a forecast takes the step that a sound hypergradient would.
             status = found.status if not isinstance(found.code, Tensor) or readable(found.code) else Status.OK

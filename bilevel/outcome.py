@@ -27,6 +27,14 @@ class NotTwiceDifferentiableError(RuntimeError):
     """An operator in a loss has no second derivative and the chosen estimator needs one."""
 
 
+class NotTraceableError(Exception):
+    """A loss looks at the numbers of tensors, so that no graph stands for it: take `engine=bilevel.Eager()`."""
+
+
+class EngineMismatchError(Exception):
+    """A compiled or captured function returned other numbers than the eager one."""
+
+
 class Status(enum.Enum):
     """How a computation ended. The value is a sentence to act on; the order is the order of severity."""
 

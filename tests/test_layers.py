@@ -87,7 +87,7 @@ LIBRARY = House(
             "functional",
         },
         {"optim", "linear", "outer", "engine.eager", "engine.twice", "engine.evaluation"},
-        {"engine.along"},
+        {"engine.along", "engine.compiled"},
         {"inner.dynamics", "engine.embedding"},
         {"inner.gradient", "engine.linearization", "engine.point"},
         {"inner.base"},
@@ -177,15 +177,17 @@ DIFFERENTIATION = {
         "engine.rematerialize",
         "engine.block",
         "engine.lean",
+        "engine.compiled.engine",
     },
-    "torch.func": {"engine.evaluation", "engine.jacobian", "engine.rematerialize"},
+    "torch.func": {"engine.evaluation", "engine.jacobian", "engine.rematerialize", "engine.compiled.tracing"},
     "torch.vmap": set(),
-    "torch._functorch": set(),
+    "torch._functorch": {"engine.compiled.graphs"},
 }
 FUNC_NAMES = {
     "engine.rematerialize": {"torch.func.vmap"},
     "engine.evaluation": {"torch.func.vmap"},
     "engine.jacobian": {"torch.func.vmap", "torch.func.vjp"},
+    "engine.compiled.tracing": {"torch.func.functionalize"},
 }
 
 

@@ -31,8 +31,15 @@ class Linearized(Protocol):
         """The transposed products with v in inner, in outer and in the batch, in one sweep that frees the graph."""
 
 
-class Engine(Strategy):
-    """How derivatives of pure functions are computed."""
+class Derivatives(abc.ABC):
+    """The derivatives of one hypergradient, as an engine computes them."""
+
+    @property
+    def pure(self) -> bool:
+        """Whether it must be given functions of (inner, outer, batch) that depend on nothing else of this call, because
+        what it makes of them outlives the call.
+        """
+        return False
 
     @abc.abstractmethod
     def gradient(self, loss: Losses, inner: Tree, outer: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
@@ -40,9 +47,9 @@ class Engine(Strategy):
 
     @abc.abstractmethod
     def differentiable_gradient(
-        self, loss: Losses, inner: Tree, outer: Tree, batch: Any
+        self, loss: Losses, inner: Tree, outer: Tree, batch: Any, *, numbers: bool = True
     ) -> tuple[Tensor, PartialLeaves]:
-        """The same of arguments as they come, with a graph."""
+        """The same of arguments as they come, with a graph. Without `numbers` the graph alone is wanted."""
 
     @abc.abstractmethod
     def gradients(
@@ -58,3 +65,15 @@ class Engine(Strategy):
         self, condition: Condition, inner: Tree, outer: Tree, batch: Any, batch_leaves: Sequence[Tensor]
     ) -> Linearized:
         """The condition at a point, with an attached `outer`; in the tensors `batch_leaves` products are wanted too."""
+
+    def report(self) -> dict[str, Any]:
+        """What was run, and what it cost to make; empty where there is nothing to say."""
+        return {}
+
+
+class Engine(Strategy):
+    """How derivatives of pure functions are computed."""
+
+    @abc.abstractmethod
+    def open(self) -> Derivatives:
+        """The derivatives of one hypergradient."""

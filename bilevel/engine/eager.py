@@ -14,27 +14,34 @@ from typing import Any
 from torch import Tensor
 
 from bilevel.engine import autodiff
-from bilevel.engine.base import Condition, Engine, Losses
+from bilevel.engine.base import Condition, Derivatives, Engine, Losses
 from bilevel.space import tree
 from bilevel.space.tree import Leaves, PartialLeaves, Tree
 
 
 @dataclasses.dataclass(frozen=True)
 class Eager(Engine):
-    """Every operator is run as it is met.
+    """Every operator is run as it is met: the reference that the other engines are held against.
 
     Example:
         >>> import torch
-        >>> Eager().gradient(lambda y, x, b: (x * y**2).sum(), torch.ones(2), torch.ones(2), None)[1]
+        >>> Eager().open().gradient(lambda y, x, b: (x * y**2).sum(), torch.ones(2), torch.ones(2), None)[1]
         (tensor([2., 2.]),)
     """
+
+    def open(self) -> "Operators":
+        return Operators()
+
+
+class Operators(Derivatives):
+    """Derivatives by torch.autograd."""
 
     def gradient(self, loss: Losses, inner: Tree, outer: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
         value, gradient, _ = self.gradients(loss, inner, outer, batch, in_inner=True, in_outer=False)
         return value, gradient
 
     def differentiable_gradient(
-        self, loss: Losses, inner: Tree, outer: Tree, batch: Any
+        self, loss: Losses, inner: Tree, outer: Tree, batch: Any, *, numbers: bool = True
     ) -> tuple[Tensor, PartialLeaves]:
         value = loss(inner, outer, batch)
         return value.detach(), autodiff.grad([_total(value)], tree.tensors(inner), create_graph=True)

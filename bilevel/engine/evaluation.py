@@ -4,6 +4,7 @@ Only the user's functions are vmapped; derivatives are taken of the sum over tas
 loss of each touches its own slice of y. Losses are returned per task, because a sum would hide one that diverges.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from bilevel.engine.lookup import Lookups
 from bilevel.engine.replay import Generators
-from bilevel.problem import Problem, Pulled
+from bilevel.problem import Problem, Pulled, distance
 from bilevel.space import tree
 from bilevel.space.tree import Tree
 
@@ -169,6 +170,47 @@ class Evaluation:
         variables = len(dims) - 1
         with torch.enable_grad():
             return function(*(_reattach(argument) for argument in arguments[:variables]), *arguments[variables:])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pure:
+    """A loss as a function of (inner, outer, embedded batch) that depends on nothing else of a call.
+
+    Args:
+        evaluation: how it is evaluated.
+        name: "inner_loss" or "outer_loss".
+
+    A pulled inner loss takes (embedded batch, start) in the place of the embedded batch.
+    """
+
+    evaluation: Evaluation
+    name: str
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The user's function."""
+        function = getattr(self.evaluation.problem, self.name)
+        return function.inner_loss if isinstance(function, Pulled) else function
+
+    @property
+    def memo(self) -> dict[Any, Any]:
+        """What is remembered with the problem."""
+        return self.evaluation.problem.memo
+
+    def key(self) -> tuple[Any, ...]:
+        """What tells it from other losses of the same problem."""
+        return self.name, self.evaluation.tasks
+
+    def __call__(self, inner: Tree, outer: Tree, embedded: Any) -> Tensor:
+        """The loss: 0-dim, or of shape (tasks,)."""
+        function = getattr(self.evaluation.problem, self.name)
+        evaluate = self.evaluation.inner if self.name == "inner_loss" else self.evaluation.outer
+        if not isinstance(function, Pulled):
+            return evaluate(inner, outer, embedded)
+        embedded, start = embedded
+        # Before the loss, so that its copies are gone when the loss's activations come.
+        pull = distance(function.strength, inner, start, self.evaluation.tasks)
+        return evaluate(inner, outer, embedded) + pull
 
 
 def _has_graph(value: Tree) -> bool:

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from bilevel.batches import Batches, PerStep
 from bilevel.engine import autodiff, spans, twice
-from bilevel.engine.base import Engine
+from bilevel.engine.base import Derivatives, Losses
 from bilevel.engine.cotangents import Cotangents
 from bilevel.engine.eager import Eager
 from bilevel.engine.embedding import Embedding, Source, Unset
-from bilevel.engine.evaluation import Evaluation
+from bilevel.engine.evaluation import Evaluation, Pure
 from bilevel.engine.linearization import Linearization
 from bilevel.engine.point import At
 from bilevel.engine.refusals import check_step, restless, step_of, used
@@ -62,12 +62,12 @@ class Oracles:
         dynamics: Dynamics,
         *,
         tasks: int | None = None,
-        engine: Engine | None = None,
+        engine: Derivatives | None = None,
         posed: tuple[Problem, Any] | None = None,
     ) -> None:
         self.problem, self.batches, self.dynamics, self.space = problem, batches, dynamics, Space(tasks)
         self.x, self.attached = tree.detach(outer), tree.attach(outer)
-        self.evaluation, self.engine = Evaluation(problem, tasks), engine or Eager()
+        self.evaluation, self.engine = Evaluation(problem, tasks), engine or Eager().open()
         self._posed = (self.evaluation, batches.outer) if posed is None else (Evaluation(posed[0], tasks), posed[1])
         self.generators = Generators(tree.tensors(outer)[0].device)
         # (It must not hold an embedding: such a cycle would keep every call's tensors until a collection.)
@@ -211,18 +211,36 @@ class Oracles:
 
     def _gradient(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves]:
         with spans.span(spans.INNER_GRADIENT):
-            loss, gradient = self.engine.gradient(self.inner, inner, self.x, embedded)
+            function, batch = self._stated(self.inner, self.x, embedded)
+            loss, gradient = self.engine.gradient(function, inner, self.x, batch)
             return loss, used(gradient)
 
     def inner_value(self, inner: Tree, embedded: Any) -> Tensor:
         """g at an embedded batch, without a graph, per task."""
         return self.inner(inner, self.x, embedded).detach()
 
-    def differentiable_gradient(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves]:
-        """g and dg/dy of arguments as they come, with a graph."""
+    def differentiable_gradient(
+        self, inner: Tree, embedded: Any, *, numbers: bool = True
+    ) -> tuple[Tensor, PartialLeaves]:
+        """g and dg/dy of arguments as they come, with a graph; without `numbers` the graph alone is wanted."""
         with spans.span(spans.INNER_GRADIENT):
-            loss, gradient = self.engine.differentiable_gradient(self._twice, inner, self.attached, embedded)
+            function, batch = self._stated(self._twice, self.attached, embedded)
+            if function is not self._twice and not self.problem.memo.get("twice differentiable"):
+                before = self.generators.peek()
+                self._twice(inner, self.attached, embedded)
+                self.generators.set(before)
+            loss, gradient = self.engine.differentiable_gradient(function, inner, self.attached, batch, numbers=numbers)
             return loss, used(gradient)
+
+    def _stated(self, function: Losses, outer: Tree, embedded: Any) -> tuple[Losses, Any]:
+        """g and its batch as the engine wants them: for one whose work outlives the call, without anything of it."""
+        if not self.engine.pure:
+            return function, embedded
+        pulled = isinstance(self.problem.inner_loss, Pulled)
+        return Pure(self.evaluation, "inner_loss"), (embedded, self._anchor(outer)) if pulled else embedded
+
+    def _outer_stated(self, evaluation: Evaluation) -> Losses:
+        return Pure(evaluation, "outer_loss") if self.engine.pure else evaluation.outer
 
     def _twice(self, inner: Tree, outer: Tree, embedded: Any) -> Tensor:
         """The inner loss; the first time, whether its second derivative is there."""
@@ -252,29 +270,32 @@ class Oracles:
     def outer_gradient(self, inner: Tree) -> tuple[Tensor, Leaves, PartialLeaves]:
         """f, df/dy and df/dx (None where x does not enter f directly)."""
         with spans.span(spans.OUTER_GRADIENT):
+            function = self._outer_stated(self.evaluation)
             loss, in_y, in_x = self.engine.gradients(
-                self.evaluation.outer, inner, self.attached, self._outer_batch(graph=True), in_inner=True, in_outer=True
+                function, inner, self.attached, self._outer_batch(graph=True), in_inner=True, in_outer=True
             )
             return loss, autodiff.filled(in_y, tree.tensors(inner)), in_x
 
     def outer_gradient_in_inner(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
         """f and df/dy (None for tensors that f does not use)."""
         with spans.span(spans.OUTER_GRADIENT):
-            return self.engine.gradient(self.evaluation.outer, inner, self.x, self._outer_batch(graph=False))
+            function = self._outer_stated(self.evaluation)
+            return self.engine.gradient(function, inner, self.x, self._outer_batch(graph=False))
 
     def _outer_numbers(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
         """f and df/dy as a dynamics sees them, without a graph."""
         evaluation, batch = self._posed
         with spans.span(spans.OUTER_GRADIENT):
             embedded = self._embedded(evaluation, batch, graph=False)
-            return self.engine.gradient(evaluation.outer, inner, self.x, embedded)
+            return self.engine.gradient(self._outer_stated(evaluation), inner, self.x, embedded)
 
     def _outer_direction(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
         """The same of arguments as they come, with a graph."""
         evaluation, batch = self._posed
         with spans.span(spans.OUTER_GRADIENT):
             embedded = self._embedded(evaluation, batch, graph=True)
-            return self.engine.differentiable_gradient(evaluation.outer, inner, self.attached, embedded)
+            function = self._outer_stated(evaluation)
+            return self.engine.differentiable_gradient(function, inner, self.attached, embedded)
 
     def outer_gradient_in_outer(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
         """f and df/dx at a fixed y (None where x does not enter f directly)."""

@@ -7,7 +7,7 @@
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -25,13 +25,19 @@ Pulled = tuple[Cotangents, PartialLeaves, PartialLeaves]
 """Cotangents of (y, s), of x, and of the leaves of the step's embedding."""
 
 
+class Gradient(Protocol):
+    """g and dg/dy with a graph; without `numbers` the graph alone."""
+
+    def __call__(self, inner: Tree, embedded: Any, *, numbers: bool = True) -> tuple[Tensor, PartialLeaves]: ...
+
+
 class StepBack:
     """The vector-Jacobian products of a dynamics' steps.
 
     Args:
         dynamics: how y moves.
         attached: x, as graph leaves.
-        gradient: (inner, embedded batch) -> g and dg/dy of arguments as they come, with a graph.
+        gradient: (inner, embedded batch, numbers) -> g and dg/dy of arguments as they come, with a graph.
         point: (step, embedded batch) -> the inner problem there, for steps with a graph.
     """
 
@@ -39,7 +45,7 @@ class StepBack:
         self,
         dynamics: Dynamics,
         attached: Tree,
-        gradient: Callable[[Tree, Any], tuple[Tensor, PartialLeaves]],
+        gradient: Gradient,
         point: Callable[[int, Any], At],
     ) -> None:
         self._dynamics, self._attached, self._gradient, self._point = dynamics, attached, gradient, point
@@ -93,9 +99,10 @@ class StepBack:
         """
         y, xs = tree.attach(inner), tree.tensors(self._attached)
         ys = tree.tensors(y)
-        _, gradient = self._gradient(y, embedding.value)
+        rate = optimizer.plain_rate
+        _, gradient = self._gradient(y, embedding.value, numbers=rate is None and made_with is None)
         with spans.span(spans.HVP):
-            roots, rate = [None if leaf is None else autodiff.root(leaf) for leaf in gradient], optimizer.plain_rate
+            roots = [None if leaf is None else autodiff.root(leaf) for leaf in gradient]
             wanted = [*(ys if to_inner else ()), *xs, *embedding.leaves]
             if rate is None or any(leaf is None for leaf in gradient):
                 gradient = tuple(None if g is None else g.detach() for g in (made_with or gradient))

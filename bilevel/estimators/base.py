@@ -13,7 +13,7 @@ from torch import Tensor
 from bilevel._strategy import Strategy
 from bilevel.batches import Batches, PerStep
 from bilevel.engine import spans
-from bilevel.engine.base import Engine
+from bilevel.engine.base import Derivatives
 from bilevel.engine.oracles import Oracles
 from bilevel.engine.point import At
 from bilevel.engine.refusals import restless
@@ -53,7 +53,7 @@ class Instance:
     batches: Batches
     solver: InnerSolver
     tasks: int | None = None
-    engine: Engine | None = None
+    engine: Derivatives | None = None
     posed: tuple[Problem, Any] | None = None
 
     @functools.cached_property

@@ -1,0 +1,334 @@
+"""The compiled engine: derivatives traced once, compiled, and shared by all calls on a problem.
+
+A gradient with a graph is an autograd.Function whose backward is the compiled products; the compiled gradient is never
+differentiated. So whatever asks for second derivatives (a rebuilt step, a kept tape, a user's own dynamics, a linear
+system) gets them from one explicit function.
+
+| | cost | memory |
+| --- | --- | --- |
+| gradient | 1 gradient | one graph, fused |
+| a product | 1 gradient and 1 product | one graph, fused; until then y alone is kept |
+| linearize; each product | 1 gradient; 1 product | what the product needs of the gradient |
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel.engine import autodiff
+from bilevel.engine.base import Condition, Derivatives, Engine, Losses
+from bilevel.engine.compiled import inductor
+from bilevel.engine.compiled.closure import surroundings
+from bilevel.engine.compiled.functions import Arguments, Functions
+from bilevel.engine.eager import Graph, Operators
+from bilevel.engine.evaluation import Pure
+from bilevel.engine.replay import Generators, State
+from bilevel.space import tree
+from bilevel.space.tree import Leaves, PartialLeaves, Tree
+
+_VARIANTS = 8
+"""How often what surrounds a loss may change before tracing it again is refused."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled(Engine):
+    """Gradients and products traced once and compiled by TorchInductor.
+
+    The functions are kept with the problem: estimators, steps and repeated calls share them. Another trace is made for
+    other shapes, dtypes, devices, structures, training modes, and for other Python values in the surroundings of a
+    loss. What it cost is in `hg.stats["engine"]`; other processes take the code from torch's cache folder.
+
+    Args:
+        backend: "inductor", or "graph" for the traced graph operator by operator, which needs no compiler.
+        check: hold every function against the eager one, at its first two calls by the whole result, later (at calls 1,
+            4, 16, ... of a hypergradient) by the loss. False leaves that out.
+
+    Raises:
+        ValueError: an argument is out of range.
+        NotTraceableError: (when used) a loss looks at the numbers of a tensor.
+        EngineMismatchError: (when used) a check failed.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.Problem(lambda y, x, b: ((y - x) ** 2).sum(), lambda y, x, b: (y**2).sum() / 2)
+        >>> bl.hypergradient(problem, torch.ones(2), torch.zeros(2), bl.Batches(None, None), estimator=bl.Unrolled(),
+        ...     solver=bl.Descent(bl.SGD(lr=0.5), steps=3), engine=bl.Compiled(backend="graph")).grad
+        tensor([1., 1.])
+    """
+
+    backend: str = "inductor"
+    check: bool = True
+
+    def __post_init__(self) -> None:
+        if self.backend not in inductor.BACKENDS:
+            raise ValueError(
+                f"Compiled was given backend={self.backend!r}; one of {', '.join(map(repr, inductor.BACKENDS))} was "
+                f"needed"
+            )
+        if not isinstance(self.check, bool):
+            raise ValueError(f"Compiled was given check={self.check!r}; True or False was needed")
+
+    def open(self) -> "Session":
+        return Session(self)
+
+
+class Bound(NamedTuple):
+    """Compiled functions and the loss that they are held against. (They hold no loss: it holds the problem.)"""
+
+    functions: Functions
+    loss: Pure
+
+
+Variants = list[tuple[list[Any], Functions]]
+"""The functions of one loss at one structure: one for each state of its surroundings."""
+
+
+class Session(Derivatives):
+    """Compiled derivatives of one hypergradient."""
+
+    def __init__(self, engine: Compiled) -> None:
+        self._engine, self._eager, self._make = engine, Operators(), inductor.make(engine.backend)
+        self._known: dict[Any, Bound] = {}
+        self._watched: dict[tuple[int, str], int] = {}
+        self._used: dict[int, tuple[Functions, dict[str, int]]] = {}
+        self._notes: dict[str, None] = {}
+        self._repeated = self._inner_only = False
+
+    @property
+    def pure(self) -> bool:
+        return True
+
+    # --- what is asked
+
+    def gradient(self, loss: Losses, inner: Tree, outer: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
+        bound, given = self._bound(loss, inner, outer, tree.detach(batch))
+        if bound is None:
+            return self._eager.gradient(loss, inner, outer, batch)
+        value, *gradient = self.run(bound, "gradient", given)
+        assert value is not None, "a loss is a tensor"
+        return value, tuple(gradient)
+
+    def gradients(
+        self, loss: Losses, inner: Tree, outer: Tree, batch: Any, *, in_inner: bool, in_outer: bool
+    ) -> tuple[Tensor, PartialLeaves, PartialLeaves]:
+        bound, given = self._bound(loss, inner, outer, batch)
+        if bound is None:
+            return self._eager.gradients(loss, inner, outer, batch, in_inner=in_inner, in_outer=in_outer)
+        ys, xs, zs = bound.functions.counts
+        value, *found = self.run(bound, "gradients", given)
+        assert value is not None, "a loss is a tensor"
+        in_x: PartialLeaves = tuple(found[ys : ys + xs]) if in_outer else (None,) * xs
+        pairs = [(z, w) for z, w in zip(given[ys + xs : ys + xs + zs], found[ys + xs :], strict=True) if w is not None]
+        if in_outer and pairs:
+            through = autodiff.grad([z for z, _ in pairs], tree.tensors(outer), [w for _, w in pairs])
+            in_x = tree.accumulate(in_x, through)
+        return value, tuple(found[:ys]) if in_inner else (None,) * ys, in_x
+
+    def differentiable_gradient(
+        self, loss: Losses, inner: Tree, outer: Tree, batch: Any, *, numbers: bool = True
+    ) -> tuple[Tensor, PartialLeaves]:
+        bound, given = self._bound(loss, inner, outer, batch)
+        if bound is None:
+            return self._eager.differentiable_gradient(loss, inner, outer, batch)
+        use = _Use(self, bound, numbers=numbers, repeated=self._repeated)
+        value, *found = _Gradient.apply(use, *given)
+        rest = iter(found)
+        return value, tuple(next(rest) if there else None for there in use.there)
+
+    def linearize(
+        self, condition: Condition, inner: Tree, outer: Tree, batch: Any, batch_leaves: Sequence[Tensor]
+    ) -> "Linear":
+        self._repeated = True
+        try:
+            return Linear(self, Graph(condition, inner, outer, batch, batch_leaves))
+        finally:
+            self._repeated = False
+
+    @contextmanager
+    def inner_only(self) -> Iterator[None]:
+        """Within it products in y are wanted, and no others."""
+        self._inner_only = True
+        try:
+            yield
+        finally:
+            self._inner_only = False
+
+    # --- the functions
+
+    def _bound(self, loss: Losses, inner: Tree, outer: Tree, batch: Any) -> "tuple[Bound | None, list[Tensor]]":
+        """The compiled functions of a loss at these arguments, and their tensors; None where it is not compiled."""
+        if not isinstance(loss, Pure):
+            self._notes[
+                f"{getattr(loss, '__qualname__', type(loss).__qualname__)} is new at every call: ran eagerly"
+            ] = None
+            return None, []
+        arguments = Arguments(inner, outer, batch)
+        given = arguments.tensors
+        if any(type(each) not in _TENSORS or each.layout is not torch.strided for each in given):
+            self._notes[f"{loss.name} was given a sparse tensor or a tensor of a class of its own: ran eagerly"] = None
+            return None, []
+        key = ("compiled", self._engine, loss.key(), _ambience(given), arguments.key())
+        if key not in self._known:
+            self._known[key] = Bound(self._found(loss, arguments, loss.memo.setdefault(key, [])), loss)
+        return self._known[key], given
+
+    def _found(self, loss: Pure, arguments: Arguments, variants: Variants) -> Functions:
+        now = surroundings(loss.function)
+        for known, functions in variants:
+            if known == now:
+                return functions
+        if len(variants) == _VARIANTS:
+            raise ValueError(
+                f"what {loss.name} reads from its surroundings (its closure, globals, the object it belongs to) has "
+                f"changed {_VARIANTS} times, and the compiled engine traces it anew each time. Pass what changes as a "
+                f"tensor in the batch or in outer, or take engine=bilevel.Eager()"
+            )
+        functions = Functions(loss.name, arguments.emptied(), self._make, check=self._engine.check)
+        variants.append((now, functions))
+        return functions
+
+    def run(self, bound: Bound, name: str, given: Sequence[Tensor]) -> list[Tensor | None]:
+        """A function at tensors, held against the eager loss now and then."""
+        self._use(bound.functions)
+        place = id(bound.functions), name
+        count = self._watched[place] = self._watched.get(place, 0) + 1
+        watch = count & (count - 1) == 0 and count.bit_length() % 2 == 1  # 1, 4, 16, ...
+        return bound.functions.run(bound.loss, name, list(given), watch=watch)
+
+    def prepare(self, bound: Bound, given: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
+        """The loss and dg/dy, and what products need of them."""
+        self._use(bound.functions)
+        return bound.functions.prepare(bound.loss, list(given))
+
+    def pull(
+        self, bound: Bound, kept: list[Tensor], given: Sequence[Tensor], weights: Sequence[Tensor], before: State
+    ) -> list[Tensor | None]:
+        """Products from what was kept."""
+        return bound.functions.pull(bound.loss, kept, list(given), weights, before, inner_only=self._inner_only)
+
+    def _use(self, functions: Functions) -> None:
+        if id(functions) not in self._used:
+            self._used[id(functions)] = functions, {name: piece.calls for name, piece in functions.pieces.items()}
+
+    def report(self) -> dict[str, Any]:
+        rows = []
+        for functions, before in self._used.values():
+            for name, piece in functions.pieces.items():
+                rows.append(
+                    {
+                        "name": f"{name} of {functions.name}",
+                        "nodes": piece.nodes,
+                        "flops": piece.flops,
+                        "bytes": piece.bytes,
+                        "trace_seconds": piece.trace_seconds,
+                        "compile_seconds": piece.compile_seconds,
+                        "calls": piece.calls - before.get(name, 0),
+                        "new": name not in before or before[name] == 0,
+                    }
+                )
+        return {"name": "compiled", "backend": self._engine.backend, "functions": rows, "notes": list(self._notes)}
+
+
+_TENSORS = (Tensor, torch.nn.Parameter, torch._subclasses.FakeTensor)
+
+
+def _ambience(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What changes operators from outside: autocast, the default dtype, modes."""
+    devices = sorted({each.device.type for each in tensors} | {"cpu"})
+    casts = [
+        (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else device
+        for device in devices
+    ]
+    modes = [type(mode) for mode in torch.overrides._get_current_function_mode_stack()]
+    return (
+        tuple(casts),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        tuple(modes),
+    )
+
+
+class Linear:
+    """A linearized condition: between its products what they need of the compiled gradient is kept."""
+
+    def __init__(self, session: Session, graph: Graph) -> None:
+        self._session, self._graph, self.loss = session, graph, graph.loss
+
+    def transposed(self, v: Leaves) -> Leaves:
+        """(d condition / d inner)' v."""
+        with self._session.inner_only():
+            return self._graph.transposed(v)
+
+    def last(self, v: Leaves) -> tuple[Leaves, PartialLeaves, PartialLeaves]:
+        """The transposed products with v in inner, in outer and in the batch, in one sweep that frees the graph."""
+        return self._graph.last(v)
+
+
+class _Use:
+    """One gradient with a graph: what its backward needs besides tensors."""
+
+    def __init__(self, session: Session, bound: Bound, *, numbers: bool, repeated: bool) -> None:
+        self._session, self._bound, self._repeated = session, bound, repeated
+        known = bound.functions.pieces.get("gradient")
+        self.there: list[bool] = [] if known is None else list(known.there[1:])
+        # Where the numbers of the gradient are not asked for, its place in the graph is enough.
+        self._drawn = numbers or repeated or known is None
+        self._kept: list[Tensor] = []
+        self._before: State | None = None
+
+    def forward(self, given: tuple[Tensor, ...]) -> list[Tensor]:
+        """The loss, and the gradients that there are."""
+        generators = Generators(given[0].device)
+        self._before = generators.peek()
+        if self._repeated:
+            found, self._kept = self._session.prepare(self._bound, given)
+        elif self._drawn:
+            found = self._session.run(self._bound, "gradient", given)
+        else:
+            nowhere = given[0].new_zeros(())
+            leaves = zip(given[: len(self.there)], self.there, strict=True)
+            return [nowhere, *(nowhere.expand(leaf.shape) for leaf, there in leaves if there)]
+        self.there = [each is not None for each in found[1:]]
+        return [each for each in found if each is not None]
+
+    def pull(self, given: tuple[Tensor, ...], weights: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The products with weights, in y, x and z; random numbers are those of the forward."""
+        rest = iter(weights)
+        leaves = zip(given[: len(self.there)], self.there, strict=True)
+        every = [next(rest) if there else None for _, there in leaves]
+        full = [torch.zeros_like(y) if w is None else w for y, w in zip(given, every, strict=False)]
+        generators = Generators(given[0].device)
+        now = generators.peek()
+        assert self._before is not None, "forward comes first"
+        if self._repeated:
+            return self._session.pull(self._bound, self._kept, given, full, self._before)
+        generators.set(self._before)
+        found = self._session.run(self._bound, "products", [*given, *full])[1:]
+        if self._drawn:
+            generators.set(now)
+        return found
+
+
+class _Gradient(torch.autograd.Function):
+    """(y, x, z, other tensors) -> the loss and dg/dy, whose derivative is the compiled products."""
+
+    @staticmethod
+    def forward(ctx: Any, use: _Use, *given: Tensor) -> tuple[Tensor, ...]:
+        found = use.forward(given)
+        ctx.use = use
+        ctx.save_for_backward(*given)
+        ctx.mark_non_differentiable(found[0])
+        ctx.set_materialize_grads(False)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor | None, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise autodiff.not_twice_differentiable("of a compiled gradient", compiled=True)
+        given = ctx.saved_tensors
+        found = ctx.use.pull(given, weights)
+        return None, *found, *[None] * (len(given) - len(found))

@@ -1,0 +1,54 @@
+"""How a graph is run: by the code that TorchInductor makes of it, or as it is."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+BACKENDS = ("inductor", "graph")
+
+
+def as_it_is(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """Operator by operator, each result freed after its last use."""
+    return graph
+
+
+def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """Fused code, from torch's cache folder (TORCHINDUCTOR_CACHE_DIR) where another process has made it.
+
+    Raises:
+        RuntimeError: there is no compiler, or it failed.
+    """
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    def made() -> Callable[..., Any]:
+        # (Its numbers are drawn beforehand; a draw that it were to make by itself would be another one.)
+        with config.patch(fallback_random=True):
+            return compile_fx(graph, list(inputs))  # type: ignore[return-value]
+
+    try:
+        return made()
+    except Exception as error:
+        if "file too short" in str(error):  # left in the cache folder by a process that was killed while it compiled
+            from torch._inductor.utils import fresh_cache
+
+            with contextlib.suppress(Exception), fresh_cache():
+                return made()
+        raise RuntimeError(
+            f"torch could not compile a traced function: {str(error).strip().splitlines()[0]} Compiling needs a C++ "
+            f"compiler (g++), on CUDA Triton, too. Take engine=bilevel.Eager(), or "
+            f'engine=bilevel.Compiled(backend="graph"), which runs the trace without compiling it'
+        ) from error
+
+
+def make(backend: str) -> Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Any]]:
+    """The maker of a backend's functions. On tensors without data graphs run as they are."""
+
+    def run(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        fake = any(isinstance(each, torch._subclasses.FakeTensor) for each in inputs)
+        return as_it_is(graph, inputs) if fake or backend == "graph" else inductor(graph, inputs)
+
+    return run

@@ -1,0 +1,127 @@
+"""One explicit function of tensors as a graph of operators, with its derivatives already taken.
+
+The function takes its derivatives by torch.autograd itself; the trace sees the operators that autograd runs, so that no
+derivative of the graph is ever taken. (torch 2.13 compiles some gradients into wrong second derivatives.) Tensors that
+the function finds elsewhere, in a closure, become further inputs of the graph: they are read anew at every call.
+"""
+
+import dataclasses
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+
+from bilevel.engine.compiled.graphs import tidy
+from bilevel.outcome import NotTraceableError
+
+Flat = Callable[[list[Tensor]], list[Tensor | None]]
+"""Tensors to tensors; None where there is nothing, which must be so at every call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A function as a graph without mutation.
+
+    Attributes:
+        graph: its placeholders are the inputs, then `constants`; it returns the outputs that are not None as a tuple.
+        constants: tensors that the function found elsewhere, by reference.
+        there: which outputs are not None.
+    """
+
+    graph: fx.GraphModule
+    constants: tuple[Tensor, ...]
+    there: tuple[bool, ...]
+
+
+def trace(function: Flat, inputs: Sequence[Tensor]) -> Traced:
+    """`function` as a graph; it is run once, on these inputs.
+
+    Raises:
+        NotTraceableError: it looks at the numbers of a tensor (an `if`, `.item()`, printing), with the line.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx  # (a second of imports, for those who trace)
+
+    there: list[bool] = []
+
+    def listed(*given: Tensor) -> tuple[Tensor, ...]:
+        found = function(list(given))
+        there[:] = [each is not None for each in found]
+        # (An output that is an input, or one tensor twice, is one node; it comes out as it is.)
+        return tuple(each for each in found if each is not None)
+
+    try:
+        first = make_fx(listed)(*inputs)
+    except NotTraceableError:
+        raise
+    except RuntimeError as error:
+        if "data-dependent" not in str(error):
+            raise
+        raise not_traceable("looks at the numbers of a tensor", error) from error
+    constants = _lifted(first)
+    every = [*inputs, *constants]
+    fake = not any(_is_fake(each) for each in every)
+    with torch.no_grad():
+        pure = torch.func.functionalize(first, remove="mutations")
+        graph = make_fx(pure, tracing_mode="fake" if fake else "real")(*every)
+    leftover = _lifted(graph)
+    assert not leftover, "a constant that only the second trace saw"
+    return Traced(tidy(graph), tuple(constants), tuple(there))
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def _lifted(module: fx.GraphModule) -> list[Tensor]:
+    """The tensors that a graph holds as attributes, which become its last placeholders."""
+    constants, places = list[Tensor](), dict[str, fx.Node]()
+    last = [node for node in module.graph.nodes if node.op == "placeholder"][-1]
+    for node in list(module.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        if node.target not in places:
+            value = getattr(module, node.target)
+            assert isinstance(value, Tensor), f"a trace holds a {type(value).__name__}"
+            with module.graph.inserting_after(last):
+                last = places[node.target] = module.graph.placeholder(f"constant_{len(constants)}")
+            last.meta.update(node.meta)
+            constants.append(value.detach())
+        node.replace_all_uses_with(places[node.target])
+        module.graph.erase_node(node)
+    module.graph.lint()
+    module.recompile()
+    return constants
+
+
+class Numbers(TorchFunctionMode):
+    """Within it, looking at the numbers of a tensor is an error that names the line."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS:
+            raise not_traceable(f"calls {_READS[func]} of a tensor")
+        return func(*args, **(kwargs or {}))
+
+
+_NAMES = ["item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "__complex__"]
+_NAMES += ["__contains__", "__repr__", "__format__"]
+_READS: dict[Any, str] = {getattr(Tensor, name): name for name in _NAMES}
+_OURS = (str(Path(__file__).resolve().parents[2]), str(Path(torch.__file__).resolve().parent))
+
+
+def not_traceable(does: str, error: Exception | None = None) -> NotTraceableError:
+    """The error for a loss that no graph stands for, with the user's line."""
+    frames = traceback.extract_stack() if error is None else traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not frame.filename.startswith((*_OURS, "<"))]
+    inside = [i for i, frame in enumerate(frames) if frame.filename.startswith(_OURS[0])]
+    if inside:  # below the first frame of ours there are the user's functions, above it the caller
+        theirs = [f for f in frames[inside[0] :] if not f.filename.startswith((*_OURS, "<"))] or theirs
+    where = f' (line {theirs[-1].lineno} of {theirs[-1].filename}: "{theirs[-1].line}")' if theirs else ""
+    return NotTraceableError(
+        f"the compiled engine cannot trace this loss: it {does}{where}, and what follows from that number would be "
+        f"fixed in the graph. Write it with tensor operators (torch.where instead of if), or take "
+        f"engine=bilevel.Eager()"
+    )
