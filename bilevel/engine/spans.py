@@ -13,7 +13,6 @@ from typing import Protocol
 
 import torch
 from torch._C._autograd import _profiler_enabled
-from torch.autograd import profiler as _profiler
 from torch.profiler import record_function
 
 INNER = "bilevel.inner"
@@ -76,7 +75,7 @@ class span:
     def __exit__(self, *error: object) -> None:
         try:
             if self._range is not None:
-                self._range.__exit__(*error)  # type: ignore[arg-type]
+                self._range.__exit__(*error)
         finally:
             for listener in reversed(self._listeners):
                 listener.exit(self._name)
@@ -86,7 +85,7 @@ def _recorded() -> bool:
     """Whether somebody sees a range: a profiler of torch, or a dispatch mode. Opening one costs as much as ten small
     operators, and those inside of it are slower.
     """
-    return _profiler._is_profiler_enabled or torch._C._len_torch_dispatch_stack() > 0 or _profiler_enabled()
+    return _profiler_enabled() or torch._C._len_torch_dispatch_stack() > 0
 
 
 class Calls:

@@ -62,6 +62,7 @@ def run(
     visit: Visit | None = None,
     moving: Moving | None = None,
     masks: Sequence[Tensor] | None = None,
+    steady: bool = True,
 ) -> Solution:
     """Move y from `start` until the rule is content.
 
@@ -73,6 +74,7 @@ def run(
         visit: sees every iterate before it is moved.
         moving: sees which tasks are moved.
         masks: the tasks that each step moves, where an earlier pass has found them out.
+        steady: whether the losses of all steps are of one batch, so that they say how the loop moves; else nobody asks.
     """
     y, state = start, moves.begin(start)
     every = _CHECK_EVERY_ON_GPU if tree.tensors(start)[0].is_cuda else 1
@@ -109,12 +111,12 @@ def run(
             entered = _slope(moves, point, y)
         if solver.fixed and point.loss is not None and step == solver.max_steps - 1:
             left = entered if step == 0 and entered is not None else _slope(moves, point, y)
-            if last is not None:  # of one step, nothing below asks for it
+            if steady and last is not None:  # of one step, nothing below asks for it
                 moving_on = _moves_on(moves, left, y, moved)
                 promised = _promised(moves, left, moving_on)
         y, state, loss = moved, next_state, point.loss
         if loss is not None:
-            if last is not None:
+            if steady and last is not None:
                 up = (loss - last).clamp_min(0)
                 rise = up if rise is None else rise + up
             first, last = loss if first is None else first, loss

@@ -58,10 +58,10 @@ class Space:
         """Sum alpha x + y, in the dtype of y; alpha is a number, 0-dim, or one number per task."""
         if isinstance(alpha, Tensor):
             if alpha.dim() == 0 and alpha.dtype == y[0].dtype and _at_once(x) and _at_once(y):
-                return tuple(torch._foreach_addcmul(y, [alpha] * len(y), x))
+                return tuple(torch._foreach_addcmul(tuple(y), (alpha,) * len(y), tuple(x)))
             return tuple(torch.addcmul(b, self.per_task(alpha, b).to(b.dtype), a) for a, b in zip(x, y, strict=True))
         if _at_once(x) and _at_once(y):
-            return tuple(torch._foreach_add(y, x, alpha=alpha))
+            return tuple(torch._foreach_add(tuple(y), tuple(x), alpha=alpha))
         return tuple(torch.add(b, a, alpha=alpha) for a, b in zip(x, y, strict=True))
 
     def scaled(self, factor: Tensor | float, x: Sequence[Tensor]) -> Leaves:
@@ -127,7 +127,7 @@ def _norm(x: Sequence[Tensor]) -> Tensor:
     found = torch.linalg.vector_norm(joined, dtype=torch.float64)
     # Squares of float32 overflow above 1e19, and below 1e-19 they vanish. (Fake tensors have no numbers to look at.)
     if len(short) < len(x) and type(found) is Tensor and not 1e-15 < float(found) < math.inf:
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(x), 2, torch.float64)))
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tuple(x), 2, torch.float64)))
     return found
 
 
