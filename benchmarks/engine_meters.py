@@ -15,7 +15,8 @@ GROUPS = {  # by the beginnings of operators' names
     "convolutions, pools, norms": "aten::convolution aten::_convolution aten::mkldnn_conv mkldnn::_conv "
     "aten::_slow_conv aten::thnn_conv aten::max_pool aten::native_batch_norm aten::batch_norm aten::_native_batch_norm "
     "aten::gather aten::scatter aten::native_group_norm",
-    "fused kernels": "compiled:",
+    "fused kernels": "##",
+    "Python and autograd": "compiled: bilevel. _Gradient autograd:: AOTDispatcher detach torch::autograd:: PyTorch",
     "activations": "aten::gelu aten::_softmax aten::native_layer_norm NativeLayerNorm aten::relu "
     "aten::threshold aten::_log_softmax aten::log_softmax aten::nll_loss aten::sigmoid",
     "sums and products": "aten::add aten::mul aten::sub aten::sum aten::neg aten::pow aten::div aten::_foreach "
@@ -23,7 +24,7 @@ GROUPS = {  # by the beginnings of operators' names
     "copies": "aten::copy_ aten::cat aten::fill_ aten::zero aten::clone aten::contiguous",
     "allocation": "aten::empty aten::resize aten::new_empty [memory]",
 }
-GROUPS = {name: tuple(begins.split()) for name, begins in GROUPS.items()}
+GROUPS = {name: ("## Call CompiledFxGraph",) if begins == "##" else tuple(begins.split()) for name, begins in GROUPS.items()}
 REST = ("other operators", "outside of operators")
 
 

@@ -166,7 +166,7 @@ def _ours(p: Problem) -> Ours:
             def inner(y, x, batch):
                 inputs, labels, index = batch
                 losses = cross_entropy(call(y, inputs), labels, reduction="none")
-                return (x[0][index].sigmoid() * losses).mean() + 0.5 * p.wd * sum(w.square().sum() for w in y.values())
+                return (x[0][index].sigmoid() * losses).mean() + 0.5 * p.wd * sum((w * w).sum() for w in y.values())
 
             return bl.Problem(inner, lambda y, x, batch: cross_entropy(call(y, batch[0]), batch[1]))
 
