@@ -10,21 +10,24 @@ import time
 
 import torch
 
-GROUPS = {  # by the beginnings of operators' names
-    "matrix products": "aten::mm aten::addmm aten::bmm aten::baddbmm aten::linear mkldnn::_linear",
-    "convolutions, pools, norms": "aten::convolution aten::_convolution aten::mkldnn_conv mkldnn::_conv "
-    "aten::_slow_conv aten::thnn_conv aten::max_pool aten::native_batch_norm aten::batch_norm aten::_native_batch_norm "
-    "aten::gather aten::scatter aten::native_group_norm",
-    "fused kernels": "##",
-    "Python and autograd": "compiled: bilevel. _Gradient autograd:: AOTDispatcher detach torch::autograd:: PyTorch",
-    "activations": "aten::gelu aten::_softmax aten::native_layer_norm NativeLayerNorm aten::relu "
-    "aten::threshold aten::_log_softmax aten::log_softmax aten::nll_loss aten::sigmoid",
-    "sums and products": "aten::add aten::mul aten::sub aten::sum aten::neg aten::pow aten::div aten::_foreach "
-    "aten::rsub aten::mean aten::dot aten::linalg",
-    "copies": "aten::copy_ aten::cat aten::fill_ aten::zero aten::clone aten::contiguous",
-    "allocation": "aten::empty aten::resize aten::new_empty [memory]",
+_GROUPS = """
+matrix products: aten::mm aten::addmm aten::bmm aten::baddbmm aten::linear mkldnn::_linear
+convolutions, pools, norms: aten::convolution aten::_convolution aten::mkldnn_conv mkldnn::_conv aten::_slow_conv
+    aten::thnn_conv aten::max_pool aten::native_batch_norm aten::batch_norm aten::_native_batch_norm aten::gather
+    aten::scatter aten::native_group_norm
+fused kernels: ##
+Python and autograd: compiled: bilevel. _Gradient autograd:: AOTDispatcher detach torch::autograd:: PyTorch
+activations: aten::gelu aten::_softmax aten::native_layer_norm NativeLayerNorm aten::relu aten::threshold
+    aten::_log_softmax aten::log_softmax aten::nll_loss aten::sigmoid
+sums and products: aten::add aten::mul aten::sub aten::sum aten::neg aten::pow aten::div aten::_foreach aten::rsub
+    aten::mean aten::dot aten::linalg
+copies: aten::copy_ aten::cat aten::fill_ aten::zero aten::clone aten::contiguous
+allocation: aten::empty aten::resize aten::new_empty [memory]
+"""  # by the beginnings of operators' names; "## Call CompiledFxGraph" is what TorchInductor's code is called
+GROUPS = {
+    name: tuple(begins.split())
+    for name, _, begins in (line.partition(": ") for line in _GROUPS.strip().replace("\n    ", " ").splitlines())
 }
-GROUPS = {name: ("## Call CompiledFxGraph",) if begins == "##" else tuple(begins.split()) for name, begins in GROUPS.items()}
 REST = ("other operators", "outside of operators")
 
 
