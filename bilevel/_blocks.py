@@ -53,10 +53,11 @@ class Rematerialized:
     Args:
         layout: of the whole module.
         blocks: layers of it, with their names.
+        offload: whether their inputs wait on the host.
     """
 
-    def __init__(self, layout: Layout, blocks: list[tuple[str, nn.Module]]) -> None:
-        self._layout = layout
+    def __init__(self, layout: Layout, blocks: list[tuple[str, nn.Module]], *, offload: bool = False) -> None:
+        self._layout, self.offload = layout, offload
         self._blocks = [(name, block, _places(block)) for name, block in blocks]
 
     @contextmanager
@@ -108,7 +109,9 @@ class _Block:
         places = [*self._places, *made]
         run = functools.partial(self._run, places)
         functools.update_wrapper(run, self, assigned=("__name__",), updated=())
-        return rematerialized(run, ([store[key] for store, key in places], inputs, keywords), {})
+        vars(run)["identity"] = self._block  # what stays the same from call to call
+        held = [store[key] for store, key in places]
+        return rematerialized(run, (held, inputs, keywords), {}, offload=self._owner.offload)
 
     def _run(self, places: list[tuple[dict[str, Any], str]], held: list[Any], inputs: Any, keywords: Any) -> Any:
         before = [store[key] for store, key in places]

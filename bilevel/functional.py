@@ -24,6 +24,7 @@ def functional(
     trainable: Trainable | None = None,
     requires_grad: bool | None = None,
     rematerialize: Blocks | None = None,
+    offload: bool = False,
 ) -> tuple[Callable[..., Any], dict[str, Tensor]]:
     """Split a module into a function and its parameters.
 
@@ -38,6 +39,7 @@ def functional(
         rematerialize: which layers keep nothing but their inputs, in the forward, in the backward and in the double
             backward, and are computed again instead: a class of layers such as `Block`, several classes, or a function
             of a layer that says yes or no. Layers in each other may both be meant. See `bilevel.rematerialize`.
+        offload: whether the inputs that such layers keep wait on the host, on CUDA. See `bilevel.rematerialize`, too.
 
     Returns:
         `(call, params)`. `call(params, *inputs, **keywords)` runs the module with these parameters; it works under
@@ -52,12 +54,12 @@ def functional(
 
     Raises:
         ValueError: here, when a normalization layer is in a mode that writes its running statistics, when an embedding
-            has max_norm or scale_grad_by_freq, when `trainable` matches nothing, when parameters do not have a shape
-            yet, or when the module is wrapped by DataParallel, DistributedDataParallel or torch.jit; in `call`, when a
-            parameter is missing or unknown, when the forward changed a buffer, when a layer runs inside
-            torch.utils.checkpoint, or when the module has backward hooks and is mapped by vmap, which does not run
-            them.
-        TypeError: `module` is no nn.Module, or `trainable` is none of the above.
+            has max_norm or scale_grad_by_freq, when `trainable` matches nothing, when `offload` is given without
+            `rematerialize`, when parameters do not have a shape yet, or when the module is wrapped by DataParallel,
+            DistributedDataParallel or torch.jit; in `call`, when a parameter is missing or unknown, when the forward
+            changed a buffer, when a layer runs inside torch.utils.checkpoint, or when the module has backward hooks and
+            is mapped by vmap, which does not run them.
+        TypeError: `module` is no nn.Module, `trainable` is none of the above, or `offload` is no bool.
 
     Example:
         >>> import torch, bilevel as bl
@@ -84,8 +86,15 @@ def functional(
         []
     """
     _refuse(module)
+    if not isinstance(offload, bool):
+        raise TypeError(f"functional() was given offload={offload!r}; True or False was needed")
+    if offload and rematerialize is None:
+        raise ValueError(
+            "functional() was given offload=True without rematerialize; it is the inputs of rematerialized blocks that "
+            "leave the device. Write functional(module, rematerialize=Block, offload=True)"
+        )
     layout = Layout(module)
-    held = layout if rematerialize is None else Rematerialized(layout, chosen(module, rematerialize))
+    held = layout if rematerialize is None else Rematerialized(layout, chosen(module, rematerialize), offload=offload)
     names = layout.selected(trainable)
     leaves = trainable is not None if requires_grad is None else requires_grad
     params = {name: layout.parameters[name].detach() for name in names}

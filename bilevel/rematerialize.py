@@ -12,7 +12,7 @@ from bilevel.engine.rematerialize import rematerialized
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def rematerialize(function: Function) -> Function:
+def rematerialize(function: Function, *, offload: bool = False) -> Function:
     """The same function, which keeps nothing but its inputs in the forward, in the backward and in the double backward.
 
     What autograd would keep of it is computed again when it is needed. Of n blocks one after another, a gradient and a
@@ -30,11 +30,18 @@ def rematerialize(function: Function) -> Function:
             uses without being given it (the parameters of a module, variables of its closure) is differentiated, too,
             if it is a leaf such as a parameter or is found in its closure.
 
+        offload: whether the kept inputs wait in pinned memory of the host, on CUDA: copied there while the next block
+            runs, and back while the one after is differentiated. Those that operators made; leaves (parameters,
+            batches) are held by others and stay. On the CPU all stay what they are.
+
     Returns:
         A function of the same arguments.
 
+    Memory: of n blocks of a CUDA device's, with `offload`, the graph of one, its inputs and those of the next; the n
+        inputs are on the host.
+
     Raises:
-        TypeError: `function` cannot be called.
+        TypeError: `function` cannot be called, or `offload` is no bool.
         ValueError: here, when a part of it was given to torch.compile or has a torch.Generator; in the call, when it
             changes an argument in place or writes a module's buffer, when it returns tensors in an object that pytrees
             do not know or stores one outside, or when it uses a tensor that requires grad, was computed elsewhere and
@@ -56,6 +63,8 @@ def rematerialize(function: Function) -> Function:
     """
     if not callable(function):
         raise TypeError(f"rematerialize() was given a {type(function).__name__}; a function was needed")
+    if not isinstance(offload, bool):
+        raise TypeError(f"rematerialize() was given offload={offload!r}; True or False was needed")
     refuse(function)
     modules = dict.fromkeys(reachable(function, nn.Module))
 
@@ -63,7 +72,7 @@ def rematerialize(function: Function) -> Function:
         buffers = [
             (buffer, buffer._version) for module in modules for buffer in module._buffers.values() if _has(buffer)
         ]
-        found = rematerialized(function, arguments, keywords)
+        found = rematerialized(function, arguments, keywords, offload=offload)
         if any(buffer._version != version for buffer, version in buffers):
             name = getattr(function, "__name__", type(function).__name__)
             raise ValueError(

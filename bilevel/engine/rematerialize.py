@@ -16,8 +16,13 @@ torch-function modes, and torch.func.vmap, of which a block is taken out. Tensor
 are found in the graph of the first run, and differentiated in or refused.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,15 +30,70 @@ from torch.autograd.graph import Node
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
-from bilevel.engine.block import Block, Flat, Hand, within
+from bilevel.engine.block import Block, Compiled, Flat, Hand, within
 from bilevel.engine.captures import captured, entries, hides_graph, name_of
 from bilevel.engine.lean import Lean
+from bilevel.engine.offload import Item, Kept, Store, lane_of
 
 
-def rematerialized(function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    """function(*arguments, **keywords), as a block where a derivative may be wanted of it, and as it is elsewhere."""
+@dataclasses.dataclass
+class Switch:
+    """Whether blocks are run as such (`on`), and whether one was met."""
+
+    on: bool
+    met: bool = False
+
+
+_switch: contextvars.ContextVar[Switch | None] = contextvars.ContextVar("bilevel_blocks", default=None)
+
+
+@contextlib.contextmanager
+def switched(*, on: bool) -> Iterator[Switch]:
+    """Inside this block, blocks are blocks or the functions that they are made of."""
+    switch = Switch(on)
+    token = _switch.set(switch)
+    try:
+        yield switch
+    finally:
+        _switch.reset(token)
+
+
+class Compiler(Protocol):
+    """Knows the compiled functions of blocks."""
+
+    def of(self, function: Any, key: Any) -> Compiled | None:
+        """Those of a block, for arguments of this key; None where there are none."""
+
+    def learn(self, function: Any, key: Any, block: Block, shape: list[Any] | None, *, fit: bool) -> None:
+        """What an eager run showed: whether it used nothing but its inputs."""
+
+
+_compiler: contextvars.ContextVar[Compiler | None] = contextvars.ContextVar("bilevel_block_compiler", default=None)
+
+
+@contextlib.contextmanager
+def compiled_by(compiler: Compiler) -> Iterator[None]:
+    """Inside this context, blocks that a compiler knows run as what it made of them."""
+    token = _compiler.set(compiler)
+    try:
+        yield
+    finally:
+        _compiler.reset(token)
+
+
+def rematerialized(
+    function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any], *, offload: bool = False
+) -> Any:
+    """function(*arguments, **keywords), as a block where a derivative may be wanted of it, and as it is elsewhere.
+
+    `offload`: the inputs that operators made wait on the host.
+    """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _differentiated_by_func():
         return function(*arguments, **keywords)
+    if (switch := _switch.get()) is not None:
+        switch.met = True
+        if not switch.on:
+            return function(*arguments, **keywords)
     leaves, structure = pytree.tree_flatten((arguments, keywords))
     tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}  # given twice, it is one input
     mapped = torch._C._functorch.maybe_current_level() is not None
@@ -56,7 +116,12 @@ def rematerialized(function: Callable[..., Any], arguments: tuple[Any, ...], key
         shape[:] = [None if isinstance(each, Tensor) else (each,) for each in found], out
         return [each for each in found if isinstance(each, Tensor)]
 
-    results = iter((_out_of_vmap if mapped else _first_run)(flat, list(tensors.values()), function))
+    given = list(tensors.values())
+    if mapped:
+        results = iter(_out_of_vmap(flat, given, function, offload))
+    else:
+        known = None if _compiler.get() is None else _key(given, places, others, structure)
+        results = iter(_first_run(flat, given, function, offload, known, shape))
     constants, out = shape
     return pytree.tree_unflatten([next(results) if each is None else each[0] for each in constants], out)
 
@@ -74,9 +139,9 @@ def _mapped(tensor: Tensor) -> bool:
     return torch._C._functorch.maybe_get_level(tensor) == torch._C._functorch.maybe_current_level()
 
 
-def _out_of_vmap(flat: Flat, tensors: list[Tensor], function: Any) -> Sequence[Tensor]:
+def _out_of_vmap(flat: Flat, tensors: list[Tensor], function: Any, offload: bool) -> Sequence[Tensor]:
     # A mode is switched off while it looks at what vmap calls.
-    found = _Mapped.apply(within(_get_current_function_mode_stack(), flat), function, *tensors)
+    found = _Mapped.apply(within(_get_current_function_mode_stack(), flat), function, offload, *tensors)
     return found if isinstance(found, tuple) else (found,)
 
 
@@ -84,7 +149,7 @@ class _Mapped(torch.autograd.Function):
     """A block under vmap: the block of the mapped function, so that it can be run again when vmap is over."""
 
     @staticmethod
-    def forward(flat: Flat, function: Any, *tensors: Tensor) -> Any:
+    def forward(flat: Flat, function: Any, offload: bool, *tensors: Tensor) -> Any:
         raise AssertionError("a block is mapped")
 
     @staticmethod
@@ -92,8 +157,8 @@ class _Mapped(torch.autograd.Function):
         pass
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], flat: Flat, function: Any, *tensors: Tensor) -> Any:
-        dims = in_dims[2:]
+    def vmap(info: Any, in_dims: tuple[Any, ...], flat: Flat, function: Any, offload: bool, *tensors: Tensor) -> Any:
+        dims = in_dims[3:]
 
         def every(given: list[Tensor]) -> list[Tensor]:
             def one(*slices: Tensor) -> tuple[Tensor, ...]:
@@ -102,15 +167,31 @@ class _Mapped(torch.autograd.Function):
             return list(torch.func.vmap(one, in_dims=dims, randomness=info.randomness)(*given))
 
         again = torch._C._functorch.maybe_current_level() is not None and any(_mapped(each) for each in tensors)
-        found = (_out_of_vmap if again else _first_run)(every, list(tensors), function)
+        found = (_out_of_vmap if again else _first_run)(every, list(tensors), function, offload)
         return tuple(found), (0,) * len(found)
 
 
-def _first_run(flat: Flat, tensors: list[Tensor], function: Any) -> Sequence[Tensor]:
+def _key(tensors: list[Tensor], *rest: Any) -> Any:
+    """Equal for arguments of a block that one trace serves."""
+    casts = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    leaves = [(each.shape, each.dtype, each.device, type(each), each.requires_grad) for each in tensors]
+    modes = [type(each) for each in _get_current_function_mode_stack()]
+    return repr((leaves, casts, modes, torch.get_default_dtype(), rest))
+
+
+def _first_run(
+    flat: Flat, tensors: list[Tensor], function: Any, offload: bool, key: Any = None, shape: list[Any] | None = None
+) -> Sequence[Tensor]:
     """Run a block, and put it into the graph of its inputs."""
     block = Block(flat, tensors, function)
     if not any(block.needs):
         return flat(tensors)
+    compiler, identity = (None if key is None else _compiler.get()), getattr(function, "identity", function)
+    known = None if compiler is None else compiler.of(identity, key)
+    if known is not None and shape is not None:
+        Hand.empty()
+        shape[:], block.outputs, block.compiled = known.shape, known.outputs, known
+        return _in_graph(block, None, known.forward(block, tensors), tensors, offload)
     versions = [0 if each.is_inference() else each._version for each in tensors]
     start = torch.autograd._get_sequence_nr()
     Hand.empty()
@@ -129,15 +210,95 @@ def _first_run(flat: Flat, tensors: list[Tensor], function: Any) -> Sequence[Ten
     block.entries = entries(outputs, z, start, graph=graph)
     block.end = lean.end(graph)
     foreign = captured(outputs, block.entries, function)
-    found = _Forward.apply(block, Hand(block, z, outputs), [each.detach() for each in outputs], *tensors, *foreign)
-    return found if isinstance(found, tuple) else (found,)
+    if compiler is not None:
+        compiler.learn(identity, key, block, shape, fit=not foreign and not any(block.entries))
+    return _in_graph(block, Hand(block, z, outputs), [each.detach() for each in outputs], [*tensors, *foreign], offload)
+
+
+def _in_graph(
+    block: Block, hand: Hand | None, outputs: list[Tensor], inputs: list[Tensor], offload: bool
+) -> Sequence[Tensor]:
+    """A block's outputs as a node of the graph of its inputs."""
+    found = _Forward.apply(block, hand, outputs, *inputs)
+    found = found if isinstance(found, tuple) else (found,)
+    if offload:
+        block.offloads = True
+        _put_away(found, inputs)
+    return found
+
+
+_store = Store()
+_CHANGED = (
+    "an input of the rematerialized block {name} was changed in place after the block ran, while it was copied to "
+    "the host (offload=True); write h = h + d instead of h.add_(d)"
+)
+
+
+def _put_away(results: Sequence[Tensor | None], tensors: Sequence[Tensor | None], known: Any = None) -> None:
+    """What a block's node has saved waits on the host, leaves apart, which are held elsewhere anyway.
+
+    Args:
+        results: of the node.
+        tensors: what it saved, in that order.
+        known: a `_Saved` in which some of them wait already.
+    """
+    node: Any = next((each.grad_fn for each in results if each is not None and each.requires_grad), None)
+    if node is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return  # (somebody else's hooks, such as torch's save_on_cpu, have taken them)
+    leaving = {
+        place: tensor.detach()
+        for place, tensor in enumerate(tensors)
+        if tensor is not None and tensor.grad_fn is not None and lane_of(tensor) is not None
+    }
+    if not leaving:
+        return
+    before, items = _store.last, {} if known is None else known.items
+    kept = _store.put(
+        list(leaving.values()), _CHANGED.format(name=node.block.name), [items.get(place) for place in leaving]
+    )
+    saved = _Saved(kept, dict(zip(leaving, kept.items, strict=True)), None if before is None else weakref.ref(before))
+    node.saved = weakref.ref(saved)
+    for index, place in enumerate(leaving):
+        node._raw_saved_tensors[place].register_hooks(functools.partial(_pack, saved, index), _unpack)
+
+
+class _Saved:
+    """What the graph holds in the place of the tensors of a node.
+
+    Args:
+        kept: the tensors.
+        items: where each waits, by its place among what was saved.
+        before: what was put away before them, and is needed next on the way back.
+    """
+
+    def __init__(self, kept: Kept, items: dict[int, Item], before: "weakref.ref[Kept] | None") -> None:
+        self._kept, self.items, self._before = kept, items, before
+        self._taken: dict[int, Tensor] = {}
+
+    def take(self, place: int) -> Tensor:
+        """One of the tensors. All come when the first is asked for, and then the next begin to."""
+        if place not in self._taken:
+            self._taken = dict(enumerate(self._kept.take()))
+            before = None if self._before is None else self._before()
+            if before is not None:
+                before.fetch()
+        return self._taken.pop(place)
+
+
+def _pack(saved: _Saved, place: int, tensor: Tensor) -> Any:
+    return saved, place
+
+
+def _unpack(packed: Any) -> Tensor:
+    saved, place = packed
+    return saved.take(place)
 
 
 class _Forward(torch.autograd.Function):
     """f(z), already computed."""
 
     @staticmethod
-    def forward(ctx: Any, block: Block, hand: Hand, outputs: list[Tensor], *inputs: Tensor) -> Any:
+    def forward(ctx: Any, block: Block, hand: Hand | None, outputs: list[Tensor], *inputs: Tensor) -> Any:
         ctx.block, ctx.hand = block, hand
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
@@ -150,6 +311,9 @@ class _Forward(torch.autograd.Function):
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled():
             found = _Backward.apply(ctx.block, ctx.hand, len(inputs), *inputs, *weights)
+            if ctx.block.offloads:
+                saved = getattr(ctx, "saved", None)
+                _put_away(found, [*inputs, *weights], None if saved is None else saved())
         else:
             found = ctx.block.pulled(inputs, weights, ctx.hand)
         return None, None, None, *found

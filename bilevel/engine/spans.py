@@ -26,6 +26,8 @@ ORACLES = (INNER_GRADIENT, OUTER_GRADIENT, HVP, MIXED)
 
 UNREAD = "bilevel.unread"
 """A test for convergence on tensors without data, which cannot be read: the loop goes on to its step limit."""
+HOST = "bilevel.host"
+"""What is made in it lies on the host, beside a device whose memory is looked at (see engine.offload)."""
 
 
 class Listener(Protocol):
@@ -43,6 +45,16 @@ _listeners: contextvars.ContextVar[tuple[Listener, ...]] = contextvars.ContextVa
 def listen(listener: Listener) -> Iterator[None]:
     """Announce every span opened inside this block to `listener`."""
     token = _listeners.set((*_listeners.get(), listener))
+    try:
+        yield
+    finally:
+        _listeners.reset(token)
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Announce nothing inside this block: what runs there is a rehearsal."""
+    token = _listeners.set(())
     try:
         yield
     finally:

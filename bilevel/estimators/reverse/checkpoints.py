@@ -8,18 +8,21 @@
 An iterate is kept with the state of the random number generators before its step, so a rebuilt step draws what the
 first pass drew. References: Chen et al. 2016, arXiv 1604.06174. Segments shrink towards the end of the loop (as
 snapshots pile up), which needs sqrt(2 K) iterates at once instead of 2 sqrt(K), and the last one is never recomputed.
+
+Offloaded, what is kept waits on the host: of the S numbers an iterate the device holds those of two.
 """
 
 import functools
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from bilevel.batches import PerStep
 from bilevel.engine.cotangents import Cotangents, floating
 from bilevel.engine.embedding import Embedding
+from bilevel.engine.offload import Store
 from bilevel.engine.replay import State
 from bilevel.estimators.base import Instance
 from bilevel.estimators.reverse.growth import Growth
@@ -29,26 +32,37 @@ from bilevel.inner.loop import where
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
 
-
-class _Kept(NamedTuple):
-    """What rebuilds a step: the iterate, the dynamics' state, and the generators' before it."""
-
-    inner: Tree
-    state: Any
-    random: State
-    versions: tuple[int, ...]
-
-
-def _versions(inner: Tree, state: Any) -> tuple[int, ...]:
-    return tuple(leaf._version for leaf in (*tree.tensors(inner), *tree.tensors(state)))
-
-
 _IN_PLACE = (
     "{name}.step() changed the inner variable or its state in place, after it was kept to rebuild the step from. "
     "Steps are "
     "pure: write state = {{'t': state['t'] + 1}} instead of state['t'] += 1 on a tensor, and y = y - d instead of "
     "y.sub_(d)"
 )
+
+
+class _Kept:
+    """What rebuilds a step: the iterate, the dynamics' state, and the generators' before it."""
+
+    def __init__(self, store: Store, inner: Tree, state: Any, random: State, changed: str, *, stays: bool) -> None:
+        leaves, self._structure = tree.flatten((inner, state))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self._others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+        self._kept, self.random = store.put(tensors, changed, stay=[stays] * len(tensors)), random
+
+    def fetch(self) -> None:
+        """It is needed soon."""
+        self._kept.fetch()
+
+    def take(self) -> tuple[Tree, Any]:
+        """The iterate and the state.
+
+        Raises:
+            ValueError: one of them was changed in place.
+        """
+        tensors = iter(self._kept.take())
+        leaves = [next(tensors) if other is None else other[0] for other in self._others]
+        inner, state = tree.unflatten(leaves, self._structure)
+        return inner, state
 
 
 class Checkpoints:
@@ -62,6 +76,7 @@ class Checkpoints:
         masks: the tasks that each step moves; None for all.
         terms: the terms of the outer loss.
         resampled: whether the gradient of each step is differentiated at `Batches.curvature_at` of it.
+        offload: whether what is kept waits on the host.
     """
 
     def __init__(
@@ -73,6 +88,7 @@ class Checkpoints:
         terms: Terms,
         *,
         resampled: bool = False,
+        offload: bool = False,
     ) -> None:
         oracles = instance.oracles
         self._oracles, self._starts, self._steps, self._live = oracles, starts, solver.steps, masks
@@ -80,6 +96,8 @@ class Checkpoints:
         self._curvature: Embedding | None = None
         self._snapshots, self._kept = list[_Kept](), list[_Kept]()
         self._initial: list[Tensor] = []
+        self._store = Store(leaves=offload)
+        self._changed = _IN_PLACE.format(name=type(oracles.dynamics.update or oracles.dynamics).__name__)
         start = oracles.start()
         if solver.steps and not isinstance(oracles.batches.inner, PerStep):
             oracles.embedding(0)  # drawn before the first step, which is rebuilt without drawing it again
@@ -93,10 +111,12 @@ class Checkpoints:
         if step >= self._starts[-1] or step in self._starts:
             past = self._kept or self._snapshots
             random = self._oracles.generators.state(past[-1].random if past else None)
-            # A user's step may go on with the same dict; the tensors in it are checked to be as they were.
-            state = tree.tree_map(lambda leaf: leaf, state)
-            kept = _Kept(inner, state, random, _versions(inner, state))
+            # (A user's step may go on with the same dict; the tensors in it are checked to be as they were.)
+            kept = self._put(inner, state, random, needed_next=step == self._steps - 1)
             (self._kept if step >= self._starts[-1] else self._snapshots).append(kept)
+
+    def _put(self, inner: Tree, state: Any, random: State, *, needed_next: bool) -> _Kept:
+        return _Kept(self._store, inner, state, random, self._changed, stays=needed_next)
 
     def pull(self, *, to_start: bool) -> tuple[PartialLeaves, Growth]:
         """The cotangents of the outer loss's terms to one of x, along the steps and the start. The iterates are freed.
@@ -125,18 +145,18 @@ class Checkpoints:
             if begin < stop and not self._kept:
                 self._kept = self._recomputed(self._snapshots.pop(), begin, stop)
             for step in reversed(range(begin, stop)):
-                kept = self._kept.pop()
-                if kept.versions != _versions(kept.inner, kept.state):
-                    raise ValueError(_IN_PLACE.format(name=type(oracles.dynamics.update or oracles.dynamics).__name__))
+                random, (inner, state) = self._kept[-1].random, self._kept.pop().take()
+                self._fetch_next()
                 if step < terms.top:
-                    oracles.generators.set(kept.random)
+                    oracles.generators.set(random)
                     made_with = None
                     if self._resampled:
-                        made_with = self._made_with(kept, step)
+                        made_with = self._made_with(inner, step)
                         oracles.generators.set(fresh)
                     embedding = self._fresh_embedding(step) if self._resampled else oracles.embedding(step)
                     cotangents, in_outer, in_batch = self._step_back(
-                        kept,
+                        inner,
+                        state,
                         step,
                         embedding,
                         cotangents,
@@ -151,13 +171,13 @@ class Checkpoints:
                         total = tree.accumulate(total, embedding.pull(in_batch))
                 if terms.followed(step):
                     oracles.generators.set(fresh)
-                    entering = terms.enter(step, kept.inner)
+                    entering = terms.enter(step, inner)
                     fresh = oracles.generators.peek()
                     growth.enter(step - first, entering)
                     known = tuple(cotangents.inner) or (None,) * len(entering)
                     cotangents.inner = list(tree.accumulate(known, tuple(entering)))
                     del entering, known
-                del kept
+                del inner, state
                 if growth.wanted(step - first):
                     growth.look(step - first, cotangents.inner)
         if pending is not None and embedding is not None:
@@ -169,11 +189,17 @@ class Checkpoints:
         oracles.generators.set(fresh)
         return total, growth
 
-    def _made_with(self, kept: _Kept, step: int) -> PartialLeaves | None:
+    def _fetch_next(self) -> None:
+        """The next to be used begins its way back."""
+        waiting = self._kept or self._snapshots
+        if waiting:
+            waiting[-1].fetch()
+
+    def _made_with(self, inner: Tree, step: int) -> PartialLeaves | None:
         """The gradient that a step was made with, for an optimizer whose algebra asks what it was."""
         update = self._oracles.dynamics.update
         plain = update is not None and update.plain_rate is not None
-        return None if plain else self._oracles.inner_gradient(kept.inner, step)[1]
+        return None if plain else self._oracles.inner_gradient(inner, step)[1]
 
     def _fresh_embedding(self, step: int) -> Embedding:
         """The embedded batch of a step's derivatives; made once where all steps share it."""
@@ -184,7 +210,8 @@ class Checkpoints:
 
     def _step_back(
         self,
-        kept: _Kept,
+        inner: Tree,
+        state: Any,
         step: int,
         embedding: Embedding,
         cotangents: Cotangents,
@@ -194,7 +221,7 @@ class Checkpoints:
     ) -> tuple[Cotangents, PartialLeaves, PartialLeaves]:
         """One step's product; the cotangents of tasks that were at rest go past it."""
         pull = functools.partial(
-            self._oracles.step_vjp, kept.inner, kept.state, step, embedding, to_inner=to_inner, made_with=made_with
+            self._oracles.step_vjp, inner, state, step, embedding, to_inner=to_inner, made_with=made_with
         )
         if not self._live:
             return pull(cotangents)
@@ -227,13 +254,14 @@ class Checkpoints:
         """The iterates of a segment, from its first."""
         oracles, kept = self._oracles, [snapshot]
         oracles.generators.set(snapshot.random)
+        y, s = snapshot.take()
         for step in range(begin, stop - 1):
-            y, s, random, _ = kept[-1]
             moved, state = oracles.step(y, tree.tree_map(lambda leaf: leaf, s), oracles.point(step))
             if self._live:
                 moved = where(oracles.space, self._live[step], moved, y)
                 state = state if step == 0 else where(oracles.space, self._live[step], state, s)
-            kept.append(_Kept(moved, state, oracles.generators.state(random), _versions(moved, state)))
+            y, s = moved, state
+            kept.append(self._put(y, s, oracles.generators.state(kept[-1].random), needed_next=step == stop - 2))
         return kept
 
 

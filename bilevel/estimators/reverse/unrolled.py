@@ -10,6 +10,7 @@ df/dx likewise. With `resampled` a step's VJP takes the derivatives of dg/dy at 
 | "graph" | K | K | K tapes of a differentiable step |
 | "iterates" | 2 K | K | K S + one tape |
 | "segments" | about 3 K - sqrt(2 K) | K | sqrt(2 K) S + one tape |
+| ... offload, on CUDA | as above, and 2 copies of S numbers a step | | 2 S + one tape; the rest on the host |
 | ... resampled | K more, but for SGD with a number as its lr alone | as above | + one batch |
 
 One outer gradient, or one per weight that is not 0 (with keep="graph" each holds its P numbers until the sweep).
@@ -32,6 +33,7 @@ from torch import Tensor
 from bilevel.batches import PerStep
 from bilevel.engine import spans
 from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance, Path
+from bilevel.estimators.reverse import auto
 from bilevel.estimators.reverse.checkpoints import Checkpoints, shrinking
 from bilevel.estimators.reverse.tape import Tape
 from bilevel.estimators.reverse.terms import Terms
@@ -39,7 +41,7 @@ from bilevel.inner.descent import Descent
 from bilevel.outcome import Solution
 from bilevel.space import tree
 
-_KEEPS = ("graph", "iterates", "segments")
+_KEEPS = ("graph", "iterates", "segments", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Unrolled(Estimator):
 
     Args:
         keep: "graph" keeps the tape of every step; "iterates" keeps the iterates and rebuilds one step's graph at a
-            time; "segments" keeps about sqrt(2 K) iterates and recomputes the others once.
+            time; "segments" keeps about sqrt(2 K) iterates and recomputes the others once; "auto" takes what has the
+            least compute of those whose forecast fits `budget`: these three and offload, with and without blocks.
         segment: a uniform segment length for keep="segments"; None for lengths that shrink towards the end, the least
             memory for one recomputation.
         last: backpropagate through the last steps only; None for all. Truncation drops everything that acted before:
@@ -67,18 +70,27 @@ class Unrolled(Estimator):
             product is unbiased for the derivative of the step at the iterates; with one batch for both it is not. What
             an optimizer does with a gradient (momentum, moments, rates that are functions of x) is differentiated
             where it ran. Random numbers in losses are drawn anew.
+        offload: whether the kept iterates wait in pinned memory of the host, on CUDA: copied there while the next step
+            runs, and back while the one after is differentiated. For variables on the CPU they stay what they are.
+        budget: for keep="auto", the bytes that the estimate may add at its peak to what is there before (data and
+            variables): a number, or a size such as "2GiB". On a GPU leave room for workspaces and fragmentation. Under
+            TaskMean it is the budget of a chunk.
 
     Stats: `cotangent_growth`, the largest norm of a cotangent on its way back over the one that entered; `digits`, the
     decimal digits that rounding leaves of the hypergradient by it; `cotangent_left`, the part that reached the start.
-    (Where several cotangents enter, over the sum of their norms.)
+    (Where several cotangents enter, over the sum of their norms.) With keep="auto" `keep`, what was chosen, such as
+    "iterates, offload" or "segments, blocks" (blocks run as such), and `keep_peaks`, the forecast bytes of each choice.
     With a solver that stops by itself (Converge) and no init, more than 1% left is Status.STOPPED_EARLY.
 
-    Memory: see the table in `bilevel.estimators.reverse.unrolled`; independent of Q but for one copy, linear in T.
+    Memory: see the table in `bilevel.estimators.reverse.unrolled`; independent of Q but for one copy, linear in T. With
+        `offload` the peak of a CUDA device does not grow with K: beside one step there are the iterate in use and the
+        next; that of the host grows as the table says.
 
     Raises:
-        ValueError: an argument is out of range, or (when used) x enters only through Problem.init and `last` cuts that
-            path; step_weights are not one per step, or all of those not 0 are cut off by `last`; resampled without
-            `Batches.curvature`, or with a dynamics that is no optimizer.
+        ValueError: an argument is out of range, or (when used) nothing fits the budget, before anything is computed; x
+            enters only through Problem.init and `last` cuts that path; step_weights are not one per step, or all of
+            those not 0 are cut off by `last`; resampled without `Batches.curvature`, or with a dynamics that is no
+            optimizer.
 
     Example:
         >>> import torch, bilevel as bl
@@ -101,6 +113,8 @@ class Unrolled(Estimator):
     last: int | None = None
     step_weights: Sequence[float] | None = None
     resampled: bool = False
+    offload: bool = False
+    budget: str | int | None = None
 
     def __post_init__(self) -> None:
         if self.keep not in _KEEPS:
@@ -114,8 +128,15 @@ class Unrolled(Estimator):
                 f"Unrolled was given segment={self.segment} with keep={self.keep!r}; write "
                 f'Unrolled(keep="segments", segment={self.segment})'
             )
-        if not isinstance(self.resampled, bool):
-            raise ValueError(f"Unrolled was given resampled={self.resampled!r}; True or False was needed")
+        for name in ("resampled", "offload"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"Unrolled was given {name}={getattr(self, name)!r}; True or False was needed")
+        if self.offload and self.keep == "graph":
+            raise ValueError(
+                'Unrolled was given offload=True with keep="graph", which keeps what autograd saves of every step, and '
+                'no iterates; write Unrolled("iterates", offload=True). The inputs of rematerialized blocks leave a '
+                "graph by bilevel.functional(module, rematerialize=Block, offload=True)"
+            )
         if self.resampled and self.keep == "graph":
             raise ValueError(
                 'Unrolled was given resampled=True with keep="graph", which keeps the graph of the steps as they ran, '
@@ -123,6 +144,28 @@ class Unrolled(Estimator):
             )
         if self.step_weights is not None:
             object.__setattr__(self, "step_weights", _checked(self.step_weights))
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        if self.keep != "auto":
+            if self.budget is not None:
+                raise ValueError(
+                    f'Unrolled was given budget={self.budget!r} with keep={self.keep!r}; write Unrolled("auto", '
+                    f"budget={self.budget!r}), which chooses how to keep the trajectory within it"
+                )
+            return
+        if self.budget is None:
+            raise ValueError(
+                'Unrolled was given keep="auto" and no budget to choose by; write Unrolled("auto", budget="2GiB")'
+            )
+        if self.offload:
+            raise ValueError(
+                f'Unrolled was given offload=True with keep="auto", which chooses whether to; write '
+                f'Unrolled("auto", budget={self.budget!r}), or Unrolled("iterates", offload=True)'
+            )
+        if not isinstance(self.budget, (str, int)) or isinstance(self.budget, bool):
+            raise ValueError(f'Unrolled was given budget={self.budget!r}; bytes or a size such as "2GiB" was needed')
+        auto.parsed(self.budget)
 
     sees = EVERYWHERE
 
@@ -133,6 +176,8 @@ class Unrolled(Estimator):
     def memory_growth(self) -> str:
         if self.last is not None:
             return "constant"
+        if self.keep == "auto":
+            return ""
         return "sqrt" if self.keep == "segments" and self.segment is None else "linear"
 
     @property
@@ -148,6 +193,9 @@ class Unrolled(Estimator):
 
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         self._check(instance)
+        if self.keep == "auto":
+            assert self.budget is not None
+            return auto.within(self._ways(instance), auto.parsed(self.budget), instance)
         oracles, dynamics, steps = instance.oracles, instance.solver.dynamics, instance.solver.max_steps
         learned: Solution | None = None
         masks: list[Tensor] | None = None
@@ -165,7 +213,15 @@ class Unrolled(Estimator):
         forward = (
             Tape(instance, program, first, masks, terms)
             if self.keep == "graph"
-            else Checkpoints(instance, program, self._starts(first, steps), masks, terms, resampled=self.resampled)
+            else Checkpoints(
+                instance,
+                program,
+                self._starts(first, steps),
+                masks,
+                terms,
+                resampled=self.resampled,
+                offload=self.offload,
+            )
         )
         found, forgets = forward.solution, None
         if learned is not None:
@@ -178,6 +234,18 @@ class Unrolled(Estimator):
             if self.step_weights is not None:
                 stats |= {"final_outer_loss": terms.final}
             return instance.finish(found, grad, terms.loss, codes=[growth.code(forgets=forgets)], stats=stats)
+
+    def _ways(self, instance: Instance) -> dict[str, auto.Way]:
+        """The choices of keep="auto", with their compute by the table above."""
+
+        def way(cost: float, keep: str, *, offload: bool = False) -> auto.Way:
+            return auto.Way(cost, dataclasses.replace(self, keep=keep, offload=offload, budget=None))
+
+        ways = {} if self.resampled else {"graph": way(2, "graph")}
+        ways["iterates"] = way(3, "iterates")
+        if auto.can_leave(instance):
+            ways["iterates, offload"] = way(3.1, "iterates", offload=True)
+        return ways | {"segments": way(4, "segments")}
 
     def _check(self, instance: Instance) -> None:
         """Raise ValueError where the batches or the solver are not what the arguments need."""

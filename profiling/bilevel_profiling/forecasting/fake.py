@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 
 import bilevel as bl
-from bilevel.engine import spans
+from bilevel.engine import offload, spans
 from bilevel.space import tree
 from bilevel_profiling.cases.case import Case, name_of
 from bilevel_profiling.forecasting import kernels
@@ -63,7 +63,8 @@ def forecast(
 
     The figures are those of `measure`: peak and kept tensor bytes, by phase, with a timeline and what is alive at the
     peak; FLOPs; oracle calls. For a case on "cuda" also what the allocator would be asked for: requested (exact), and
-    allocated (each tensor in blocks of 512 bytes).
+    allocated (each tensor in blocks of 512 bytes). What such a case offloads (`Unrolled("iterates", offload=True)`)
+    is on the host then, and not counted; of a case on "cpu" it stays where it is, and is.
 
     Cost: about 0.1 ms an operation, whatever the sizes; a few KiB of memory for each tensor that the run would hold.
 
@@ -131,7 +132,7 @@ def _of_case(case: Case, device: Device | None, command: str) -> Record:
     record = dataclasses.replace(
         described(case, command), source="forecast", reference_note="none: a forecast computes nothing."
     )
-    with without_data() as shapes:
+    with without_data() as shapes, contextlib.nullcontext() if known is case else offload.on_a_device():
         trial = Trial(known)
         trial.prime()
         base = trial.base_sizes()

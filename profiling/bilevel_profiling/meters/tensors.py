@@ -30,6 +30,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
+from bilevel.engine import spans
 from bilevel_profiling.meters.base import Meter
 from bilevel_profiling.meters.ledger import Ledger
 from bilevel_profiling.meters.operators import Operators
@@ -41,6 +42,7 @@ from bilevel_profiling.records.record import Alive
 CUDA_BLOCK = 512
 """The CUDA caching allocator serves whole blocks of so many bytes."""
 _MOST_ALIVE = 20
+_HOST = spans.HOST.removeprefix("bilevel.")
 _lift_fresh = torch.ops.aten.lift_fresh.default
 """torch.tensor(...): its input was made from numbers on the way there."""
 
@@ -51,6 +53,9 @@ class Tensors(Meter):
 
     Inputs of an operator are older than its outputs: an output on an input's storage is a view, and is not counted. A
     storage that grows later (`resize_`, `out=`) counts with its new size, and an older one with its growth.
+
+    What is offloaded from a device is on the host and does not count: the library makes it in a span "bilevel.host"
+    (bilevel.engine.spans.HOST). On the CPU nothing is offloaded, and what is kept counts.
 
     After the block `live_bytes` goes on falling as tensors die: read when the result is dropped, it is what leaked.
 
@@ -178,7 +183,8 @@ class Tensors(Meter):
                 self._resized(
                     key, inputs[key], size, self._ledger.number((self._phases.current, self._phases.span, name, place))
                 )
-        for storage in _storages((output,)):
+        offloaded = self._phases.span == _HOST
+        for storage in () if offloaded else _storages((output,)):
             if storage._cdata not in inputs and storage._cdata not in self._counted and _weighs(operator, output):
                 number = (
                     self._ledger.number((self._phases.current, self._phases.span, name, place))
