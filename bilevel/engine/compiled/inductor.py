@@ -1,6 +1,8 @@
 """How a graph is run: by the code that TorchInductor makes of it, or as it is."""
 
 import contextlib
+import hashlib
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +12,8 @@ from torch import Tensor, fx
 from bilevel.engine.compiled.piece import Compile, Made
 
 BACKENDS = ("inductor", "graph")
+_compiled: "weakref.WeakValueDictionary[Any, Any]" = weakref.WeakValueDictionary()
+"""Code by the graph that it was made of: blocks of a net are alike."""
 
 
 def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
@@ -45,9 +49,14 @@ def make(backend: str) -> Compile:
     """The maker of a backend's functions. On tensors without data graphs run as they are."""
 
     def made(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Made:
-        fake = any(isinstance(each, torch._subclasses.FakeTensor) for each in inputs)
-        # (A graph runs operator by operator, each result freed after its last use.)
-        return Made(graph if fake or backend == "graph" else inductor(graph, inputs))
+        if backend == "graph" or any(isinstance(each, torch._subclasses.FakeTensor) for each in inputs):
+            return Made(graph)  # operator by operator, each result freed after its last use
+        code = hashlib.sha256(str(graph.code).encode()).digest()
+        key = code, tuple((each.shape, each.stride(), each.dtype, each.device) for each in inputs)
+        run = _compiled.get(key)
+        if run is None:
+            run = _compiled[key] = inductor(graph, inputs)
+        return Made(run)
 
     return made
 

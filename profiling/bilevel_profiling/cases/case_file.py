@@ -221,8 +221,9 @@ def given(setup: Setup | str, **overrides: Any) -> Definition:
     case = load(setup) if isinstance(setup, str) else None
     if isinstance(known.get("engines"), (list, tuple)):
         known["engines"] = named_engines.named(known["engines"], {} if case is None else case.engines)
-    if case is None or not isinstance(setup, str):
+    if not isinstance(setup, str):
         return Definition(**{"name": name_of(setup), "setup": setup, **known})
+    assert case is not None, "a name or a path was loaded"
     if "baselines" in known:
         if twice := [label for label in case.baselines if label in known["baselines"]]:
             raise CaseError(
