@@ -312,6 +312,10 @@ class Linear:
         """The transposed products with v in inner, in outer and in the batch, in one sweep that frees the graph."""
         return self._graph.last(v)
 
+    def outside(self, v: Leaves) -> tuple[PartialLeaves, PartialLeaves]:
+        """The same without that in inner."""
+        return self._graph.outside(v)
+
 
 class _Use:
     """One gradient with a graph: what its backward needs besides tensors."""

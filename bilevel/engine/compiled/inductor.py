@@ -1,6 +1,7 @@
 """How a graph is run: by the code that TorchInductor makes of it, or as it is."""
 
 import contextlib
+import hashlib
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,10 +51,12 @@ def make(backend: str) -> Compile:
     def made(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Made:
         if backend == "graph" or any(isinstance(each, torch._subclasses.FakeTensor) for each in inputs):
             return Made(graph)  # operator by operator, each result freed after its last use
-        key = str(graph.code), tuple((each.shape, each.stride(), each.dtype, each.device) for each in inputs)
-        if key not in _compiled:
-            _compiled[key] = inductor(graph, inputs)
-        return Made(_compiled[key])
+        code = hashlib.sha256(str(graph.code).encode()).digest()
+        key = code, tuple((each.shape, each.stride(), each.dtype, each.device) for each in inputs)
+        run = _compiled.get(key)
+        if run is None:
+            run = _compiled[key] = inductor(graph, inputs)
+        return Made(run)
 
     return made
 
