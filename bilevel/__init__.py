@@ -7,6 +7,7 @@ from bilevel.adapt import adapt as adapt
 from bilevel.batches import Batches as Batches
 from bilevel.batches import PerStep as PerStep
 from bilevel.engine.base import Engine as Engine
+from bilevel.engine.compiled.captured import Captured as Captured
 from bilevel.engine.compiled.engine import Compiled as Compiled
 from bilevel.engine.eager import Eager as Eager
 from bilevel.estimators import Bootstrapped as Bootstrapped

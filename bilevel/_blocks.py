@@ -109,6 +109,7 @@ class _Block:
         places = [*self._places, *made]
         run = functools.partial(self._run, places)
         functools.update_wrapper(run, self, assigned=("__name__",), updated=())
+        vars(run)["identity"] = self._block  # what stays the same from call to call
         held = [store[key] for store, key in places]
         return rematerialized(run, (held, inputs, keywords), {}, offload=self._owner.offload)
 

@@ -4,7 +4,7 @@ import gc
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,13 +13,34 @@ from torch.overrides import _get_current_function_mode_stack
 
 from bilevel.engine.captures import Entries, entries, name_of
 from bilevel.engine.lean import Lean, NotTheEnd, running
-from bilevel.engine.replay import Generators
+from bilevel.engine.replay import Generators, State
 
 Flat = Callable[[list[Tensor]], list[Tensor]]
 """A block as a function of its tensors to the tensors in what it returns."""
 Gradients = tuple[Tensor | None, ...]
 _Reference: Any = torch._C._WeakTensorRef  # type: ignore[attr-defined]
 """A weak reference to a tensor, not to the Python object, which torch makes anew."""
+
+
+class Compiled(Protocol):
+    """A block's functions as compiled code; `outputs` says of each result its shape, dtype and whether it has a
+    gradient, `shape` how they stand in what the block returns.
+    """
+
+    outputs: list[Any]
+    shape: list[Any]
+
+    def forward(self, block: "Block", inputs: Sequence[Tensor]) -> list[Tensor]: ...
+
+    def pulled(self, block: "Block", inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Gradients: ...
+
+    def pulled_twice(
+        self,
+        block: "Block",
+        inputs: Sequence[Tensor],
+        weights: Sequence[Tensor | None],
+        cotangents: Sequence[Tensor | None],
+    ) -> Gradients: ...
 
 
 class Block:
@@ -43,6 +64,17 @@ class Block:
         self._compared = False
         self.end: int | None = None
         self.offloads = False
+        self.compiled: Compiled | None = None
+
+    @property
+    def before(self) -> State:
+        """The state of the random number generators before its first run."""
+        return self._before
+
+    @property
+    def generators(self) -> Generators:
+        """Those that it draws from."""
+        return self._generators
 
     def leaves(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The inputs as leaves of a graph of their own."""
@@ -106,6 +138,25 @@ class Block:
 
     def pulled(self, inputs: Sequence[Tensor], weights: Sequence[Tensor | None], hand: "Hand | None") -> Gradients:
         """J' w in every input, without a graph. Cost: 1 forward unless it is at hand, 1 backward."""
+        compiled = self.compiled
+        if compiled is not None:
+            return self._replayed(lambda: compiled.pulled(self, inputs, weights))
+        return self.pulled_eagerly(inputs, weights, hand)
+
+    def _replayed(self, function: Callable[[], Gradients]) -> Gradients:
+        """A function that draws what the first run drew; the generators stay where they are."""
+        Hand.empty()
+        now = self._generators.peek()
+        self._generators.set(self._before)
+        try:
+            return function()
+        finally:
+            self._generators.set(now)
+
+    def pulled_eagerly(
+        self, inputs: Sequence[Tensor], weights: Sequence[Tensor | None], hand: "Hand | None" = None
+    ) -> Gradients:
+        """The same, operator by operator."""
         made = None if hand is None else hand.take()
         z, outputs = made or (self.leaves(inputs[: len(self.needs)]), None)
         outputs = self.again(z, lean=Lean(tail=self.end)) if outputs is None else outputs
@@ -138,6 +189,15 @@ class Block:
         self, inputs: Sequence[Tensor], weights: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
     ) -> Gradients:
         """The derivative of <J' w, c> in every input and in w, without a graph. Cost: 1 forward, 2 backwards."""
+        compiled = self.compiled
+        if compiled is not None:
+            return self._replayed(lambda: compiled.pulled_twice(self, inputs, weights, cotangents))
+        return self.pulled_twice_eagerly(inputs, weights, cotangents)
+
+    def pulled_twice_eagerly(
+        self, inputs: Sequence[Tensor], weights: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
+    ) -> Gradients:
+        """The same, operator by operator."""
         leaves, w, gradient = self.differentiable(inputs, weights, lean=True)
         pairs = [
             # The place in the graph, so that the numbers are freed before the backward.

@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from torch.autograd.graph import Node
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
-from bilevel.engine.block import Block, Flat, Hand, within
+from bilevel.engine.block import Block, Compiled, Flat, Hand, within
 from bilevel.engine.captures import captured, entries, hides_graph, name_of
 from bilevel.engine.lean import Lean
 from bilevel.engine.offload import Item, Kept, Store, lane_of
@@ -56,6 +56,29 @@ def switched(*, on: bool) -> Iterator[Switch]:
         yield switch
     finally:
         _switch.reset(token)
+
+
+class Compiler(Protocol):
+    """Knows the compiled functions of blocks."""
+
+    def of(self, function: Any, key: Any) -> Compiled | None:
+        """Those of a block, for arguments of this key; None where there are none."""
+
+    def learn(self, function: Any, key: Any, block: Block, shape: list[Any] | None, *, fit: bool) -> None:
+        """What an eager run showed: whether it used nothing but its inputs."""
+
+
+_compiler: contextvars.ContextVar[Compiler | None] = contextvars.ContextVar("bilevel_block_compiler", default=None)
+
+
+@contextlib.contextmanager
+def compiled_by(compiler: Compiler) -> Iterator[None]:
+    """Inside this context, blocks that a compiler knows run as what it made of them."""
+    token = _compiler.set(compiler)
+    try:
+        yield
+    finally:
+        _compiler.reset(token)
 
 
 def rematerialized(
@@ -93,7 +116,12 @@ def rematerialized(
         shape[:] = [None if isinstance(each, Tensor) else (each,) for each in found], out
         return [each for each in found if isinstance(each, Tensor)]
 
-    results = iter((_out_of_vmap if mapped else _first_run)(flat, list(tensors.values()), function, offload))
+    given = list(tensors.values())
+    if mapped:
+        results = iter(_out_of_vmap(flat, given, function, offload))
+    else:
+        known = None if _compiler.get() is None else _key(given, places, others, structure)
+        results = iter(_first_run(flat, given, function, offload, known, shape))
     constants, out = shape
     return pytree.tree_unflatten([next(results) if each is None else each[0] for each in constants], out)
 
@@ -143,11 +171,27 @@ class _Mapped(torch.autograd.Function):
         return tuple(found), (0,) * len(found)
 
 
-def _first_run(flat: Flat, tensors: list[Tensor], function: Any, offload: bool) -> Sequence[Tensor]:
+def _key(tensors: list[Tensor], *rest: Any) -> Any:
+    """Equal for arguments of a block that one trace serves."""
+    casts = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    leaves = [(each.shape, each.dtype, each.device, type(each), each.requires_grad) for each in tensors]
+    modes = [type(each) for each in _get_current_function_mode_stack()]
+    return repr((leaves, casts, modes, torch.get_default_dtype(), rest))
+
+
+def _first_run(
+    flat: Flat, tensors: list[Tensor], function: Any, offload: bool, key: Any = None, shape: list[Any] | None = None
+) -> Sequence[Tensor]:
     """Run a block, and put it into the graph of its inputs."""
     block = Block(flat, tensors, function)
     if not any(block.needs):
         return flat(tensors)
+    compiler, identity = (None if key is None else _compiler.get()), getattr(function, "identity", function)
+    known = None if compiler is None else compiler.of(identity, key)
+    if known is not None and shape is not None:
+        Hand.empty()
+        shape[:], block.outputs, block.compiled = known.shape, known.outputs, known
+        return _in_graph(block, None, known.forward(block, tensors), tensors, offload)
     versions = [0 if each.is_inference() else each._version for each in tensors]
     start = torch.autograd._get_sequence_nr()
     Hand.empty()
@@ -166,8 +210,16 @@ def _first_run(flat: Flat, tensors: list[Tensor], function: Any, offload: bool) 
     block.entries = entries(outputs, z, start, graph=graph)
     block.end = lean.end(graph)
     foreign = captured(outputs, block.entries, function)
-    inputs = [*tensors, *foreign]
-    found = _Forward.apply(block, Hand(block, z, outputs), [each.detach() for each in outputs], *inputs)
+    if compiler is not None:
+        compiler.learn(identity, key, block, shape, fit=not foreign and not any(block.entries))
+    return _in_graph(block, Hand(block, z, outputs), [each.detach() for each in outputs], [*tensors, *foreign], offload)
+
+
+def _in_graph(
+    block: Block, hand: Hand | None, outputs: list[Tensor], inputs: list[Tensor], offload: bool
+) -> Sequence[Tensor]:
+    """A block's outputs as a node of the graph of its inputs."""
+    found = _Forward.apply(block, hand, outputs, *inputs)
     found = found if isinstance(found, tuple) else (found,)
     if offload:
         block.offloads = True
@@ -246,7 +298,7 @@ class _Forward(torch.autograd.Function):
     """f(z), already computed."""
 
     @staticmethod
-    def forward(ctx: Any, block: Block, hand: Hand, outputs: list[Tensor], *inputs: Tensor) -> Any:
+    def forward(ctx: Any, block: Block, hand: Hand | None, outputs: list[Tensor], *inputs: Tensor) -> Any:
         ctx.block, ctx.hand = block, hand
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)

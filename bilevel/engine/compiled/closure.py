@@ -19,14 +19,14 @@ _PLAIN = (int, float, complex, bool, str, bytes, type(None))
 class _Same:
     """Equal to another of the same object, while that lives."""
 
-    __slots__ = ("_id", "_object")
+    __slots__ = ("_id", "_object", "tensor")
 
     def __init__(self, value: Any) -> None:
         try:
             self._object: Any = weakref.ref(value)
         except TypeError:
             self._object = lambda: value
-        self._id = id(value)
+        self._id, self.tensor = id(value), isinstance(value, Tensor)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and self._id == other._id and self._object() is not None
@@ -34,11 +34,14 @@ class _Same:
     __hash__ = None  # type: ignore[assignment]
 
 
-def surroundings(function: Any) -> list[Any]:
-    """What `function` depends on besides its arguments, in a list that equals another one while nothing changed."""
+def surroundings(function: Any, *, tensors: bool = True) -> list[Any]:
+    """What `function` depends on besides its arguments, in a list that equals another one while nothing changed.
+
+    Without `tensors`, those are left out: of a module whose parameters are put into it for each call.
+    """
     found: list[Any] = []
     _walk(function, found, set(), 0)
-    return found
+    return found if tensors else [each for each in found if not (isinstance(each, _Same) and each.tensor)]
 
 
 def _walk(value: Any, found: list[Any], seen: set[int], depth: int) -> None:
@@ -52,7 +55,6 @@ def _walk(value: Any, found: list[Any], seen: set[int], depth: int) -> None:
         return
     if isinstance(value, Tensor):
         found.append(_Same(value))
-        found.append(value.requires_grad)
         return
     if id(value) in seen:
         return
@@ -77,7 +79,8 @@ def _walk(value: Any, found: list[Any], seen: set[int], depth: int) -> None:
     elif isinstance(value, nn.Module):
         found.append(_Same(value))
         parts = [
-            *(each for name, each in vars(value).items() if not name.startswith("_")),
+            # (In the place of a block's forward there is another object at each call, which holds the forward.)
+            *(getattr(each, "forward", each) for name, each in vars(value).items() if not name.startswith("_")),
             *value._parameters.values(),
             *value._buffers.values(),
             *value._modules.values(),

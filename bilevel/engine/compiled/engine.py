@@ -12,8 +12,8 @@ system) gets them from one explicit function.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +22,13 @@ from torch import Tensor
 from bilevel.engine import autodiff
 from bilevel.engine.base import Condition, Derivatives, Engine, Losses
 from bilevel.engine.compiled import inductor
+from bilevel.engine.compiled.blocks import Blocks
 from bilevel.engine.compiled.closure import surroundings
 from bilevel.engine.compiled.functions import Arguments, Functions
+from bilevel.engine.compiled.piece import Compile, Piece
 from bilevel.engine.eager import Graph, Operators
 from bilevel.engine.evaluation import Pure
+from bilevel.engine.rematerialize import compiled_by
 from bilevel.engine.replay import Generators, State
 from bilevel.space import tree
 from bilevel.space.tree import Leaves, PartialLeaves, Tree
@@ -64,16 +67,10 @@ class Compiled(Engine):
     check: bool = True
 
     def __post_init__(self) -> None:
-        if self.backend not in inductor.BACKENDS:
-            raise ValueError(
-                f"Compiled was given backend={self.backend!r}; one of {', '.join(map(repr, inductor.BACKENDS))} was "
-                f"needed"
-            )
-        if not isinstance(self.check, bool):
-            raise ValueError(f"Compiled was given check={self.check!r}; True or False was needed")
+        inductor.check("Compiled", self.backend, self.check)
 
     def open(self) -> "Session":
-        return Session(self)
+        return Session(self, "compiled", inductor.make(self.backend), check=self.check)
 
 
 class Bound(NamedTuple):
@@ -88,13 +85,31 @@ Variants = list[tuple[list[Any], Functions]]
 
 
 class Session(Derivatives):
-    """Compiled derivatives of one hypergradient."""
+    """Derivatives of one hypergradient by functions that are traced.
 
-    def __init__(self, engine: Compiled) -> None:
-        self._engine, self._eager, self._make = engine, Operators(), inductor.make(engine.backend)
+    Args:
+        engine: which tells its functions from another's.
+        name: for the report.
+        make: makes a function of a graph.
+        check: whether functions are held against the eager ones.
+        unfit: says why tensors are left to the eager engine; None where they are not.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        make: Compile,
+        *,
+        check: bool,
+        unfit: Callable[[Sequence[Tensor]], str | None] = lambda tensors: None,
+    ) -> None:
+        self._engine, self._name, self._make, self._check, self._unfit = engine, name, make, check, unfit
+        self._eager = Operators()
         self._known: dict[Any, Bound] = {}
         self._watched: dict[str, int] = {}
         self._used: dict[int, tuple[Functions, dict[str, int]]] = {}
+        self._used_blocks: dict[int, tuple[Blocks, dict[int, int]]] = {}
         self._notes: dict[str, None] = {}
         self._repeated = self._inner_only = False
 
@@ -106,8 +121,9 @@ class Session(Derivatives):
 
     def gradient(self, loss: Losses, inner: Tree, outer: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
         bound, given = self._bound(loss, inner, outer, tree.detach(batch))
-        if bound is None:
-            return self._eager.gradient(loss, inner, outer, batch)
+        if bound is None or bound.functions.has_blocks:
+            with self._blocks(bound):
+                return self._eager.gradient(loss, inner, outer, batch)
         value, *gradient = self.run(bound, "gradient", given)
         assert value is not None, "a loss is a tensor"
         return value, tuple(gradient)
@@ -116,8 +132,9 @@ class Session(Derivatives):
         self, loss: Losses, inner: Tree, outer: Tree, batch: Any, *, in_inner: bool, in_outer: bool
     ) -> tuple[Tensor, PartialLeaves, PartialLeaves]:
         bound, given = self._bound(loss, inner, outer, batch)
-        if bound is None:
-            return self._eager.gradients(loss, inner, outer, batch, in_inner=in_inner, in_outer=in_outer)
+        if bound is None or bound.functions.has_blocks:
+            with self._blocks(bound):
+                return self._eager.gradients(loss, inner, outer, batch, in_inner=in_inner, in_outer=in_outer)
         ys, xs, zs = bound.functions.counts
         value, *found = self.run(bound, "gradients", given)
         assert value is not None, "a loss is a tensor"
@@ -132,8 +149,9 @@ class Session(Derivatives):
         self, loss: Losses, inner: Tree, outer: Tree, batch: Any, *, numbers: bool = True
     ) -> tuple[Tensor, PartialLeaves]:
         bound, given = self._bound(loss, inner, outer, batch)
-        if bound is None:
-            return self._eager.differentiable_gradient(loss, inner, outer, batch)
+        if bound is None or bound.functions.has_blocks:
+            with self._blocks(bound):
+                return self._eager.differentiable_gradient(loss, inner, outer, batch)
         use = _Use(self, bound, numbers=numbers, repeated=self._repeated)
         value, *found = _Gradient.apply(use, *given)
         rest = iter(found)
@@ -171,6 +189,10 @@ class Session(Derivatives):
         if any(type(each) not in _TENSORS or each.layout is not torch.strided for each in given):
             self._notes[f"{loss.name} was given a sparse tensor or a tensor of a class of its own: ran eagerly"] = None
             return None, []
+        reason = self._unfit(given)
+        if reason is not None:
+            self._notes[reason] = None
+            return None, []
         key = ("compiled", self._engine, loss.key(), _ambience(given), arguments.key())
         if key not in self._known:
             self._known[key] = Bound(self._found(loss, arguments, loss.memo.setdefault(key, [])), loss)
@@ -187,9 +209,23 @@ class Session(Derivatives):
                 f"changed {_VARIANTS} times, and the compiled engine traces it anew each time. Pass what changes as a "
                 f"tensor in the batch or in outer, or take engine=bilevel.Eager()"
             )
-        functions = Functions(loss.name, arguments.emptied(), self._make, check=self._engine.check)
+        functions = Functions(loss.name, arguments.emptied(), self._make, check=self._check)
+        functions.look(loss, arguments.tensors)
         variants.append((now, functions))
         return functions
+
+    def _blocks(self, bound: Bound | None) -> AbstractContextManager[None]:
+        """A loss with rematerialized blocks runs eagerly between them."""
+        if bound is None:
+            return nullcontext()
+        key = "compiled blocks", self._engine
+        blocks = bound.loss.memo.setdefault(key, Blocks(self._make, check=self._check))
+        if id(blocks) not in self._used_blocks:
+            self._used_blocks[id(blocks)] = (
+                blocks,
+                {id(each): each.calls for row in blocks.pieces().values() for each in row},
+            )
+        return compiled_by(blocks)
 
     def run(self, bound: Bound, name: str, given: Sequence[Tensor]) -> list[Tensor | None]:
         """A function at tensors, held against the eager loss now and then."""
@@ -217,19 +253,29 @@ class Session(Derivatives):
         rows = []
         for functions, before in self._used.values():
             for name, piece in functions.pieces.items():
-                rows.append(
-                    {
-                        "name": f"{name} of {functions.name}",
-                        "nodes": piece.nodes,
-                        "flops": piece.flops,
-                        "bytes": piece.bytes,
-                        "trace_seconds": piece.trace_seconds,
-                        "compile_seconds": piece.compile_seconds,
-                        "calls": piece.calls - before.get(name, 0),
-                        "new": name not in before or before[name] == 0,
-                    }
-                )
-        return {"name": "compiled", "backend": self._engine.backend, "functions": rows, "notes": list(self._notes)}
+                rows.append(_row(f"{name} of {functions.name}", [piece], [before.get(name, 0)]))
+        for blocks, known in self._used_blocks.values():
+            for name, pieces in blocks.pieces().items():
+                rows.append(_row(name, pieces, [known.get(id(piece), 0) for piece in pieces]))
+        notes = {f"{row['name']}: {note}" for row in rows for note in row.pop("notes")}
+        return {"name": self._name, "functions": rows, "notes": [*self._notes, *sorted(notes)]}
+
+
+def _row(name: str, pieces: Sequence[Piece], before: Sequence[int]) -> dict[str, Any]:
+    """The figures of a function in this call; of blocks that are alike, of all of them, FLOPs and bytes of one."""
+    calls = sum(piece.calls for piece in pieces) - sum(before)
+    fresh = [piece for piece, count in zip(pieces, before, strict=True) if not count]
+    return {
+        "name": name,
+        "nodes": pieces[0].nodes,
+        "flops": pieces[0].flops,
+        "bytes": pieces[0].bytes,
+        "trace_seconds": sum(piece.trace_seconds for piece in fresh),
+        "compile_seconds": sum(piece.compile_seconds for piece in fresh),
+        "calls": calls,
+        "new": bool(fresh),
+        "notes": [piece.note for piece in pieces if piece.note is not None],
+    }
 
 
 _TENSORS = (Tensor, torch.nn.Parameter, torch._subclasses.FakeTensor)

@@ -26,6 +26,7 @@ from bilevel.engine.compiled import graphs
 from bilevel.engine.compiled.comparing import Results, mismatch, shake
 from bilevel.engine.compiled.piece import Compile, Piece
 from bilevel.engine.compiled.tracing import Flat, Numbers, Traced, trace
+from bilevel.engine.rematerialize import switched
 from bilevel.engine.replay import Generators, State
 from bilevel.outcome import EngineMismatchError
 from bilevel.space import tree
@@ -94,6 +95,7 @@ class Functions:
     def __init__(self, name: str, example: Arguments, make: Compile, *, check: bool) -> None:
         self.name, self._example, self._make, self._check = name, example, make, check
         self.counts = example.counts
+        self.has_blocks = False
         self.pieces: dict[str, Piece] = {}
 
     # --- the explicit functions, with torch's own autograd inside
@@ -125,6 +127,15 @@ class Functions:
         known = [None if g is None else g.detach() for g in first] if gradient else []
         return [value.detach(), *known, *found]
 
+    def look(self, loss: Losses, given: list[Tensor]) -> None:
+        """Whether the loss has rematerialized blocks, found by running it once."""
+        generators = Generators(given[0].device)
+        before = generators.peek()
+        with torch.enable_grad(), switched(on=True) as blocks:
+            loss(*self._example.like(_leaves(given, sum(self.counts))))
+        generators.set(before)
+        self.has_blocks = blocks.met
+
     def _loss_alone(self, loss: Losses, given: list[Tensor]) -> list[Tensor | None]:
         with torch.no_grad():
             return [loss(*self._example.like([each.detach() for each in given[: len(self._example)]])).detach()]
@@ -145,17 +156,19 @@ class Functions:
         """
         eager: Flat = functools.partial(getattr(self, f"_{name}"), loss)
         if name not in self.pieces:
-            traced, seconds = _traced(eager, given)
-            draw = graphs.hoisted(traced.graph)
-            self.pieces[name] = Piece(name, traced.graph, traced.constants, traced.there, draw, self._make, seconds)
+            explicit, seconds = traced(eager, given)
+            draw = graphs.hoisted(explicit.graph)
+            self.pieces[name] = Piece(
+                name, explicit.graph, explicit.constants, explicit.there, draw, self._make, seconds
+            )
         piece, generators = self.pieces[name], Generators(given[0].device)
-        checked = self._check and not _is_fake(given[0])
+        checked = self._check and not is_fake(given[0])
         before = generators.peek() if checked else None
         found = piece(given)
         if before is not None and piece.calls <= FULL_CHECKS:
-            self._compare(piece, found, eager, given, generators, before)
+            compare(self.name, piece, found, eager, given, generators, before)
         elif before is not None and watch:
-            self._compare(piece, found[:1], functools.partial(self._loss_alone, loss), given, generators, before)
+            compare(self.name, piece, found[:1], functools.partial(self._loss_alone, loss), given, generators, before)
         return found
 
     def prepare(self, loss: Losses, given: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
@@ -168,13 +181,13 @@ class Functions:
     def _split(self, loss: Losses, given: list[Tensor]) -> None:
         ys, weights = self.counts[0], [torch.ones_like(y) for y in given[: self.counts[0]]]
         flat = functools.partial(self._products, loss, gradient=True)
-        traced, seconds = _traced(flat, [*given, *weights])
-        draw = graphs.hoisted(traced.graph)
-        first = sum(traced.there[: 1 + ys])
-        prepared, pulled = graphs.split(traced.graph, first, range(len(given), len(given) + ys))
-        count, rest = len(graphs.outputs(prepared)) - first, traced.there[1 + ys :]
-        there = [*traced.there[: 1 + ys], *[True] * count]
-        self.pieces["prepared"] = Piece("prepared", prepared, traced.constants, there, draw, self._make, seconds)
+        found, seconds = traced(flat, [*given, *weights])
+        draw = graphs.hoisted(found.graph)
+        first = sum(found.there[: 1 + ys])
+        prepared, pulled = graphs.split(found.graph, first, range(len(given), len(given) + ys))
+        count, rest = len(graphs.outputs(prepared)) - first, found.there[1 + ys :]
+        there = [*found.there[: 1 + ys], *[True] * count]
+        self.pieces["prepared"] = Piece("prepared", prepared, found.constants, there, draw, self._make, seconds)
         inner, there = graphs.part(pulled, range(sum(rest[:ys]))), [*rest[:ys], *[False] * (len(rest) - ys)]
         self.pieces["pulled"] = Piece("pulled", inner, (), there, None, self._make, as_given=count)
         self.pieces["last"] = Piece("last", pulled, (), rest, None, self._make, as_given=count)
@@ -204,38 +217,43 @@ class Functions:
         """
         piece = self.pieces["pulled" if inner_only else "last"]
         found = piece([*kept, *weights])
-        if self._check and piece.calls <= FULL_CHECKS and not _is_fake(given[0]):
+        if self._check and piece.calls <= FULL_CHECKS and not is_fake(given[0]):
             count = self.counts[0] if inner_only else sum(self.counts)
 
             def eager(inputs: list[Tensor]) -> Results:
                 return self._products(loss, inputs)[1 : 1 + count]
 
-            self._compare(piece, found[:count], eager, [*given, *weights], Generators(given[0].device), before)
+            compare(self.name, piece, found[:count], eager, [*given, *weights], Generators(given[0].device), before)
         return found
 
-    def _compare(
-        self,
-        piece: Piece,
-        found: Results,
-        eager: Callable[[list[Tensor]], Results],
-        given: list[Tensor],
-        generators: Generators,
-        before: State,
-    ) -> None:
-        """Hold a result against the eager one, from the same random numbers; the generators stay where they are."""
-        after = generators.peek()
 
-        def at(inputs: list[Tensor]) -> Results:
-            generators.set(before)
-            return eager(inputs)
+def compare(
+    owner: str,
+    piece: Piece,
+    found: Results,
+    eager: Callable[[list[Tensor]], Results],
+    given: list[Tensor],
+    generators: Generators,
+    before: State,
+) -> None:
+    """Hold a result against the eager one, from the same random numbers; the generators stay where they are.
 
-        off = mismatch(found, at(given), piece.narrowest, lambda: at(shake(given, piece.narrowest)))
-        generators.set(after)
-        if off is not None:
-            raise EngineMismatchError(
-                f"the compiled function {piece.name!r} of {self.name} differs from the eager one by {off:.1e} of its "
-                f"norm, at call {piece.calls}. " + (_CHANGED if piece.calls > 1 else _WRONG)
-            )
+    Raises:
+        EngineMismatchError: they differ.
+    """
+    after = generators.peek()
+
+    def at(inputs: list[Tensor]) -> Results:
+        generators.set(before)
+        return eager(inputs)
+
+    off = mismatch(found, at(given), piece.narrowest, lambda: at(shake(given, piece.narrowest)))
+    generators.set(after)
+    if off is not None:
+        raise EngineMismatchError(
+            f"the compiled function {piece.name!r} of {owner} differs from the eager one by {off:.1e} of its norm, at "
+            f"call {piece.calls}. " + (_CHANGED if piece.calls > 1 else _WRONG)
+        )
 
 
 _CHANGED = (
@@ -253,11 +271,12 @@ def _leaves(tensors: Sequence[Tensor], count: int) -> list[Tensor]:
     return [each.detach().requires_grad_(i < count) for i, each in enumerate(tensors)]
 
 
-def _is_fake(tensor: Tensor) -> bool:
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it has no numbers."""
     return isinstance(tensor, torch._subclasses.FakeTensor)
 
 
-def _traced(flat: Flat, given: list[Tensor]) -> tuple[Traced, float]:
+def traced(flat: Flat, given: list[Tensor]) -> tuple[Traced, float]:
     """A function as a graph, and the seconds that took; the generators stay where they are."""
     start, generators = time.perf_counter(), Generators(given[0].device)
     before = generators.peek()

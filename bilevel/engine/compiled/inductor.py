@@ -1,18 +1,18 @@
 """How a graph is run: by the code that TorchInductor makes of it, or as it is."""
 
 import contextlib
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from bilevel.engine.compiled.piece import Compile, Made
+
 BACKENDS = ("inductor", "graph")
-
-
-def as_it_is(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """Operator by operator, each result freed after its last use."""
-    return graph
+_compiled: "weakref.WeakValueDictionary[Any, Any]" = weakref.WeakValueDictionary()
+"""Code by the graph that it was made of: blocks of a net are alike."""
 
 
 def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
@@ -44,11 +44,23 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., A
         ) from error
 
 
-def make(backend: str) -> Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Any]]:
+def make(backend: str) -> Compile:
     """The maker of a backend's functions. On tensors without data graphs run as they are."""
 
-    def run(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        fake = any(isinstance(each, torch._subclasses.FakeTensor) for each in inputs)
-        return as_it_is(graph, inputs) if fake or backend == "graph" else inductor(graph, inputs)
+    def made(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Made:
+        if backend == "graph" or any(isinstance(each, torch._subclasses.FakeTensor) for each in inputs):
+            return Made(graph)  # operator by operator, each result freed after its last use
+        key = str(graph.code), tuple((each.shape, each.stride(), each.dtype, each.device) for each in inputs)
+        if key not in _compiled:
+            _compiled[key] = inductor(graph, inputs)
+        return Made(_compiled[key])
 
-    return run
+    return made
+
+
+def check(who: str, backend: str, check: bool) -> None:
+    """Raise ValueError where an engine's arguments are out of range."""
+    if backend not in BACKENDS:
+        raise ValueError(f"{who} was given backend={backend!r}; one of {', '.join(map(repr, BACKENDS))} was needed")
+    if not isinstance(check, bool):
+        raise ValueError(f"{who} was given check={check!r}; True or False was needed")

@@ -2,14 +2,22 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from bilevel.engine.compiled import graphs
 
-Compile = Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Any]]
+
+class Made(NamedTuple):
+    """A function made of a graph, and what is to be said of it."""
+
+    run: Callable[..., Any]
+    note: str | None = None
+
+
+Compile = Callable[[fx.GraphModule, Sequence[Tensor]], Made]
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -46,6 +54,7 @@ class Piece:
         self.narrowest = narrowest(graph)
         self._graph, self._constants, self._draw, self._make = graph, list(constants), draw, make
         self._run: Callable[..., Any] | None = None
+        self.note: str | None = None
         self._as_given = as_given
 
     @property
@@ -61,7 +70,7 @@ class Piece:
             given = [*same, *(each.detach().contiguous() for each in rest), *drawn]
             if self._run is None:
                 start = time.perf_counter()
-                self._run = self._make(self._graph, given)
+                self._run, self.note = self._make(self._graph, given)
                 found = iter(self._run(*given))
                 self.compile_seconds = time.perf_counter() - start
             else:
