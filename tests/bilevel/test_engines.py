@@ -381,7 +381,7 @@ def test_without_checks_the_loss_is_not_called_again():
         before = next(calls)
         call(engine, p, x, 0 * x, bl.Batches(None, None))
         counts[check] = next(calls) - before - 1
-    assert counts == {True: 1, False: 0}
+    assert counts[True] and not counts[False]
 
 
 # --- a compiler that is wrong
