@@ -20,6 +20,10 @@ ABOVE = (
     "Forecast of a traced graph, operator by operator: compiled code keeps fewer intermediate results, so its peak is "
     "at most that."
 )
+POOLS = (
+    "Forecast of a traced graph, operator by operator. Captured on a GPU, each function keeps its peak in a pool of "
+    "its own while the problem lives: these add up, and the forecast counts them as one."
+)
 HIDDEN = (
     "An engine that compiles or captures was at work: what happens inside its functions is in none of these bytes and "
     "FLOPs. Measure a Case(..., engine=...), whose memory is read from the allocator."
@@ -80,6 +84,11 @@ def notes(stats: Stats) -> tuple[Note, ...]:
     """What the engine says of itself."""
     report = stats.get("engine", {})
     return tuple(Note(f"Engine {report.get('name', '')}: {said}.") for said in report.get("notes", ()))
+
+
+def forecast_note(stats: Stats) -> str:
+    """How far the forecast of an engine that is not eager can be relied on."""
+    return POOLS if stats["engine"]["name"] == "captured" else ABOVE
 
 
 def hidden(result: object) -> bool:
