@@ -1,12 +1,13 @@
 """Is what a compiled function returned what the eager one returns?"""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-"""Relative, of the norm of the whole result: a single entry may be nothing but rounding (the gradient of a bias before
+"""Relative, of the norm of a whole part of the result: a single entry may be nothing but rounding (the gradient of a bias before
 a batch normalization)."""
 _NOISE = 100.0
 """How many times the change under a last-digit change of the inputs a difference may be."""
@@ -26,26 +27,47 @@ def difference(found: Results, wanted: Results) -> tuple[float, float]:
     return apart**0.5, size**0.5
 
 
-def mismatch(found: Results, wanted: Results, narrowest: torch.dtype, shaken: Callable[[], Results]) -> float | None:
+def mismatch(
+    found: Sequence[Results],
+    wanted: Sequence[Results],
+    narrowest: torch.dtype,
+    again: Callable[[], Sequence[Results]],
+    shaken: Callable[[], Sequence[Results]],
+) -> float | None:
     """The relative difference of two results that do not agree; None if they do.
+
+    Results come in parts (the loss, the derivatives in y, in x, in the batch), each of which is compared by itself: a
+    large loss hides a small gradient.
 
     Args:
         found: of the compiled function.
         wanted: of the eager one.
         narrowest: the dtype with the fewest digits on the way.
-        shaken: the eager results at inputs changed in their last digit, which says how much of them is rounding; asked
-            for where the others differ.
+        again: the eager results once more, which must be the same: a loss with a counter has no result to compare.
+        shaken: the eager results at inputs changed in their last digit, which says how much of them is rounding. Both
+            are asked for where the others differ.
     """
-    apart, size = difference(found, wanted)
-    if not torch.isfinite(torch.tensor(size)):
+    parts = list(zip(found, wanted, strict=True))
+    pairs = [difference(a, b) for a, b in parts]
+    sizes = [size for _, size in pairs]
+    if not all(map(math.isfinite, sizes)):
         return None  # a loop that diverged says so itself
-    if apart <= TOLERANCES[narrowest] * size:
+    tolerance = TOLERANCES[narrowest]
+    if all(apart <= tolerance * size for apart, size in pairs):
         return None
-    if torch.isfinite(torch.tensor(apart)):
-        rounding, _ = difference(shaken(), wanted)
-        if apart <= TOLERANCES[narrowest] * size + _NOISE * rounding:
-            return None
-    return apart / size if size else float("inf")
+    whole = max(sizes)
+    noise = [0.0] * len(parts)
+    if all(math.isfinite(apart) for apart, _ in pairs):
+        same = all(difference(a, b)[0] <= tolerance * size for a, b, size in zip(again(), wanted, sizes, strict=True))
+        if same:
+            least = torch.finfo(narrowest).eps * whole
+            noise = [_NOISE * max(difference(a, b)[0], least) for a, b in zip(shaken(), wanted, strict=True)]
+    off = [
+        apart / size if size else math.inf
+        for (apart, size), rounding in zip(pairs, noise, strict=True)
+        if not apart <= tolerance * size + rounding
+    ]
+    return max(off, default=None)
 
 
 def shake(tensors: Sequence[Tensor], narrowest: torch.dtype) -> list[Tensor]:

@@ -13,6 +13,7 @@ is at another step: a Python value that changed in between shows there), and by 
 
 import copy
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -166,7 +167,7 @@ class Functions:
         before = generators.peek() if checked else None
         found = piece(given)
         if before is not None and piece.calls <= FULL_CHECKS:
-            compare(self.name, piece, found, eager, given, generators, before)
+            compare(self.name, piece, found, eager, given, generators, before, (1, *self.counts))
         elif before is not None and watch:
             compare(self.name, piece, found[:1], functools.partial(self._loss_alone, loss), given, generators, before)
         return found
@@ -223,7 +224,8 @@ class Functions:
             def eager(inputs: list[Tensor]) -> Results:
                 return self._products(loss, inputs)[1 : 1 + count]
 
-            compare(self.name, piece, found[:count], eager, [*given, *weights], Generators(given[0].device), before)
+            generators, every = Generators(given[0].device), [*given, *weights]
+            compare(self.name, piece, found[:count], eager, every, generators, before, self.counts)
         return found
 
 
@@ -235,19 +237,35 @@ def compare(
     given: list[Tensor],
     generators: Generators,
     before: State,
+    parts: Sequence[int] = (),
 ) -> None:
     """Hold a result against the eager one, from the same random numbers; the generators stay where they are.
+
+    Args:
+        owner: what the function is of, for the message.
+        piece: the function.
+        found: what it returned.
+        eager: its eager equal.
+        given: what it was given.
+        generators: of the random numbers.
+        before: their state before it.
+        parts: how many of the outputs, in order, are compared as one; all of them, or what is left, otherwise.
 
     Raises:
         EngineMismatchError: they differ.
     """
     after = generators.peek()
 
-    def at(inputs: list[Tensor]) -> Results:
-        generators.set(before)
-        return eager(inputs)
+    def apart(results: Results) -> list[Results]:
+        ends = [0, *itertools.accumulate(parts), len(results)]
+        return [results[begin:end] for begin, end in itertools.pairwise(ends)]
 
-    off = mismatch(found, at(given), piece.narrowest, lambda: at(shake(given, piece.narrowest)))
+    def at(inputs: list[Tensor]) -> list[Results]:
+        generators.set(before)
+        return apart(eager(inputs))
+
+    wanted = at(given)
+    off = mismatch(apart(found), wanted, piece.narrowest, lambda: at(given), lambda: at(shake(given, piece.narrowest)))
     generators.set(after)
     if off is not None:
         raise EngineMismatchError(

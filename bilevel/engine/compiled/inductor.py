@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,18 +17,31 @@ _compiled: "weakref.WeakValueDictionary[Any, Any]" = weakref.WeakValueDictionary
 """Code by the graph that it was made of: blocks of a net are alike."""
 
 
+class _Code:
+    """A function that can be referred to weakly (a bound method cannot)."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *given: Tensor) -> Any:
+        return self._function(*given)
+
+
 def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """Fused code, from torch's cache folder (TORCHINDUCTOR_CACHE_DIR) where another process has made it.
 
     Raises:
         RuntimeError: there is no compiler, or it failed.
     """
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch about itself, where it is imported
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx
 
     def made() -> Callable[..., Any]:
         # (Its numbers are drawn beforehand; a draw that it were to make by itself would be another one.)
-        with config.patch(fallback_random=True):
+        with config.patch(fallback_random=True), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
             return compile_fx(graph, list(inputs))  # type: ignore[return-value]
 
     try:
@@ -51,12 +65,12 @@ def make(backend: str) -> Compile:
     def made(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Made:
         if backend == "graph" or any(isinstance(each, torch._subclasses.FakeTensor) for each in inputs):
             return Made(graph)  # operator by operator, each result freed after its last use
-        code = hashlib.sha256(str(graph.code).encode()).digest()
-        key = code, tuple((each.shape, each.stride(), each.dtype, each.device) for each in inputs)
-        run = _compiled.get(key)
-        if run is None:
-            run = _compiled[key] = inductor(graph, inputs)
-        return Made(run)
+        digest = hashlib.sha256(str(graph.code).encode()).digest()
+        key = digest, tuple((each.shape, each.stride(), each.dtype, each.device) for each in inputs)
+        code = _compiled.get(key)
+        if code is None:
+            _compiled[key] = code = _Code(inductor(graph, inputs))
+        return Made(code)
 
     return made
 

@@ -1,14 +1,13 @@
 """Live tensor bytes: what the storages made inside the block weigh together, at most, at one time. On any device, real
 or fake.
 
-Every operator that reaches the dispatcher is seen: forward, backward, double backward, and what torch.func does. An
-    operator's outputs are counted by
-their storage, each storage once, and given up when the last tensor on it dies, which a weak reference tells. Scratch
-memory inside a kernel is not seen, nor is what an allocator adds by rounding and caching (`cuda` sees both).
+Every operator that reaches the dispatcher is seen: forward, backward, double backward, and what torch.func does. Its
+outputs are counted by their storage, each storage once, and given up when the last tensor on it dies, which a weak
+reference tells. Scratch memory inside a kernel is not seen, nor is what an allocator adds (`cuda` sees both).
 
 Autograd works out of place in some spots because a dispatch mode is on: where two gradients of one tensor meet, and in
-    the backward of gather, topk,
-max(dim), x[index] and their kin, which write into zeros. Their results are counted in the place of what dies with them;
+the backward of gather, topk, max(dim), x[index] and their kin, which write into zeros. Their results are counted in the
+place of what dies with them;
 without that, a product with the Hessian of a small net weighs a fifth more than in the allocator's own record, with it
 the same to the byte. Not mended: the backward of prod, cumprod, amax, and of max() without a dimension. Not seen:
 operators on other threads, tensors from copy.deepcopy or pickle.
