@@ -121,6 +121,11 @@ class Tensors(Meter):
         return self._peak_blocks
 
     @property
+    def hidden(self) -> bool:
+        """Whether an engine that compiles or captures was at work, so that these bytes are not all there were."""
+        return self._phases.hidden
+
+    @property
     def live_bytes(self) -> int:
         """Bytes made inside the block and alive now."""
         self._settle()
