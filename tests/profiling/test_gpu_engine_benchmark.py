@@ -34,7 +34,7 @@ def read(path):
 
 def test_a_rehearsal_runs_every_variant_to_the_same_hypergradient(gpu, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
-    assert gpu.main(["--section", "engine", "--smoke", "--dtypes", "float32", "--out", str(out)]) == 0
+    assert gpu.main(["--section", "engine", "--smoke", "--dtypes", "bfloat16", "--out", str(out)]) == 0
     where, *rows = read(out)
     assert where["kind"] == "environment"
     assert where["smoke"]
@@ -48,20 +48,12 @@ def test_a_rehearsal_runs_every_variant_to_the_same_hypergradient(gpu, tmp_path,
     ]
     for row in rows:
         assert row["status"] == "OK", row
-        assert row["difference"] < 1e-3, row
+        assert row["difference"] < (1e-3 if row["dtype"] == "float32" else 0.5), row
         assert row["seconds"] > 0
         assert row["dynamic_bytes"] > 0
         assert row["parameters"] > 0
     assert next(row for row in rows if row["variant"] == "compiled")["trace_seconds"] > 0
-    assert "| weighting, tiny | 0.0M | 2 | float32 | compiled, rematerialized |" in capsys.readouterr().out
-
-
-def test_bfloat16_runs(gpu, section):
-    rows = []
-    spec = section.TINY | {"rounds": 1}
-    section.cell("weighting", "tiny", 2, "bfloat16", "cpu", spec, rows.append, smoke=True)
-    assert {row["status"] for row in rows} == {"OK"}
-    assert all(row["difference"] < 0.5 for row in rows)
+    assert "| weighting, tiny | 0.0M | 2 | bfloat16 | compiled, rematerialized |" in capsys.readouterr().out
 
 
 def test_without_a_gpu_it_says_so(gpu, monkeypatch, capsys):
