@@ -1,19 +1,23 @@
-"""Exact second order in less memory: rematerialized blocks beside hand-written torch, call by call in turn.
+"""Exact second order, eager, compiled and in rematerialized blocks, beside hand-written torch and the peers.
 
-    python benchmarks/engine.py                  # about ten minutes; results/engine.jsonl and its table, engine.md
-    python benchmarks/engine.py --cell hvp 8     # one cell, JSON lines: what the full run starts
+    python benchmarks/engine.py                    # the whole table: results/engine.jsonl and engine.md
+    python benchmarks/engine.py --cell P2 50       # one cell; its rows replace the old ones
+    python benchmarks/engine.py --quick            # three rounds, into the folder of --state; results/ stay as they are
+    python benchmarks/engine.py --peak P2 50 "compiled, segments"   # what is alive at the peak of a variant, and where
+                                                   # its time goes
 
-Two pieces of work. One product with the Hessian and the mixed derivatives (one weight for each sequence) of a
-transformer: width 128, 64 tokens, 16 sequences, 4 heads, attention written out, 8 and 16 blocks. And P3 of
-../shared/bench, a learned loss weighting for such a transformer of 2 blocks, K = 8: the hypergradient by a hand-written
-tape (plain_ref.py) and by ours that recompute, with and without rematerialized blocks.
+A cell (engine_work.py) is a piece of work and a size. All of its variants run in one fresh process on one core and one
+thread, in turn; time is process CPU seconds, t is the ratio of medians to the first variant. m is that of the peak
+memory by the allocator's events under torch's profiler; of what runs operator by operator the bench folder's meter is
+beside it (engine_meters.py).
 
-All variants of a cell run in one fresh single-threaded process, in turn; time is process CPU seconds, the ratio is that
-of the medians over rounds. Memory is the peak of live tensor bytes under the bench folder's own meter, not ours.
+Before that two more processes make the compiled functions, the first with an empty cache of TorchInductor, the second
+with what the first left there: the seconds of tracing and compiling. A run that is stopped goes on where it was, as
+long as the commit is the same (--state; --again measures anew). With what is compiled there, a full run takes 15
+minutes on an idle machine.
 """
 
 import argparse
-import gc
 import json
 import os
 import shutil
@@ -24,196 +28,287 @@ import tempfile
 import time
 from pathlib import Path
 
+from engine_table import family, reached, table
+
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "engine.jsonl"
-CELLS = [("hvp", 8), ("hvp", 16), ("P3", 8)]
+CELLS = [("P2", 50), ("P2", 200), ("P1", 10), ("P1", 50), ("P3", 8), ("hvp", 8), ("hvp", 16), ("cg", 10), ("cg", 50)]
+LEAST_ROUNDS, MOST_ROUNDS = 3, 9
 
 
-def hvp(blocks):
-    """Variants of one product, and what they are compared with."""
+# --- inside of a process
+
+
+def first_calls(work, size):
+    """{variant: what its first call cost}, of those that compile."""
     import torch
-    from common import TF, Block
-    from torch.nn.functional import cross_entropy
-
-    import bilevel as bl
-
-    torch.manual_seed(0)
-    module = TF(n=blocks)
-    tokens, labels = torch.randint(0, 64, (16, 64)), torch.randint(0, 64, (16, 64))
-    x = torch.randn(16, requires_grad=True)
-
-    def loss(call, params):
-        losses = cross_entropy(call(params, tokens).flatten(0, 1), labels.flatten(), reduction="none")
-        return (x.sigmoid() * losses.view(16, -1).mean(1)).mean()
-
-    def product(call, params):
-        leaves = list(params.values())
-        gradient = torch.autograd.grad(loss(call, params), leaves, create_graph=True)
-        roots = [torch.autograd.graph.get_gradient_edge(g) for g in gradient]
-        del gradient
-        return torch.autograd.grad(roots, [*leaves, x], v)
-
-    plain = bl.functional(module, requires_grad=True)
-    rematerialized = bl.functional(module, requires_grad=True, rematerialize=Block)
-    v = [torch.randn_like(leaf) for leaf in plain[1].values()]
-    return {
-        "double backward": lambda: product(*plain),
-        "a plain gradient": lambda: torch.autograd.grad(loss(*plain), list(plain[1].values())),
-        "rematerialized": lambda: product(*rematerialized),
-    }
-
-
-def unroll(K):
-    """Variants of the hypergradient of P3, and the hand-written tape."""
-    import torch
-    from common import Block, Problem
-    from plain_ref import make_step
-
-    import bilevel as bl
-
-    p = Problem("P3", K)
-    leaves = [leaf.detach() for leaf in p.upper]
-
-    def ours(keep, **options):
-        call, params = bl.functional(p.init_module, requires_grad=False, **options)
-        problem = bl.Problem(
-            lambda y, x, k: p.inner(lambda tokens: call(y, tokens), list(y.values()), x, k, 0),
-            lambda y, x, _: p.outer(lambda tokens: call(y, tokens), 0),
-        )
-        batches = bl.Batches(inner=bl.PerStep(range(K)), outer=0)
-        arguments = {"solver": bl.Descent(bl.SGD(lr=p.lr), steps=K), "estimator": bl.Unrolled(keep)}
-        return lambda: torch.utils._pytree.tree_leaves(
-            bl.hypergradient(problem, leaves, params, batches, **arguments).grad
-        )
-
-    return {
-        "hand-written tape": make_step(p, "unroll"),
-        **{f"{keep}": ours(keep) for keep in ("iterates", "segments")},
-        **{f"{keep}, rematerialized": ours(keep, rematerialize=Block) for keep in ("iterates", "segments")},
-    }
-
-
-def cell(work, size, rounds):
-    """The records of one cell."""
-    import torch
-    from bilevel_profiling.measurement.environment import environment
-    from common import MemMeter, flat
+    from engine_work import variants
 
     torch.set_num_threads(1)
-    variants = {"hvp": hvp, "P3": unroll}[work](size)
-    first, *_ = variants
-    reference = flat(variants[first]())
-    differences, seconds, peaks = {}, {label: [] for label in variants}, {}
-    for label, function in variants.items():
-        found = flat(function())
-        same = found.shape == reference.shape
-        differences[label] = float((found - reference).norm() / reference.norm()) if same else None
-    for _ in range(rounds):
-        for label, function in variants.items():
-            gc.collect()
-            start = time.process_time()
-            found = function()
-            seconds[label].append(time.process_time() - start)
-            del found
-    for label, function in variants.items():
-        gc.collect()
-        with MemMeter() as meter:
-            found = function()
-        peaks[label] = meter.peak
-        del found
-    middle = {label: statistics.median(times) for label, times in seconds.items()}
-    return [
-        {
-            "work": work,
-            "size": size,
-            "variant": label,
-            "seconds": middle[label],
-            "seconds_quartiles": statistics.quantiles(seconds[label], n=4)[::2],
-            "seconds_least": min(seconds[label]),
-            "time_ratio": middle[label] / middle[first],
-            "peak_bytes": peaks[label],
-            "memory_ratio": peaks[label] / peaks[first],
-            "difference": differences[label],
-            "rounds": rounds,
-            "profile_milliseconds": profiled(variants[label]) if work == "hvp" else None,
-            "environment": environment(),
+    counters = torch._dynamo.utils.counters["inductor"]
+    found = {}
+    for variant in variants(work, size):
+        if not variant.compiled or variant.optional:
+            continue
+        before, start = counters["fxgraph_cache_miss"], time.perf_counter()
+        try:
+            variant()
+        except Exception as error:
+            found[variant.label] = {"error": said(error)}
+            continue
+        functions = variant.engine.get("functions", [])
+        new = [each for each in functions if each.get("new", True)]
+        found[variant.label] = {
+            "first_seconds": time.perf_counter() - start,
+            "trace_seconds": sum(each["trace_seconds"] for each in new),
+            "compile_seconds": sum(each["compile_seconds"] for each in new),
+            "not_in_cache": counters["fxgraph_cache_miss"] - before,
+            "functions": functions,
         }
-        for label in variants
-    ]
-
-
-GROUPS = {  # by the beginnings of operators' names; the rest is Python and autograd's own work
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
-    "activations": ("aten::gelu", "aten::_softmax", "aten::native_layer_norm", "NativeLayerNorm", "aten::exp"),
-    "sums and products": ("aten::add", "aten::mul", "aten::sub", "aten::sum", "aten::neg", "aten::pow", "aten::div"),
-    "copies": ("aten::copy_", "aten::cat", "aten::fill_"),
-}
-
-
-def profiled(function, runs=3):
-    """Milliseconds of one call by group of operators, under torch's profiler, which itself slows Python down."""
-    import torch
-
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for _ in range(runs):
-            function()
-    found = dict.fromkeys([*GROUPS, "the rest"], 0.0)
-    for event in profile.key_averages():
-        group = next((name for name, begins in GROUPS.items() if event.key.startswith(begins)), "the rest")
-        found[group] += event.self_cpu_time_total / 1e3 / runs
     return found
 
 
-def table(records):
-    """Markdown: time and memory of every variant, and both over those of the first of its cell."""
-    lines = ["| work | variant | ms | of the first | MB | of the first | difference |", "| --- " * 7 + "|"]
-    names = {"hvp": "one product, {} blocks", "P3": "P3, K = {}"}
-    for r in records:
-        difference = "" if r["difference"] in (0, None) else f"{r['difference']:.0e}"
-        lines.append(
-            f"| {names[r['work']].format(r['size'])} | {r['variant']} | {r['seconds'] * 1e3:,.0f} | "
-            f"{r['time_ratio']:.2f} | {r['peak_bytes'] / 1e6:.1f} | {r['memory_ratio']:.2f} | {difference} |"
-        )
-    lines += ["", "Where the time of a product goes, in ms under torch's profiler:", ""]
-    lines += ["| work | variant | " + " | ".join([*GROUPS, "the rest"]) + " |", "| --- " * (3 + len(GROUPS)) + "|"]
-    for r in records:
-        if r["profile_milliseconds"]:
-            cells = " | ".join(f"{value:,.0f}" for value in r["profile_milliseconds"].values())
-            lines.append(f"| {names[r['work']].format(r['size'])} | {r['variant']} | {cells} |")
-    where = ", ".join(f"{key} {value}" for key, value in records[0]["environment"].items())
-    return "\n".join(lines) + (
-        f"\n\nMade by `python benchmarks/engine.py`: process CPU time, medians over {records[0]['rounds']} rounds that "
-        f"visit every variant in turn, and peak live tensor bytes. {where}.\n"
-    )
+def said(error):
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def cell(work, size, budget, state):
+    """The rows of one cell."""
+    import engine_meters as meters
+    import torch
+    from bilevel_profiling.measurement.environment import environment
+    from common import flat
+    from engine_work import variants
+
+    torch.set_num_threads(1)
+    begun, rows, live = time.perf_counter(), {}, []
+    exact = known_reference(work, size, state)
+    tape = None
+    for variant in variants(work, size):
+        if variant.optional:
+            continue
+        row = rows[variant.label] = {"work": work, "size": size, "variant": variant.label, "kind": variant.kind}
+        try:
+            row["first_seconds"] = meters.seconds(lambda: row.update(found=flat(variant())))  # noqa: B023
+        except Exception as error:
+            if not live:
+                raise
+            row["error"] = said(error)
+            print(f"{work} {size}, {variant.label}: {row['error']}", file=sys.stderr)
+            continue
+        found = row.pop("found")
+        tape = found if tape is None else tape
+        for name, known in (("difference", tape), ("error_float64", exact)):
+            same = known is not None and known.shape == found.shape
+            row[name] = float((found - known).norm() / known.norm()) if same else None
+        row |= {"status": variant.status, "engine": variant.engine}
+        live.append(variant)
+    spent = {variant.label: [] for variant in live}
+    for variant in live:  # one call each that is not counted: caches, and the second of the checks
+        spent[variant.label].append(meters.seconds(variant))
+    once = sum(times.pop() for times in spent.values())
+    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(budget / once)))
+    for _ in range(rounds):
+        for variant in live:
+            spent[variant.label].append(meters.seconds(variant))
+    for variant in live:
+        row, times = rows[variant.label], spent[variant.label]
+        row |= {
+            "seconds": statistics.median(times),
+            "seconds_quartiles": statistics.quantiles(times, n=4)[::2],
+            "seconds_least": min(times),
+            "rounds": rounds,
+            "peak_bytes": meters.allocated(variant),
+        }
+        if not variant.compiled and variant.label in ONE_OF_EACH_METER:
+            row["peak_bytes_dispatched"] = meters.dispatched(variant)
+        first = rows[live[0].label]
+        row["time_ratio"] = row["seconds"] / first["seconds"]
+        row["memory_ratio"] = row["peak_bytes"] / first["peak_bytes"]
+    missed = [variant for variant in live if reached(rows[variant.label]) is False]
+    for variant in [live[0], *missed] if missed else []:
+        rows[variant.label]["profile_milliseconds"] = meters.groups(variant)
+    where = environment()
+    took = time.perf_counter() - begun
+    return [row | {"cell_seconds": took, "environment": where} for row in rows.values()]
+
+
+ONE_OF_EACH_METER = (
+    "hand-written tape",
+    "double backward",
+    "hand-written CG",
+    "eager",
+    "eager, graph",
+    "eager, segments",
+    "rematerialized",
+    "rematerialized, segments",
+)
+"""Variants whose memory is told by both meters. (The dispatch mode takes several times as long as the call.)"""
+
+
+def known_reference(work, size, state):
+    """The float64 reference of a cell, computed once."""
+    import torch
+    from common import flat
+    from engine_work import reference
+
+    path = Path(state) / f"reference-{work}-{size}.pt"
+    if not path.exists():
+        found = reference(work, size)
+        torch.save(None if found is None else flat(found), path)
+    return torch.load(path)
+
+
+def peak(work, size, label):
+    """What is alive at the peak of a variant, and the groups of its time."""
+    import engine_meters as meters
+    import torch
+    from engine_work import variants
+
+    torch.set_num_threads(1)
+    variant = next(each for each in variants(work, size) if each.label == label)
+    for _ in range(3):
+        variant()
+    print(f"{meters.seconds(variant) * 1e3:,.1f} ms of process CPU time, {variant.engine.get('functions')}")
+    for name, value in meters.groups(variant).items():
+        print(f"{value:10,.1f} ms  {name}")
+    most, found = meters.live_at_peak(variant)
+    print(f"{most / 1e6:.2f} MB at the peak, of it")
+    for each in found:
+        print(f"{each['bytes'] * each['count'] / 1e6:8.2f} MB  {each['count']} x {each['bytes']:,}  {each['made by']}")
+
+
+# --- the run
+
+
+class Run:
+    """Processes of one run, and what they have found so far."""
+
+    def __init__(self, arguments, bench):
+        self.arguments, self.state = arguments, arguments.state
+        self.state.mkdir(parents=True, exist_ok=True)
+        path = f"{bench}:{ROOT}:{ROOT / 'profiling'}:{ROOT / 'benchmarks'}"
+        self.environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        self.environment["PYTHONWARNINGS"] = "ignore"
+        self.core = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+    def inside(self, *given, folder):
+        """A fresh process of this script; its last line of output, read."""
+        command = [sys.executable, __file__, "--inside", *map(str, given), "--state", str(self.state)]
+        command += ["--seconds", str(self.arguments.seconds)]
+        environment = self.environment | {"TORCHINDUCTOR_CACHE_DIR": str(folder)}
+        pin = (lambda: os.sched_setaffinity(0, {self.core})) if self.core is not None else None
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=pin)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def compiled(self, work, size):
+        """(The folder of compiled code, {"cold", "warm"}: what making it cost)."""
+        name = family(work, size)
+        folder, path = self.state / f"inductor-{name}", self.state / f"compiled-{name}.json"
+        if not path.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if known.get("commit") != commit():
+            fresh = not folder.exists()
+            first = self.inside("first", work, size, folder=folder)
+            if any(each.get("not_in_cache") for each in first.values()) and not fresh:  # other code than that of before
+                shutil.rmtree(folder)
+                first, fresh = self.inside("first", work, size, folder=folder), True
+            if fresh:
+                known = {"cold": first, "warm": self.inside("first", work, size, folder=folder)}
+            else:
+                known["warm"] = first
+            known["commit"] = commit()
+            path.write_text(json.dumps(known))
+        return folder, known
+
+    def measured(self, work, size):
+        """(The rows of a cell, what its compiled functions cost), from before or measured now."""
+        folder, costs = self.compiled(work, size)
+        path = self.state / f"rows-{work}-{size}{'-quick' if self.arguments.quick else ''}.json"
+        if path.exists() and not self.arguments.again:
+            known = json.loads(path.read_text())
+            if known["commit"] == commit():
+                return known["rows"], costs
+        rows = self.inside("measure", work, size, folder=folder)
+        path.write_text(json.dumps({"commit": commit(), "rows": rows}))
+        return rows, costs
+
+
+def commit():
+    """Of this checkout, without a word on changes: results of this very run are some."""
+    found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip()
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--cell", nargs=2, metavar=("WORK", "SIZE"))
-    parser.add_argument("--rounds", type=int, default=15)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cell", nargs=2, metavar=("WORK", "SIZE"), action="append", help="one cell; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="three rounds; writes nothing to results")
+    parser.add_argument("--again", action="store_true", help="measure anew what is known")
+    parser.add_argument("--peak", nargs=3, metavar=("WORK", "SIZE", "VARIANT"), help="live tensors at the peak")
+    parser.add_argument("--seconds", type=float, default=45, help="for the rounds of a cell (three are made anyway)")
     parser.add_argument("--bench", type=Path, default=ROOT.parent / "shared" / "bench", help="folder with plain_ref.py")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--state", type=Path, default=Path(tempfile.gettempdir()) / "bilevel-engine-benchmark")
+    parser.add_argument("--inside", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.cell:
-        for record in cell(arguments.cell[0], int(arguments.cell[1]), arguments.rounds):
-            print(json.dumps(record), flush=True)
+    if arguments.inside:
+        kind, work, size, *label = arguments.inside
+        if kind == "peak":
+            peak(work, int(size), *label)
+            print("null")
+        elif kind == "first":
+            print(json.dumps(first_calls(work, int(size))))
+        else:
+            print(json.dumps(cell(work, int(size), arguments.seconds, arguments.state)))
         return
     if not (arguments.bench / "plain_ref.py").exists():
         sys.exit(f"{arguments.bench} has no plain_ref.py; give its folder with --bench")
-    records = []
+    arguments.seconds = 0 if arguments.quick else arguments.seconds
     with tempfile.TemporaryDirectory() as copy:
         # The bench folder writes next to itself, so it is run from a copy.
         bench = Path(copy) / "bench"
         shutil.copytree(arguments.bench, bench, ignore=shutil.ignore_patterns("ref", "__pycache__"))
-        path = f"{bench}:{ROOT}:{ROOT / 'profiling'}"
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        for work, size in CELLS:
-            command = [sys.executable, __file__, "--cell", work, str(size), "--rounds", str(arguments.rounds)]
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            records += [json.loads(line) for line in done.stdout.splitlines()]
-            print(table(records[-len(done.stdout.splitlines()) :]), flush=True)
-    arguments.out.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    arguments.out.with_suffix(".md").write_text(table(records), encoding="utf-8")
+        run(Run(arguments, bench), arguments)
+
+
+def run(started, arguments):
+    if arguments.peak:
+        work, size, label = arguments.peak
+        folder = started.state / f"inductor-{family(work, int(size))}"
+        subprocess.run(
+            [sys.executable, __file__, "--inside", "peak", work, size, label],
+            env=started.environment | {"TORCHINDUCTOR_CACHE_DIR": str(folder)},
+            check=True,
+        )
+        return
+    cells = [(work, int(size)) for work, size in arguments.cell or CELLS]
+    out = started.state / "quick.jsonl" if arguments.quick else arguments.out
+    found = {}
+    for work, size in cells:
+        begun = time.perf_counter()
+        rows, costs = started.measured(work, size)
+        for row in rows:
+            row["costs"] = {kind: costs.get(kind, {}).get(row["variant"]) for kind in ("cold", "warm")}
+        found[work, size] = rows
+        print(table(rows, {family(work, size): costs}), flush=True)
+        print(f"[{work} {size}: {time.perf_counter() - begun:.0f} s]", file=sys.stderr, flush=True)
+    known = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
+    for row in known:
+        found.setdefault((row["work"], row["size"]), []).extend(
+            [row] if (row["work"], row["size"]) not in cells else []
+        )
+    records = [row for each in CELLS for row in found.get(each, [])]
+    out.write_text("".join(json.dumps(row) + "\n" for row in records), encoding="utf-8")
+    costs = {}
+    for row in records:
+        for kind in ("cold", "warm"):
+            if row["costs"][kind]:
+                of = costs.setdefault(family(row["work"], row["size"]), {}).setdefault(kind, {})
+                of[row["variant"]] = row["costs"][kind]
+    out.with_suffix(".md").write_text(table(records, costs), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from bilevel.batches import Batches
 from bilevel.engine import spans
+from bilevel.engine.base import Engine
 from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance
-from bilevel.hypergradient import Owned, check_arguments, given_in, prepared
+from bilevel.hypergradient import Owned, check_arguments, given_in, opened, prepared
 from bilevel.inner.base import InnerSolver
 from bilevel.outcome import Adapted, Status, code_if, worst
 from bilevel.problem import Problem
@@ -43,6 +44,7 @@ def adapt(
     tasks: bool = False,
     chunk: int | None = None,
     evaluate: bool = True,
+    engine: Engine | None = None,
 ) -> Adapted:
     """Move the inner variable at a fixed outer one.
 
@@ -59,6 +61,7 @@ def adapt(
         tasks: whether batches (and `inner`) have a leading task dimension, as for `TaskMean`.
         chunk: with `tasks`, how many are adapted at once, as for `TaskMean`.
         evaluate: whether f is evaluated at the end; False leaves `batches.outer` alone.
+        engine: how gradients are computed, as for `hypergradient`; what it compiles, `hypergradient` shares.
 
     Returns:
         The adapted inner variable, the losses there, and a status.
@@ -78,17 +81,24 @@ def adapt(
     check_arguments("adapt", problem, outer, inner, batches, solver)
     if chunk is not None and not tasks:
         raise ValueError(f"adapt() was given chunk={chunk} without tasks=True; chunks are of tasks")
-    instance = Instance(problem, tree.detach(outer), None if inner is None else tree.detach(inner), batches, solver)
+    derivatives = opened("adapt", engine)
+    start = None if inner is None else tree.detach(inner)
+    instance = Instance(problem, tree.detach(outer), start, batches, solver, engine=derivatives)
     estimator: Estimator = TaskMean(_Solve(evaluate), chunk) if tasks else _Solve(evaluate)
     calls = spans.Calls()
     with prepared(), spans.listen(calls):
         found = estimator.estimate(instance, None)
+    report = derivatives.report()
     own = Owned([*tree.tensors(instance.outer), *tree.tensors(instance.inner), *given_in(batches)])
     sound = tree.finite([found.inner_loss, found.outer_loss])
     return Adapted(
         inner=own.tree(found.inner),
         inner_loss=own.tensor(found.inner_loss),
         outer_loss=own.tensor(found.outer_loss) if evaluate else None,
-        stats={"calls": calls.calls, **{name: value for name, value in found.stats.items() if value is not None}},
+        stats={
+            "calls": calls.calls,
+            **{name: value for name, value in found.stats.items() if value is not None},
+            **({"engine": report} if report else {}),
+        },
         code=worst(found.code, code_if(~sound, Status.NONFINITE)),
     )

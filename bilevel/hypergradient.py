@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel.batches import Batches, PerStep
 from bilevel.engine import autodiff, spans
-from bilevel.engine.base import Engine
+from bilevel.engine.base import Derivatives, Engine
 from bilevel.engine.eager import Eager
 from bilevel.estimators.base import Estimator, Instance
 from bilevel.estimators.run import estimated
@@ -71,9 +71,7 @@ def hypergradient(
     """
     check_arguments("hypergradient", problem, outer, inner, batches, solver)
     _check_kind("hypergradient", "estimator", estimator, Estimator, "bilevel.Implicit(bilevel.CG(max_steps=10))")
-    if engine is not None:
-        _check_kind("hypergradient", "engine", engine, Engine, "bilevel.Eager() or bilevel.Compiled()")
-    derivatives = (engine or Eager()).open()
+    derivatives = opened("hypergradient", engine)
     start = None if inner is None else tree.detach(inner)
     instance = Instance(problem, tree.detach(outer), start, batches, solver, engine=derivatives)
     calls = spans.Calls()
@@ -106,6 +104,13 @@ def hypergradient(
         },
         code=_most_telling(estimate.code, code_if(~sound, Status.NONFINITE)),
     )
+
+
+def opened(who: str, engine: Engine | None) -> Derivatives:
+    """The derivatives of one call, as the engine computes them; raise TypeError unless it is one."""
+    if engine is not None:
+        _check_kind(who, "engine", engine, Engine, "bilevel.Eager() or bilevel.Compiled()")
+    return (engine or Eager()).open()
 
 
 @contextlib.contextmanager

@@ -175,13 +175,15 @@ class LinearSolution:
     """What a linear solver found for A v = b.
 
     `residual` is |b - A v| / |b| (per task), the true one when it comes from `LinearSolver.solve`; `steps`
-    counts products with A that moved v (the largest over tasks).
+    counts products with A that moved v (the largest over tasks). `sure` says that a solver's own residual is the true
+    one, to a few percent, so that no product need be spent on it.
     """
 
     value: Leaves
     residual: Tensor
     steps: Tensor | int
     code: Tensor | int
+    sure: bool = False
 
     @property
     def status(self) -> Status:

@@ -30,6 +30,9 @@ class Linearized(Protocol):
     def last(self, v: Leaves) -> tuple[Leaves, PartialLeaves, PartialLeaves]:
         """The transposed products with v in inner, in outer and in the batch, in one sweep that frees the graph."""
 
+    def outside(self, v: Leaves) -> tuple[PartialLeaves, PartialLeaves]:
+        """The same without that in inner, which is most of the work."""
+
 
 class Derivatives(abc.ABC):
     """The derivatives of one hypergradient, as an engine computes them."""

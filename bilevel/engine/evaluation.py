@@ -89,18 +89,21 @@ class Evaluation:
     def _loss(self, name: str, inner: Tree, outer: Tree, batch: Any) -> Tensor:
         function = getattr(self.problem, name)
         function = function.inner_loss if isinstance(function, Pulled) else function
-        watched = {"inner variable": tree.tensors(inner), "outer variable": tree.tensors(outer)}
-        watched["batch"] = tree.tensors(batch)
-        versions = [[leaf._version for leaf in leaves] for leaves in watched.values()]
+        watched = [*tree.tensors(inner), *tree.tensors(outer), *tree.tensors(batch)]
+        versions = [leaf._version for leaf in watched]
         try:
             loss = self._run(name, function, (0, None, 0), (inner, outer, batch))
         except RuntimeError as error:
             if "in-place operation" in str(error):
                 raise ValueError(self._in_place(name, _mutated(function, inner, outer, batch))) from error
             raise
-        for role, leaves, before in zip(watched, watched.values(), versions, strict=True):
-            if before != [leaf._version for leaf in leaves]:
-                raise ValueError(self._in_place(name, role))
+        now = [leaf._version for leaf in watched]
+        if now != versions:
+            changed = next(i for i, before in enumerate(versions) if before != now[i])
+            count = len(tree.tensors(inner))
+            role = "inner variable" if changed < count else "outer variable"
+            role = role if changed < count + len(tree.tensors(outer)) else "batch"
+            raise ValueError(self._in_place(name, role))
         if not isinstance(loss, Tensor):
             raise TypeError(
                 f"{name} returned {'None' if loss is None else type(loss).__name__}; a 0-dim tensor was needed. Does "

@@ -29,3 +29,9 @@ class Linearization(LinearOperator):
         with spans.span(spans.MIXED):
             image, in_outer, in_batch = self._condition.last(v)
             return image, tree.accumulate(in_outer, self._embedding.pull(in_batch))
+
+    def mixed_alone(self, v: Leaves) -> PartialLeaves:
+        """M v without H' v: for a v whose residual is known. Frees the graph likewise."""
+        with spans.span(spans.MIXED):
+            in_outer, in_batch = self._condition.outside(v)
+            return tree.accumulate(in_outer, self._embedding.pull(in_batch))

@@ -7,6 +7,7 @@
 | linearize | 1 gradient of g | its graph, kept while the object lives |
 | Linearization.matvec | 1 product H v | P |
 | Linearization.mixed | 1 product (H v, M v) in one sweep | P + Q |
+| Linearization.mixed_alone | the part of that product that leads to x | Q |
 | step_vjp | 1 gradient of g and 1 product (H w, M w) | one graph, freed |
 
 H = d stationarity / dy (d2g/dy2 for gradient methods), M v = d/dx <stationarity, v>. One object per hypergradient holds

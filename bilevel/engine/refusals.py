@@ -5,6 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from bilevel.inner.dynamics import Dynamics, Point
+from bilevel.inner.gradient import GradientDynamics
+from bilevel.optim.adam import Adam, AdamW
+from bilevel.optim.sgd import SGD
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
 
@@ -19,6 +22,10 @@ def used(gradient: PartialLeaves) -> PartialLeaves:
     return gradient
 
 
+_OURS = (SGD, Adam, AdamW)
+"""Optimizers whose steps are known to be pure."""
+
+
 def step_of(dynamics: Dynamics, inner: Tree, state: Any, outer: Tree, at: Point) -> tuple[Tree, Any]:
     """One step of a dynamics, which must leave what it is given as it is, and answer with a pair.
 
@@ -26,6 +33,8 @@ def step_of(dynamics: Dynamics, inner: Tree, state: Any, outer: Tree, at: Point)
         TypeError: it did not.
         ValueError: it changed a tensor in place.
     """
+    if type(dynamics) is GradientDynamics and type(dynamics.optimizer) in _OURS:
+        return dynamics.step(inner, state, outer, at)
     name = type(dynamics.update or dynamics).__name__
     impure = (
         f"{name}.step() changed the inner variable or its state in place. Steps are pure: write y = y - d instead of "
@@ -56,6 +65,8 @@ def check_step(dynamics: Dynamics, inner: Tree, moved: Tree) -> Tree:
     Raises:
         ValueError: the step changed the structure, a shape or a dtype.
     """
+    if type(dynamics) is GradientDynamics and type(dynamics.optimizer) is SGD and dynamics.optimizer.plain_rate:
+        return moved  # y - c g, of the shapes of y
     moved = tree.ordered(moved, inner)
     for before, after in zip(tree.tensors(inner), tree.tensors(moved), strict=True):
         if before.shape != after.shape or before.dtype != after.dtype:

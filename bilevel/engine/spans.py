@@ -11,6 +11,8 @@ import contextvars
 from collections.abc import Iterator
 from typing import Protocol
 
+import torch
+from torch._C._autograd import _profiler_enabled
 from torch.profiler import record_function
 
 INNER = "bilevel.inner"
@@ -61,20 +63,41 @@ def unheard() -> Iterator[None]:
         _listeners.reset(token)
 
 
-@contextlib.contextmanager
-def span(name: str, count: int = 1) -> Iterator[None]:
-    """Open a named range. `count` > 1 stands for that many oracle calls made in one sweep (a backward through K
-    steps).
+class span:
+    """A named range, as a context manager.
+
+    Args:
+        name: one of the names above.
+        count: more than 1 stands for that many oracle calls made in one sweep (a backward through K steps).
     """
-    listeners = _listeners.get()
-    for listener in listeners:
-        listener.enter(name, count)
-    try:
-        with record_function(name):
-            yield
-    finally:
-        for listener in reversed(listeners):
-            listener.exit(name)
+
+    __slots__ = ("_count", "_listeners", "_name", "_range")
+
+    def __init__(self, name: str, count: int = 1) -> None:
+        self._name, self._count = name, count
+
+    def __enter__(self) -> None:
+        self._listeners = _listeners.get()
+        for listener in self._listeners:
+            listener.enter(self._name, self._count)
+        self._range = record_function(self._name) if _recorded() else None
+        if self._range is not None:
+            self._range.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            if self._range is not None:
+                self._range.__exit__(*error)
+        finally:
+            for listener in reversed(self._listeners):
+                listener.exit(self._name)
+
+
+def _recorded() -> bool:
+    """Whether somebody sees a range: a profiler of torch, or a dispatch mode. Opening one costs as much as ten small
+    operators, and those inside of it are slower.
+    """
+    return _profiler_enabled() or torch._C._len_torch_dispatch_stack() > 0
 
 
 class Calls:

@@ -85,15 +85,21 @@ class Instance:
         with spans.span(spans.INNER):
             y = oracles.start() if start is None else start
             before = oracles.generators.peek()
-            found = run(solver or self.solver, oracles, y, at or oracles.point, visit=visit, moving=moving, masks=masks)
+            rule, at, steady = solver or self.solver, at or oracles.point, self.steady
+            found = run(rule, oracles, y, at, visit=visit, moving=moving, masks=masks, steady=steady)
             return self.seen(found, drew=not oracles.generators.same(before, oracles.generators.peek()))
+
+    @property
+    def steady(self) -> bool:
+        """Whether every step sees the same batch, so that losses of different steps may be compared."""
+        return not isinstance(self.batches.inner, PerStep)
 
     def seen(self, found: Solution, *, drew: bool) -> Solution:
         """`found` without a graph; its losses say nothing about the steps where each was of another batch or noise.
 
         A dynamics that draws numbers (Langevin) does not descend: its loss may rise to where it rests.
         """
-        steady = not drew and not isinstance(self.batches.inner, PerStep)
+        steady = not drew and self.steady
         restless = drew and self.solver.dynamics.update is None
         return dataclasses.replace(
             found,

@@ -15,7 +15,7 @@ from bilevel.inner.base import InnerSolver
 from bilevel.inner.dynamics import Dynamics, Point
 from bilevel.outcome import Solution, Status, code_if, settled
 from bilevel.space import tree
-from bilevel.space.inner_product import Space
+from bilevel.space.inner_product import NARROW, Space
 from bilevel.space.tree import Tree
 
 # On a GPU the test waits for the device; between tests tasks that rest are already frozen, so only work is lost, never
@@ -62,6 +62,7 @@ def run(
     visit: Visit | None = None,
     moving: Moving | None = None,
     masks: Sequence[Tensor] | None = None,
+    steady: bool = True,
 ) -> Solution:
     """Move y from `start` until the rule is content.
 
@@ -73,6 +74,7 @@ def run(
         visit: sees every iterate before it is moved.
         moving: sees which tasks are moved.
         masks: the tasks that each step moves, where an earlier pass has found them out.
+        steady: whether the losses of all steps are of one batch, so that they say how the loop moves; else nobody asks.
     """
     y, state = start, moves.begin(start)
     every = _CHECK_EVERY_ON_GPU if tree.tensors(start)[0].is_cuda else 1
@@ -108,11 +110,13 @@ def run(
         if solver.fixed and point.loss is not None and step == 0:
             entered = _slope(moves, point, y)
         if solver.fixed and point.loss is not None and step == solver.max_steps - 1:
-            left, moving_on = _slope(moves, point, y), _moves_on(moves.space, y, moved)
-            promised = _promised(moves, left, moving_on)
+            left = entered if step == 0 and entered is not None else _slope(moves, point, y)
+            if steady and last is not None:  # of one step, nothing below asks for it
+                moving_on = _moves_on(moves, left, y, moved)
+                promised = _promised(moves, left, moving_on)
         y, state, loss = moved, next_state, point.loss
         if loss is not None:
-            if last is not None:
+            if steady and last is not None:
                 up = (loss - last).clamp_min(0)
                 rise = up if rise is None else rise + up
             first, last = loss if first is None else first, loss
@@ -132,7 +136,18 @@ def run(
 
 def _slope(moves: Moves, point: Seen, inner: Tree) -> Tensor:
     """The norm of the gradient that a step was made with, per task."""
-    return moves.space.norm([leaf.detach() for leaf in tree.tensors(point.gradient(inner))])
+    return moves.space.norm(_numbers(point.gradient(inner)))
+
+
+def _numbers(value: Tree) -> list[Tensor]:
+    """The tensors of a tree without their graph."""
+    return [leaf.detach() if leaf.requires_grad else leaf for leaf in tree.tensors(value)]
+
+
+def _plain_rate(moves: Moves) -> float | None:
+    """The number c where a step is y - c dg/dy and nothing else."""
+    update = moves.dynamics.update
+    return None if update is None else update.plain_rate
 
 
 def _grown(entered: Tensor | None, left: Tensor | None) -> Tensor | None:
@@ -140,8 +155,12 @@ def _grown(entered: Tensor | None, left: Tensor | None) -> Tensor | None:
     return None if entered is None or left is None else left / torch.where(entered > 0, entered, 1.0)
 
 
-def _moves_on(space: Space, before: Tree, after: Tree) -> Tensor:
+def _moves_on(moves: Moves, slope: Tensor, before: Tree, after: Tree) -> Tensor:
     """Where a step moved y by more than the last digits, per task; less says nothing about its length."""
+    space, rate = moves.space, _plain_rate(moves)
+    if rate is not None and all(leaf.dtype not in NARROW for leaf in tree.tensors(after)):
+        # What y - rate g moves is known without another look at y. (16 bits may be too few to move at all.)
+        return (rate * slope).square() > _STILL**2 * space.norm(_numbers(after)).square()
     moved = size = None
     for a, b in zip(tree.tensors(before), tree.tensors(after), strict=True):  # one by one: no second y is made
         part, whole = space.norm([(b - a).detach()]).square(), space.norm([b.detach()]).square()
@@ -153,8 +172,7 @@ def _moves_on(space: Space, before: Tree, after: Tree) -> Tensor:
 
 def _promised(moves: Moves, slope: Tensor, moving_on: Tensor) -> Tensor | None:
     """What a plain step of length c lets the loss fall by where its curvature is small: c |dg/dy|^2, per task."""
-    update = moves.dynamics.update
-    rate = None if update is None else update.plain_rate
+    rate = _plain_rate(moves)
     return None if rate is None else torch.where(moving_on, rate * slope.square(), 0.0)
 
 

@@ -95,7 +95,10 @@ class LinearSolver(Strategy):
         Where the true residual is above 1 or not finite, v = 0 is returned in place of v, and the status is a failed
         one. `accepted` says where that is, for callers that have computed something else from v.
         """
-        relative = self.true_residual(found.value, image, b, space)
+        return self.judged(found, self.true_residual(found.value, image, b, space), b, space)
+
+    def judged(self, found: LinearSolution, relative: Tensor, b: Leaves, space: Space) -> LinearSolution:
+        """The same, given the true residual."""
         accepted = self.accepted(relative, b)
         finite = torch.isfinite(relative)
         unmet = code_if(~self.met(relative, b), Status.MAX_STEPS)

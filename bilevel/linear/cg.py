@@ -89,6 +89,13 @@ class _Run:
     safe: Tensor
     """The least |r|^2 on the way, before any such step."""
     safe_step: Tensor
+    gain: Tensor
+    """The largest |A p| / |p|."""
+    path: Tensor
+    """The length of the steps made, one after another."""
+    drift: Tensor
+    """How far products were from those of one symmetric A, which rounding is, too: the largest |p'A p_before|, relative
+    (0 where nobody could read it)."""
 
 
 class PreparedCG(Prepared):
@@ -119,8 +126,9 @@ class PreparedCG(Prepared):
             limit = torch.where(unsafe, run.safe_step, run.steps)
             residual = torch.where(unsafe, (run.safe / run.norm).sqrt(), residual)
             del run
-            value = self._run(b, start, scale, limit).value
+            value, sure = self._run(b, start, scale, limit).value, False
         else:
+            sure = self._sure(run, residual, start, scale)
             residual = torch.where(unsafe, 1.0, residual)
             value = self.space.where(~unsafe, run.value)
             del run
@@ -131,7 +139,19 @@ class PreparedCG(Prepared):
             for leaf, like in zip(value, b, strict=True)
         )
         code = torch.where(fits, code, Status.NONFINITE.code)
-        return LinearSolution(value, torch.where(fits, residual, 1.0), steps, code.max())
+        return LinearSolution(value, torch.where(fits, residual, 1.0), steps, code.max(), sure)
+
+    def _sure(self, run: _Run, residual: Tensor, start: Leaves | None, scale: Tensor) -> bool:
+        """Whether the recursion's residual is the true one: far above what the products' errors add up to.
+
+        b - A v is the recursion's r but for the errors of the products, each of |A| |p| times a precision, which
+        `drift` shows. One product is no recursion, and 16 bits are too few to tell.
+        """
+        length = run.path if start is None else run.path + self.space.norm(start) / scale
+        errors = run.drift.clamp_min(epsilon(run.value)) * (1 + run.gain * length / run.norm.sqrt())
+        sure = (residual > _FAR * errors) & (residual < 0.9) & (run.steps > 1)
+        wide = not any(leaf.dtype in NARROW for leaf in run.value)
+        return wide and sure.device.type == "cpu" and readable(sure) and bool(sure.all())
 
     def _run(self, b: Leaves, start: Leaves | None, scale: Tensor, limit: Tensor | None) -> _Run:
         """The recursion, of at most `limit` steps per task."""
@@ -158,7 +178,10 @@ class PreparedCG(Prepared):
         enough = bb * max(self.solver.tol, min(10 * epsilon(p), 0.01)) ** 2
         no, zero = torch.zeros_like(rr, dtype=torch.bool), torch.zeros_like(rr, dtype=torch.long)
         live, nonfinite, negative, singular, stale, steps = rr > enough, ~torch.isfinite(bb), no, no, no, zero
-        gain, weakest = torch.zeros_like(rr), torch.full_like(rr, float("inf"))
+        weakest, (gain, path, drift) = torch.full_like(rr, float("inf")), (torch.zeros_like(rr) for _ in range(3))
+        one = (
+            space.tasks is None and rr.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(rr)
+        )
         best, best_step, before, before_step = rr, zero, rr, zero  # `before`: the best before the weakest curvature
         for step in range(self.solver.max_steps):
             if limit is not None:
@@ -172,6 +195,10 @@ class PreparedCG(Prepared):
             stretch, quotient = space.norm(Ap) / length.sqrt(), curvature / length
             finite = torch.isfinite(stretch) & torch.isfinite(quotient)
             gain = torch.where(live & finite, torch.maximum(gain, stretch), gain)
+            if step and live.device.type == "cpu":
+                # r = p - beta p_before, so that this is beta p_before'A p.
+                off = (space.dot(r, Ap) - curvature).abs() / (torch.where(live, rr, 1.0) * length).sqrt() / gain
+                drift = torch.where(live & finite, torch.maximum(drift, off), drift)
             flat = quotient.abs() <= floor * gain
             # |A p|^2 <= |A| p'Ap for a semi-definite A: a flat direction that A moves far is one of an indefinite A.
             bent = torch.where(flat, stretch**2 > 10 * floor * gain**2, quotient < 0)
@@ -186,6 +213,7 @@ class PreparedCG(Prepared):
             before, before_step = torch.where(weaker, best, before), torch.where(weaker, best_step, before_step)
 
             alpha = torch.where(live, rr / torch.where(live, curvature, 1.0), 0.0)
+            path = path + alpha * length.sqrt()
             v = space.axpy(alpha, p, v)
             r = space.axpy(-alpha, Ap, r)
             del Ap
@@ -195,19 +223,24 @@ class PreparedCG(Prepared):
             beta, rr = torch.where(live, new / torch.where(live, rr, 1.0), 0.0), torch.where(live, new, rr)
             if step + 1 < self.solver.max_steps:
                 p = space.axpy(beta, p, r)
-                p = _narrowed(space.where(live & torch.isfinite(new), p), dtypes)
+                # (One system that has ended on the CPU makes no further product.)
+                p = _narrowed(p if one else space.where(live & torch.isfinite(new), p), dtypes)
                 pp = rr + beta**2 * pp
             closer = live & (rr < best)
             best, best_step = torch.where(closer, rr, best), torch.where(closer, steps, best_step)
             live = live & (rr > enough) & torch.isfinite(rr)
         safe, safe_step = torch.where(stale, before, best), torch.where(stale, before_step, best_step)
         norm = torch.where(bb > 0, bb, 1.0)
-        return _Run(v, norm, rr, steps, live, nonfinite, negative, singular, stale, safe, safe_step)
+        return _Run(v, norm, rr, steps, live, nonfinite, negative, singular, stale, safe, safe_step, gain, path, drift)
 
     def _divided(self, x: Leaves, scale: Tensor) -> Leaves:
         """Divide x by a power of two, 16-bit numbers in float32."""
         wide = [leaf.float() if leaf.dtype in NARROW else leaf for leaf in x]
         return tuple(leaf / self.space.per_task(scale, leaf).to(leaf.dtype) for leaf in wide)
+
+
+_FAR = 4.0
+"""How many times what rounding may add to it a recursion's residual is to be to be taken for the true one."""
 
 
 def _narrowed(x: Leaves, dtypes: list[torch.dtype]) -> Leaves:

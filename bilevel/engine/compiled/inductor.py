@@ -1,6 +1,7 @@
 """How a graph is run: by the code that TorchInductor makes of it, or as it is."""
 
 import contextlib
+import hashlib
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -14,16 +15,6 @@ from bilevel.engine.compiled.piece import Compile, Made
 BACKENDS = ("inductor", "graph")
 _compiled: "weakref.WeakValueDictionary[Any, Any]" = weakref.WeakValueDictionary()
 """Code by the graph that it was made of: blocks of a net are alike."""
-
-
-class _Code:
-    """A function that can be referred to weakly (a bound method cannot)."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *given: Tensor) -> Any:
-        return self._function(*given)
 
 
 def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
@@ -64,11 +55,12 @@ def make(backend: str) -> Compile:
     def made(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Made:
         if backend == "graph" or any(isinstance(each, torch._subclasses.FakeTensor) for each in inputs):
             return Made(graph)  # operator by operator, each result freed after its last use
-        key = str(graph.code), tuple((each.shape, each.stride(), each.dtype, each.device) for each in inputs)
-        code = _compiled.get(key)
-        if code is None:
-            _compiled[key] = code = _Code(inductor(graph, inputs))
-        return Made(code)
+        code = hashlib.sha256(str(graph.code).encode()).digest()
+        key = code, tuple((each.shape, each.stride(), each.dtype, each.device) for each in inputs)
+        run = _compiled.get(key)
+        if run is None:
+            run = _compiled[key] = inductor(graph, inputs)
+        return Made(run)
 
     return made
 

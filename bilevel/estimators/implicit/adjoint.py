@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bilevel.engine.oracles import Oracles
 from bilevel.linear.base import LinearSolver
-from bilevel.outcome import LinearSolution
+from bilevel.outcome import LinearSolution, Status, code_if, worst
 from bilevel.space import tree
 from bilevel.space.tree import Leaves, PartialLeaves, Tree
 
@@ -31,16 +31,27 @@ class Adjoint:
 def adjoint(oracles: Oracles, inner: Tree, steps: int, linear: LinearSolver, start: Leaves | None = None) -> Adjoint:
     """Solve the adjoint system at `inner`, found after `steps` inner steps.
 
-    Costs 1 outer gradient, 1 inner gradient, the solver's products, and 1 mixed product, which yields H v as well: the
-    true residual is free.
+    Costs 1 outer gradient, 1 inner gradient, the solver's products, and 1 mixed product. Where the solver is not sure
+    of its residual, the mixed product yields H v as well, and from that the true one.
     """
     outer_loss, b, direct = oracles.outer_gradient(inner)
     at = oracles.linearize(inner, steps)
     found = linear.prepare(at, oracles.space).iterate(b, start)
+    if found.sure:
+        unmet = code_if(~linear.met(found.residual, b), Status.MAX_STEPS)
+        found = dataclasses.replace(found, code=worst(found.code, unmet))
+        return Adjoint(_minus(direct, at.mixed_alone(found.value)), found, outer_loss, at.loss)
     image, mixed = at.mixed(found.value)
+    relative = linear.true_residual(found.value, image, b, oracles.space)
+    del image
     # Where the true residual refuses v (v = 0 comes in its place), what was computed from it goes too.
-    accepted = linear.accepted(linear.true_residual(found.value, image, b, oracles.space), b).all()
-    found = linear.checked(found, image, b, oracles.space)
+    accepted = linear.accepted(relative, b).all()
+    found = linear.judged(found, relative, b, oracles.space)
     sign = torch.where(accepted, -1.0, 0.0).to(b[0].dtype)
     indirect = tuple(None if leaf is None else leaf * sign for leaf in mixed)
     return Adjoint(tree.accumulate(direct, indirect), found, outer_loss, at.loss)
+
+
+def _minus(direct: PartialLeaves, indirect: PartialLeaves) -> PartialLeaves:
+    """The difference, where None is zero."""
+    return tuple(a if b is None else -b if a is None else a - b for a, b in zip(direct, indirect, strict=True))

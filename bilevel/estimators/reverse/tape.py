@@ -46,7 +46,7 @@ class Tape:
             self._start = [] if first > 0 or oracles.problem.init is not None else tree.tensors(start)
             before = oracles.generators.peek()
             moves = _Recorded(oracles, first, self._watch)
-            found = run(solver, moves, start, moves.point, visit=self._visit, masks=masks)
+            found = run(solver, moves, start, moves.point, visit=self._visit, masks=masks, steady=instance.steady)
             drew = not oracles.generators.same(before, oracles.generators.peek())
         if terms.followed(solver.steps):
             self._path.append((solver.steps, found.inner))

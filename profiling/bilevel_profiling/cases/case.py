@@ -41,6 +41,8 @@ class Case:
             hypergradient at the solution is measured too.
         outer_optimizer: makes the torch optimizer of the outer tensors; Adam with lr 1e-2 by default. It is part of the
             outer phase.
+        engine: how derivatives are computed, such as `bl.Compiled()`; None for operator by operator.
+        engine_name: of the engine in the record; by default its class in lower case, "" for None.
 
     Example:
         >>> import bilevel as bl
@@ -59,11 +61,14 @@ class Case:
     label: str = ""
     solution: bl.InnerSolver | None = None
     outer_optimizer: OuterOptimizer = adam
+    engine: bl.Engine | None = None
+    engine_name: str = ""
 
     def __post_init__(self) -> None:
         for name, kind, write in (
             ("solver", bl.InnerSolver, "bl.Descent(bl.SGD(lr=0.1), steps=20)"),
             ("estimator", bl.Estimator, "bl.Unrolled()"),
+            ("engine", (bl.Engine, type(None)), "None or bl.Compiled()"),
         ):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"Case was given a {type(getattr(self, name)).__name__} as {name}; {write} was needed")
@@ -73,6 +78,13 @@ class Case:
             )
         object.__setattr__(self, "name", self.name or name_of(self.setup))
         object.__setattr__(self, "label", self.label or type(self.estimator).__name__)
+        known = "" if self.engine is None else type(self.engine).__name__.lower()
+        object.__setattr__(self, "engine_name", self.engine_name or known)
+
+    @property
+    def title(self) -> str:
+        """The label, and the engine where one is named."""
+        return f"{self.label} ({self.engine_name})" if self.engine_name else self.label
 
     def pose(self) -> "Posed":
         """Make the problem."""

@@ -5,6 +5,7 @@
 | `setup(device)` | makes (problem, outer, inner, batches) | an error |
 | `ESTIMATORS` | dict of label to estimator | `default_estimators()` |
 | `BASELINES` | dict of label to a function that returns a hypergradient, or a `Baseline` | none of its own |
+| `ENGINES` | dict of label to engine: each estimator is a row with each | the default, eager |
 | `OPTIMIZER` | the inner optimizer; or an inner solver, whose limit of steps is then K | bl.SGD(lr=0.1) |
 | `INNER_STEPS` | the K to compare at | 1, 5, 20 |
 | `SOLVERS` | dict of label to inner solver, in place of the two above | Descent with these |
@@ -32,6 +33,7 @@ from typing import Any
 import bilevel as bl
 from bilevel_profiling.baselines.baseline import Baseline, Function
 from bilevel_profiling.cases import builtin as cases
+from bilevel_profiling.cases import engines as named_engines
 from bilevel_profiling.cases.case import OuterOptimizer, Setup, adam, name_of
 
 MOVES: tuple[type, ...] = (bl.Optimizer, bl.InnerSolver, *filter(None, [getattr(bl.inner, "Dynamics", None)]))
@@ -72,6 +74,8 @@ class Definition:
     outer_steps: int = 0
     preload: tuple[str, ...] = ()
     baselines: Mapping[str, Function | Baseline] = dataclasses.field(default_factory=dict)
+    engines: Mapping[str, bl.Engine] = dataclasses.field(default_factory=dict)
+    """None: the default of the library."""
     title: str = ""
     """The first line of the file's docstring."""
 
@@ -101,6 +105,13 @@ class Definition:
                     f'write "label": bl.Unrolled()'
                 )
         self._check_baselines()
+        if not isinstance(self.engines, Mapping) or not all(
+            isinstance(label, str) and label and isinstance(engine, bl.Engine) for label, engine in self.engines.items()
+        ):
+            raise CaseError(
+                f"case {self.name}: ENGINES (engines=) is {self.engines!r}; a dict of engines was needed, such as "
+                f'{{"eager": bl.Eager(), "compiled": bl.Compiled()}}'
+            )
         if not isinstance(self.solvers, Mapping) or not all(
             isinstance(solver, bl.InnerSolver) for solver in self.solvers.values()
         ):
@@ -204,12 +215,15 @@ def load(source: str) -> Definition:
 
 def given(setup: Setup | str, **overrides: Any) -> Definition:
     """The case of a `setup` function, or of a name or path, with what the caller wants otherwise; `baselines` come
-    beside the case's own.
+    beside the case's own, `engines` may be names.
     """
     known = {name: value for name, value in overrides.items() if value is not None}
+    case = load(setup) if isinstance(setup, str) else None
+    if isinstance(known.get("engines"), (list, tuple)):
+        known["engines"] = named_engines.named(known["engines"], {} if case is None else case.engines)
     if not isinstance(setup, str):
         return Definition(**{"name": name_of(setup), "setup": setup, **known})
-    case = load(setup)
+    assert case is not None, "a name or a path was loaded"
     if "baselines" in known:
         if twice := [label for label in case.baselines if label in known["baselines"]]:
             raise CaseError(
@@ -273,6 +287,7 @@ def _defined(name: str, module: ModuleType) -> Definition:
         "outer_steps": "OUTER_STEPS",
         "preload": "PRELOAD",
         "baselines": "BASELINES",
+        "engines": "ENGINES",
     }
     found = {field: getattr(module, attribute) for field, attribute in names.items() if hasattr(module, attribute)}
     if "inner_steps" in found:

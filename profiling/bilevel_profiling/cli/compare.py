@@ -42,6 +42,14 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
         help="also the methods of other libraries, a row each: betty, higher, torchopt, where they are installed",
     )
     add(
+        "--engine",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="each estimator with each of these engines: eager, compiled, or one of the case's own ENGINES; "
+        "default: the case's own, or eager",
+    )
+    add(
         "--inner-steps",
         type=types.numbers,
         metavar="1,5,20",
@@ -128,7 +136,7 @@ def run(options: argparse.Namespace) -> int:
     from bilevel_profiling.comparison.plan import Plan, Settings
     from bilevel_profiling.comparison.work import Comparison
 
-    overrides = {"inner_steps": options.inner_steps, "outer_steps": options.outer_steps}
+    overrides = {"inner_steps": options.inner_steps, "outer_steps": options.outer_steps, "engines": options.engine}
     known = {name: value for name, value in overrides.items() if value is not None}
     try:
         if options.baselines:

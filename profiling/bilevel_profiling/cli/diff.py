@@ -106,7 +106,7 @@ def _table(differences: "Sequence[Difference]") -> list[list[str]]:
 
     extra = [
         name
-        for name in ("device", "seed", "dtype", "source")
+        for name in ("engine", "device", "seed", "dtype", "source")
         if len({getattr(each.key, name) for each in differences}) > 1
     ]
     rows = [["", "case", "estimator", "K", *extra, "figure", "old", "new", "new / old"]]

@@ -54,19 +54,20 @@ def run(options: argparse.Namespace) -> int:
         return wrong(str(error))
     rows: list[list[str]] = []
     refused: dict[str, list[str]] = {}
-    for case in cases_of(definition, options, (options.inner_steps or max(definition.inner_steps),)):
+    cases = list(cases_of(definition, options, (options.inner_steps or max(definition.inner_steps),)))
+    for case in cases:
         try:
             found = fit(
-                case, options.budget, options.over, at_most=options.at_most, told=looked(case.label, options.over)
+                case, options.budget, options.over, at_most=options.at_most, told=looked(case.title, options.over)
             )
         except (ValueError, ForecastError) as error:
-            refused.setdefault(str(error), []).append(case.label)
+            refused.setdefault(str(error), []).append(case.title)
             continue
         rows.append(
-            [case.label, largest_text(found), found.text, "" if found.record is None else dominant(found.record)]
+            [case.title, largest_text(found), found.text, "" if found.record is None else dominant(found.record)]
         )
     for message, labels in refused.items():
-        say(message if len(labels) == len(definition.estimators) else f"{', '.join(labels)}: {message}")
+        say(message if len(labels) == len(cases) else f"{', '.join(labels)}: {message}")
     if not rows:
         return WRONG
     print_rows(

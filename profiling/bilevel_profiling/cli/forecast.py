@@ -5,7 +5,8 @@ them.
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from bilevel_profiling.cli import options as types
@@ -117,6 +118,14 @@ def add_case(parser: argparse.ArgumentParser) -> None:
         help="only these, by their labels in the case, separated by commas; default: all",
     )
     add(
+        "--engine",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="each estimator with each of these engines: eager, compiled (forecast from above), or one of the case's "
+        "own ENGINES; default: the case's own, or eager",
+    )
+    add(
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
@@ -129,11 +138,12 @@ def defined(options: argparse.Namespace) -> "Definition":
     """The case as the options want it.
 
     Raises:
-        CaseError: there is no such case, label, or parameter.
+        CaseError: there is no such case, label, engine, or parameter.
     """
     import inspect
 
     from bilevel_profiling.cases.case_file import CaseError, load
+    from bilevel_profiling.cases.engines import named
 
     found = load(options.case)
     settings = dict(options.set)
@@ -152,16 +162,22 @@ def defined(options: argparse.Namespace) -> "Definition":
             f"there is no estimator {' or '.join(map(repr, unknown))}: {found.name} has {', '.join(found.estimators)}"
         )
     labels = options.estimators or list(found.estimators)
+    try:
+        engines = found.engines if options.engine is None else named(options.engine, found.engines)
+    except ValueError as error:
+        raise CaseError(str(error)) from None
     setup = functools.partial(found.setup, **settings) if settings else found.setup
-    return dataclasses.replace(found, setup=setup, estimators={label: found.estimators[label] for label in labels})
+    estimators = {label: found.estimators[label] for label in labels}
+    return dataclasses.replace(found, setup=setup, estimators=estimators, engines=engines)
 
 
 def cases_of(definition: "Definition", options: argparse.Namespace, inner_steps: tuple[int, ...]) -> "Iterator[Case]":
-    """One case for each K and estimator."""
+    """One case for each K, estimator and engine."""
     from bilevel_profiling.cases.case import Case, in_steps
 
+    engines: Mapping[str, Any] = definition.engines or {"": None}
     for steps in inner_steps:
-        for label, estimator in definition.estimators.items():
+        for (label, estimator), (name, engine) in itertools.product(definition.estimators.items(), engines.items()):
             yield Case(
                 definition.setup,
                 solver=in_steps(definition.optimizer, steps),
@@ -171,6 +187,8 @@ def cases_of(definition: "Definition", options: argparse.Namespace, inner_steps:
                 name=definition.name,
                 label=label,
                 outer_optimizer=definition.outer_optimizer,
+                engine=engine,
+                engine_name=name,
             )
 
 
@@ -185,7 +203,7 @@ def _forecasts(cases: "list[Case]", options: argparse.Namespace) -> list[Record]
 
     watcher = progress.chosen()
     tasks = [
-        progress.Task(case.name, f"{case.label}, K = {case.solver.max_steps}", 5 + case.solver.max_steps)
+        progress.Task(case.name, f"{case.title}, K = {case.solver.max_steps}", 5 + case.solver.max_steps)
         for case in cases
     ]
     records = []
@@ -242,7 +260,7 @@ def _print_budget(
         needs, fits = needed(record), "yes" if needed(record) <= options.budget else "no"
         rows.append(
             [
-                case.label,
+                case.title,
                 f"{record.inner_steps:,}",
                 sizes.text(needs),
                 f"{needs / options.budget:.0%}",
@@ -258,21 +276,23 @@ def _print_budget(
         stderr=options.json,
     )
     largest = []
-    for case in {case.label: case for case in cases}.values():
-        if any(record.estimator == case.label and record.peak_tensor_bytes is not None for record in records):
+    known = {case.title for case, record in zip(cases, records, strict=True) if record.peak_tensor_bytes is not None}
+    for case in {case.title: case for case in cases}.values():
+        if case.title in known:
             try:
-                found = fit(case, options.budget, at_most=options.at_most, told=looked(case.label, "inner_steps"))
+                found = fit(case, options.budget, at_most=options.at_most, told=looked(case.title, "inner_steps"))
             except NotMonotone as error:
-                largest.append([case.label, "-", str(error)])
+                largest.append([case.title, "-", str(error)])
                 continue
-            largest.append([case.label, largest_text(found), found.text])
+            largest.append([case.title, largest_text(found), found.text])
     print_rows(
         f"largest K in {sizes.text(options.budget)}", ["estimator", "largest K", ""], largest, stderr=options.json
     )
     chosen = recommend(cases[-1], options.budget, estimators=definition.estimators, on=options.on or "a100")
     advice = [[str(place), each.label, each.sentence] for place, each in enumerate(chosen, start=1)]
     steps = cases[-1].solver.max_steps
-    print_rows(f"in this order, for K = {steps:,}", ["", "estimator", "why"], advice, stderr=options.json)
+    engine = f", engine {cases[-1].engine_name}" if cases[-1].engine_name else ""
+    print_rows(f"in this order, for K = {steps:,}{engine}", ["", "estimator", "why"], advice, stderr=options.json)
 
 
 def looked(label: str, over: str) -> "Callable[[int, Record], None]":

@@ -26,6 +26,7 @@ def run(options: argparse.Namespace) -> int:
 
     kinds = {
         "estimators": bl.Estimator,
+        "engines": bl.Engine,
         "inner solvers": bl.InnerSolver,
         "inner optimizers": bl.Optimizer,
         "linear solvers": bl.LinearSolver,

@@ -16,7 +16,7 @@ from bilevel_profiling.cases.case_file import builtin_names
 from bilevel_profiling.comparison import content, sources
 from bilevel_profiling.comparison.plan import Settled
 
-_SETTINGS = {"BASELINES", "ESTIMATORS", "INNER_STEPS", "OUTER_STEPS", "PRELOAD", "SOLVERS", "SOLVER"}
+_SETTINGS = {"BASELINES", "ENGINES", "ESTIMATORS", "INNER_STEPS", "OUTER_STEPS", "PRELOAD", "SOLVERS", "SOLVER"}
 """Names of a case file that are compared by themselves, or are free to grow."""
 UNTOLD = "cannot be told: "
 """What a mark begins with that stands for nothing."""

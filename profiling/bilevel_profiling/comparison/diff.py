@@ -1,7 +1,7 @@
 """What got better or worse between two sets of records, with the noise of time taken into account.
 
-Rows are matched by case, label, K, device, seed, dtype and source (measured or forecast). What is compared, and when it
-counts:
+Rows are matched by case, label, engine, K, device, seed, dtype and source (measured or forecast). What is compared, and
+when it counts:
 
 | figure | counts when |
 | --- | --- |
@@ -61,6 +61,7 @@ class Key:
     seed: int
     dtype: str
     source: str
+    engine: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,9 +194,8 @@ def _by_key(records: Sequence[Record]) -> dict[tuple[Key, int], Record]:
     """Records by what they are; a second row of the same kind is matched with the second one of the other file."""
     found: dict[tuple[Key, int], Record] = {}
     for record in records:
-        key = Key(
-            record.case, record.estimator, record.inner_steps, record.device, record.seed, record.dtype, record.source
-        )
+        what = record.case, record.estimator, record.inner_steps
+        key = Key(*what, record.device, record.seed, record.dtype, record.source, record.engine)
         found[key, sum(known == key for known, _ in found)] = record
     return found
 
@@ -211,7 +211,7 @@ def _judged(old: Record, new: Record, allowed: Tolerances) -> Iterator[Judged]:
         return  # what a run took until it failed is no figure
     other = [
         name
-        for name in ("settings", "inner_size", "outer_size", "tasks", "base_tensor_bytes")
+        for name in ("settings", "engine_settings", "inner_size", "outer_size", "tasks", "base_tensor_bytes")
         if _known_apart(old, new, name)
     ]
     for name in other:

@@ -71,6 +71,8 @@ class Cell:
     solver: bl.InnerSolver
     solver_name: str = ""
     """Where the case names its solvers; else it is told by the number of inner steps."""
+    engine: str = ""
+    """Its label in the case; empty for the default."""
     tasks: str = ""
     """For a mean over tasks, how they are weighted, as a name."""
 
@@ -78,6 +80,11 @@ class Cell:
     def steps(self) -> int:
         """K, or the most steps that the solver may take."""
         return self.solver.max_steps
+
+    @property
+    def title(self) -> str:
+        """What the row is called where engines are told apart."""
+        return f"{self.label} ({self.engine})" if self.engine else self.label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +97,18 @@ class Settled:
 
     @property
     def cells(self) -> list[Cell]:
-        """The rows to be, by solver in the order of K; with named solvers in the order of the case."""
+        """The rows to be, by solver in the order of K; with named solvers in the order of the case. Baselines have no
+        engine.
+        """
         case, rows = self.case, self.compared
         solvers = [("", in_steps(case.optimizer, k)) for k in sorted(set(case.inner_steps))]
         found: list[Cell] = []
         for name, solver in case.solvers.items() or solvers:
             for label in self.labels:
                 tasks = _tasks(rows[label])
-                found.append(Cell(f"{label}, {name}" if name else label, label, solver, name, tasks))
+                row = f"{label}, {name}" if name else label
+                engines = ("",) if label in case.baselines else tuple(case.engines) or ("",)
+                found += [Cell(row, label, solver, name, engine, tasks) for engine in engines]
         return found
 
     @property

@@ -1,15 +1,16 @@
 """Continuing a comparison: which rows are kept, and what must be the same for old and new rows to stand in one
 report.
 
-A row is its case, label and K. It is finished when it is in the file, also as a failure: that a run was stopped after
-its time limit is a result. To retry, the rows that ended with ERROR, CRASHED, TIMEOUT or OUT_OF_MEMORY, and the outer
-loops that did, are measured anew; what a hypergradient says of itself (DIVERGED, NONFINITE, ...) is not, because it
-would say it again. A row that the new plan does not ask for stays.
+A row is its case, label, engine and K. It is finished when it is in the file, also as a failure: that a run was stopped
+after its time limit is a result. To retry, the rows that ended with ERROR, CRASHED, TIMEOUT or OUT_OF_MEMORY, and the
+outer loops that did, are measured anew; what a hypergradient says of itself (DIVERGED, NONFINITE, ...) is not, because
+it would say it again. A row that the new plan does not ask for stays.
 
-The settings of an estimator, its device and its seed are in its row. What is not in it is kept beside the file: the
-case's code with the local modules that it imports, what each baseline is made of (see `code`), the inner optimizer, the
-number of repeats and threads, and so on. Whatever differs is refused, by name: a report of rows that were measured
-differently compares nothing. Time and memory limits may differ, and so may the labels, the K and the cases.
+The settings of an estimator and its engine, its device and its seed are in its row. What is not in it is kept beside
+the file: the case's code with the local modules that it imports, what each baseline is made of (see `code`), the inner
+optimizer, the number of repeats and threads, and so on. Whatever differs is refused, by name: a report of rows that
+were measured differently compares nothing. Time and memory limits may differ, and so may the labels, the engines, the
+K and the cases.
 """
 
 import json
@@ -164,7 +165,7 @@ def _check_facts(folder: Folder, name: str, old: Facts | None, new: Facts) -> No
 
 
 def _check_rows(folder: Folder, settled: Settled, settings: Settings, records: Sequence[Record]) -> None:
-    cells = {(cell.label, cell.steps): cell for cell in settled.cells}
+    cells = {(cell.label, cell.engine, cell.steps): cell for cell in settled.cells}
     # (How a baseline that does not take part would weight its tasks now is of no account.)
     compared = {
         label: each
@@ -174,10 +175,12 @@ def _check_rows(folder: Folder, settled: Settled, settings: Settings, records: S
     for record in records:
         now = {"device": settings.device, "seed": str(settings.seed)}
         then = {"device": record.device, "seed": str(record.seed), "estimator": plain(record.settings)}
-        cell = cells.get((record.estimator, record.inner_steps or 0))
+        cell = cells.get((record.estimator, record.engine, record.inner_steps or 0))
         known = compared.get(cell.estimator if cell is not None else record.estimator)
         if known is not None:
             now["estimator"] = plain(known)
+        if record.engine in settled.case.engines:
+            now["engine"], then["engine"] = plain(settled.case.engines[record.engine]), plain(record.engine_settings)
         if cell is not None and record.solver:
             now["inner solver"], then["inner solver"] = plain(cell.solver), plain(record.solver)
         for key, before in then.items():

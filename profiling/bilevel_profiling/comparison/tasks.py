@@ -22,8 +22,8 @@ from bilevel_profiling.records.note import Note, NoteKind
 from bilevel_profiling.records.record import Iteration, Record, Target
 from bilevel_profiling.records.records_file import RecordsFile
 
-Key = tuple[str, str, int | None]
-"""Case, label, K."""
+Key = tuple[str, str, str, int | None]
+"""Case, label, engine, K."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Piece(abc.ABC):
     @property
     def key(self) -> Key:
         """Of the row."""
-        return self.settled.case.name, self.cell.label, self.cell.steps
+        return self.settled.case.name, self.cell.label, self.cell.engine, self.cell.steps
 
     def job(self, site: Site, **more: Path | None) -> cells.Job:
         """The cell, in a form that another process can make its case from."""
@@ -90,6 +90,7 @@ class Piece(abc.ABC):
             self.cell.estimator,
             self.cell.solver,
             row=self.cell.label,
+            engine=self.cell.engine,
             labels=self.settled.labels,
             device=settings.device,
             seed=settings.seed,
@@ -101,7 +102,8 @@ class Piece(abc.ABC):
 
     def stem(self, *more: str) -> str:
         """Of the names of its files."""
-        return "-".join([self.settled.case.name, self.cell.label, str(self.cell.steps), *more])
+        label = "-".join(filter(None, [self.cell.label, self.cell.engine]))
+        return "-".join([self.settled.case.name, label, str(self.cell.steps), *more])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Row(Piece):
 
     @property
     def task(self) -> Task:
-        return Task(self.settled.case.name, f"{self.cell.label}, K = {self.cell.steps}", 15 + self.cell.steps)
+        return Task(self.settled.case.name, f"{self.cell.title}, K = {self.cell.steps}", 15 + self.cell.steps)
 
     def do(self, site: Site) -> str:
         settings, folder = site.settings, site.folder
@@ -209,7 +211,7 @@ class OuterLoop(Piece):
     def task(self) -> Task:
         steps = self.settled.case.outer_steps
         weight = (15 + self.cell.steps) * (0.5 + steps / 12)
-        return Task(self.settled.case.name, f"{self.cell.label}, outer loop of {steps}", weight)
+        return Task(self.settled.case.name, f"{self.cell.title}, outer loop of {steps}", weight)
 
     def do(self, site: Site) -> str:
         records, place = site.rows.records, site.place(self.key)
@@ -243,7 +245,7 @@ class OuterLoop(Piece):
 
 def key_of(record: Record) -> Key:
     """What makes a row the same row."""
-    return record.case, record.estimator, record.inner_steps
+    return record.case, record.estimator, record.engine, record.inner_steps
 
 
 def _loop_text(iterations: Sequence[Iteration], metrics: Mapping[str, float]) -> str:

@@ -1,9 +1,9 @@
 """compare(): estimators against each other, every cell in a fresh process.
 
-For each case: the references (one process a solver), then one cell for each estimator under each solver (a process for
-time, live bytes, FLOPs and error, another for resident memory), then one outer loop for each estimator under the last
-solver. A row is on the disk as soon as it is known, and an outer loop joins its row. What is finished can be continued:
-see `resume`. What is done is in `tasks`.
+For each case: the references (one process a solver), then one cell for each estimator with each engine under each
+solver (a process for time, live bytes, FLOPs and error, another for resident memory), then one outer loop for each of
+them under the last solver. A row is on the disk as soon as it is known, and an outer loop joins its row. What is
+finished can be continued: see `resume`. What is done is in `tasks`.
 """
 
 import dataclasses
@@ -44,6 +44,7 @@ class Choices(TypedDict, total=False):
     solution: bl.InnerSolver | None
     name: str | None
     baselines: Sequence[str] | Mapping[str, Function | Baseline] | None
+    engines: Sequence[str] | Mapping[str, bl.Engine] | None
     device: str
     seed: int
     repeats: int
@@ -78,12 +79,14 @@ def compare(
             or several, `solvers` by label; `outer_steps` of the loop under the last solver (0 for none); `batches`,
             `evaluate`, `outer_optimizer` and `solution` as in a case file; the `name` of the case in the records;
             `baselines` beside the case's own, the names of libraries such as ["betty"], or a dict of label to a
-            function that returns a hypergradient (or a `Baseline`); and the fields of `Settings`, where `memory_limit`
+            function that returns a hypergradient (or a `Baseline`); the `engines` to measure every estimator with, by
+            label, such as {"eager": bl.Eager(), "compiled": bl.Compiled()}, or names, such as ["eager", "compiled"];
+            and the fields of `Settings`, where `memory_limit`
             may also be text such as "4GiB".
 
     Returns:
-        The records, one for each estimator and solver; failures are among them, and with `resume` the rows that were
-        there.
+        The records, one for each estimator, engine and solver; failures are among them, and with `resume` the rows that
+        were there.
 
     Raises:
         CaseError: the case is not usable.
@@ -118,26 +121,30 @@ def compare(
     if estimators is not None:
         asked["estimators"] = estimators
     if "baselines" in asked and not isinstance(asked["baselines"], Mapping):
-        asked["baselines"] = packages.named(_names(asked["baselines"]))
+        asked["baselines"] = packages.named(_names("baselines", asked["baselines"]))
+    if "engines" in asked and not isinstance(asked["engines"], Mapping):
+        asked["engines"] = _names("engines", asked["engines"])
     plan = Plan(setup if callable(setup) else str(setup), asked)
     comparison = Comparison([plan], out, Settings(**how), progress)
     comparison.run()
     return comparison.records
 
 
-def _names(given: Any) -> list[str]:
-    """Names of libraries.
+def _names(what: str, given: Any) -> list[str]:
+    """Names of libraries or engines.
 
     Raises:
         TypeError: it is something else.
     """
     if not isinstance(given, str) and isinstance(given, Iterable) and not callable(given):
         return list(given)
-    write = f"[{given!r}]" if isinstance(given, str) else f'{{"mine": {getattr(given, "__name__", "function")}}}'
-    raise TypeError(
-        f"compare() was given {given!r} as baselines; names of libraries or a dict of label to function were needed: "
-        f"write baselines={write}"
+    needed, mine = (
+        ("names of libraries or a dict of label to function", getattr(given, "__name__", "function"))
+        if what == "baselines"
+        else ("names or a dict of label to engine", repr(given))
     )
+    write = f"[{given!r}]" if isinstance(given, str) else f'{{"mine": {mine}}}'
+    raise TypeError(f"compare() was given {given!r} as {what}; {needed} were needed: write {what}={write}")
 
 
 class Comparison:

@@ -25,15 +25,10 @@ from bilevel_profiling.forecasting.optimizers import put_back
 from bilevel_profiling.forecasting.shapes import Shapes
 from bilevel_profiling.forecasting.unreadable import ForecastError as ForecastError
 from bilevel_profiling.forecasting.unreadable import explained
+from bilevel_profiling.measurement import engines
 from bilevel_profiling.measurement.environment import environment
-from bilevel_profiling.measurement.passes import (
-    Figures,
-    Trial,
-    described,
-    frozen_heap,
-    own_random_state,
-    without_warnings,
-)
+from bilevel_profiling.measurement.passes import Figures, Trial, described
+from bilevel_profiling.measurement.surroundings import frozen_heap, own_random_state, without_warnings
 from bilevel_profiling.meters.base import Meter
 from bilevel_profiling.meters.devices import DEVICES, Device
 from bilevel_profiling.meters.oracles import Oracles
@@ -136,6 +131,9 @@ def _of_case(case: Case, device: Device | None, command: str) -> Record:
         trial = Trial(known)
         trial.prime()
         base = trial.base_sizes()
+        if not engines.sees_operators(case.engine):  # tracing is no part of the call
+            trial.hypergradient()
+            trial.tidy()
         figures, notes, blocks = _metered(trial, device, shapes)
         facts: dict[str, Any] = {"dtype": str(trial.posed.dtype).removeprefix("torch."), "base_tensor_bytes": sum(base)}
         del trial
@@ -167,6 +165,7 @@ def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> 
     """
     figures, unread, tensors = Figures(), _Unread(), Tensors(shapes.stand_in)
     meters: list[Meter] = [Oracles(), Work(device), tensors]  # the last is asked first, and sees what the code calls
+    traced = False
     gc.collect()
     with contextlib.ExitStack() as around:
         around.enter_context(_few_full_collections())
@@ -180,7 +179,9 @@ def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> 
             "inner_size": tree.size(result.inner),
             "outer_size": tree.size(result.grad),
             "tasks": result.stats.get("tasks"),
+            "functions": engines.functions(result.stats, timed=False),
         }
+        traced = engines.hidden(result)
     del result
     if isinstance(call, Trial):
         call.tidy()
@@ -189,7 +190,8 @@ def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> 
     for meter in meters:
         with figures.of(meter):
             pass
-    notes = [*unread.notes(), *([kernels.note(shapes.unseen)] if shapes.unseen else [])]
+    notes = [*unread.notes(), *([engines.ABOVE] if traced else [])]
+    notes += [kernels.note(shapes.unseen)] if shapes.unseen else []
     return figures, notes, tensors.peak_block_bytes
 
 

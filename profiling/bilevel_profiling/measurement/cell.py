@@ -12,7 +12,7 @@ import bilevel as bl
 from bilevel_profiling.baselines.counting import uncounted
 from bilevel_profiling.cases.case import Case
 from bilevel_profiling.cases.case_file import Definition, given
-from bilevel_profiling.measurement import references
+from bilevel_profiling.measurement import engines, references
 from bilevel_profiling.measurement.isolate import Gate
 from bilevel_profiling.measurement.loop import Loop, outer_loop
 from bilevel_profiling.measurement.passes import Trial, measure
@@ -37,6 +37,8 @@ class Job:
     solver: bl.InnerSolver
     row: str = ""
     """Label of the record, if it is another."""
+    engine: str = ""
+    """Label of the engine in the case; empty for the default."""
     labels: tuple[str, ...] = ()
     """Of all that take part; none for all of the case."""
     device: str = "cpu"
@@ -66,6 +68,8 @@ class Job:
             label=self.row or self.label,
             solution=definition.solution,
             outer_optimizer=definition.outer_optimizer,
+            engine=definition.engines[self.engine] if self.engine else None,
+            engine_name=self.engine,
         )
 
 
@@ -83,10 +87,12 @@ def cost(job: Job, program: Path | str, solution: Path | str) -> Record:
 
 
 def resident(job: Job, gate: Gate) -> None:
-    """The case's call, once to load what the first call loads, then watched."""
-    trial = Trial(job.case(job.definition()))
-    trial.hypergradient()
-    trial.tidy()
+    """The case's call, before that as often as it takes to load what first calls load, then watched."""
+    case = job.case(job.definition())
+    trial = Trial(case)
+    for _ in range(1 if engines.sees_operators(case.engine) else engines.WARM_UP):
+        trial.hypergradient()
+        trial.tidy()
     trim()
     gate()
     started = time.perf_counter()

@@ -11,8 +11,10 @@ from bilevel.space import tree
 from bilevel_profiling.baselines.counting import uncounted
 from bilevel_profiling.cases.case import Case, Posed, leaves_of, seeded
 from bilevel_profiling.cases.case_file import Definition
-from bilevel_profiling.measurement.passes import without_warnings
+from bilevel_profiling.measurement import engines
+from bilevel_profiling.measurement.passes import Trial
 from bilevel_profiling.measurement.running import Running, status_of
+from bilevel_profiling.measurement.surroundings import without_warnings
 from bilevel_profiling.records.record import Iteration
 
 _METERED = 2
@@ -40,6 +42,9 @@ def outer_loop(case: Case, definition: Definition, steps: int, before: Mapping[s
 
     Live tensor bytes slow a step down, so the first iterations are made twice: once metered, in a loop of their own,
         and once timed.
+
+    An engine that traces and compiles does so before, in hypergradients that are not counted, and all loops then share
+    one `setup`, whose problem has its functions.
     """
     with without_warnings(), uncounted():
         return _looped(case, definition, steps, before)
@@ -47,17 +52,27 @@ def outer_loop(case: Case, definition: Definition, steps: int, before: Mapping[s
 
 def _looped(case: Case, definition: Definition, steps: int, before: Mapping[str, float] | None) -> Loop:
     metered: list[Iteration] = []
+    shared = None if engines.sees_operators(case.engine) else _warmed_up(case)
     if torch.device(case.device).type != "cuda":
-        metered = list(_iterations(case, definition, *_started(case), min(steps, _METERED), tensors=True))
-    posed, outer = _started(case)
+        metered = list(_iterations(case, definition, *_started(case, shared), min(steps, _METERED), tensors=True))
+    posed, outer = _started(case, shared)
     before = _evaluated(definition, outer, case) if before is None else before
     iterations = list(_iterations(case, definition, posed, outer, steps, tensors=False))
     iterations[: len(metered)] = [_with_peaks(*both) for both in zip(iterations, metered, strict=False)]
     return Loop(tuple(iterations), before, _evaluated(definition, outer, case))
 
 
-def _started(case: Case) -> tuple[Posed, Any]:
-    posed = case.pose()
+def _warmed_up(case: Case) -> Posed:
+    """The problem, with what its engine has made for it."""
+    trial = Trial(case)
+    for _ in range(engines.WARM_UP):
+        trial.hypergradient()
+        trial.tidy()
+    return trial.posed
+
+
+def _started(case: Case, shared: Posed | None) -> tuple[Posed, Any]:
+    posed = case.pose() if shared is None else shared
     torch.manual_seed(case.seed)
     return posed, leaves_of(posed.outer)
 
@@ -77,11 +92,12 @@ def _iterations(
         solver=case.solver,
         estimator=case.estimator,
         optimizer=case.outer_optimizer(tree.tensors(outer)),
+        engine=case.engine,
     )
     for index in range(steps):
         made = definition.batches
         waiting.append(posed.batches if made is None else seeded(made, index, case.device, seed=case.seed))
-        running = Running(index, torch.device(case.device), tensors)
+        running = Running(index, torch.device(case.device), tensors, seen=engines.sees_operators(case.engine))
         try:
             step = next(loop)
         except bl.BilevelError as error:

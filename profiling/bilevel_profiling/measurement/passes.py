@@ -1,9 +1,10 @@
 """measure(): one record of one case, or of any callable.
 
-Passes, each over the same call: once to warm up, for the status, the oracle calls and the error; the clock, repeated;
-    the CUDA allocator; live tensor
-bytes; FLOPs. The last two slow the call down and are therefore not timed. Resident memory needs a process of its own
-and is left to `compare`.
+Passes, each over the same call: twice to warm up, for the status, the oracle calls and the error, and so that an engine
+has traced, compiled and checked what it runs; the clock, repeated; the CUDA allocator; live tensor bytes; FLOPs. The
+last two slow the call down and are therefore not timed. Under an engine that hides its operators from them, the
+allocator's own record takes their place (see `engines`). Resident memory needs a process of its own and is left to
+`compare`.
 """
 
 import contextlib
@@ -11,7 +12,6 @@ import dataclasses
 import gc
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from bilevel_profiling.baselines.baseline import UNCOUNTED, WITHOUT_INNER, basel
 from bilevel_profiling.baselines.counting import uncounted
 from bilevel_profiling.cases.case import Case, leaves_of, name_of
 from bilevel_profiling.cases.target import target_of
-from bilevel_profiling.measurement import references
+from bilevel_profiling.measurement import engines, references
 from bilevel_profiling.measurement.environment import environment
+from bilevel_profiling.measurement.surroundings import frozen_heap, own_random_state, without_warnings
+from bilevel_profiling.meters.allocator import Allocator
 from bilevel_profiling.meters.base import Meter, observe
 from bilevel_profiling.meters.clock import Clock
 from bilevel_profiling.meters.cuda import Cuda
@@ -164,6 +166,8 @@ def described(case: Case, command: str = "") -> Record:
         target=target_of(case.estimator),
         notes=() if baseline is None else tuple(map(Note, baseline.said)),
         solver=repr(case.solver),
+        engine=case.engine_name,
+        engine_settings="" if case.engine is None else repr(case.engine),
         inner_steps=case.solver.max_steps,
         device=case.device,
         seed=case.seed,
@@ -173,7 +177,7 @@ def described(case: Case, command: str = "") -> Record:
 
 def _first(trial: "Trial", figures: "Figures") -> tuple[list[torch.Tensor] | None, dict[str, Any]]:
     """The warm-up: its gradient (None after a failure), and what it says about the case."""
-    oracles = Oracles()
+    oracles, started = Oracles(), time.perf_counter()
     try:
         with figures.of(oracles), oracles:
             hg = trial.hypergradient()
@@ -189,15 +193,17 @@ def _first(trial: "Trial", figures: "Figures") -> tuple[list[torch.Tensor] | Non
         "status": hg.status.name,
         "reason": "" if hg.status is bl.Status.OK else hg.status.value,
     }
-    grad = tree.tensors(hg.grad)
+    grad, stats = tree.tensors(hg.grad), hg.stats
     del hg
     trial.tidy()
     # The outer optimizer makes its state in its first step. A failed hypergradient is refused there; what it costs is
     # measured without that step.
     try:
-        trial()
+        stats = trial().stats
     except bl.BilevelError:
         trial.outer_step = False
+    facts |= engines.facts(trial.case, stats, time.perf_counter() - started)
+    figures.fields["notes"] = (*figures.fields.get("notes", ()), *engines.notes(stats))
     trial.tidy()
     return grad if all(bool(leaf.isfinite().all()) for leaf in grad) else None, facts
 
@@ -233,7 +239,13 @@ class Trial:
         """The hypergradient alone."""
         posed, case = self.posed, self.case
         return bl.hypergradient(
-            posed.problem, self._outer, posed.inner, posed.batches, solver=case.solver, estimator=case.estimator
+            posed.problem,
+            self._outer,
+            posed.inner,
+            posed.batches,
+            solver=case.solver,
+            estimator=case.estimator,
+            engine=case.engine,
         )
 
     def __call__(self) -> bl.Hypergradient:
@@ -249,6 +261,7 @@ class Trial:
             solver=case.solver,
             estimator=case.estimator,
             optimizer=self._optimizer,
+            engine=case.engine,
         )
         return next(loop).hypergradient
 
@@ -297,6 +310,12 @@ class Figures:
             notes.append(Note(NO_LOOP, NoteKind.WITHOUT_INNER))
         self.fields["notes"] = (*self.fields.get("notes", ()), *notes)
 
+    def _note_hidden(self, result: object) -> None:
+        """Say that operators were hidden, where a function turns out to have had an engine of its own."""
+        known = self.fields.get("notes", ())
+        if engines.hidden(result) and engines.HIDDEN not in map(str, known):
+            self.fields["notes"] = (*known, engines.HIDDEN)
+
     def without_calls(self) -> None:
         """Take the oracle calls out: they were not counted."""
         for fields in (self.fields, *self.phases.values()):
@@ -305,8 +324,11 @@ class Figures:
     def take(self, call: Callable[[], object], device: str, passes: _Passes) -> None:
         """Run `call` under the clock and under each meter."""
         tidy = call.tidy if isinstance(call, Trial) else lambda: None
-        clock, meters = Clock(device), [Tensors(), Work()]
-        cuda = Cuda(device, workspaces=True, snapshot=passes.snapshot)
+        engine = call.case.engine if isinstance(call, Trial) else None
+        seen, clock = engines.sees_operators(engine), Clock(device)
+        cuda = Cuda(device, workspaces=engines.may_lose_workspaces(engine), tensors=not seen, snapshot=passes.snapshot)
+        gpu = torch.device(device).type == "cuda"
+        meters: list[Meter] = [Tensors(), Work()] if seen else [] if gpu else [Allocator()]
         started = time.perf_counter()
         gc.collect()
         with self.of(clock):
@@ -314,14 +336,19 @@ class Figures:
                 len(clock.seconds) < 2 or time.perf_counter() - started < _LONG
             ):
                 with clock:
-                    result = call()
+                    result: object = call()
                 del result
                 tidy()
-        self.fields["notes"] = self.fields.get("notes", ()) + _compiled()
-        for meter in [cuda, *meters] if torch.device(device).type == "cuda" else meters:
+        said = _compiled() if seen else (engines.ALLOCATOR,)
+        self.fields["notes"] = (*self.fields.get("notes", ()), *said)
+        for meter in [cuda, *meters] if gpu else meters:
             with self.of(meter):
                 with meter:
                     result = call()
+                    if not seen:  # the allocator knows what is left when the block ends, and nothing later
+                        result = tidy()
+                        gc.collect()
+                self._note_hidden(result)
                 del result
                 tidy()
                 gc.collect()
@@ -357,33 +384,3 @@ def phases_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Phase]:
     """Phases in the order in which they run."""
     order = {"inner": 0, "hypergradient": 1, "outer": 2}
     return {name: Phase(**found[name]) for name in sorted(found, key=lambda name: order.get(name, 3))}
-
-
-@contextlib.contextmanager
-def without_warnings() -> Iterator[None]:
-    """Leave out the warnings of a status that is stepped through: the record says it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"iterate\(\) stepped through")
-        yield
-
-
-@contextlib.contextmanager
-def own_random_state() -> Iterator[None]:
-    """Put the global random state back after the block."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        yield
-
-
-@contextlib.contextmanager
-def frozen_heap() -> Iterator[None]:
-    """Collections between passes look only at what the passes made: walking all of torch takes 0.2 s each time."""
-    if gc.get_freeze_count():  # somebody else's, and unfreezing would be too
-        yield
-        return
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

@@ -259,7 +259,7 @@ class Recorder:
         running, self._running = self._running, None
         found = running.stop()
         self._index += 1
-        if running.tensors is not None and running.tensors.peak_bytes > self._peak[0]:
+        if running.tensors is not None and not running.hidden and running.tensors.peak_bytes > self._peak[0]:
             self._peak = (running.tensors.peak_bytes, running.tensors.alive())
         return found
 

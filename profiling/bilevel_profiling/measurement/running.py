@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import bilevel as bl
 from bilevel.space import tree
+from bilevel_profiling.measurement import engines
+from bilevel_profiling.meters.allocator import Allocator
 from bilevel_profiling.meters.base import Meter
 from bilevel_profiling.meters.clock import Clock
 from bilevel_profiling.meters.cuda import Cuda
@@ -32,15 +34,18 @@ class Running:
         index: of the iteration.
         device: where the work runs.
         tensors: whether its live tensor bytes are counted, which slows it down.
+        seen: whether all that runs is operators that a dispatch mode sees; else the allocator is asked for the bytes.
 
     Attributes:
         metrics: what the user logged.
         tensors: the meter of live tensor bytes, where they are counted.
+        hidden: whether a step turned out to hide its operators from that meter: its bytes are then not known.
     """
 
-    def __init__(self, index: int, device: torch.device, tensors: bool) -> None:
+    def __init__(self, index: int, device: torch.device, tensors: bool, *, seen: bool = True) -> None:
         self.metrics: dict[str, float] = {}
-        self.tensors = Tensors() if tensors else None
+        self.tensors = None if not tensors else Tensors() if seen else Allocator()
+        self.hidden = False
         self._index = index
         self._facts: dict[str, Any] = {}
         meters: list[Meter | None] = [
@@ -61,6 +66,7 @@ class Running:
         if not isinstance(item, bl.Step):
             return
         found = item.hypergradient
+        self.hidden |= isinstance(self.tensors, Tensors) and engines.hidden(found)
         with _disable_current_modes(), torch.no_grad():
             norms = [torch.linalg.vector_norm(leaf, dtype=torch.float64) for leaf in tree.tensors(found.grad)]
             self._facts = {
@@ -95,7 +101,9 @@ class Running:
         fields: dict[str, Any] = {}
         phases: dict[str, dict[str, Any]] = {}
         for meter in self._meters:
-            fields |= meter.figures()
+            fields |= {} if self.hidden and meter is self.tensors else meter.figures()
+            if self.hidden and meter is self.tensors:
+                continue
             for name, found in meter.phases().items():
                 phases.setdefault(name, {}).update(found)
         return Iteration(

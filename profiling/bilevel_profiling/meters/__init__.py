@@ -1,5 +1,6 @@
 """Meters: context managers that yield numbers."""
 
+from bilevel_profiling.meters.allocator import Allocator as Allocator
 from bilevel_profiling.meters.base import Meter as Meter
 from bilevel_profiling.meters.clock import Clock as Clock
 from bilevel_profiling.meters.cuda import Cuda as Cuda

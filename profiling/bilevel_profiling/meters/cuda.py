@@ -26,6 +26,7 @@ _PEAKS = {
     "cuda_reserved_bytes": "reserved_bytes.all.peak",
     "cuda_requested_bytes": "requested_bytes.all.peak",
 }
+_REQUESTED = "requested_bytes.all.current"
 _COUNTS = {"cuda_retries": "num_alloc_retries", "cuda_out_of_memory_events": "num_ooms"}
 _WORKSPACES = "cuda_workspace_bytes"
 _MOST_EVENTS = 100_000
@@ -48,6 +49,9 @@ class Cuda(Meter):
         workspaces: whether to free cuBLAS's workspaces after the block, and to report what that gave back. They are
             part of the three peaks, also where they were taken before the block. The next product takes them again; a
             CUDA graph captured with them must not be replayed.
+        tensors: whether to report `peak_tensor_bytes` and `kept_tensor_bytes` too, as the bytes asked for beyond what
+            was there when the block began. Tensors, and the workspaces that are taken inside: for code whose tensors
+            nobody sees. Drop the result inside the block, and what is kept is what leaked.
         snapshot: where to write what https://pytorch.org/memory_viz opens: every request of the block (the last
             100,000) with its stack. It is written also when the block raises, and a recording of the allocator's
             history that was on before is ended. Recording takes time.
@@ -64,7 +68,12 @@ class Cuda(Meter):
     """
 
     def __init__(
-        self, device: torch.device | str | None = None, *, workspaces: bool = False, snapshot: str | Path | None = None
+        self,
+        device: torch.device | str | None = None,
+        *,
+        workspaces: bool = False,
+        tensors: bool = False,
+        snapshot: str | Path | None = None,
     ) -> None:
         self._device = None if device is None else torch.device(device)
         self._on = torch.cuda.is_available() and (self._device is None or self._device.type == "cuda")
@@ -83,6 +92,8 @@ class Cuda(Meter):
         self._phases = Phases(self._ended)
         self._peaks: dict[str, int] = {}
         self._by_phase: dict[str, int] = {}
+        self._tensors, self._base, self._kept = tensors, 0, 0
+        self._requested: dict[str, int] = {}
         self._counts: dict[str, int] = {}
         self._workspace_bytes: int | None = None
 
@@ -90,6 +101,7 @@ class Cuda(Meter):
         if self._on:
             stats = torch.cuda.memory_stats(self._device)
             self._before = {field: stats.get(name, 0) for field, name in _COUNTS.items()}
+            self._base = stats.get(_REQUESTED, 0)
             torch.cuda.reset_peak_memory_stats(self._device)
             if self._snapshot is not None:
                 torch.cuda.memory._record_memory_history(
@@ -106,6 +118,7 @@ class Cuda(Meter):
             if self._on:
                 stats = torch.cuda.memory_stats(self._device)
                 self._counts = {field: stats.get(name, 0) - self._before[field] for field, name in _COUNTS.items()}
+                self._kept = stats.get(_REQUESTED, 0) - self._base
         finally:
             if self._snapshot is not None:
                 self._dump(self._snapshot)
@@ -117,10 +130,19 @@ class Cuda(Meter):
             **{field: self._peaks.get(field) for field in _PEAKS},
             **{field: self._counts.get(field) for field in _COUNTS},
             _WORKSPACES: self._workspace_bytes,
+            **(self._added() if self._tensors and self._on else {}),
         }
 
     def phases(self) -> dict[str, dict[str, Any]]:
-        return {phase: {"cuda_allocated_bytes": peak} for phase, peak in self._by_phase.items() if phase != OUTSIDE}
+        found = {phase: {"cuda_allocated_bytes": peak} for phase, peak in self._by_phase.items() if phase != OUTSIDE}
+        if self._tensors:
+            for phase, fields in found.items():
+                fields["peak_tensor_bytes"] = self._requested[phase] - self._base
+        return found
+
+    def _added(self) -> dict[str, Any]:
+        peak = self._peaks.get("cuda_requested_bytes", self._base) - self._base
+        return {"peak_tensor_bytes": peak, "kept_tensor_bytes": self._kept, "peak_meter": "cuda"}
 
     def _ended(self, phase: str) -> None:
         if not self._on:
@@ -129,6 +151,7 @@ class Cuda(Meter):
         for field, name in _PEAKS.items():
             self._peaks[field] = max(self._peaks.get(field, 0), stats.get(name, 0))
         self._by_phase[phase] = max(self._by_phase.get(phase, 0), stats.get(_PEAKS["cuda_allocated_bytes"], 0))
+        self._requested[phase] = max(self._requested.get(phase, 0), stats.get(_PEAKS["cuda_requested_bytes"], 0))
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def _dump(self, path: Path) -> None:

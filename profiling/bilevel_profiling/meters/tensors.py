@@ -141,6 +141,7 @@ class Tensors(Meter):
         return {
             "peak_tensor_bytes": self.peak_bytes,
             "kept_tensor_bytes": self.live_bytes,
+            "peak_meter": "tensors",
             "timeline": self._timeline.points(),
             "alive": self.alive(),
         }

@@ -4,6 +4,7 @@ Nothing here imports torch or bilevel, so that records can be read and shown any
 """
 
 from bilevel_profiling.records.record import Alive as Alive
+from bilevel_profiling.records.record import Function as Function
 from bilevel_profiling.records.record import Iteration as Iteration
 from bilevel_profiling.records.record import Phase as Phase
 from bilevel_profiling.records.record import Point as Point

@@ -61,6 +61,25 @@ class Phase:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Function:
+    """What an engine made of a derivative: traced once, run by every hypergradient on the problem."""
+
+    name: str
+    nodes: int | None = None
+    """Of its graph."""
+    matmul_flops: int | None = None
+    """Of one call."""
+    moved_bytes: int | None = None
+    """Bytes that its operators read and write in one call, as if none were fused."""
+    trace_seconds: float | None = None
+    """Spent once, in this process."""
+    compile_seconds: float | None = None
+    """Likewise; its first run is in it."""
+    calls: int | None = None
+    """In one hypergradient."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Iteration:
     """One outer iteration: hypergradient and outer step."""
 
@@ -103,6 +122,10 @@ class Record:
     memory_growth: str = ""
     """The estimator's contract on how peak memory grows with K: constant, sqrt or linear; empty where there is none to
     hold it to."""
+    engine: str = ""
+    """Label of the engine that computed the derivatives; empty where none was named: operator by operator."""
+    engine_settings: str = ""
+    """Its repr."""
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
@@ -123,6 +146,10 @@ class Record:
     """Tensor bytes that were there before the call: data, outer and inner variables, the outer optimizer's state."""
     peak_tensor_bytes: int | None = None
     """Most bytes of tensor storages made by the call and alive at once."""
+    peak_meter: str = ""
+    """What `peak_tensor_bytes` was read from: tensors (every operator on tensors), allocator (what torch's allocator
+    gave out, scratch memory of kernels included), cuda (the same of the CUDA allocator); empty in older records, which
+    know tensors alone."""
     kept_tensor_bytes: int | None = None
     """Bytes still alive after the result was dropped: 0 unless something leaks."""
     cuda_allocated_bytes: int | None = None
@@ -143,6 +170,15 @@ class Record:
     wall_seconds_high: float | None = None
     """The 90% quantile."""
     repeats: int | None = None
+    trace_seconds: float | None = None
+    """Of an engine that traces: spent once, in this process, and not part of `wall_seconds`."""
+    compile_seconds: float | None = None
+    """Likewise, by the compiler."""
+    warm_up_seconds: float | None = None
+    """Of such an engine: the two hypergradients before the measured ones, with tracing, compiling, and the checks
+    against eager results."""
+    functions: tuple[Function, ...] = ()
+    """What such an engine made."""
     matmul_flops: int | None = None
     """FLOPs of matmul-class operations (torch FlopCounterMode); elementwise work is not counted."""
     moved_bytes: int | None = None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from bilevel_profiling.records.record import Record
 from bilevel_profiling.report.content import alive, columns, footnotes, laws, loops
-from bilevel_profiling.report.content.groups import EXACT, Group, environment, group
+from bilevel_profiling.report.content.groups import EXACT, Group, environment, group, settings
 from bilevel_profiling.report.content.laws import GROWTH
 from bilevel_profiling.report.content.summary import PLAIN_TITLE, Name, Sentence, at, sentences
 from bilevel_profiling.report.content.text import at_k, clean, plural
@@ -139,8 +139,8 @@ def _reading(groups: Sequence[Group]) -> str:
 
 
 def _settings(records: Sequence[Record]) -> str:
-    seen = dict.fromkeys((record.estimator, record.settings) for record in records if record.settings)
-    return "\n".join(f"- {escape(label)}: {_code(settings)}" for label, settings in seen) or "The records do not say."
+    said = "\n".join(f"- {escape(label)}: {_code(text)}" for label, text in settings(records))
+    return said or "The records do not say."
 
 
 def _sentence(sentence: Sentence) -> str:

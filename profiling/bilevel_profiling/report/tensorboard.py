@@ -94,7 +94,8 @@ def _names(records: Iterable[Record]) -> Iterator[str]:
     """A name for each record that a folder can have; those that are the same get a number."""
     taken: dict[str, int] = {}
     for record in records:
-        parts = [record.case, record.estimator, "" if record.inner_steps is None else f"K={record.inner_steps}"]
+        steps = "" if record.inner_steps is None else f"K={record.inner_steps}"
+        parts = [record.case, record.estimator, record.engine, steps]
         name = "-".join(re.sub(r"[^\w.=+]+", "_", part).strip("_.") for part in parts if part) or "run"
         taken[name] = taken.get(name, 0) + 1
         yield name if taken[name] == 1 else f"{name}-{taken[name]}"
@@ -115,6 +116,7 @@ def _description(record: Record) -> Iterator[str]:
         "case": record.case,
         "estimator": record.estimator,
         "settings": record.settings,
+        "engine": record.engine_settings,
         "device": record.device,
         **record.environment,
     }

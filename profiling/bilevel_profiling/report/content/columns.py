@@ -191,6 +191,14 @@ def _time(group: Group) -> list[Column]:
             f"time over that of {base} at the same K",
             rank=1,
         ),
+        Column(
+            "once s",
+            "time",
+            lambda r: units.significant(_once(r)),
+            "seconds of tracing and compiling that the engine spent once, before the timed calls and in this process; "
+            "no part of them",
+            rank=4,
+        ),
         *_roofline(group),
     ]
 
@@ -309,6 +317,12 @@ def _resident(group: Group) -> str:
 
 def _time_cell(record: Record) -> str:
     return (WIDE if wide(record) else "") + units.milliseconds(record.wall_seconds)
+
+
+def _once(record: Record) -> float | None:
+    """What was spent to make an engine's functions."""
+    spent = [seconds for seconds in (record.trace_seconds, record.compile_seconds) if seconds is not None]
+    return sum(spent) if spent else None
 
 
 def _spread(record: Record) -> str:

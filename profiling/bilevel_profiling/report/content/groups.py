@@ -167,7 +167,8 @@ def group(records: Iterable[Record]) -> list[Group]:
 
     Figures that were not measured never share a label with those that were: beside measured records of the case, the
         estimator's label says
-    what they are; where all of a case are of one kind, its title does.
+    what they are; where all of a case are of one kind, its title does. Likewise the label says the engine, where a case
+    was measured with several.
     """
     found: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
@@ -176,16 +177,27 @@ def group(records: Iterable[Record]) -> list[Group]:
     groups = []
     for (case, device, dtype), members in found.items():
         title = case if cases.count(case) == 1 else f"{case} ({device}, {dtype})"
-        sources = {record.source for record in members}
+        sources, engines = {record.source for record in members}, {record.engine for record in members}
         if len(sources) == 1:
             title += "" if sources == {MEASURED} else f": {members[0].source}"
-        else:
-            members = [
-                r if r.source == MEASURED else dataclasses.replace(r, estimator=f"{r.estimator} ({r.source})")
-                for r in members
-            ]
+        members = [_told_apart(record, len(engines) > 1, len(sources) > 1) for record in members]
         groups.append(Group(title, tuple(members)))
     return groups
+
+
+def _told_apart(record: Record, by_engine: bool, by_source: bool) -> Record:
+    """The record with what it is in its label."""
+    said = [record.engine if by_engine else "", record.source if by_source and record.source != MEASURED else ""]
+    more = ", ".join(filter(None, said))
+    return dataclasses.replace(record, estimator=f"{record.estimator} ({more})") if more else record
+
+
+def settings(records: Iterable[Record]) -> list[tuple[str, str]]:
+    """(label, repr) of the estimators, then of the engines, each once."""
+    records = list(records)
+    found = [(record.estimator, record.settings) for record in records if record.settings]
+    made = [(f"engine {record.engine}", record.engine_settings) for record in records if record.engine_settings]
+    return list(dict.fromkeys([*found, *made]))
 
 
 def estimators(groups: Iterable[Group]) -> tuple[str, ...]:

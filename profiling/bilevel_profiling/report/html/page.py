@@ -13,7 +13,7 @@ from bilevel_profiling.records.failure import Severity, failed, noted, severity
 from bilevel_profiling.records.growth import Verdict
 from bilevel_profiling.records.record import Record
 from bilevel_profiling.report.content import alive, columns, footnotes, laws, loops, summary
-from bilevel_profiling.report.content.groups import EXACT, Group, environment, estimators, group
+from bilevel_profiling.report.content.groups import EXACT, Group, environment, estimators, group, settings
 from bilevel_profiling.report.content.text import at_k, clean, listing, plural, slug
 from bilevel_profiling.report.figures import case_figures, styles, stylesheet
 from bilevel_profiling.report.figures.markup import Markup, spaced
@@ -125,7 +125,7 @@ def _references(each: Group) -> str:
 
 
 def _settings(each: Group) -> list[tuple[str, str]]:
-    return list(dict.fromkeys((record.estimator, record.settings) for record in each.records if record.settings))
+    return settings(each.records)
 
 
 def _sizes(each: Group) -> str:
