@@ -55,21 +55,12 @@ def make(backend: str) -> Compile:
     def made(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Made:
         if backend == "graph" or any(isinstance(each, torch._subclasses.FakeTensor) for each in inputs):
             return Made(graph)  # operator by operator, each result freed after its last use
-<<<<<<< HEAD
         digest = hashlib.sha256(str(graph.code).encode()).digest()
         key = digest, tuple((each.shape, each.stride(), each.dtype, each.device) for each in inputs)
         code = _compiled.get(key)
         if code is None:
             _compiled[key] = code = _Code(inductor(graph, inputs))
         return Made(code)
-=======
-        code = hashlib.sha256(str(graph.code).encode()).digest()
-        key = code, tuple((each.shape, each.stride(), each.dtype, each.device) for each in inputs)
-        run = _compiled.get(key)
-        if run is None:
-            run = _compiled[key] = inductor(graph, inputs)
-        return Made(run)
->>>>>>> stranger
 
     return made
 
