@@ -17,6 +17,16 @@ _compiled: "weakref.WeakValueDictionary[Any, Any]" = weakref.WeakValueDictionary
 """Code by the graph that it was made of: blocks of a net are alike."""
 
 
+class _Code:
+    """A function that can be referred to weakly (a bound method cannot)."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *given: Tensor) -> Any:
+        return self._function(*given)
+
+
 def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """Fused code, from torch's cache folder (TORCHINDUCTOR_CACHE_DIR) where another process has made it.
 
