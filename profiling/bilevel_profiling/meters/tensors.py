@@ -1,9 +1,10 @@
 """Live tensor bytes: what the storages made inside the block weigh together, at most, at one time. On any device, real
 or fake.
 
-Every operator that reaches the dispatcher is seen: forward, backward, double backward, and what torch.func does. Its
-outputs are counted by their storage, each storage once, and given up when the last tensor on it dies, which a weak
-reference tells. Scratch memory inside a kernel is not seen, nor is what an allocator adds (`cuda` sees both).
+Every operator that reaches the dispatcher is seen: forward, backward, double backward, and what torch.func does. An
+operator's outputs are counted by their storage, each storage once, and given up when the last tensor on it dies, which
+a weak reference tells. Scratch memory inside a kernel is not seen, nor is what an allocator adds by rounding and
+caching (`cuda` sees both).
 
 Autograd works out of place in some spots because a dispatch mode is on: where two gradients of one tensor meet, and in
 the backward of gather, topk, max(dim), x[index] and their kin, which write into zeros. Their results are counted in the
@@ -118,6 +119,11 @@ class Tensors(Meter):
     def peak_block_bytes(self) -> int:
         """The same with each storage rounded up to whole blocks of 512 bytes, as the CUDA caching allocator does."""
         return self._peak_blocks
+
+    @property
+    def hidden(self) -> bool:
+        """Whether an engine that compiles or captures was at work, so that these bytes are not all there were."""
+        return self._phases.hidden
 
     @property
     def live_bytes(self) -> int:
