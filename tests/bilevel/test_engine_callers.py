@@ -1,4 +1,4 @@
-"""Everything in the library that asks for derivatives in the user's place takes an engine: with it, the same numbers."""
+"""Whatever asks for derivatives in the user's place takes an engine, and gets the same numbers with it."""
 
 import functools
 
