@@ -1,10 +1,8 @@
-"""Live tensor bytes: what the storages made inside the block weigh together, at most, at one time. On any device, real
-or fake.
+"""Live tensor bytes: what the storages made inside the block weigh together at one time, at most. On any device.
 
 Every operator that reaches the dispatcher is seen: forward, backward, double backward, and what torch.func does. An
 operator's outputs are counted by their storage, each storage once, and given up when the last tensor on it dies, which
-a weak reference tells. Scratch memory inside a kernel is not seen, nor is what an allocator adds by rounding and
-caching (`cuda` sees both).
+a weak reference tells. Scratch memory inside a kernel is not seen, nor what an allocator adds (`cuda` sees both).
 
 Autograd works out of place in some spots because a dispatch mode is on: where two gradients of one tensor meet, and in
 the backward of gather, topk, max(dim), x[index] and their kin, which write into zeros. Their results are counted in the
@@ -12,8 +10,7 @@ place of what dies with them; without that, a product with the Hessian of a smal
 allocator's own record, with it the same to the byte. Not mended: the backward of prod, cumprod, amax, and of max()
 without a dimension. Not seen: operators on other threads, tensors from copy.deepcopy or pickle.
 
-torch.distributed._tools.MemTracker works in the same way but refuses to run a module twice, which every inner loop
-does.
+torch.distributed's MemTracker works in the same way but refuses to run a module twice, which every inner loop does.
 """
 
 import collections
@@ -52,7 +49,6 @@ class Tensors(Meter):
 
     Inputs of an operator are older than its outputs: an output on an input's storage is a view, and is not counted. A
     storage that grows later (`resize_`, `out=`) counts with its new size, and an older one with its growth.
-
     What the library offloads from a device does not count: it makes its buffers on the host in the span spans.HOST.
 
     After the block `live_bytes` goes on falling as tensors die: read when the result is dropped, it is what leaked.
@@ -187,8 +183,7 @@ class Tensors(Meter):
                 self._resized(
                     key, inputs[key], size, self._ledger.number((self._phases.current, self._phases.span, name, place))
                 )
-        offloaded = self._phases.span == _HOST
-        for storage in () if offloaded else _storages((output,)):
+        for storage in () if self._phases.span == _HOST else _storages((output,)):
             if storage._cdata not in inputs and storage._cdata not in self._counted and _weighs(operator, output):
                 number = (
                     self._ledger.number((self._phases.current, self._phases.span, name, place))
