@@ -4,6 +4,8 @@
                                             # .jsonl and prints the tables
     python benchmarks/gpu.py --device cpu   # the same code on small sizes, against the tensors meter; writes nothing
                                             # without --out
+    python benchmarks/gpu.py --section engine    # exact second order by the engines against torch by hand
+                                                 # (gpu_engine.py; --smoke rehearses it on a CPU)
 
 Needs torch and this repository, no network and no data. Cells (three models x estimators x K) run one after another in
 this process, the small K first, so that a run that is cut short has something on everything. A cell that does not fit
@@ -322,6 +324,11 @@ def _line(row):
 
 
 def main(arguments=None):
+    listed = list(sys.argv[1:] if arguments is None else arguments)
+    if listed[:2] == ["--section", "engine"]:
+        import gpu_engine
+
+        return gpu_engine.main(listed[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda (default), or cpu for a rehearsal at small sizes")
     parser.add_argument(
@@ -333,7 +340,10 @@ def main(arguments=None):
     parser.add_argument(
         "--out", type=Path, help="file of rows; default results/gpu-<device>-<date>.jsonl on CUDA, none on a CPU"
     )
-    given = parser.parse_args(arguments)
+    parser.add_argument("--section", choices=("forecasts", "engine"), default="forecasts", help="engine: comes first")
+    given = parser.parse_args(listed)
+    if given.section == "engine":
+        parser.error("--section engine comes before its own options")
     kind = torch.device(given.device).type
     if kind not in SIZES:
         parser.error(f"--device {given.device}: cuda or cpu was needed")

@@ -2,7 +2,8 @@
 
 In the double backward only the graph of the first derivative is needed, not the numbers of parameters' gradients. So
 the outer product that is the gradient of a weight is left out, and its derivative is not. The second derivatives of
-GELU and of softmax are taken in place and in pieces, where torch holds six temporaries of their size. And the product
+GELU and of softmax are taken in place and in pieces, where torch holds six temporaries of their size. What GELU gives
+to a product is not kept beside what it was given, and made again when the derivative needs it. And the product
 that ends a block, which the next block alone needed, is left out whenever the block is run again, as
 torch.utils.checkpoint stops early; if a run goes on after it in another way than the first did, all is computed.
 """
@@ -44,6 +45,7 @@ class Lean(TorchFunctionMode):
         self._second, self._tail, self._first = leaves is not None, tail, first
         self._count, self._ended, self.graph_only = 0, False, False
         self._last: tuple[int, Node] | None = None
+        self._activated: tuple[Tensor, Tensor] | None = None
 
     @contextmanager
     def only_graph(self) -> Iterator[None]:
@@ -60,23 +62,39 @@ class Lean(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(_running, "mode", None) is not self:
             return func(*args, **kwargs)
+        activated, self._activated = self._activated, None
         if func is F.linear:
-            return self._linear(*args, **kwargs)
+            return self._linear(*args, activated=activated, **kwargs)
         if func not in _AFTER_THE_END:
             if self._ended:
                 raise NotTheEnd
             self._last = None
         found = _LEAN[func](*args, **kwargs) if self._second and func in _LEAN else None
+        if found is not None and func is F.gelu:
+            self._activated = found, args[0] if args else kwargs["input"]
         return func(*args, **kwargs) if found is None else found
 
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def _linear(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        activated: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         if self._ended:
             raise NotTheEnd
         large = weight.dim() == 2 and _plain(input, weight) and input.numel() * weight.shape[0] >= _WORTH
         self._ended = large and self._count == self._tail
         self._count += 1
         if self._ended or (large and self._second and id(weight) in self._leaves):
-            lean: Tensor = _Linear.apply(self, input, weight, bias)
+            numbers: Tensor | None = None
+            source: Tensor | None = None
+            if activated is not None and activated[0] is input:
+                # Made again of GELU's input, which is kept anyway, where its numbers are needed.
+                numbers, source = input.detach(), activated[1].detach()
+                input = _Numberless.apply(input)
+            lean: Tensor = _Linear.apply(self, input, weight, bias, numbers, source)
             return lean
         found = F.linear(input, weight, bias)
         self._last = (self._count - 1, found.grad_fn) if self._first and large and found.grad_fn is not None else None
@@ -146,43 +164,96 @@ def _plain(input: Tensor, *others: Tensor) -> bool:
     )
 
 
-class _Linear(torch.autograd.Function):
+class _Numberless(torch.autograd.Function):
+    """A tensor's place in the graph, without its numbers."""
+
     @staticmethod
-    def forward(ctx: Any, mode: Lean, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.mode, ctx.biased = mode, bias is not None and bias.requires_grad
-        ctx.save_for_backward(input, weight)
-        if mode.ended:
-            return input.new_zeros(()).expand(*input.shape[:-1], weight.shape[0])
-        return F.linear(input, weight, bias)
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        return input.new_zeros(()).expand(input.shape)
+
+    @staticmethod
+    def backward(ctx: Any, w: Tensor) -> Tensor:
+        return w
+
+
+class _Filled(torch.autograd.Function):
+    """The numbers that a place in the graph was left without: those of GELU at `source`."""
+
+    @staticmethod
+    def forward(ctx: Any, place: Tensor, source: Tensor) -> Tensor:
+        return F.gelu(source).reshape(place.shape)
 
     @staticmethod
     def backward(ctx: Any, w: Tensor) -> Any:
-        input, weight = ctx.saved_tensors
+        return w, None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mode: Lean,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        numbers: Tensor | None,
+        source: Tensor | None,
+    ) -> Tensor:
+        ctx.mode, ctx.biased = mode, bias is not None and bias.requires_grad
+        ctx.save_for_backward(input, weight, source)
+        if mode.ended:
+            return input.new_zeros(()).expand(*input.shape[:-1], weight.shape[0])
+        return F.linear(input if numbers is None else numbers, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, w: Tensor) -> Any:
+        input, weight, source = ctx.saved_tensors
         rows, given = w.reshape(-1, w.shape[-1]), input.reshape(-1, input.shape[-1])
         wanted = ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.biased
         unread = ctx.mode.numbers_unread(weight)
-        to_input, to_weight, to_bias = _LinearBackward.apply(unread, wanted, rows, given, weight)
-        return None, None if to_input is None else to_input.reshape(input.shape), to_weight, to_bias
+        to_input, to_weight, to_bias = _LinearBackward.apply(unread, wanted, rows, given, weight, source)
+        return None, None if to_input is None else to_input.reshape(input.shape), to_weight, to_bias, None, None
 
 
 class _LinearBackward(torch.autograd.Function):
     """w W, w' x and the sum of w over the rows; of the second, where no numbers are read, its place in the graph."""
 
     @staticmethod
-    def forward(ctx: Any, unread: bool, wanted: tuple[bool, ...], w: Tensor, x: Tensor, weight: Tensor) -> Any:
-        ctx.save_for_backward(w, x, weight)
+    def forward(
+        ctx: Any, unread: bool, wanted: tuple[bool, ...], w: Tensor, x: Tensor, weight: Tensor, source: Tensor | None
+    ) -> Any:
+        ctx.save_for_backward(w, x, weight, source)
         ctx.set_materialize_grads(False)
         to_weight = None
         if wanted[1]:
-            to_weight = w.new_zeros(()).expand(weight.shape) if unread else w.mT @ x
+            to_weight = w.new_zeros(()).expand(weight.shape) if unread else w.mT @ _filled(x, source)
         return w @ weight if wanted[0] else None, to_weight, w.sum(0) if wanted[2] else None
 
     @staticmethod
     def backward(ctx: Any, c: Tensor | None, c_weight: Tensor | None, c_bias: Tensor | None) -> Any:
-        w, x, weight = ctx.saved_tensors
-        to_w = _sum_of_products([(c, weight), (x, c_weight)], c_bias, w.shape) if ctx.needs_input_grad[2] else None
+        w, x, weight, source = ctx.saved_tensors
+        to_w = None
+        if ctx.needs_input_grad[2]:
+            in_pieces = source is not None and c is not None and not torch.is_grad_enabled()
+            pairs = [(c, weight)] if in_pieces or c_weight is None else [(c, weight), (_filled(x, source), c_weight)]
+            to_w = _sum_of_products(pairs, c_bias, w.shape)
+            if in_pieces and c_weight is not None:
+                _add_products(to_w, source, c_weight)
         to_x = w @ c_weight if c_weight is not None and ctx.needs_input_grad[3] else None
-        return None, None, to_w, to_x, w.mT @ c if c is not None and ctx.needs_input_grad[4] else None
+        return None, None, to_w, to_x, w.mT @ c if c is not None and ctx.needs_input_grad[4] else None, None
+
+
+def _filled(x: Tensor, source: Tensor | None) -> Tensor:
+    found: Tensor = x if source is None else _Filled.apply(x, source)
+    return found
+
+
+def _add_products(total: Any, source: Any, c_weight: Tensor) -> None:
+    """Add gelu(source) c_weight', without its first factor as a whole."""
+    rows = source.reshape(-1, source.shape[-1])
+    piece = -(-rows.shape[0] // 8)
+    for out, part in zip(total.split(piece), rows.split(piece), strict=True):
+        out.addmm_(F.gelu(part), c_weight.mT)
 
 
 def _sum_of_products(pairs: list[Any], bias: Tensor | None, shape: torch.Size) -> Tensor | None:

@@ -31,6 +31,9 @@ UNREAD = "bilevel.unread"
 HOST = "bilevel.host"
 """What is made in it lies on the host, beside a device whose memory is looked at (see engine.offload)."""
 
+HIDDEN = "bilevel.hidden"
+"""Said once by each call whose engine is not eager: operators inside its functions may be seen by nobody."""
+
 
 class Listener(Protocol):
     """What a meter implements to hear spans. `count` is the number of oracle calls the span stands for."""

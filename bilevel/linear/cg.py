@@ -94,8 +94,7 @@ class _Run:
     path: Tensor
     """The length of the steps made, one after another."""
     drift: Tensor
-    """How far products were from those of one symmetric A, which rounding is, too: the largest |p'A p_before|, relative
-    (0 where nobody could read it)."""
+    """The precision of the products, as far as they are not those of one symmetric A (inf where nobody looked)."""
 
 
 class PreparedCG(Prepared):
@@ -145,11 +144,11 @@ class PreparedCG(Prepared):
         """Whether the recursion's residual is the true one: far above what the products' errors add up to.
 
         b - A v is the recursion's r but for the errors of the products, each of |A| |p| times a precision, which
-        `drift` shows. One product is no recursion, and 16 bits are too few to tell.
+        `drift` shows: rounding, 16 bits of autocast, numbers drawn anew. A product of 16 bits is too coarse to tell.
         """
         length = run.path if start is None else run.path + self.space.norm(start) / scale
         errors = run.drift.clamp_min(epsilon(run.value)) * (1 + run.gain * length / run.norm.sqrt())
-        sure = (residual > _FAR * errors) & (residual < 0.9) & (run.steps > 1)
+        sure = (residual > _FAR * errors) & (residual < 0.9)
         wide = not any(leaf.dtype in NARROW for leaf in run.value)
         return wide and sure.device.type == "cpu" and readable(sure) and bool(sure.all())
 
@@ -178,10 +177,11 @@ class PreparedCG(Prepared):
         enough = bb * max(self.solver.tol, min(10 * epsilon(p), 0.01)) ** 2
         no, zero = torch.zeros_like(rr, dtype=torch.bool), torch.zeros_like(rr, dtype=torch.long)
         live, nonfinite, negative, singular, stale, steps = rr > enough, ~torch.isfinite(bb), no, no, no, zero
-        weakest, (gain, path, drift) = torch.full_like(rr, float("inf")), (torch.zeros_like(rr) for _ in range(3))
-        one = (
-            space.tasks is None and rr.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(rr)
-        )
+        weakest, drift = torch.full_like(rr, float("inf")), torch.full_like(rr, float("inf"))
+        gain, path = torch.zeros_like(rr), torch.zeros_like(rr)
+        here = rr.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(rr)
+        one, most = here and space.tasks is None, self.solver.max_steps
+        looks = {most // 2, most - 1} - {0} if here else set[int]()
         best, best_step, before, before_step = rr, zero, rr, zero  # `before`: the best before the weakest curvature
         for step in range(self.solver.max_steps):
             if limit is not None:
@@ -195,10 +195,9 @@ class PreparedCG(Prepared):
             stretch, quotient = space.norm(Ap) / length.sqrt(), curvature / length
             finite = torch.isfinite(stretch) & torch.isfinite(quotient)
             gain = torch.where(live & finite, torch.maximum(gain, stretch), gain)
-            if step and live.device.type == "cpu":
-                # r = p - beta p_before, so that this is beta p_before'A p.
-                off = (space.dot(r, Ap) - curvature).abs() / (torch.where(live, rr, 1.0) * length).sqrt() / gain
-                drift = torch.where(live & finite, torch.maximum(drift, off), drift)
+            if step in looks:
+                apart = _conjugate(space, r, p, Ap) / (torch.where(live, rr, 1.0) * length).sqrt() / gain
+                drift = torch.where(live & finite, torch.maximum(drift.nan_to_num(0.0, 0.0), apart), drift)
             flat = quotient.abs() <= floor * gain
             # |A p|^2 <= |A| p'Ap for a semi-definite A: a flat direction that A moves far is one of an indefinite A.
             bent = torch.where(flat, stretch**2 > 10 * floor * gain**2, quotient < 0)
@@ -241,6 +240,16 @@ class PreparedCG(Prepared):
 
 _FAR = 4.0
 """How many times what rounding may add to it a recursion's residual is to be to be taken for the true one."""
+
+
+def _conjugate(space: Space, r: Leaves, p: Leaves, Ap: Leaves) -> Tensor:
+    """sqrt(P) |(p - r)'A p|, which is zero for one symmetric A, p - r being beta times the last direction.
+
+    Errors of A p that point anywhere show with 1 / sqrt(P) of their size in one direction; hence float64, and the root.
+    """
+    parts = [space.total((a - b).mul_(c)) for a, b, c in zip(p, r, Ap, strict=True)]
+    count = sum(leaf.numel() for leaf in p) // (space.tasks or 1)
+    return torch.stack(parts).sum(0).abs() * count**0.5
 
 
 def _narrowed(x: Leaves, dtypes: list[torch.dtype]) -> Leaves:

@@ -48,6 +48,10 @@ class Space:
         parts = [_norms(self._rows(leaf), wide) for leaf in x]
         return self._unrow(torch.linalg.vector_norm(torch.stack(parts), dim=0))
 
+    def total(self, leaf: Tensor) -> Tensor:
+        """The sum of all numbers of a leaf, in float64: 0-dim, or shape (tasks,)."""
+        return self._unrow(self._rows(leaf).sum(1, dtype=torch.float64))
+
     def largest(self, x: Sequence[Tensor]) -> Tensor:
         """Maximum norm: 0-dim, or shape (tasks,)."""
         rows = [self._rows(leaf) for leaf in x]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bilevel_profiling.meters.devices import Device as Device
     from bilevel_profiling.meters.trace import trace as trace
     from bilevel_profiling.records.record import Alive as Alive
+    from bilevel_profiling.records.record import Function as Function
     from bilevel_profiling.records.record import Iteration as Iteration
     from bilevel_profiling.records.record import Phase as Phase
     from bilevel_profiling.records.record import Record as Record
@@ -36,6 +37,7 @@ _HOMES = {
     "Device": "meters.devices",
     "Fit": "forecasting",
     "ForecastError": "forecasting",
+    "Function": "records.record",
     "Iteration": "records.record",
     "NotMonotone": "forecasting",
     "Phase": "records.record",
@@ -58,6 +60,7 @@ __all__ = [
     "Device",
     "Fit",
     "ForecastError",
+    "Function",
     "Iteration",
     "NotMonotone",
     "Phase",

@@ -955,3 +955,21 @@ def test_a_forecast_is_what_is_measured(estimator, rate):
 
     case = Case(setup, solver=bl.Descent(bl.SGD(lr=0.01), 3), estimator=estimator, device="cpu")
     assert forecast(case).peak_tensor_bytes == measure(case, repeats=1).peak_tensor_bytes
+
+
+def test_what_gelu_gives_to_a_product_is_not_kept(monkeypatch):
+    def peak():
+        w, v, h = tensor(512, 16), tensor(16, 512, seed=1), tensor(256, 16, seed=2)
+        block = bl.rematerialize(lambda h, w, v: F.linear(F.gelu(F.linear(h, w)), v))
+        gc.collect()
+        with Tensors() as meter:
+            first, second = torch.autograd.grad(block(h, w, v).sin().sum(), (w, v), create_graph=True)
+            products = torch.autograd.grad((first.sum() + second.sum()).sin(), (h, w, v))
+        return meter.peak_bytes, products
+
+    lean_peak, ours = peak()
+    linear = lean.Lean._linear
+    monkeypatch.setattr(lean.Lean, "_linear", lambda self, *args, activated, **options: linear(self, *args, **options))
+    full_peak, theirs = peak()
+    close(ours, theirs)
+    assert full_peak - lean_peak > 0.8 * 256 * 512 * 8

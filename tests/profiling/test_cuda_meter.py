@@ -46,6 +46,7 @@ class Allocator:
 
     def memory_stats(self, device=None):
         return {f"{name}_bytes.all.peak": peak for name, peak in self.peaks.items()} | {
+            "requested_bytes.all.current": self.requested,
             "num_alloc_retries": self.retries,
             "num_ooms": self.ooms,
         }
@@ -132,6 +133,26 @@ def test_workspaces_are_unknown_to_a_torch_that_cannot_free_them(allocator, monk
     with Cuda("cuda", workspaces=True) as meter:
         allocator.product()
     assert meter.figures()["cuda_workspace_bytes"] is None
+
+
+@pytest.mark.parametrize("pool", [0, 3 * MIB], ids=["compiled", "captured"])
+def test_what_is_asked_for_beyond_the_start_stands_for_tensors_that_nobody_sees(allocator, monkeypatch, pool):
+    segments = [
+        {"segment_pool_id": (0, 0), "total_size": 20 * MIB},
+        {"segment_pool_id": (0, 1), "total_size": pool},  # of a CUDA graph
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    allocator.take(5 * MIB)
+    with Cuda("cuda", tensors=True) as meter:
+        allocator.take(1000)
+        allocator.take(500)
+        allocator.free(1000)
+    found = meter.figures()
+    assert (found["peak_tensor_bytes"], found["kept_tensor_bytes"]) == (1500 + pool, 500)
+    assert found["peak_meter"] == "cuda"
+    with Cuda("cuda") as plain:
+        allocator.take(1000)
+    assert "peak_tensor_bytes" not in plain.figures()
 
 
 def test_phases_have_peaks_of_their_own(allocator):

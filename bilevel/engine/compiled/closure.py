@@ -162,6 +162,8 @@ class _Walk:
                 for name in (*_HELD, *_HOOKS):
                     self._next.extend((state.get(name) or {}).values())
                 state = {name: each for name, each in state.items() if name not in _HELD and name not in _HOOKS}
+                if "forward" in state:  # in whose place a block has another object at each call, which holds it
+                    state["forward"] = getattr(state["forward"], "forward", state["forward"])
             for name in _slots(type(value)):
                 if hasattr(value, name):
                     state[name] = getattr(value, name)

@@ -17,6 +17,16 @@ _compiled: "weakref.WeakValueDictionary[Any, Any]" = weakref.WeakValueDictionary
 """Code by the graph that it was made of: blocks of a net are alike."""
 
 
+class _Code:
+    """A function that can be referred to weakly (a bound method cannot)."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *given: Tensor) -> Any:
+        return self._function(*given)
+
+
 def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """Fused code, from torch's cache folder (TORCHINDUCTOR_CACHE_DIR) where another process has made it.
 
@@ -54,13 +64,13 @@ def make(backend: str) -> Compile:
 
     def made(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Made:
         if backend == "graph" or any(isinstance(each, torch._subclasses.FakeTensor) for each in inputs):
-            return Made(graph)  # operator by operator, each result freed after its last use
-        code = hashlib.sha256(str(graph.code).encode()).digest()
-        key = code, tuple((each.shape, each.stride(), each.dtype, each.device) for each in inputs)
-        run = _compiled.get(key)
-        if run is None:
-            run = _compiled[key] = inductor(graph, inputs)
-        return Made(run)
+            return Made(graph.forward)  # operator by operator, each result freed after its last use
+        digest = hashlib.sha256(str(graph.code).encode()).digest()
+        key = digest, tuple((each.shape, each.stride(), each.dtype, each.device) for each in inputs)
+        code = _compiled.get(key)
+        if code is None:
+            _compiled[key] = code = _Code(inductor(graph, inputs))
+        return Made(code)
 
     return made
 

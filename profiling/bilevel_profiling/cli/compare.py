@@ -46,7 +46,7 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="each estimator with each of these engines: eager, compiled, or one of the case's own ENGINES; "
+        help="each estimator with each of these engines: eager, compiled, captured, or one of the case's own ENGINES; "
         "default: the case's own, or eager",
     )
     add(

@@ -122,8 +122,8 @@ def add_case(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="each estimator with each of these engines: eager, compiled (forecast from above), or one of the case's "
-        "own ENGINES; default: the case's own, or eager",
+        help="each estimator with each of these engines: eager, compiled, captured (both from above), or one of the "
+        "case's own ENGINES; default: those, or eager",
     )
     add(
         "--device",

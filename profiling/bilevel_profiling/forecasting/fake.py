@@ -165,7 +165,7 @@ def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> 
     """
     figures, unread, tensors = Figures(), _Unread(), Tensors(shapes.stand_in)
     meters: list[Meter] = [Oracles(), Work(device), tensors]  # the last is asked first, and sees what the code calls
-    traced = False
+    traced: list[str] = []
     gc.collect()
     with contextlib.ExitStack() as around:
         around.enter_context(_few_full_collections())
@@ -181,7 +181,7 @@ def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> 
             "tasks": result.stats.get("tasks"),
             "functions": engines.functions(result.stats, timed=False),
         }
-        traced = engines.hidden(result)
+        traced = [engines.forecast_note(result.stats)] if engines.hidden(result) else []
     del result
     if isinstance(call, Trial):
         call.tidy()
@@ -190,7 +190,7 @@ def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> 
     for meter in meters:
         with figures.of(meter):
             pass
-    notes = [*unread.notes(), *([engines.ABOVE] if traced else [])]
+    notes = [*unread.notes(), *traced]
     notes += [kernels.note(shapes.unseen)] if shapes.unseen else []
     return figures, notes, tensors.peak_block_bytes
 

@@ -4,6 +4,7 @@ A dispatch mode sees every operator that eager code runs, and nothing inside com
 other engines is measured by the allocator, and their FLOPs are those of their graphs, times the calls.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,10 @@ ALLOCATOR = (
 ABOVE = (
     "Forecast of a traced graph, operator by operator: compiled code keeps fewer intermediate results, so its peak is "
     "at most that."
+)
+POOLS = (
+    "Forecast of a traced graph, operator by operator. Captured on a GPU, each function keeps its peak in a pool of "
+    "its own while the problem lives: these add up, and the forecast counts them as one."
 )
 HIDDEN = (
     "An engine that compiles or captures was at work: what happens inside its functions is in none of these bytes and "
@@ -45,17 +50,17 @@ def may_lose_workspaces(engine: bl.Engine | None) -> bool:
     return sees_operators(engine) or isinstance(engine, bl.Compiled)
 
 
-def facts(case: Case, stats: Stats, warm_up_seconds: float) -> dict[str, Any]:
-    """Fields of a record from the stats of the last hypergradient before the measured ones; none for eager."""
+def facts(case: Case, warm_up: Sequence[Stats], warm_up_seconds: float) -> dict[str, Any]:
+    """Fields of a record from the stats of the hypergradients before the measured ones; none for eager."""
     if sees_operators(case.engine):
         return {}
-    made = functions(stats)
+    made = _made(warm_up)
     return {
         "functions": made,
         "trace_seconds": sum(each.trace_seconds or 0.0 for each in made),
         "compile_seconds": sum(each.compile_seconds or 0.0 for each in made),
         "warm_up_seconds": warm_up_seconds,
-        **_work(stats, made),
+        **_work(warm_up[-1], made),
     }
 
 
@@ -76,10 +81,28 @@ def functions(stats: Stats, *, timed: bool = True) -> tuple[Function, ...]:
     )
 
 
+def _made(warm_up: Sequence[Stats]) -> tuple[Function, ...]:
+    """The functions as the last hypergradient calls them, each with what it took to make in any of them."""
+    spent: dict[str, tuple[float, float]] = {}
+    for each in (found for stats in warm_up for found in functions(stats)):
+        trace, compiling = spent.get(each.name, (0.0, 0.0))
+        spent[each.name] = trace + (each.trace_seconds or 0.0), compiling + (each.compile_seconds or 0.0)
+    found = []
+    for each in functions(warm_up[-1]):
+        trace, compiling = spent.pop(each.name, (0.0, 0.0))  # (of two with one name, all is said of the first)
+        found.append(dataclasses.replace(each, trace_seconds=trace, compile_seconds=compiling))
+    return tuple(found)
+
+
 def notes(stats: Stats) -> tuple[Note, ...]:
     """What the engine says of itself."""
     report = stats.get("engine", {})
     return tuple(Note(f"Engine {report.get('name', '')}: {said}.") for said in report.get("notes", ()))
+
+
+def forecast_note(stats: Stats) -> str:
+    """How far the forecast of an engine that is not eager can be relied on."""
+    return POOLS if stats["engine"]["name"] == "captured" else ABOVE
 
 
 def hidden(result: object) -> bool:

@@ -193,17 +193,17 @@ def _first(trial: "Trial", figures: "Figures") -> tuple[list[torch.Tensor] | Non
         "status": hg.status.name,
         "reason": "" if hg.status is bl.Status.OK else hg.status.value,
     }
-    grad, stats = tree.tensors(hg.grad), hg.stats
+    grad, stats = tree.tensors(hg.grad), [hg.stats]
     del hg
     trial.tidy()
     # The outer optimizer makes its state in its first step. A failed hypergradient is refused there; what it costs is
     # measured without that step.
     try:
-        stats = trial().stats
+        stats.append(trial().stats)
     except bl.BilevelError:
         trial.outer_step = False
     facts |= engines.facts(trial.case, stats, time.perf_counter() - started)
-    figures.fields["notes"] = (*figures.fields.get("notes", ()), *engines.notes(stats))
+    figures.fields["notes"] = (*figures.fields.get("notes", ()), *engines.notes(stats[-1]))
     trial.tidy()
     return grad if all(bool(leaf.isfinite().all()) for leaf in grad) else None, facts
 
@@ -310,11 +310,10 @@ class Figures:
             notes.append(Note(NO_LOOP, NoteKind.WITHOUT_INNER))
         self.fields["notes"] = (*self.fields.get("notes", ()), *notes)
 
-    def _note_hidden(self, result: object) -> None:
+    def _note_hidden(self, meter: Meter) -> None:
         """Say that operators were hidden, where a function turns out to have had an engine of its own."""
-        known = self.fields.get("notes", ())
-        if engines.hidden(result) and engines.HIDDEN not in map(str, known):
-            self.fields["notes"] = (*known, engines.HIDDEN)
+        if isinstance(meter, Tensors) and meter.hidden:
+            self.fields["notes"] = (*self.fields.get("notes", ()), engines.HIDDEN)
 
     def without_calls(self) -> None:
         """Take the oracle calls out: they were not counted."""
@@ -348,7 +347,7 @@ class Figures:
                     if not seen:  # the allocator knows what is left when the block ends, and nothing later
                         result = tidy()
                         gc.collect()
-                self._note_hidden(result)
+                self._note_hidden(meter)
                 del result
                 tidy()
                 gc.collect()

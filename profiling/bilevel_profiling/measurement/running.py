@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import bilevel as bl
 from bilevel.space import tree
-from bilevel_profiling.measurement import engines
 from bilevel_profiling.meters.allocator import Allocator
 from bilevel_profiling.meters.base import Meter
 from bilevel_profiling.meters.clock import Clock
@@ -39,13 +38,11 @@ class Running:
     Attributes:
         metrics: what the user logged.
         tensors: the meter of live tensor bytes, where they are counted.
-        hidden: whether a step turned out to hide its operators from that meter: its bytes are then not known.
     """
 
     def __init__(self, index: int, device: torch.device, tensors: bool, *, seen: bool = True) -> None:
         self.metrics: dict[str, float] = {}
         self.tensors = None if not tensors else Tensors() if seen else Allocator()
-        self.hidden = False
         self._index = index
         self._facts: dict[str, Any] = {}
         meters: list[Meter | None] = [
@@ -61,12 +58,16 @@ class Running:
             self._inside = inside.pop_all()
         _open.stack = [*_stack(), self]
 
+    @property
+    def hidden(self) -> bool:
+        """Whether the iteration hid operators from the meter of tensors: its bytes are then not known."""
+        return isinstance(self.tensors, Tensors) and self.tensors.hidden
+
     def look_at(self, item: object) -> None:
         """Take over what a step of `bilevel.iterate` says; nothing of it is kept."""
         if not isinstance(item, bl.Step):
             return
         found = item.hypergradient
-        self.hidden |= isinstance(self.tensors, Tensors) and engines.hidden(found)
         with _disable_current_modes(), torch.no_grad():
             norms = [torch.linalg.vector_norm(leaf, dtype=torch.float64) for leaf in tree.tensors(found.grad)]
             self._facts = {

@@ -50,8 +50,9 @@ class Cuda(Meter):
             part of the three peaks, also where they were taken before the block. The next product takes them again; a
             CUDA graph captured with them must not be replayed.
         tensors: whether to report `peak_tensor_bytes` and `kept_tensor_bytes` too, as the bytes asked for beyond what
-            was there when the block began. Tensors, and the workspaces that are taken inside: for code whose tensors
-            nobody sees. Drop the result inside the block, and what is kept is what leaked.
+            was there when the block began, and the private pools of CUDA graphs, which hold what a graph needs whether
+            it runs or not. So workspaces that are taken inside are in it, too: for code whose tensors nobody sees. Drop
+            the result inside the block, and what is kept is what leaked.
         snapshot: where to write what https://pytorch.org/memory_viz opens: every request of the block (the last
             100,000) with its stack. It is written also when the block raises, and a recording of the allocator's
             history that was on before is ended. Recording takes time.
@@ -92,7 +93,7 @@ class Cuda(Meter):
         self._phases = Phases(self._ended)
         self._peaks: dict[str, int] = {}
         self._by_phase: dict[str, int] = {}
-        self._tensors, self._base, self._kept = tensors, 0, 0
+        self._tensors, self._base, self._kept, self._pools = tensors, 0, 0, 0
         self._requested: dict[str, int] = {}
         self._counts: dict[str, int] = {}
         self._workspace_bytes: int | None = None
@@ -119,6 +120,7 @@ class Cuda(Meter):
                 stats = torch.cuda.memory_stats(self._device)
                 self._counts = {field: stats.get(name, 0) - self._before[field] for field, name in _COUNTS.items()}
                 self._kept = stats.get(_REQUESTED, 0) - self._base
+                self._pools = _private_bytes() if self._tensors else 0
         finally:
             if self._snapshot is not None:
                 self._dump(self._snapshot)
@@ -137,11 +139,11 @@ class Cuda(Meter):
         found = {phase: {"cuda_allocated_bytes": peak} for phase, peak in self._by_phase.items() if phase != OUTSIDE}
         if self._tensors:
             for phase, fields in found.items():
-                fields["peak_tensor_bytes"] = self._requested[phase] - self._base
+                fields["peak_tensor_bytes"] = self._requested[phase] - self._base + self._pools
         return found
 
     def _added(self) -> dict[str, Any]:
-        peak = self._peaks.get("cuda_requested_bytes", self._base) - self._base
+        peak = self._peaks.get("cuda_requested_bytes", self._base) - self._base + self._pools
         return {"peak_tensor_bytes": peak, "kept_tensor_bytes": self._kept, "peak_meter": "cuda"}
 
     def _ended(self, phase: str) -> None:
@@ -160,6 +162,14 @@ class Cuda(Meter):
             torch.cuda.memory._dump_snapshot(str(path))
         finally:
             torch.cuda.memory._record_memory_history(enabled=None, device=self._device)
+
+
+def _private_bytes() -> int:
+    """Bytes in the private pools of CUDA graphs."""
+    pools = (
+        (segment.get("segment_pool_id", (0, 0)), segment["total_size"]) for segment in torch.cuda.memory_snapshot()
+    )
+    return sum(size for pool, size in pools if tuple(pool) != (0, 0))
 
 
 def _freed_workspaces(device: torch.device | None) -> int | None:

@@ -24,6 +24,7 @@ class Phases:
     Attributes:
         current: the phase that runs now.
         span: the oracle call that runs now (inner_gradient, hvp, ...), or "".
+        hidden: whether an engine was at work whose operators a dispatch mode does not see.
 
     Example:
         >>> import torch, bilevel as bl
@@ -41,6 +42,7 @@ class Phases:
         self._phases = [OUTSIDE]
         self._spans = [""]
         self.current, self.span = OUTSIDE, ""
+        self.hidden = False
 
     def __enter__(self) -> Self:
         self._phases, self._spans = [OUTSIDE], [""]
@@ -62,6 +64,7 @@ class Phases:
             self._phases.append(name.removeprefix("bilevel."))
             self.current = self._phases[-1]
         else:
+            self.hidden |= name == spans.HIDDEN
             self._spans.append(name.removeprefix("bilevel."))
             self.span = self._spans[-1]
 

@@ -2,16 +2,15 @@
 or fake.
 
 Every operator that reaches the dispatcher is seen: forward, backward, double backward, and what torch.func does. An
-    operator's outputs are counted by
-their storage, each storage once, and given up when the last tensor on it dies, which a weak reference tells. Scratch
-memory inside a kernel is not seen, nor is what an allocator adds by rounding and caching (`cuda` sees both).
+operator's outputs are counted by their storage, each storage once, and given up when the last tensor on it dies, which
+a weak reference tells. Scratch memory inside a kernel is not seen, nor is what an allocator adds by rounding and
+caching (`cuda` sees both).
 
 Autograd works out of place in some spots because a dispatch mode is on: where two gradients of one tensor meet, and in
-    the backward of gather, topk,
-max(dim), x[index] and their kin, which write into zeros. Their results are counted in the place of what dies with them;
-without that, a product with the Hessian of a small net weighs a fifth more than in the allocator's own record, with it
-the same to the byte. Not mended: the backward of prod, cumprod, amax, and of max() without a dimension. Not seen:
-operators on other threads, tensors from copy.deepcopy or pickle.
+the backward of gather, topk, max(dim), x[index] and their kin, which write into zeros. Their results are counted in the
+place of what dies with them; without that, a product with the Hessian of a small net weighs a fifth more than in the
+allocator's own record, with it the same to the byte. Not mended: the backward of prod, cumprod, amax, and of max()
+without a dimension. Not seen: operators on other threads, tensors from copy.deepcopy or pickle.
 
 torch.distributed._tools.MemTracker works in the same way but refuses to run a module twice, which every inner loop
 does.
@@ -54,8 +53,7 @@ class Tensors(Meter):
     Inputs of an operator are older than its outputs: an output on an input's storage is a view, and is not counted. A
     storage that grows later (`resize_`, `out=`) counts with its new size, and an older one with its growth.
 
-    What is offloaded from a device is on the host and does not count: the library makes it in a span "bilevel.host"
-    (bilevel.engine.spans.HOST). On the CPU nothing is offloaded, and what is kept counts.
+    What the library offloads from a device does not count: it makes its buffers on the host in the span spans.HOST.
 
     After the block `live_bytes` goes on falling as tensors die: read when the result is dropped, it is what leaked.
 
@@ -121,6 +119,11 @@ class Tensors(Meter):
     def peak_block_bytes(self) -> int:
         """The same with each storage rounded up to whole blocks of 512 bytes, as the CUDA caching allocator does."""
         return self._peak_blocks
+
+    @property
+    def hidden(self) -> bool:
+        """Whether an engine that compiles or captures was at work, so that these bytes are not all there were."""
+        return self._phases.hidden
 
     @property
     def live_bytes(self) -> int:
