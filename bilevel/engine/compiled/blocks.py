@@ -123,7 +123,7 @@ class Swift:
     def _run(self, block: Block, name: str, flat: Flat, given: list[Tensor], key: tuple[Any, ...]) -> Results:
         piece = self.pieces.get((name, key))
         if (name, key) not in self.pieces:
-            found, seconds = traced(functools.partial(_read_by_nobody, flat), given)
+            found, seconds, _ = traced(functools.partial(_read_by_nobody, flat), given)
             draw = graphs.hoisted(found.graph)
             piece = Piece(name, found.graph, found.constants, found.there, draw, self._make, seconds)
             # (What it reads besides its inputs may be of this call alone.)

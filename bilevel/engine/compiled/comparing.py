@@ -22,9 +22,9 @@ def difference(found: Results, wanted: Results) -> tuple[float, float]:
         if a is None and b is None:
             continue
         left, right = (torch.zeros_like(b) if a is None else a), (torch.zeros_like(a) if b is None else b)  # type: ignore[arg-type]
-        apart += float(torch.linalg.vector_norm(left.double() - right.double())) ** 2
-        size += float(torch.linalg.vector_norm(right.double())) ** 2
-    return apart**0.5, size**0.5
+        apart = math.hypot(apart, float(torch.linalg.vector_norm(left.double() - right.double())))
+        size = math.hypot(size, float(torch.linalg.vector_norm(right.double())))
+    return apart, size
 
 
 def mismatch(

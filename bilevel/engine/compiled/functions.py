@@ -15,19 +15,22 @@ import copy
 import enum
 import functools
 import itertools
+import random
+import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from bilevel.engine import autodiff
 from bilevel.engine.base import Losses
 from bilevel.engine.compiled import graphs
 from bilevel.engine.compiled.closure import surroundings
 from bilevel.engine.compiled.comparing import Results, mismatch, shake
-from bilevel.engine.compiled.piece import Compile, Piece
+from bilevel.engine.compiled.piece import Compile, Piece, in_order, order
 from bilevel.engine.compiled.tracing import Flat, Numbers, Traced, trace
 from bilevel.engine.rematerialize import switched, switched_off
 from bilevel.engine.replay import Generators, State
@@ -57,7 +60,9 @@ class Arguments:
     def key(self) -> tuple[Any, ...]:
         """Equal for arguments that one trace serves."""
         described = [
-            (tuple(leaf.shape), leaf.dtype, leaf.device, type(leaf)) if isinstance(leaf, Tensor) else _constant(leaf)
+            (tuple(leaf.shape), leaf.dtype, leaf.device, type(leaf), order(leaf))
+            if isinstance(leaf, Tensor)
+            else _constant(leaf)
             for leaf in self._leaves
         ]
         return (self._spec, tuple(described), tuple(self._order), self.counts)
@@ -165,10 +170,16 @@ class Functions:
         """
         eager: Flat = functools.partial(getattr(self, f"_{name}"), loss)
         if name not in self.pieces:
-            explicit, seconds = self._traced(loss, eager, given)
-            draw = graphs.hoisted(explicit.graph)
+            explicit, draw, seconds = self._traced(loss, eager, given)
             self.pieces[name] = Piece(
-                name, explicit.graph, explicit.constants, explicit.there, draw, self._make, seconds
+                name,
+                explicit.graph,
+                explicit.constants,
+                explicit.there,
+                draw,
+                self._make,
+                seconds,
+                ordered=len(self._example),
             )
         piece, generators = self.pieces[name], Generators(given[0].device)
         checked = self._check and not is_fake(given[0])
@@ -180,17 +191,42 @@ class Functions:
             compare(self.name, piece, found[:1], functools.partial(self._loss_alone, loss), given, generators, before)
         return found
 
-    def _traced(self, loss: Losses, flat: Flat, given: list[Tensor]) -> tuple[Traced, float]:
-        function = getattr(loss, "function", loss)
-        before = surroundings(function)
-        made = traced(flat, given)
-        if surroundings(function) != before:
-            raise NotTraceableError(
-                f"the compiled engine cannot trace {self.name}: it changes what it reads from its surroundings (a "
-                f"counter, a list that it writes), which its graph would not do. Write it as a function of its "
-                f"arguments, or take engine=bilevel.Eager()"
+    def _traced(self, loss: Losses, flat: Flat, given: list[Tensor]) -> tuple[Traced, fx.GraphModule | None, float]:
+        """A function as a graph, and what draws its random numbers.
+
+        Raises:
+            NotTraceableError: it depends on, or changes, what no graph has.
+        """
+        function, generators = getattr(loss, "function", loss), Generators(given[0].device)
+        around, others, before = surroundings(function), _others(), generators.peek()
+        made, seconds, after = traced(flat, given, len(self._example))
+        if others != _others():
+            raise self._not_traceable("it draws random numbers of Python or numpy; draw them with torch")
+        if surroundings(function) != around:
+            raise self._not_traceable(
+                "it changes what it reads from its surroundings (a counter, a list that it writes), which its graph "
+                "would not do; write it as a function of its arguments"
             )
-        return made
+        try:
+            draw = graphs.hoisted(made.graph)
+        except ValueError as error:
+            raise self._not_traceable(f"{error}; take torch.rand or torch.randn and transform them") from error
+        if not is_fake(given[0]):
+            with torch.no_grad():
+                _ = draw and draw()
+            same = generators.same(generators.peek(), after)
+            generators.set(before)
+            if not same:
+                raise self._not_traceable(
+                    "it sets the state of torch's generator (manual_seed, fork_rng, a checkpoint with dropout in it); "
+                    "seed outside of it"
+                )
+        return made, draw, seconds
+
+    def _not_traceable(self, because: str) -> NotTraceableError:
+        return NotTraceableError(
+            f"the compiled engine cannot trace {self.name}: {because}, or take engine=bilevel.Eager()"
+        )
 
     def prepare(self, loss: Losses, given: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
         """(the loss and dg/dy, what is kept for `pull`) at y, x, z and the batch's other tensors."""
@@ -200,15 +236,19 @@ class Functions:
         return found[:first], [each for each in found[first:] if each is not None]
 
     def _split(self, loss: Losses, given: list[Tensor]) -> None:
-        ys, weights = self.counts[0], [torch.ones_like(y) for y in given[: self.counts[0]]]
+        ys, weights = (
+            self.counts[0],
+            [torch.ones(y.shape, dtype=y.dtype, device=y.device) for y in given[: self.counts[0]]],
+        )
         flat = functools.partial(self._products, loss, gradient=True)
-        found, seconds = self._traced(loss, flat, [*given, *weights])
-        draw = graphs.hoisted(found.graph)
+        found, draw, seconds = self._traced(loss, flat, [*given, *weights])
         first = sum(found.there[: 1 + ys])
         prepared, pulled = graphs.split(found.graph, first, range(len(given), len(given) + ys))
         count, rest = len(graphs.outputs(prepared)) - first, found.there[1 + ys :]
         there = [*found.there[: 1 + ys], *[True] * count]
-        self.pieces["prepared"] = Piece("prepared", prepared, found.constants, there, draw, self._make, seconds)
+        self.pieces["prepared"] = Piece(
+            "prepared", prepared, found.constants, there, draw, self._make, seconds, ordered=len(given)
+        )
         inner, there = graphs.part(pulled, range(sum(rest[:ys]))), [*rest[:ys], *[False] * (len(rest) - ys)]
         self.pieces["pulled"] = Piece("pulled", inner, (), there, None, self._make, as_given=count)
         self.pieces["last"] = Piece("last", pulled, (), rest, None, self._make, as_given=count)
@@ -305,6 +345,12 @@ _WRONG = (
 )
 
 
+def _others() -> tuple[Any, ...]:
+    """The states of the generators of Python and numpy."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else str(numpy.random.get_state(legacy=False)["state"])
+
+
 def _leaves(tensors: Sequence[Tensor], count: int) -> list[Tensor]:
     return [each.detach().requires_grad_(i < count) for i, each in enumerate(tensors)]
 
@@ -314,11 +360,24 @@ def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, torch._subclasses.FakeTensor)
 
 
-def traced(flat: Flat, given: list[Tensor]) -> tuple[Traced, float]:
-    """A function as a graph, and the seconds that took; the generators stay where they are."""
+def traced(flat: Flat, given: list[Tensor], ordered: int = 0) -> tuple[Traced, float, State]:
+    """A function as a graph, the seconds that took, and where that left the generators, which stay where they were.
+
+    Args:
+        flat: the function.
+        given: example inputs.
+        ordered: how many of them, the first ones, keep the order of their dimensions in memory.
+    """
     start, generators = time.perf_counter(), Generators(given[0].device)
     before = generators.peek()
+    inputs = [*map(in_order, given[:ordered]), *(each.detach().contiguous() for each in given[ordered:])]
     try:
-        return trace(flat, [each.detach().contiguous() for each in given]), time.perf_counter() - start
+        with _ONE:
+            made = trace(flat, inputs)
+        return made, time.perf_counter() - start, generators.peek()
     finally:
         generators.set(before)
+
+
+_ONE = threading.RLock()
+"""torch traces in one thread at a time."""

@@ -93,7 +93,10 @@ def _again(node: fx.Node, prologue: fx.Graph, known: dict[fx.Node, fx.Node]) -> 
             (list(like.shape), list(like.stride())),
             {"dtype": like.dtype, "device": like.device},
         )
-        known[node] = prologue.call_function(node.target, (shape, *node.args[1:]), dict(node.kwargs))
+        # (bernoulli.p stands for bernoulli_, which keeps the order of memory; by itself it does not.)
+        inside = node.target is torch.ops.aten.bernoulli.p and 0 not in like.stride()
+        target = torch.ops.aten.bernoulli_.float if inside else node.target
+        known[node] = prologue.call_function(target, (shape, *node.args[1:]), dict(node.kwargs))
     else:
         known[node] = prologue.node_copy(node, lambda each: _again(each, prologue, known))
     return known[node]

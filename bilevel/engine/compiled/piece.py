@@ -33,6 +33,8 @@ class Piece:
         make: compiles a graph.
         trace_seconds: what its trace took.
         as_given: how many inputs, the first ones, have the same strides at every call; the others are made contiguous.
+        ordered: how many inputs, the first ones, keep the order of their dimensions in memory, in which a random
+            operator would draw for them.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Piece:
         trace_seconds: float = 0.0,
         *,
         as_given: int = 0,
+        ordered: int = 0,
     ) -> None:
         self.name, self.there, self.calls = name, tuple(there), 0
         self.trace_seconds, self.compile_seconds = trace_seconds, 0.0
@@ -55,7 +58,7 @@ class Piece:
         self._graph, self._constants, self._draw, self._make = graph, list(constants), draw, make
         self._run: Callable[..., Any] | None = None
         self.note: str | None = None
-        self._as_given = as_given
+        self._as_given, self._ordered = as_given, ordered
 
     @property
     def random(self) -> bool:
@@ -64,10 +67,12 @@ class Piece:
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         """The outputs, None where there is nothing; inputs are not changed."""
-        with torch.no_grad():
+        # (The casts of an open autocast are in the graph.)
+        with torch.no_grad(), torch._C._DisableAutocast():
             drawn = () if self._draw is None else self._draw()
             same, rest = inputs[: self._as_given], (*inputs[self._as_given :], *self._constants)
-            given = [*same, *(each.detach().contiguous() for each in rest), *drawn]
+            moved = (in_order(each) if i < self._ordered else each.detach().contiguous() for i, each in enumerate(rest))
+            given = [*same, *moved, *drawn]
             if self._run is None:
                 start = time.perf_counter()
                 self._run, self.note = self._make(self._graph, given)
@@ -77,6 +82,17 @@ class Piece:
                 found = iter(self._run(*given))
             self.calls += 1
             return [next(found) if there else None for there in self.there]
+
+
+def order(tensor: Tensor) -> tuple[int, ...] | None:
+    """The strides that a result like `tensor` would have; None where it is contiguous."""
+    return None if tensor.is_contiguous() else torch.empty_like(tensor, device="meta").stride()
+
+
+def in_order(tensor: Tensor) -> Tensor:
+    """The tensor without a graph, dense, with its dimensions in their order in memory."""
+    strides = order(tensor)
+    return tensor.detach() if strides in (None, tensor.stride()) else tensor.detach().clone()
 
 
 def narrowest(graph: fx.GraphModule) -> torch.dtype:

@@ -66,13 +66,15 @@ def trace(function: Flat, inputs: Sequence[Tensor]) -> Traced:
     constants = _lifted(first)
     every = [*inputs, *constants]
     fake = not any(_is_fake(each) for each in every)
-    with torch.no_grad():
+    with torch.no_grad(), torch._C._DisableAutocast():
         pure = torch.func.functionalize(first, remove="mutations")
         graph = make_fx(pure, tracing_mode="fake" if fake else "real")(*every)
     if any(
         node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder" for node in graph.graph.nodes
     ):
-        raise not_traceable("writes into a tensor that it finds elsewhere (running statistics, a moving average)")
+        raise not_traceable(
+            "writes into a tensor that it finds elsewhere (running statistics, a moving average)", line=False
+        )
     leftover = _lifted(graph)
     assert not leftover, "a constant that only the second trace saw"
     return Traced(tidy(graph), tuple(constants), tuple(there))
@@ -91,7 +93,8 @@ def _lifted(module: fx.GraphModule) -> list[Tensor]:
             continue
         if node.target not in places:
             value = getattr(module, node.target)
-            assert isinstance(value, Tensor), f"a trace holds a {type(value).__name__}"
+            if not isinstance(value, Tensor):
+                raise not_traceable(f"uses a {type(value).__name__} of its own", line=False)
             with module.graph.inserting_after(last):
                 last = places[node.target] = module.graph.placeholder(f"constant_{len(constants)}")
             last.meta.update(node.meta)
@@ -139,16 +142,16 @@ _READS: dict[Any, str] = {getattr(Tensor, name): name for name in _NAMES}
 _OURS = (str(Path(__file__).resolve().parents[2]), str(Path(torch.__file__).resolve().parent))
 
 
-def not_traceable(does: str, error: Exception | None = None) -> NotTraceableError:
+def not_traceable(does: str, error: Exception | None = None, *, line: bool = True) -> NotTraceableError:
     """The error for a loss that no graph stands for, with the user's line."""
     frames = traceback.extract_stack() if error is None else traceback.extract_tb(error.__traceback__)
     theirs = [frame for frame in frames if not frame.filename.startswith((*_OURS, "<"))]
     inside = [i for i, frame in enumerate(frames) if frame.filename.startswith(_OURS[0])]
     if inside:  # below the first frame of ours there are the user's functions, above it the caller
         theirs = [f for f in frames[inside[0] :] if not f.filename.startswith((*_OURS, "<"))] or theirs
-    where = f' (line {theirs[-1].lineno} of {theirs[-1].filename}: "{theirs[-1].line}")' if theirs else ""
+    where = f' (line {theirs[-1].lineno} of {theirs[-1].filename}: "{theirs[-1].line}")' if theirs and line else ""
     return NotTraceableError(
-        f"the compiled engine cannot trace this loss: it {does}{where}, and what follows from that number would be "
-        f"fixed in the graph. Write it with tensor operators (torch.where instead of if), or take "
+        f"the compiled engine cannot trace this loss: it {does}{where}, and what follows from that would be fixed "
+        f"in the graph. Write it with tensor operators (torch.where instead of if), or take "
         f"engine=bilevel.Eager()"
     )
