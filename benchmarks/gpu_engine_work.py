@@ -23,11 +23,12 @@ FULL = {
     "dtypes": ("bfloat16", "float32"),
     "tasks": (4, 32),
     "few_shot_steps": 5,
+    "images": (5, 15, 28),  # of a class in support and query, and their side
     "width": 32,
     "rounds": 5,
 }
 TINY = {
-    "sizes": {"tiny": (2, 16, 2)},
+    "sizes": {"tiny": (1, 8, 1)},
     "vocabulary": 32,
     "context": 8,
     "sequences": 2,
@@ -35,6 +36,7 @@ TINY = {
     "dtypes": ("float32", "bfloat16"),
     "tasks": (2,),
     "few_shot_steps": 1,
+    "images": (1, 1, 16),
     "width": 2,
     "rounds": 1,
 }
@@ -135,17 +137,18 @@ def weighting(spec, name, steps, dtype, device, smoke):
 
 def few_shot(spec, tasks, steps, dtype, device, smoke):
     """The same of MAML with some tasks."""
-    module = conv4(5, width=spec["width"])
+    shot, asked, side = spec["images"]
+    module = conv4(5, width=spec["width"], side=side)
     call, start = bl.functional(module)
     start = {name: leaf.to(device=device, dtype=getattr(torch, dtype)) for name, leaf in start.items()}
     draw = torch.Generator().manual_seed(0)
 
     def images(each):
         labels = torch.arange(5).repeat_interleave(each).repeat(tasks, 1)
-        drawn = torch.randn(tasks, 5 * each, 1, 28, 28, generator=draw) + labels[:, :, None, None, None] / 5
+        drawn = torch.randn(tasks, 5 * each, 1, side, side, generator=draw) + labels[:, :, None, None, None] / 5
         return drawn.to(device=device, dtype=getattr(torch, dtype)), labels.to(device)
 
-    support, query = images(5), images(15)
+    support, query = images(shot), images(asked)
 
     def loss(y, x, batch):
         return nn.functional.cross_entropy(call(y, batch[0]), batch[1])

@@ -33,7 +33,7 @@ def equal(found, wanted, rtol=1e-10):
         one, other = getattr(found, name), getattr(wanted, name)
         assert pytree.tree_structure(one) == pytree.tree_structure(other), name
         for a, b in zip(leaves(one), leaves(other), strict=True):
-            assert a.dtype == b.dtype and a.shape == b.shape and a.requires_grad == b.requires_grad, name
+            assert (a.dtype, a.shape, a.requires_grad) == (b.dtype, b.shape, b.requires_grad), name
         _close(one, other, rtol, name)
     assert found.status is wanted.status
     assert found.stats["calls"] == wanted.stats["calls"]

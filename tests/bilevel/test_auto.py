@@ -67,7 +67,7 @@ def choices(**options):
 def long():
     """A problem of many steps, asked once."""
     posed = setup()
-    return posed, choices(posed=posed, steps=30)
+    return posed, choices(posed=posed, steps=20)
 
 
 # --- the choice
@@ -83,10 +83,10 @@ def test_with_plenty_of_memory_the_graph_is_kept():
 def test_the_least_compute_that_fits_is_chosen(long, name):
     posed, peaks = long
     assert peaks["graph"] > peaks["iterates"] > peaks["segments"]
-    assert found(bl.Unrolled("auto", budget=peaks[name]), posed=posed, steps=30)[0].stats["keep"] == name
+    assert found(bl.Unrolled("auto", budget=peaks[name]), posed=posed, steps=20)[0].stats["keep"] == name
     exceeded = list(peaks)[list(peaks).index(name) + 1 :]
     if exceeded:
-        stats = found(bl.Unrolled("auto", budget=peaks[name] - 1), posed=posed, steps=30)[0].stats
+        stats = found(bl.Unrolled("auto", budget=peaks[name] - 1), posed=posed, steps=20)[0].stats
         assert stats["keep"] == exceeded[0]
 
 
@@ -164,16 +164,17 @@ def test_the_hypergradient_is_that_of_the_graph(case):
     assert len(chosen) > 1
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 2])
-@pytest.mark.parametrize("init", [False, True])
+@pytest.mark.parametrize(("chunk", "init"), [(None, False), (1, True), (2, True)])
 def test_of_tasks(chunk, init):
-    ours = found(bl.TaskMean(bl.Unrolled("auto", budget=PLENTY), chunk), tasks=4, init=init)
-    same(ours, found(bl.TaskMean(bl.Unrolled(), chunk), tasks=4, init=init))
+    posed = setup(tasks=4, init=init, rows=32)
+    theirs = found(bl.TaskMean(bl.Unrolled(), chunk), posed=posed)
+    ours = found(bl.TaskMean(bl.Unrolled("auto", budget=PLENTY), chunk), posed=posed)
+    same(ours, theirs)
     peaks = ours[0].stats["keep_peaks"]
     assert ours[0].stats["keep"] == "graph"
-    ours = found(bl.TaskMean(bl.Unrolled("auto", budget=peaks["segments"]), chunk), tasks=4, init=init)
+    ours = found(bl.TaskMean(bl.Unrolled("auto", budget=peaks["segments"]), chunk), posed=posed)
     assert ours[0].stats["keep"] == "segments"
-    same(ours, found(bl.TaskMean(bl.Unrolled(), chunk), tasks=4, init=init))
+    same(ours, theirs)
 
 
 def test_of_resampled_curvature():

@@ -11,9 +11,10 @@ import functools
 import sys
 import types
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _LIMIT = 100_000
@@ -167,6 +168,22 @@ class _Walk:
                 if hasattr(value, name):
                     state[name] = getattr(value, name)
             self._attributes(state, every=not isinstance(value, nn.Module) and hasattr(type(value), "__getattr__"))
+
+
+def ambience(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What changes operators from outside: autocast, the default dtype, modes."""
+    devices = sorted({each.device.type for each in tensors} | {"cpu"})
+    casts = [
+        (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else device
+        for device in devices
+    ]
+    modes = [type(mode) for mode in torch.overrides._get_current_function_mode_stack()]
+    return (
+        tuple(casts),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        tuple(modes),
+    )
 
 
 def _own(module: str | None) -> bool:

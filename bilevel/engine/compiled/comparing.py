@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-"""Relative, of the norm of a whole part of the result: a single entry may be nothing but rounding (the gradient of a bias before
-a batch normalization)."""
+"""Relative, of the norm of a part of the result: a single entry may be nothing but rounding (the gradient of a bias
+before a batch normalization)."""
 _NOISE = 100.0
 """How many times the change under a last-digit change of the inputs a difference may be."""
 

@@ -23,13 +23,14 @@ from bilevel.engine import autodiff
 from bilevel.engine.base import Condition, Derivatives, Engine, Losses
 from bilevel.engine.compiled import inductor
 from bilevel.engine.compiled.blocks import Blocks
-from bilevel.engine.compiled.closure import surroundings
+from bilevel.engine.compiled.closure import ambience, surroundings
 from bilevel.engine.compiled.functions import Arguments, Functions
 from bilevel.engine.compiled.piece import Compile, Piece
 from bilevel.engine.eager import Graph, Operators
 from bilevel.engine.evaluation import Pure
 from bilevel.engine.rematerialize import compiled_by
 from bilevel.engine.replay import Generators, State
+from bilevel.outcome import EngineMismatchError
 from bilevel.space import tree
 from bilevel.space.tree import Leaves, PartialLeaves, Tree
 
@@ -111,6 +112,7 @@ class Session(Derivatives):
         self._used: dict[int, tuple[Functions, dict[str, int]]] = {}
         self._used_blocks: dict[int, tuple[Blocks, dict[int, int]]] = {}
         self._notes: dict[str, None] = {}
+        self._around: dict[Any, tuple[Pure, list[Any]]] = {}
         self._repeated = self._inner_only = False
 
     @property
@@ -193,13 +195,20 @@ class Session(Derivatives):
         if reason is not None:
             self._notes[reason] = None
             return None, []
-        key = ("compiled", self._engine, loss.key(), _ambience(given), arguments.key())
-        if key not in self._known:
-            self._known[key] = Bound(self._found(loss, arguments, loss.memo.setdefault(key, [])), loss)
-        return self._known[key], given
+        if arguments.opaque is not None:
+            self._notes[
+                f"{loss.name} was given a {arguments.opaque} in its batch, which no trace sees into: ran eagerly"
+            ] = None
+            return None, []
+        key = ("compiled", self._engine, loss.key(), ambience(given), arguments.key())
+        here = id(loss.memo), key  # (a call may have the losses of two problems)
+        if here not in self._known:
+            self._known[here] = Bound(self._found(loss, arguments, loss.memo.setdefault(key, [])), loss)
+        return self._known[here], given
 
     def _found(self, loss: Pure, arguments: Arguments, variants: Variants) -> Functions:
         now = surroundings(loss.function)
+        self._around.setdefault((id(loss.memo), loss.name), (loss, now))
         for known, functions in variants:
             if known == now:
                 return functions
@@ -211,6 +220,9 @@ class Session(Derivatives):
             )
         functions = Functions(loss.name, arguments.emptied(), self._make, check=self._check)
         functions.look(loss, arguments.tensors)
+        # (What the loss made for itself when it was first called, such as a cache, is there now.)
+        now = surroundings(loss.function)
+        self._around[id(loss.memo), loss.name] = loss, now
         variants.append((now, functions))
         return functions
 
@@ -250,6 +262,13 @@ class Session(Derivatives):
             self._used[id(functions)] = functions, {name: piece.calls for name, piece in functions.pieces.items()}
 
     def report(self) -> dict[str, Any]:
+        for loss, around in self._around.values():
+            if self._check and surroundings(loss.function) != around:
+                raise EngineMismatchError(
+                    f"what {loss.name} reads from its surroundings (its closure, globals, the object it belongs to) "
+                    f"changed during the call, which compiled functions do not see. Pass what changes as a tensor in "
+                    f"the batch or in outer, or take engine=bilevel.Eager()"
+                )
         rows = []
         for functions, before in self._used.values():
             for name, piece in functions.pieces.items():
@@ -279,22 +298,6 @@ def _row(name: str, pieces: Sequence[Piece], before: Sequence[int]) -> dict[str,
 
 
 _TENSORS = (Tensor, torch.nn.Parameter, torch._subclasses.FakeTensor)
-
-
-def _ambience(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What changes operators from outside: autocast, the default dtype, modes."""
-    devices = sorted({each.device.type for each in tensors} | {"cpu"})
-    casts = [
-        (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else device
-        for device in devices
-    ]
-    modes = [type(mode) for mode in torch.overrides._get_current_function_mode_stack()]
-    return (
-        tuple(casts),
-        torch.get_default_dtype(),
-        torch.are_deterministic_algorithms_enabled(),
-        tuple(modes),
-    )
 
 
 class Linear:

@@ -12,6 +12,7 @@ is at another step: a Python value that changed in between shows there), and by 
 """
 
 import copy
+import enum
 import functools
 import itertools
 import time
@@ -24,12 +25,13 @@ from torch import Tensor
 from bilevel.engine import autodiff
 from bilevel.engine.base import Losses
 from bilevel.engine.compiled import graphs
+from bilevel.engine.compiled.closure import surroundings
 from bilevel.engine.compiled.comparing import Results, mismatch, shake
 from bilevel.engine.compiled.piece import Compile, Piece
 from bilevel.engine.compiled.tracing import Flat, Numbers, Traced, trace
 from bilevel.engine.rematerialize import switched
 from bilevel.engine.replay import Generators, State
-from bilevel.outcome import EngineMismatchError
+from bilevel.outcome import EngineMismatchError, NotTraceableError
 from bilevel.space import tree
 from bilevel.space.tree import Tree
 
@@ -49,6 +51,8 @@ class Arguments:
         self._order = [*ys, *xs, *zs, *(i for i in rest if i not in set(zs))]
         self.counts = (len(ys), len(xs), len(zs))
         self.tensors = [self._leaves[i] for i in self._order]
+        strange = (leaf for leaf in self._leaves if not isinstance(leaf, (Tensor, *_FIXED)))
+        self.opaque = next((type(leaf).__qualname__ for leaf in strange), None)
 
     def key(self) -> tuple[Any, ...]:
         """Equal for arguments that one trace serves."""
@@ -77,10 +81,12 @@ class Arguments:
         return len(self._order)
 
 
+_FIXED = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
+"""What a batch may hold besides tensors for a trace to serve equal ones."""
+
+
 def _constant(leaf: Any) -> Any:
-    if isinstance(leaf, (int, float, complex, bool, str, bytes, type(None))):
-        return type(leaf), repr(leaf)
-    return "object", id(leaf)
+    return type(leaf), repr(leaf)
 
 
 class Functions:
@@ -157,7 +163,7 @@ class Functions:
         """
         eager: Flat = functools.partial(getattr(self, f"_{name}"), loss)
         if name not in self.pieces:
-            explicit, seconds = traced(eager, given)
+            explicit, seconds = self._traced(loss, eager, given)
             draw = graphs.hoisted(explicit.graph)
             self.pieces[name] = Piece(
                 name, explicit.graph, explicit.constants, explicit.there, draw, self._make, seconds
@@ -172,6 +178,18 @@ class Functions:
             compare(self.name, piece, found[:1], functools.partial(self._loss_alone, loss), given, generators, before)
         return found
 
+    def _traced(self, loss: Losses, flat: Flat, given: list[Tensor]) -> tuple[Traced, float]:
+        function = getattr(loss, "function", loss)
+        before = surroundings(function)
+        made = traced(flat, given)
+        if surroundings(function) != before:
+            raise NotTraceableError(
+                f"the compiled engine cannot trace {self.name}: it changes what it reads from its surroundings (a "
+                f"counter, a list that it writes), which its graph would not do. Write it as a function of its "
+                f"arguments, or take engine=bilevel.Eager()"
+            )
+        return made
+
     def prepare(self, loss: Losses, given: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
         """(the loss and dg/dy, what is kept for `pull`) at y, x, z and the batch's other tensors."""
         if "prepared" not in self.pieces:
@@ -182,7 +200,7 @@ class Functions:
     def _split(self, loss: Losses, given: list[Tensor]) -> None:
         ys, weights = self.counts[0], [torch.ones_like(y) for y in given[: self.counts[0]]]
         flat = functools.partial(self._products, loss, gradient=True)
-        found, seconds = traced(flat, [*given, *weights])
+        found, seconds = self._traced(loss, flat, [*given, *weights])
         draw = graphs.hoisted(found.graph)
         first = sum(found.there[: 1 + ys])
         prepared, pulled = graphs.split(found.graph, first, range(len(given), len(given) + ys))

@@ -64,7 +64,7 @@ def make(backend: str) -> Compile:
 
     def made(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Made:
         if backend == "graph" or any(isinstance(each, torch._subclasses.FakeTensor) for each in inputs):
-            return Made(graph)  # operator by operator, each result freed after its last use
+            return Made(graph.forward)  # operator by operator, each result freed after its last use
         digest = hashlib.sha256(str(graph.code).encode()).digest()
         key = digest, tuple((each.shape, each.stride(), each.dtype, each.device) for each in inputs)
         code = _compiled.get(key)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel.engine.compiled.graphs import tidy
 from bilevel.outcome import NotTraceableError
@@ -48,7 +49,8 @@ def trace(function: Flat, inputs: Sequence[Tensor]) -> Traced:
     there: list[bool] = []
 
     def listed(*given: Tensor) -> tuple[Tensor, ...]:
-        found = function(list(given))
+        with Shapes():
+            found = function(list(given))
         there[:] = [each is not None for each in found]
         # (An output that is an input, or one tensor twice, is one node; it comes out as it is.)
         return tuple(each for each in found if each is not None)
@@ -67,6 +69,10 @@ def trace(function: Flat, inputs: Sequence[Tensor]) -> Traced:
     with torch.no_grad():
         pure = torch.func.functionalize(first, remove="mutations")
         graph = make_fx(pure, tracing_mode="fake" if fake else "real")(*every)
+    if any(
+        node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder" for node in graph.graph.nodes
+    ):
+        raise not_traceable("writes into a tensor that it finds elsewhere (running statistics, a moving average)")
     leftover = _lifted(graph)
     assert not leftover, "a constant that only the second trace saw"
     return Traced(tidy(graph), tuple(constants), tuple(there))
@@ -104,6 +110,27 @@ class Numbers(TorchFunctionMode):
         if func in _READS:
             raise not_traceable(f"calls {_READS[func]} of a tensor")
         return func(*args, **(kwargs or {}))
+
+
+class Shapes(TorchDispatchMode):
+    """Within it, an operator whose result's shape, or a Python number, depends on the numbers of a tensor is an error:
+    the shape would be fixed in the derivatives.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.data_dependent_output in func.tags:
+            raise not_traceable("looks at the numbers of a tensor")
+        if torch.Tag.dynamic_output_shape in func.tags and not _indexed_by_numbers(func, args):
+            raise not_traceable(
+                "makes a tensor whose shape depends on numbers (a boolean mask as index, nonzero, unique)"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _indexed_by_numbers(func: Any, args: Any) -> bool:
+    if func is not torch.ops.aten.index.Tensor:
+        return False
+    return all(each is None or each.dtype not in (torch.bool, torch.uint8) for each in args[1])
 
 
 _NAMES = ["item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "__complex__"]

@@ -2,8 +2,8 @@
 
 It sees what a dispatch mode does not: tensors that compiled code makes, scratch memory inside a kernel, random states.
 An eager hypergradient weighs here what the `tensors` meter counts, and such scratch: to the byte for most estimators of
-the built-in hypercleaning case, one random state (5,056 bytes of 5.9 MB) more where iterates are kept. It does not see what code takes from the system by itself (scratch on the
-stack of a fused loop, oneDNN's own).
+the built-in hypercleaning case, one random state (5,056 bytes of 5.9 MB) more where iterates are kept. It does not see
+what code takes from the system by itself (scratch on the stack of a fused loop, oneDNN's own).
 
 | | cost |
 | --- | --- |

@@ -1,19 +1,16 @@
-"""Live tensor bytes: what the storages made inside the block weigh together, at most, at one time. On any device, real
-or fake.
+"""Live tensor bytes: what the storages made inside the block weigh together at one time, at most. On any device.
 
-Every operator that reaches the dispatcher is seen: forward, backward, double backward, and what torch.func does. Its
-outputs are counted by their storage, each storage once, and given up when the last tensor on it dies, which a weak
-reference tells. Scratch memory inside a kernel is not seen, nor is what an allocator adds (`cuda` sees both).
+Every operator that reaches the dispatcher is seen: forward, backward, double backward, and what torch.func does. An
+operator's outputs are counted by their storage, each storage once, and given up when the last tensor on it dies, which
+a weak reference tells. Scratch memory inside a kernel is not seen, nor what an allocator adds (`cuda` sees both).
 
 Autograd works out of place in some spots because a dispatch mode is on: where two gradients of one tensor meet, and in
 the backward of gather, topk, max(dim), x[index] and their kin, which write into zeros. Their results are counted in the
-place of what dies with them;
-without that, a product with the Hessian of a small net weighs a fifth more than in the allocator's own record, with it
-the same to the byte. Not mended: the backward of prod, cumprod, amax, and of max() without a dimension. Not seen:
-operators on other threads, tensors from copy.deepcopy or pickle.
+place of what dies with them; without that, a product with the Hessian of a small net weighs a fifth more than in the
+allocator's own record, with it the same to the byte. Not mended: the backward of prod, cumprod, amax, and of max()
+without a dimension. Not seen: operators on other threads, tensors from copy.deepcopy or pickle.
 
-torch.distributed._tools.MemTracker works in the same way but refuses to run a module twice, which every inner loop
-does.
+torch.distributed's MemTracker works in the same way but refuses to run a module twice, which every inner loop does.
 """
 
 import collections
@@ -51,9 +48,7 @@ class Tensors(Meter):
 
     Inputs of an operator are older than its outputs: an output on an input's storage is a view, and is not counted. A
     storage that grows later (`resize_`, `out=`) counts with its new size, and an older one with its growth.
-
-    What is offloaded from a device is on the host and does not count: the library makes it in a span "bilevel.host"
-    (bilevel.engine.spans.HOST). On the CPU nothing is offloaded, and what is kept counts.
+    What the library offloads from a device does not count: it makes its buffers on the host in the span spans.HOST.
 
     After the block `live_bytes` goes on falling as tensors die: read when the result is dropped, it is what leaked.
 
@@ -187,8 +182,7 @@ class Tensors(Meter):
                 self._resized(
                     key, inputs[key], size, self._ledger.number((self._phases.current, self._phases.span, name, place))
                 )
-        offloaded = self._phases.span == _HOST
-        for storage in () if offloaded else storages((output,)):
+        for storage in () if self._phases.span == _HOST else storages((output,)):
             if storage._cdata not in inputs and storage._cdata not in self._counted and _weighs(operator, output):
                 number = (
                     self._ledger.number((self._phases.current, self._phases.span, name, place))
