@@ -69,7 +69,7 @@ def posed(name):
 def sides(name, oracle):
     """For ours and for the lines by hand: (what is made before the clock starts, what it measures, calls in it)."""
     import torch
-    from plain_ref import acc, back_rr, gstep, plain_inner, start
+    from plain_ref import back_rr, gstep, plain_inner
 
     import bilevel as bl
     from bilevel.engine.cotangents import Cotangents
@@ -77,7 +77,6 @@ def sides(name, oracle):
     from bilevel.estimators.reverse.tape import Tape
     from bilevel.estimators.reverse.terms import Terms
 
-    del acc
     p, problem, leaves, inner, batches = posed(name)
     solver = bl.Descent(bl.SGD(lr=p.lr), steps=STEPS)
     found = bl.hypergradient(problem, leaves, inner, batches, solver=solver, estimator=bl.Unrolled())
@@ -123,14 +122,11 @@ def sides(name, oracle):
             1,
         )
     if oracle == "mixed":
-        alone = getattr(lin, "mixed_alone", None) is not None
-        mixed = (lambda it: it.mixed_alone(v)) if alone else (lambda it: it.mixed(v))
-        return (lambda: oracles.linearize(y, 1), mixed, 1), (
+        return (lambda: oracles.linearize(y, 1), lambda it: it.mixed_alone(v), 1), (
             graph,
             lambda made: torch.autograd.grad(made[1], ups, v),
             1,
         )
-    assert start(p) is not None
     return (
         lambda: Cotangents(list(v), None),
         lambda it: oracles.step_vjp(y, None, 0, oracles.embedding(0), it),
@@ -246,12 +242,18 @@ def main():
                     return 1
                 records[name, oracle] = json.loads(done.stdout.splitlines()[-1])
                 print(table([records[name, oracle]]).splitlines()[2], flush=True)
-    ordered = [records[key] for key in CELLS if key in records]
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text("".join(json.dumps(record) + "\n" for record in ordered))
-    given.out.with_suffix(".md").write_text(table(ordered))
-    print(table(ordered))
+                write(records, given.out)
+    print(write(records, given.out))
     return 0
+
+
+def write(records, out):
+    """All records, in order, and their table, which is returned."""
+    ordered = [records[key] for key in CELLS if key in records]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps(record) + "\n" for record in ordered))
+    out.with_suffix(".md").write_text(table(ordered))
+    return table(ordered)
 
 
 if __name__ == "__main__":

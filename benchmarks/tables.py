@@ -212,6 +212,8 @@ def gpu_runs():
     """All committed runs, the newest first."""
     runs = []
     for path in sorted((HERE / "results").glob("gpu-*.jsonl"), key=lambda path: path.stem[-10:], reverse=True):
+        if path.name.startswith("gpu-engine-"):
+            continue
         found = rows(path.name)
         runs.append(
             f"`results/{path.name}`. "
@@ -223,13 +225,39 @@ def gpu_runs():
     )
 
 
+def gpu_engine_runs():
+    """All committed runs of the engine section, the newest first."""
+    from gpu_engine import table as engine_table
+
+    runs = []
+    for path in sorted((HERE / "results").glob("gpu-engine-*.jsonl"), key=lambda path: path.stem[-10:], reverse=True):
+        found = rows(path.name)
+        where = environment([row for row in found if row["kind"] == "environment"])
+        runs.append(f"`results/{path.name}`. {where}.\n\n{engine_table(found)}")
+    return (
+        "\n\n".join(runs)
+        or "**Not yet measured on a GPU.** The command is ready and its code runs on a CPU in every test run."
+    )
+
+
+def engines():
+    """The committed table of engine.py."""
+    path = HERE / "results" / "engine.md"
+    return path.read_text(encoding="utf-8").strip() if path.exists() else "Not yet measured."
+
+
+def oracles():
+    """The committed table of oracles.py."""
+    return (HERE / "results" / "oracles.md").read_text(encoding="utf-8").strip()
+
+
 def main():
     plain, problems, meters = rows("plain_reference.jsonl"), rows("problems.jsonl"), rows("overhead.jsonl")
     billion = rows("forecast.jsonl")
     text = f"""# Benchmarks
 
 Every table here is written by `python benchmarks/tables.py` from `results/`, and every result by the script named above
-it.
+it. (The tables of meta-learning and of Betty, at the end, are files of their own.)
 
 ## Beside hand-written torch
 
@@ -280,6 +308,34 @@ forecast on such a device has to add, is a row of the file.
 
 {gpu_runs()}
 
+## Engines
+
+    python benchmarks/engine.py                       # the whole table; 15 minutes once its functions are compiled
+    python benchmarks/engine.py --cell P2 50          # one cell of it
+    python benchmarks/engine.py --peak P2 50 "compiled, segments"
+
+Exact second order, eager, compiled and in rematerialized blocks, beside hand-written torch and the peers, on one core.
+
+{engines()}
+
+## Time per oracle
+
+    python benchmarks/oracles.py                      # about five minutes on one core; needs ../shared/bench
+
+An inner step, H v, M v and a step pulled back, each beside the lines of torch that do the same.
+
+{oracles()}
+
+## Engines on a GPU
+
+    python benchmarks/gpu.py --section engine         # on a CUDA machine; needs no data, no network
+    python benchmarks/gpu.py --section engine --smoke # a rehearsal at tiny sizes on a CPU
+
+Transformers of Chinchilla's shapes with a learned weight for each sequence (MixFlow-MG's setting), and few-shot
+learning, beside double backward by hand. Dynamic memory is the allocator's peak above what was there before.
+
+{gpu_engine_runs()}
+
 ## What the meters cost
 
     python benchmarks/overhead.py
@@ -308,6 +364,33 @@ Few-shot characters of the DejaVu fonts, 5-way, accuracy on 40 tasks of unseen c
 {characters([r for r in problems if r["problem"] == "fewshot"])}
 
 Environment: {environment(problems)}
+
+## Meta-learning
+
+    python benchmarks/fewshot_table.py      # accuracy, memory, time and oracle calls of every method; resumable
+    python benchmarks/tasks_at_once.py      # vmapped chunks against a loop over 16 tasks
+
+Both write their own tables, results/fewshot.cpu.md and results/tasks_at_once.md, which docs/meta_learning.md shows. The
+first takes about half an hour on two cores; `--config gpu` is the same at the size of a GPU, not run yet.
+
+## Beside Betty
+
+    python benchmarks/beside_betty.py             # about five minutes on one core; needs betty-ml and matplotlib
+    python benchmarks/beside_betty.py --quick     # the same at small sizes, a few seconds, nothing overwritten
+
+The error of each of Betty's methods and of ours against a closed form, their time and memory at equal work, and what
+Betty's IterativeProblem never frees. The tables and the figure are in docs/coming_from/made, which
+docs/coming_from/betty.md shows.
+
+What they say: Betty's CG is right for one product and gets worse with every further one; its Neumann series and its
+unrolling are ours to rounding; its darts and sama stay where the identity for the inverse Hessian puts them. Of time
+and memory, on the net 784-300-10 and K = 50: unrolling takes 0.90 of Betty's time and 0.95 of its memory (0.34 with
+keep="segments", for 1.69 of the time; keep="iterates" does not pay where y is larger than the tape of a step).
+Neumann and CG take 1.05 and 1.03 of the time, and 0.72 and 0.53 of the memory: each of our products is followed by a
+norm of the residual and a guarded update, two passes over y that buy the status, and the mixed product also yields the
+true residual; on a net of 500 parameters, where that is most of the work, the ratios are 1.6 and 1.8. One step of
+backpropagation beside darts (the same direction): 1.02 of the time and one y more, because our steps are out of place.
+FirstOrderCorrected takes 3.7 times as long as darts, for two inner loops, and converges where darts does not.
 """
     (HERE / "README.md").write_text(text)
 

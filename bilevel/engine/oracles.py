@@ -226,7 +226,7 @@ class Oracles:
         """g and dg/dy of arguments as they come, with a graph; without `numbers` the graph alone is wanted."""
         with spans.span(spans.INNER_GRADIENT):
             function, batch = self._stated(self._twice, self.attached, embedded)
-            if function is not self._twice and not self.problem.memo.get("twice differentiable"):
+            if self.engine.pure and not self.problem.memo.get("twice differentiable"):
                 before = self.generators.peek()
                 self._twice(inner, self.attached, embedded)
                 self.generators.set(before)

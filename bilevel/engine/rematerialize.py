@@ -58,6 +58,12 @@ def switched(*, on: bool) -> Iterator[Switch]:
         _switch.reset(token)
 
 
+def switched_off() -> bool:
+    """Whether blocks are run as the functions that they are made of."""
+    switch = _switch.get()
+    return switch is not None and not switch.on
+
+
 class Compiler(Protocol):
     """Knows the compiled functions of blocks."""
 

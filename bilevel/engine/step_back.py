@@ -9,6 +9,7 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from bilevel.engine import autodiff, spans
@@ -117,8 +118,8 @@ class StepBack:
                 ]
                 products = autodiff.grad([root for root, _ in pairs], wanted, [weight for _, weight in pairs])
             else:
-                # U(g, y) = y - rate g: the products of the cotangent itself, scaled after, so that no second P-vector
-                # is held meanwhile.
+                # U(g, y) = y - rate g: the products of the cotangent itself, scaled after and one by one, so that no
+                # second P-vector is held meanwhile.
                 del gradient
                 direct, to_outer = Cotangents(list(cotangents.inner), None), (None,) * len(xs)
                 pairs = [
@@ -127,7 +128,12 @@ class StepBack:
                     if root is not None and w is not None
                 ]
                 cotangents.inner.clear()
-                found = autodiff.grad([root for root, _ in pairs], wanted, [w for _, w in pairs])
+                found = list(autodiff.grad([root for root, _ in pairs], wanted, [w for _, w in pairs]))
+                for i in range(len(ys) if to_inner else 0):
+                    known, product = direct.inner[i], found[i]
+                    if known is not None and product is not None:
+                        direct.inner[i], found[i] = torch.add(known, product, alpha=-rate), None
+                    del known, product
                 products = tuple(None if leaf is None else leaf * -rate for leaf in found)
                 del found
         count = len(ys) if to_inner else 0

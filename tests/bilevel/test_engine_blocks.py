@@ -78,6 +78,16 @@ def test_the_whole_loss_is_not_traced_where_it_has_blocks():
     assert {row["name"].split(" of ")[1] for row in found.stats["engine"]["functions"]} == {"block Residual"}
 
 
+def test_blocks_that_auto_switches_off_are_compiled_with_the_rest():
+    _, problem, x, y, batches = posed(chance=0.0)
+    eager, _ = hypergradient(problem, x, y, batches)
+    for budget, owner in (("1GiB", "inner_loss"), (None, "block Residual")):
+        estimator = bl.Unrolled("auto", budget=budget) if budget else bl.Unrolled("iterates")
+        found, _ = hypergradient(problem, x, y, batches, GRAPH, estimator)
+        torch.testing.assert_close(found.grad, eager.grad, rtol=1e-10, atol=1e-13)
+        assert any(row["name"].endswith(owner) and row["calls"] for row in found.stats["engine"]["functions"])
+
+
 def test_a_block_that_uses_more_than_its_inputs_stays_eager():
     shared = nn.Linear(6, 6).double()
 

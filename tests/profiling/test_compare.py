@@ -14,7 +14,7 @@ import torch
 from bilevel_profiling import Case, compare, measure
 from bilevel_profiling.cases import builtin
 from bilevel_profiling.cli import main
-from bilevel_profiling.meters.tensors import storage_bytes
+from bilevel_profiling.meters.storages import storage_bytes
 from bilevel_profiling.records import record, records_file
 
 import bilevel as bl

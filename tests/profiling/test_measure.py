@@ -10,7 +10,7 @@ from bilevel_profiling.cases.case import Posed, in_steps
 from bilevel_profiling.cases.case_file import Definition
 from bilevel_profiling.measurement import references
 from bilevel_profiling.measurement.cell import Job
-from bilevel_profiling.meters.tensors import storage_bytes
+from bilevel_profiling.meters.storages import storage_bytes
 
 import bilevel as bl
 from bilevel.estimators import Estimate, Estimator, Instance

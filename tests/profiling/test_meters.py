@@ -5,7 +5,8 @@ import torch
 from bilevel_profiling.meters.clock import Clock
 from bilevel_profiling.meters.cuda import Cuda
 from bilevel_profiling.meters.oracles import Oracles
-from bilevel_profiling.meters.tensors import Tensors, storage_bytes
+from bilevel_profiling.meters.storages import storage_bytes
+from bilevel_profiling.meters.tensors import Tensors
 from bilevel_profiling.meters.work import Work
 
 import bilevel as bl

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilevel.engine.rematerialize import switched_off
+
 _LIMIT = 100_000
 _PLAIN = (int, float, complex, bool, str, bytes, type(None))
 _CALLED = {"forward", "backward", "setup_context", "jvp", "vmap", "__call__", "__wrapped__"}
@@ -173,7 +175,7 @@ class _Walk:
 
 
 def ambience(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What changes operators from outside: autocast, the default dtype, modes."""
+    """What changes operators from outside: autocast, the default dtype, modes, blocks that are none for now."""
     devices = sorted({each.device.type for each in tensors} | {"cpu"})
     casts = [
         (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else device
@@ -185,6 +187,7 @@ def ambience(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
         tuple(modes),
+        switched_off(),
     )
 
 

@@ -32,7 +32,7 @@ from bilevel.engine.compiled.closure import surroundings
 from bilevel.engine.compiled.comparing import Results, mismatch, shake
 from bilevel.engine.compiled.piece import Compile, Piece, in_order, order
 from bilevel.engine.compiled.tracing import Flat, Numbers, Traced, trace
-from bilevel.engine.rematerialize import switched
+from bilevel.engine.rematerialize import switched, switched_off
 from bilevel.engine.replay import Generators, State
 from bilevel.outcome import EngineMismatchError, NotTraceableError
 from bilevel.space import tree
@@ -140,7 +140,9 @@ class Functions:
         return [value.detach(), *known, *found]
 
     def look(self, loss: Losses, given: list[Tensor]) -> None:
-        """Whether the loss has rematerialized blocks, found by running it once."""
+        """Whether the loss has rematerialized blocks (which are run as such), found by running it once."""
+        if switched_off():
+            return
         generators = Generators(given[0].device)
         before = generators.peek()
         with torch.enable_grad(), switched(on=True) as blocks:

@@ -32,7 +32,8 @@ from bilevel_profiling.measurement.surroundings import frozen_heap, own_random_s
 from bilevel_profiling.meters.base import Meter
 from bilevel_profiling.meters.devices import DEVICES, Device
 from bilevel_profiling.meters.oracles import Oracles
-from bilevel_profiling.meters.tensors import Tensors, in_blocks
+from bilevel_profiling.meters.storages import in_blocks
+from bilevel_profiling.meters.tensors import Tensors
 from bilevel_profiling.meters.work import Work
 from bilevel_profiling.records import sizes
 from bilevel_profiling.records.note import Note

@@ -32,7 +32,8 @@ from bilevel_profiling.meters.base import Meter, observe
 from bilevel_profiling.meters.clock import Clock
 from bilevel_profiling.meters.cuda import Cuda
 from bilevel_profiling.meters.oracles import Oracles
-from bilevel_profiling.meters.tensors import Tensors, storage_sizes
+from bilevel_profiling.meters.storages import storage_sizes
+from bilevel_profiling.meters.tensors import Tensors
 from bilevel_profiling.meters.trace import trace as traced
 from bilevel_profiling.meters.work import Work
 from bilevel_profiling.records.failure import of_error, out_of_memory

@@ -1,10 +1,8 @@
-"""Live tensor bytes: what the storages made inside the block weigh together, at most, at one time. On any device, real
-or fake.
+"""Live tensor bytes: what the storages made inside the block weigh together at one time, at most. On any device.
 
 Every operator that reaches the dispatcher is seen: forward, backward, double backward, and what torch.func does. An
 operator's outputs are counted by their storage, each storage once, and given up when the last tensor on it dies, which
-a weak reference tells. Scratch memory inside a kernel is not seen, nor is what an allocator adds by rounding and
-caching (`cuda` sees both).
+a weak reference tells. Scratch memory inside a kernel is not seen, nor what an allocator adds (`cuda` sees both).
 
 Autograd works out of place in some spots because a dispatch mode is on: where two gradients of one tensor meet, and in
 the backward of gather, topk, max(dim), x[index] and their kin, which write into zeros. Their results are counted in the
@@ -12,14 +10,13 @@ place of what dies with them; without that, a product with the Hessian of a smal
 allocator's own record, with it the same to the byte. Not mended: the backward of prod, cumprod, amax, and of max()
 without a dimension. Not seen: operators on other threads, tensors from copy.deepcopy or pickle.
 
-torch.distributed._tools.MemTracker works in the same way but refuses to run a module twice, which every inner loop
-does.
+torch.distributed's MemTracker works in the same way but refuses to run a module twice, which every inner loop does.
 """
 
 import collections
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -35,11 +32,10 @@ from bilevel_profiling.meters.ledger import Ledger
 from bilevel_profiling.meters.operators import Operators
 from bilevel_profiling.meters.origin import Places, node, of_the_engine, operator_name
 from bilevel_profiling.meters.phases import OUTSIDE, Phases
+from bilevel_profiling.meters.storages import in_blocks, storages
 from bilevel_profiling.meters.timeline import Timeline
 from bilevel_profiling.records.record import Alive
 
-CUDA_BLOCK = 512
-"""The CUDA caching allocator serves whole blocks of so many bytes."""
 _MOST_ALIVE = 20
 _HOST = spans.HOST.removeprefix("bilevel.")
 _lift_fresh = torch.ops.aten.lift_fresh.default
@@ -52,7 +48,6 @@ class Tensors(Meter):
 
     Inputs of an operator are older than its outputs: an output on an input's storage is a view, and is not counted. A
     storage that grows later (`resize_`, `out=`) counts with its new size, and an older one with its growth.
-
     What the library offloads from a device does not count: it makes its buffers on the host in the span spans.HOST.
 
     After the block `live_bytes` goes on falling as tensors die: read when the result is dropped, it is what leaked.
@@ -165,7 +160,7 @@ class Tensors(Meter):
             output = operator(*args, **kwargs)
             self._timeline.add(self._live, (self._phases.current, self._phases.span, operator_name(operator)))
             return output
-        inputs = {storage._cdata: storage for storage in _storages((args, kwargs) if kwargs else args)}
+        inputs = {storage._cdata: storage for storage in storages((args, kwargs) if kwargs else args)}
         sizes = {key: storage.nbytes() for key, storage in inputs.items()} if _mutates(operator) else {}
         if literal:
             inputs = {}  # the one operator whose input nobody has seen
@@ -187,8 +182,7 @@ class Tensors(Meter):
                 self._resized(
                     key, inputs[key], size, self._ledger.number((self._phases.current, self._phases.span, name, place))
                 )
-        offloaded = self._phases.span == _HOST
-        for storage in () if offloaded else _storages((output,)):
+        for storage in () if self._phases.span == _HOST else storages((output,)):
             if storage._cdata not in inputs and storage._cdata not in self._counted and _weighs(operator, output):
                 number = (
                     self._ledger.number((self._phases.current, self._phases.span, name, place))
@@ -347,58 +341,3 @@ _OUT_OF_PLACE = {
     *(_aten.index_put.default, _aten._unsafe_index_put.default, _aten.put.default),
 }
 """Operators that autograd calls in place of their twins that write, because a dispatch mode is on."""
-_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
-
-
-def _storages(tree: Any) -> Iterator[UntypedStorage]:
-    """The storages of all tensors in the arguments or the output of an operator."""
-    for leaf in tree:
-        if isinstance(leaf, Tensor):
-            if type(leaf) in _PLAIN and leaf.layout == torch.strided:
-                yield leaf.untyped_storage()
-            else:
-                yield from storages_of(leaf)
-        elif isinstance(leaf, (list, tuple)):
-            yield from _storages(leaf)
-        elif isinstance(leaf, dict):
-            yield from _storages(leaf.values())
-        elif isinstance(leaf, UntypedStorage):
-            yield leaf
-
-
-def storages_of(tensor: Tensor) -> Iterator[UntypedStorage]:
-    """The storages a tensor lies on: one, or those of the parts of a sparse tensor or of a wrapper."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            yield from storages_of(getattr(tensor, name))
-    elif tensor.layout == torch.strided:
-        yield tensor.untyped_storage()
-    elif tensor.layout == torch.sparse_coo:
-        yield from (part.untyped_storage() for part in (tensor._indices(), tensor._values()))
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        yield from (part.untyped_storage() for part in (tensor.crow_indices(), tensor.col_indices(), tensor.values()))
-    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        yield from (part.untyped_storage() for part in (tensor.ccol_indices(), tensor.row_indices(), tensor.values()))
-
-
-def in_blocks(size: int) -> int:
-    """Bytes rounded up to what the CUDA caching allocator serves."""
-    return -(-size // CUDA_BLOCK) * CUDA_BLOCK
-
-
-def storage_bytes(tree: Any) -> int:
-    """Bytes of the distinct storages under the tensors of a tree.
-
-    Example:
-        >>> import torch
-        >>> x = torch.zeros(4)
-        >>> storage_bytes({"whole": x, "part": x[:2]})
-        16
-    """
-    return sum(storage_sizes(tree).values())
-
-
-def storage_sizes(tree: Any) -> dict[int, int]:
-    """Bytes of each of them, by the address of the storage."""
-    return {storage._cdata: storage.nbytes() for storage in _storages(tree_leaves(tree))}

@@ -22,7 +22,7 @@ from bilevel_profiling.meters.base import Meter
 from bilevel_profiling.meters.devices import Device
 from bilevel_profiling.meters.operators import Operators
 from bilevel_profiling.meters.phases import OUTSIDE, Phases
-from bilevel_profiling.meters.tensors import storage_bytes
+from bilevel_profiling.meters.storages import storage_bytes
 
 
 class Work(Meter):
