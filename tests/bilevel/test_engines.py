@@ -10,6 +10,7 @@ from engine_pairs import GRAPH, call, equal, leaves, same, traced
 from torch import nn
 
 import bilevel as bl
+from bilevel.engine.compiled import engine as compiled_engine
 from bilevel.engine.compiled import inductor
 
 D = torch.float64
@@ -283,14 +284,15 @@ def test_a_tensor_in_the_closure_is_read_anew():
     assert not torch.allclose(after.grad, before.grad)
 
 
-def test_surroundings_that_change_without_end_are_refused():
+def test_surroundings_that_change_without_end_are_refused(monkeypatch):
+    monkeypatch.setattr(compiled_engine, "_VARIANTS", 2)
     p, x, y, X, box, _ = fresh()
     one = bl.Descent(bl.SGD(0.01), 1)
-    for scale in range(8):
+    for scale in range(2):
         box["scale"] = scale + 0.5
         same(p, x, y, bl.Batches(X, X), solver=one)
     box["scale"] = 9.0
-    with pytest.raises(ValueError, match=r"has changed 8 times.*Pass what changes as a tensor"):
+    with pytest.raises(ValueError, match=r"has changed 2 times.*Pass what changes as a tensor"):
         call(GRAPH, p, x, y, bl.Batches(X, X), solver=one)
 
 

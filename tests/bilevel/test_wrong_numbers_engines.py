@@ -256,6 +256,15 @@ def test_channels_last_with_dropout():
     same(p, torch.zeros((), dtype=D), kernel, bl.Batches(image, None))
 
 
+def test_attention_without_dropout_draws_nothing():
+    """Its operator is marked as one that draws, whatever its dropout."""
+    net = nn.TransformerEncoderLayer(4, 2, 8, dtype=D, batch_first=True).eval()
+    run, params = bl.functional(net, requires_grad=False)
+    p = bl.Problem(lambda y, x, b: (run(y, b) * x).square().mean(), lambda y, x, b: run(y, b).square().mean())
+    batches = bl.Batches(X[None], X[None])
+    same(p, torch.tensor(1.0, dtype=D), params, batches, estimator=bl.FirstOrderCorrected())
+
+
 # --- shapes and numbers
 
 

@@ -7,6 +7,7 @@ again. What is not found here is found by the checks of `bilevel.engine.compiled
 """
 
 import collections
+import dis
 import functools
 import sys
 import types
@@ -25,6 +26,7 @@ _CALLED = {"forward", "backward", "setup_context", "jvp", "vmap", "__call__", "_
 """Names that torch and Python call without their being in the code."""
 _DYNAMIC = {"getattr", "vars", "__dict__", "attrgetter", "asdict", "__getattribute__"}
 """Where code uses one of these, any attribute may count."""
+_READ = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HELD = ("_parameters", "_buffers", "_modules")
 _OTHERS = {"torch", "numpy", "bilevel", *sys.stdlib_module_names} - {"__main__"}
@@ -209,8 +211,8 @@ def _content(cell: Any) -> Any:
 
 @functools.lru_cache(maxsize=10_000)
 def _names(code: types.CodeType) -> set[str]:
-    """The names that code reads from elsewhere, in the functions within it, too."""
-    found = set(code.co_names)
+    """The names that code reads (not those that it only writes), in the functions within it, too."""
+    found = {each.argval for each in dis.get_instructions(code) if each.opname.startswith(_READ)}
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
             found |= _names(const)

@@ -117,7 +117,12 @@ def _replace_dropout(graph: fx.Graph, node: fx.Node, mask: fx.Node) -> None:
 
 
 def _draws(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    for i, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":  # attention draws where it drops
+            return bool(node.args[i] if i < len(node.args) else node.kwargs.get("dropout_p", argument.default_value))
+    return True
 
 
 def costs(graph: fx.GraphModule) -> tuple[int, int]:
