@@ -249,7 +249,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="three rounds; writes nothing to results")
     parser.add_argument("--again", action="store_true", help="measure anew what is known")
     parser.add_argument("--peak", nargs=3, metavar=("WORK", "SIZE", "VARIANT"), help="live tensors at the peak")
-    parser.add_argument("--seconds", type=float, default=45, help="for the rounds of a cell (three are made anyway)")
+    parser.add_argument("--seconds", type=float, default=30, help="for the rounds of a cell (three are made anyway)")
     parser.add_argument("--bench", type=Path, default=ROOT.parent / "shared" / "bench", help="folder with plain_ref.py")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--state", type=Path, default=Path(tempfile.gettempdir()) / "bilevel-engine-benchmark")
