@@ -334,13 +334,14 @@ class _Use:
 
     def forward(self, given: tuple[Tensor, ...]) -> list[Tensor]:
         """The loss, and the gradients that there are."""
-        generators = Generators(given[0].device)
-        self._before = generators.peek()
+        before, pieces = Generators(given[0].device).peek(), self._bound.functions.pieces
         if self._repeated:
             found, self._kept = self._session.prepare(self._bound, given)
         elif self._drawn:
             found = self._session.run(self._bound, "gradient", given)
-        else:
+        if pieces["prepared" if self._repeated else "gradient"].draws:
+            self._before = before
+        if not self._repeated and not self._drawn:
             nowhere = given[0].new_zeros(())
             leaves = zip(given[: len(self.there)], self.there, strict=True)
             return [nowhere, *(nowhere.expand(leaf.shape) for leaf, there in leaves if there)]
@@ -355,12 +356,12 @@ class _Use:
         full = [torch.zeros_like(y) if w is None else w for y, w in zip(given, every, strict=False)]
         generators = Generators(given[0].device)
         now = generators.peek()
-        assert self._before is not None, "forward comes first"
         if self._repeated:
-            return self._session.pull(self._bound, self._kept, given, full, self._before)
-        generators.set(self._before)
+            return self._session.pull(self._bound, self._kept, given, full, self._before or now)
+        if self._before is not None:
+            generators.set(self._before)
         found = self._session.run(self._bound, "products", [*given, *full])[1:]
-        if self._drawn:
+        if self._before is not None and self._drawn:
             generators.set(now)
         return found
 

@@ -60,6 +60,11 @@ class Piece:
         self.note: str | None = None
         self._as_given, self._ordered = as_given, ordered
 
+    @property
+    def draws(self) -> bool:
+        """Whether it draws random numbers."""
+        return self._draw is not None
+
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         """The outputs, None where there is nothing; inputs are not changed."""
         # (The casts of an open autocast are in the graph.)
