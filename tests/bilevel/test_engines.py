@@ -459,3 +459,24 @@ def test_no_result_shares_memory_with_another():
     found = same(p, x, y, bl.Batches(X, X))
     places = [leaf.data_ptr() for leaf in leaves([found.grad, found.inner, x, y, X])]
     assert len(set(places)) == len(places)
+
+
+def test_python_numbers_that_change_from_step_to_step_are_refused_and_tensors_are_not():
+    problem = bl.Problem(lambda y, x, step: ((y - step * x) ** 2).sum(), lambda y, x, b: (y**2).sum())
+    x, y, solver = torch.ones(2), torch.zeros(2), bl.Descent(bl.SGD(0.1), 8)
+
+    def call(steps):
+        return bl.hypergradient(
+            problem,
+            x,
+            y,
+            bl.Batches(bl.PerStep(steps), None),
+            solver=solver,
+            estimator=bl.Unrolled("iterates"),
+            engine=bl.Compiled(backend="graph"),
+        )
+
+    with pytest.raises(ValueError, match=r"more than 4 different Python values .*torch\.tensor\(step\)"):
+        call(range(8))
+    found = call([torch.tensor(float(step)) for step in range(8)])
+    assert len([row for row in found.stats["engine"]["functions"] if row["new"]]) == 3

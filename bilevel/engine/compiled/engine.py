@@ -36,6 +36,8 @@ from bilevel.space.tree import Leaves, PartialLeaves, Tree
 
 _VARIANTS = 8
 """How often what surrounds a loss may change before tracing it again is refused."""
+_VALUES = 4
+"""How many Python values its batches may hold, likewise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +219,14 @@ class Session(Derivatives):
                 f"what {loss.name} reads from its surroundings (its closure, globals, the object it belongs to) has "
                 f"changed {_VARIANTS} times, and the compiled engine traces it anew each time. Pass what changes as a "
                 f"tensor in the batch or in outer, or take engine=bilevel.Eager()"
+            )
+        values = loss.memo.setdefault(("values", self._engine, loss.key(), arguments.shapes()), set())
+        values.add(arguments.constants())
+        if len(values) > _VALUES:
+            raise ValueError(
+                f"{loss.name} was given more than {_VALUES} different Python values in its batches, such as "
+                f"{sorted(values, key=repr)[-1][-1][1]}, and the compiled engine traces it anew for each. Put numbers "
+                f"that change into the batch as tensors (torch.tensor(step)), or take engine=bilevel.Eager()"
             )
         functions = Functions(loss.name, arguments.emptied(), self._make, check=self._check)
         functions.look(loss, arguments.tensors)

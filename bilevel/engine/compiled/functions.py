@@ -67,6 +67,15 @@ class Arguments:
         ]
         return (self._spec, tuple(described), tuple(self._order), self.counts)
 
+    def constants(self) -> tuple[Any, ...]:
+        """What is fixed in a trace of them."""
+        return tuple(_constant(leaf) for leaf in self._leaves if not isinstance(leaf, Tensor))
+
+    def shapes(self) -> tuple[Any, ...]:
+        """The key without the constants."""
+        spec, described, *rest = self.key()
+        return spec, tuple(each for each in described if len(each) > 2), *rest
+
     def like(self, tensors: Sequence[Tensor]) -> tuple[Tree, Tree, Any]:
         """Other tensors in the places of these."""
         leaves = list(self._leaves)
