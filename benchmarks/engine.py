@@ -50,7 +50,7 @@ def first_calls(work, size):
     for variant in variants(work, size):
         if not variant.compiled or variant.optional:
             continue
-        before, reports = counters["fxgraph_cache_miss"], []
+        before, reports = dict(counters), []
         try:
             for _ in range(3):  # (a rematerialized block is compiled when it comes again)
                 start = time.perf_counter()
@@ -63,7 +63,8 @@ def first_calls(work, size):
             "first_seconds": reports[0][0],
             "trace_seconds": sum(each["trace_seconds"] for _, functions in reports for each in functions),
             "compile_seconds": sum(each["compile_seconds"] for _, functions in reports for each in functions),
-            "not_in_cache": counters["fxgraph_cache_miss"] - before,
+            "not_in_cache": counters["fxgraph_cache_miss"] - before.get("fxgraph_cache_miss", 0),
+            "cache_bypassed": counters["fxgraph_cache_bypass"] - before.get("fxgraph_cache_bypass", 0),
             "functions": reports[-1][1],
         }
     return found
