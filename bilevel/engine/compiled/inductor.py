@@ -1,6 +1,7 @@
 """How a graph is run: by the code that TorchInductor makes of it, or as it is."""
 
 import contextlib
+import functools
 import hashlib
 import warnings
 import weakref
@@ -35,14 +36,21 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., A
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch about itself, where it is imported
+        from torch._guards import TracingContext
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
+        from torch._subclasses import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     def made() -> Callable[..., Any]:
         # (Its numbers are drawn beforehand; a draw that it were to make by itself would be another one.)
-        with config.patch(fallback_random=True), warnings.catch_warnings():
+        options = {"fallback_random": True, "post_grad_custom_post_pass": _unfused()}
+        # Shapes are fixed. Without an environment of shapes, torch takes nothing from its cache of compiled graphs.
+        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        fake = [mode.from_tensor(each, static_shapes=True) for each in inputs]
+        with config.patch(options), torch._guards.tracing(TracingContext(mode)), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            return compile_fx(graph, list(inputs))  # type: ignore[return-value]
+            return compile_fx(graph, fake)  # type: ignore[return-value]
 
     try:
         return made()
@@ -57,6 +65,37 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., A
             f"compiler (g++), on CUDA Triton, too. Take engine=bilevel.Eager(), or "
             f'engine=bilevel.Compiled(backend="graph"), which runs the trace without compiling it'
         ) from error
+
+
+@functools.cache
+def _unfused() -> Any:
+    """Inductor's pass that takes a sum of a matrix product and a matrix apart again.
+
+    It computes the sum in one call of addmm, into a copy of the matrix: two passes over it, and its bytes, more than a
+    fused sum takes. (Of a product and a bias, a vector, that call is the better one.)
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class Unfused(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            for node in list(graph.nodes):
+                if node.target is not torch.ops.aten.addmm.default or node.kwargs:
+                    continue
+                added, one, other = node.args
+                if added.meta["val"].shape != node.meta["val"].shape:
+                    continue
+                with graph.inserting_before(node):
+                    product = graph.call_function(torch.ops.aten.mm.default, (one, other))
+                    total = graph.call_function(torch.ops.aten.add.Tensor, (product, added))
+                product.meta["val"] = node.meta["val"]
+                total.meta.update(node.meta)
+                node.replace_all_uses_with(total)
+                graph.erase_node(node)
+
+        def uuid(self) -> Any:
+            return get_hash_for_files((__file__,))
+
+    return Unfused()
 
 
 def make(backend: str) -> Compile:
