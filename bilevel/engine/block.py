@@ -88,7 +88,7 @@ class Block:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(running(lean))
             for kind, (enabled, dtype) in zip(self._devices, self._autocast, strict=True):
-                if enabled or torch.is_autocast_enabled(kind):
+                if enabled or _autocast(kind)[0]:
                     # Without autocast's cache, which would keep the copies of every block to the end of the context.
                     stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             return self._flat(inputs)
@@ -106,8 +106,8 @@ class Block:
         if (name := self._rebound.name()) is not None:
             raise ValueError(
                 f"the rematerialized block {self.name} reads the variable {name!r} of the function around it, which "
-                f"was assigned again since the block ran; give it to the block as an argument, or bind it as a default: "
-                f"lambda h, {name}={name}: ..."
+                f"was assigned again since the block ran; give it to the block as an argument, or bind it as a "
+                f"default: lambda h, {name}={name}: ..."
             )
         now, start = self._generators.peek(), torch.autograd._get_sequence_nr()
         self._generators.set(self._before)
@@ -236,6 +236,8 @@ class Block:
 
 
 def _autocast(kind: str) -> tuple[bool, torch.dtype]:
+    if not torch.amp.is_autocast_available(kind):  # tensors on the meta device
+        return False, torch.float32
     return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 

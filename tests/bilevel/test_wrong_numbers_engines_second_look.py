@@ -187,3 +187,21 @@ def test_a_block_may_count_its_calls():
     (wanted,) = torch.autograd.grad(torch.tanh(torch.tanh(X @ w) @ w).sum(), w)
     torch.testing.assert_close(found, wanted)
     assert count > 2
+
+
+@pytest.mark.parametrize("engine", [None, bl.Compiled(backend="graph")], ids=["eager", "graph"])
+@pytest.mark.parametrize("blocks", [None, nn.Linear], ids=["plain", "blocks"])
+def test_a_problem_on_the_meta_device_runs_with_blocks_and_engines(blocks, engine):
+    call, params = bl.functional(nn.Sequential(nn.Linear(3, 1)).to("meta"), requires_grad=False, rematerialize=blocks)
+    one = bl.Problem(lambda y, x, b: (x * call(y, b).square().mean(1)).mean(), lambda y, x, b: call(y, b).mean())
+    x, batch = torch.ones(4, device="meta"), torch.ones(4, 3, device="meta")
+    hg = bl.hypergradient(
+        one,
+        x,
+        params,
+        bl.Batches(batch, batch),
+        solver=bl.Descent(bl.SGD(0.1), 2),
+        estimator=bl.Unrolled("iterates"),
+        engine=engine,
+    )
+    assert (hg.grad.device.type, hg.grad.shape) == ("meta", (4,))

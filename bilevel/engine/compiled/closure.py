@@ -176,7 +176,7 @@ class _Walk:
 
 def ambience(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """What changes operators from outside: autocast, the default dtype, modes, blocks that are none for now."""
-    devices = sorted({each.device.type for each in tensors} | {"cpu"})
+    devices = sorted({each.device.type for each in tensors if each.device.type != "meta"} | {"cpu"})
     casts = [
         (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else device
         for device in devices
