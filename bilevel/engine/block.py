@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import _get_current_function_mode_stack
 
-from bilevel.engine.captures import Entries, entries, name_of
+from bilevel.engine.captures import Entries, Rebound, entries, name_of
 from bilevel.engine.lean import Lean, NotTheEnd, running
 from bilevel.engine.replay import Generators, State
 
@@ -30,7 +30,7 @@ class Compiled(Protocol):
     outputs: list[Any]
     shape: list[Any]
 
-    def forward(self, block: "Block", inputs: Sequence[Tensor]) -> list[Tensor]: ...
+    def forward(self, block: "Block", inputs: Sequence[Tensor]) -> list[Tensor] | None: ...
 
     def pulled(self, block: "Block", inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Gradients: ...
 
@@ -62,6 +62,7 @@ class Block:
         self.outputs: list[tuple[torch.Size, torch.dtype, bool]] = []
         self.entries: Entries = {}, set()
         self._compared = False
+        self._rebound = Rebound(function)
         self.end: int | None = None
         self.offloads = False
         self.compiled: Compiled | None = None
@@ -87,7 +88,7 @@ class Block:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(running(lean))
             for kind, (enabled, dtype) in zip(self._devices, self._autocast, strict=True):
-                if enabled or torch.is_autocast_enabled(kind):
+                if enabled or _autocast(kind)[0]:
                     # Without autocast's cache, which would keep the copies of every block to the end of the context.
                     stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             return self._flat(inputs)
@@ -102,6 +103,12 @@ class Block:
             ValueError: they are not like those of the first run.
         """
         Hand.empty()
+        if (name := self._rebound.name()) is not None:
+            raise ValueError(
+                f"the rematerialized block {self.name} reads the variable {name!r} of the function around it, which "
+                f"was assigned again since the block ran; give it to the block as an argument, or bind it as a "
+                f"default: lambda h, {name}={name}: ..."
+            )
         now, start = self._generators.peek(), torch.autograd._get_sequence_nr()
         self._generators.set(self._before)
         try:
@@ -229,6 +236,8 @@ class Block:
 
 
 def _autocast(kind: str) -> tuple[bool, torch.dtype]:
+    if not torch.amp.is_autocast_available(kind):  # tensors on the meta device
+        return False, torch.float32
     return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 

@@ -5,9 +5,11 @@ to it; that search is complete, and names leaves. The closure, defaults and attr
 by name; that search finds a tensor again of which the graph knows only the place.
 """
 
+import dis
 import functools
 import types
-from collections.abc import Iterator, Mapping, Sequence, Set
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -155,6 +157,47 @@ def _content(cell: types.CellType) -> Any:
         return cell.cell_contents
     except ValueError:  # not yet assigned
         return None
+
+
+class Rebound:
+    """Which of the variables that a function reads from the functions around it was assigned again since.
+
+    A loop that makes a function at each round changes what the earlier ones read. Variables that the function itself
+    assigns, such as a count of its calls, are left out.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._cells: list[tuple[str, types.CellType, Callable[[], Any]]] = []
+        while isinstance(function, (functools.partial, types.MethodType)):
+            function = function.func if isinstance(function, functools.partial) else function.__func__
+        if isinstance(function, types.FunctionType) and function.__closure__:
+            own = _assigned(function.__code__)
+            self._cells = [
+                (name, cell, _held(_content(cell)))
+                for name, cell in zip(function.__code__.co_freevars, function.__closure__, strict=True)
+                if name not in own
+            ]
+
+    def name(self) -> str | None:
+        """One of them; None where there are none."""
+        return next((name for name, cell, before in self._cells if _other(_content(cell), before())), None)
+
+
+def _held(value: Any) -> Callable[[], Any]:
+    """A value, of a tensor a weak reference."""
+    return weakref.ref(value) if isinstance(value, Tensor) else lambda: value
+
+
+def _other(now: Any, before: Any) -> bool:
+    numbers = isinstance(now, (int, float, complex, str)) and type(now) is type(before)
+    return now is not before and not (numbers and now == before)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _assigned(code: types.CodeType) -> set[str]:
+    """The variables of functions around it that a function assigns."""
+    found = {each.argval for each in dis.get_instructions(code) if each.opname in ("STORE_DEREF", "DELETE_DEREF")}
+    return found.union(*(_assigned(each) for each in code.co_consts if isinstance(each, types.CodeType)))
 
 
 def hides_graph(leaves: Sequence[Any]) -> bool:

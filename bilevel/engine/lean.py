@@ -159,7 +159,7 @@ def _plain(input: Tensor, *others: Tensor) -> bool:
         type(input) in (Tensor, FakeTensor)
         and input.dim() > 0
         and all(other.dtype is input.dtype for other in others)
-        and not torch.is_autocast_enabled(input.device.type)
+        and not (input.device.type == "meta" or torch.is_autocast_enabled(input.device.type))
         and torch._C._functorch.maybe_current_level() is None
     )
 

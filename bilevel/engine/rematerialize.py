@@ -20,6 +20,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -67,10 +68,10 @@ def switched_off() -> bool:
 class Compiler(Protocol):
     """Knows the compiled functions of blocks."""
 
-    def of(self, function: Any, key: Any) -> Compiled | None:
+    def of(self, function: Any, key: "Key") -> Compiled | None:
         """Those of a block, for arguments of this key; None where there are none."""
 
-    def learn(self, function: Any, key: Any, block: Block, shape: list[Any] | None, *, fit: bool) -> None:
+    def learn(self, function: Any, key: "Key", block: Block, shape: list[Any] | None, *, fit: bool) -> None:
         """What an eager run showed: whether it used nothing but its inputs."""
 
 
@@ -177,27 +178,49 @@ class _Mapped(torch.autograd.Function):
         return tuple(found), (0,) * len(found)
 
 
-def _key(tensors: list[Tensor], *rest: Any) -> Any:
-    """Equal for arguments of a block that one trace serves."""
+_PLAIN = (int, float, complex, str, bytes, slice, range, types.NoneType, types.EllipsisType, torch.dtype, torch.device)
+"""What its repr says all of."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """Of arguments of a block: one trace serves those whose texts are equal and whose objects are as they were."""
+
+    text: str
+    objects: list[Any]
+    """Arguments that are neither tensors nor numbers nor strings: what they hold may change."""
+
+
+def _key(tensors: list[Tensor], places: list[int | None], others: list[Any], structure: Any) -> Key:
     casts = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     leaves = [(each.shape, each.dtype, each.device, type(each), each.requires_grad) for each in tensors]
     modes = [type(each) for each in _get_current_function_mode_stack()]
-    return repr((leaves, casts, modes, torch.get_default_dtype(), rest))
+    odd = [not isinstance(each, _PLAIN) for each in others]
+    plain = [None if is_odd else each for each, is_odd in zip(others, odd, strict=True)]
+    text = repr((leaves, casts, modes, torch.get_default_dtype(), places, plain, odd, structure))
+    return Key(text, [each for each, is_odd in zip(others, odd, strict=True) if is_odd])
 
 
 def _first_run(
-    flat: Flat, tensors: list[Tensor], function: Any, offload: bool, key: Any = None, shape: list[Any] | None = None
+    flat: Flat,
+    tensors: list[Tensor],
+    function: Any,
+    offload: bool,
+    key: Key | None = None,
+    shape: list[Any] | None = None,
 ) -> Sequence[Tensor]:
     """Run a block, and put it into the graph of its inputs."""
     block = Block(flat, tensors, function)
     if not any(block.needs):
         return flat(tensors)
     compiler, identity = (None if key is None else _compiler.get()), getattr(function, "identity", function)
-    known = None if compiler is None else compiler.of(identity, key)
+    known = None if compiler is None or key is None else compiler.of(identity, key)
     if known is not None and shape is not None:
         Hand.empty()
-        shape[:], block.outputs, block.compiled = known.shape, known.outputs, known
-        return _in_graph(block, None, known.forward(block, tensors), tensors, offload)
+        found = known.forward(block, tensors)
+        if found is not None:
+            shape[:], block.outputs, block.compiled = known.shape, known.outputs, known
+            return _in_graph(block, None, found, tensors, offload)
     versions = [0 if each.is_inference() else each._version for each in tensors]
     start = torch.autograd._get_sequence_nr()
     Hand.empty()
@@ -216,7 +239,7 @@ def _first_run(
     block.entries = entries(outputs, z, start, graph=graph)
     block.end = lean.end(graph)
     foreign = captured(outputs, block.entries, function)
-    if compiler is not None:
+    if compiler is not None and key is not None:
         compiler.learn(identity, key, block, shape, fit=not foreign and not any(block.entries))
     return _in_graph(block, Hand(block, z, outputs), [each.detach() for each in outputs], [*tensors, *foreign], offload)
 

@@ -25,7 +25,11 @@ from bilevel.engine.compiled.comparing import Results
 from bilevel.engine.compiled.functions import FULL_CHECKS, compare, is_fake, traced
 from bilevel.engine.compiled.piece import Compile, Piece
 from bilevel.engine.compiled.tracing import Flat, Numbers
+from bilevel.engine.rematerialize import Key, switched
 from bilevel.engine.replay import State
+
+_VARIANTS = 16
+"""Traces of one block at one structure; where an argument is another object at each call, the rest runs eagerly."""
 
 
 class Blocks:
@@ -40,18 +44,19 @@ class Blocks:
         self._make, self._check = make, check
         self._known: dict[Any, list[tuple[list[Any], Swift | None]]] = {}
 
-    def of(self, function: Any, key: Any) -> "Swift | None":
+    def of(self, function: Any, key: Key) -> "Swift | None":
         """The compiled functions of a block; None where it was not seen or is not compiled."""
-        found = self._known.get((id(function), key), ())
+        found = self._known.get((id(function), key.text), ())
         if not found:
             return None
-        now = surroundings(function, tensors=False)
+        now = surroundings([function, *key.objects], tensors=False)
         return next((swift for known, swift in found if known == now), None)
 
-    def learn(self, function: Any, key: Any, block: Block, shape: list[Any] | None, *, fit: bool) -> None:
+    def learn(self, function: Any, key: Key, block: Block, shape: list[Any] | None, *, fit: bool) -> None:
         """What an eager run showed: whether it used nothing but its inputs."""
-        found, now = self._known.setdefault((id(function), key), []), surroundings(function, tensors=False)
-        if not any(known == now for known, _ in found):
+        found = self._known.setdefault((id(function), key.text), [])
+        now = surroundings([function, *key.objects], tensors=False)
+        if len(found) < _VARIANTS and not any(known == now for known, _ in found):
             found.append((now, Swift(block, shape or [], self._make, self._check) if fit else None))
 
     def pieces(self) -> dict[str, list[Piece]]:
@@ -80,14 +85,14 @@ class Swift:
         self._make, self._check = make, check
         self.pieces: dict[Any, Piece | None] = {}
 
-    def forward(self, block: Block, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """f(z), without a graph."""
+    def forward(self, block: Block, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+        """f(z), without a graph; None where it is not compiled: an eager run then shows what it uses this time."""
 
         def flat(given: list[Tensor]) -> list[Tensor | None]:
             return [each.detach() for each in block.run(block.leaves(given))]
 
         found = self._run(block, "forward", flat, list(inputs), ())
-        return [each.detach() for each in found if each is not None]
+        return None if found is None else [each.detach() for each in found if each is not None]
 
     def pulled(self, block: Block, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Gradients:
         """J' w in every input, without a graph."""
@@ -98,7 +103,8 @@ class Swift:
             return list(block.pulled_eagerly(given[: len(inputs)], [next(rest) if each else None for each in there]))
 
         given = [*inputs, *(each for each in weights if each is not None)]
-        return tuple(self._run(block, "pulled", flat, given, tuple(there)))
+        found = self._run(block, "pulled", flat, given, tuple(there))
+        return tuple(flat(given) if found is None else found)
 
     def pulled_twice(
         self,
@@ -118,18 +124,22 @@ class Swift:
             return list(block.pulled_twice_eagerly(given[: len(inputs)], w, c))
 
         given = [*inputs, *(each for each in (*weights, *cotangents) if each is not None)]
-        return tuple(self._run(block, "pulled twice", flat, given, (*kinds, *there)))
+        found = self._run(block, "pulled twice", flat, given, (*kinds, *there))
+        return tuple(flat(given) if found is None else found)
 
-    def _run(self, block: Block, name: str, flat: Flat, given: list[Tensor], key: tuple[Any, ...]) -> Results:
+    def _run(self, block: Block, name: str, flat: Flat, given: list[Tensor], key: tuple[Any, ...]) -> Results | None:
         piece = self.pieces.get((name, key))
         if (name, key) not in self.pieces:
-            found, seconds, _ = traced(functools.partial(_read_by_nobody, flat), given)
+            with switched(on=True) as switch:
+                found, seconds, _ = traced(functools.partial(_read_by_nobody, flat), given)
             draw = graphs.hoisted(found.graph)
             piece = Piece(name, found.graph, found.constants, found.there, draw, self._make, seconds)
-            # (What it reads besides its inputs may be of this call alone.)
-            self.pieces[name, key] = piece = None if found.constants else piece
+            # What it reads besides its inputs may be of this call alone. And blocks in it draw their numbers again by
+            # going back in the generators, which a graph does not do.
+            unfit = bool(found.constants) or (switch.met and draw is not None)
+            self.pieces[name, key] = piece = None if unfit else piece
         if piece is None:
-            return flat(given)
+            return None
         before: State = block.before
         results = piece(given)
         if self._check and piece.calls <= FULL_CHECKS and not is_fake(given[0]):

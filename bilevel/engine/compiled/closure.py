@@ -107,6 +107,8 @@ class _Walk:
         if isinstance(value, Tensor):
             self.found.append(_Same(value))
             return
+        if isinstance(value, (types.BuiltinFunctionType, types.ModuleType, type)):
+            self.found.append(_Same(value))  # (torch.sin is another function than torch.cos, and both have no code)
         if id(value) in self._seen or isinstance(value, types.BuiltinFunctionType):
             return
         self._seen[id(value)] = value
@@ -176,7 +178,7 @@ class _Walk:
 
 def ambience(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """What changes operators from outside: autocast, the default dtype, modes, blocks that are none for now."""
-    devices = sorted({each.device.type for each in tensors} | {"cpu"})
+    devices = sorted({each.device.type for each in tensors if each.device.type != "meta"} | {"cpu"})
     casts = [
         (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else device
         for device in devices

@@ -366,7 +366,7 @@ def _leaves(tensors: Sequence[Tensor], count: int) -> list[Tensor]:
 
 def is_fake(tensor: Tensor) -> bool:
     """Whether it has no numbers."""
-    return isinstance(tensor, torch._subclasses.FakeTensor)
+    return isinstance(tensor, torch._subclasses.FakeTensor) or tensor.device.type == "meta"
 
 
 def traced(flat: Flat, given: list[Tensor], ordered: int = 0) -> tuple[Traced, float, State]:
