@@ -84,15 +84,23 @@ class Oracles:
         if self._start is None:
             self._before_start = self.generators.peek()
             batch = self.batches.inner_at(0)
-            self._start = self.evaluation.without_graph(self.evaluation.start, self.x, batch)
+            self._start = self._dense(self.evaluation.without_graph(self.evaluation.start, self.x, batch))
         return self._start
+
+    def _dense(self, start: Tree) -> Tree:
+        """A start that is x for every task is one tensor expanded: for an engine that compiles, other code than that
+        for the next steps.
+        """
+        if not self.engine.pure:
+            return start
+        return tree.tree_map(lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf, start)
 
     def differentiable_start(self) -> Tree:
         """y_0 with its graph in the attached x, or as a graph leaf where there is no init."""
         if self.problem.init is None:
             return tree.attach(self.start())
         self.start()
-        start = self._replayed_start()
+        start = self._dense(self._replayed_start())
         # init may return x itself, or one tensor twice: every leaf gets a node of its own.
         return tree.tree_map(
             lambda leaf: leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_(), start
