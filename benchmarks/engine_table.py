@@ -40,25 +40,24 @@ def table(records, costs):
     """Markdown: time and memory of every variant, over those of the first of its cell."""
     names = {"hvp": "one product, {} blocks", "cg": "implicit, CG(10), P2, K = {}"}
     lines = [
-        "| work | variant | ms | t | MB | m | by the other meter | trace s | compile s, cold | with the cache "
-        "| to the first | to float64 | wanted |",
-        "| --- " * 13 + "|",
+        "| work | variant | ms | t | MB (other meter) | m | once, s | error | wanted |",
+        "| --- " * 9 + "|",
     ]
     for r in records:
         work = names.get(r["work"], r["work"] + ", K = {}").format(r["size"])
         if "error" in r:
-            lines.append(f"| {work} | {r['variant']} | {r['error'][:90].replace('|', '/')} " + "| " * 10 + "|")
+            lines.append(f"| {work} | {r['variant']} | fails " + "| " * 6 + "|")
             continue
         cost = costs.get(family(r["work"], r["size"]), {})
         cold, warm = (cost.get(kind, {}).get(r["variant"], {}) for kind in ("cold", "warm"))
-        other = r.get("peak_bytes_dispatched")
+        other, error = r.get("peak_bytes_dispatched"), r["error_float64"] or r["difference"]
+        once = f"{cold['trace_seconds']:.0f} + {cold['compile_seconds']:.0f}" if "trace_seconds" in cold else ""
+        once += f" ({warm['compile_seconds']:.0f})" if once and "compile_seconds" in warm else ""
         bounds, met = wanted(r["work"], r["size"], r["variant"]), reached(r)
         lines.append(
             f"| {work} | {r['variant']} | {r['seconds'] * 1e3:,.0f} | {r['time_ratio']:.2f} "
-            f"| {r['peak_bytes'] / 1e6:.1f} | {r['memory_ratio']:.3f} | {f'{other / 1e6:.1f}' if other else ''} "
-            f"| {_of(cold, 'trace_seconds')} | {_of(cold, 'compile_seconds')} | {_of(warm, 'compile_seconds')} "
-            f"| {_error(r['difference'])} | {_error(r['error_float64'])} "
-            f"| {'' if bounds is None else _bounds(bounds) + (': yes' if met else ': no')} |"
+            f"| {r['peak_bytes'] / 1e6:.1f}{f' ({other / 1e6:.1f})' if other else ''} | {r['memory_ratio']:.3f} "
+            f"| {once} | {_error(error)} | {'' if bounds is None else _bounds(bounds) + (': yes' if met else ': no')} |"
         )
     lines += profiles(records, names)
     places = dict.fromkeys(", ".join(f"{k} {v}" for k, v in r["environment"].items() if k != "date") for r in records)
@@ -68,11 +67,12 @@ def table(records, costs):
         "",
         f"Made by `python benchmarks/engine.py`: one core and one thread, process CPU time, medians over {rounds[0]} "
         f"to {rounds[-1]} rounds that visit every variant of a cell in turn; t and m are divided by the first variant "
-        "of the cell. MB: the peak of the allocator's events above the start; beside it what the dispatch mode of the "
-        "bench folder sees of live tensors. Trace and compile seconds are wall time, of what a variant makes new (what "
-        'an earlier row of the work has made is shared), "with the cache" in a second process. "to the first": '
-        "relative difference of the result to that of the first variant, in float32. jaxopt and BOAT are not installed "
-        "beside this torch and are left out; Betty 0.2.1 cannot unroll (its IterativeProblem fails). Of CG, all solve "
+        "of the cell. MB: the peak of the allocator's events above the start; in brackets what the dispatch mode of "
+        "the bench folder sees of live tensors. Once, s: wall time of tracing + compiling what a variant makes new "
+        "(what an earlier row of the work has made is shared), in brackets compiling in a second process, from torch's "
+        "cache. Error: relative, to a float64 reference, of one product to the first variant. jaxopt and BOAT are not "
+        "installed beside this torch and are left out; Betty 0.2.1 cannot unroll (its IterativeProblem fails). Of CG, "
+        "all solve "
         "the damped system, in ten products.",
         "",
         f"{'; '.join(places)}; {' to '.join(dict.fromkeys([days[0], days[-1]]))}.",
@@ -93,10 +93,6 @@ def profiles(records, names):
         values = " | ".join(f"{value:,.0f}" for value in r["profile_milliseconds"].values())
         lines.append(f"| {work} | {r['variant']} | {values} |")
     return lines
-
-
-def _of(cost, name):
-    return "" if name not in cost else f"{cost[name]:.1f}"
 
 
 def _error(value):
