@@ -1,8 +1,8 @@
 """Engines in the profiler: what is measured of code whose operators nobody sees, and what the record says of it."""
 
 import dataclasses
-import sys
 import json
+import sys
 
 import pytest
 import torch
