@@ -205,3 +205,34 @@ def test_a_problem_on_the_meta_device_runs_with_blocks_and_engines(blocks, engin
         engine=engine,
     )
     assert (hg.grad.device.type, hg.grad.shape) == ("meta", (4,))
+
+
+def _conjugates(held):
+    def inner(y, x, batch):
+        z = batch if held is None else held[0]
+        return ((y - x) ** 2).sum() + 0.1 * (y * z.real).square().sum() + 0.1 * (y * x * (z * z).imag).sum()
+
+    problem = bl.Problem(inner, lambda y, x, b: (y**2).sum() + (y * x).sum())
+
+    def grad(each, engine):
+        torch.manual_seed(0)
+        x, y = torch.randn(3).double(), torch.zeros(3).double()
+        how = {"solver": bl.Descent(bl.SGD(0.1), 3), "estimator": bl.Unrolled("iterates"), "engine": engine}
+        return bl.hypergradient(problem, x, y, bl.Batches(each, each), **how).grad
+
+    return grad
+
+
+def test_a_conjugate_that_is_yet_to_be_computed_is_the_same_graph():
+    numbers, grad = torch.randn(3, dtype=torch.complex128), _conjugates(None)
+    for each in (numbers, numbers.conj(), numbers, numbers.conj()):
+        found = grad(each, bl.Compiled(backend="graph"))
+        torch.testing.assert_close(found, grad(each, None), rtol=1e-12, atol=0)
+
+
+def test_a_conjugate_in_a_closure_is_computed_or_refused():
+    numbers = torch.randn(3, dtype=torch.complex128)
+    with pytest.raises(bl.NotTraceableError, match="resolve_conj"):
+        _conjugates([numbers.conj()])(numbers, bl.Compiled(backend="graph"))
+    grad = _conjugates([numbers.conj().resolve_conj()])
+    torch.testing.assert_close(grad(numbers, bl.Compiled(backend="graph")), grad(numbers, None), rtol=1e-12, atol=0)

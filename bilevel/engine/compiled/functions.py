@@ -30,7 +30,7 @@ from bilevel.engine.base import Losses
 from bilevel.engine.compiled import graphs
 from bilevel.engine.compiled.closure import surroundings
 from bilevel.engine.compiled.comparing import Results, mismatch, shake
-from bilevel.engine.compiled.piece import Compile, Piece, in_order, order
+from bilevel.engine.compiled.piece import Compile, Piece, in_order, order, resolved
 from bilevel.engine.compiled.tracing import Flat, Numbers, Traced, trace
 from bilevel.engine.rematerialize import switched, switched_off
 from bilevel.engine.replay import Generators, State
@@ -379,7 +379,8 @@ def traced(flat: Flat, given: list[Tensor], ordered: int = 0) -> tuple[Traced, f
     """
     start, generators = time.perf_counter(), Generators(given[0].device)
     before = generators.peek()
-    inputs = [*map(in_order, given[:ordered]), *(each.detach().contiguous() for each in given[ordered:])]
+    plain = [resolved(each) for each in given]
+    inputs = [*map(in_order, plain[:ordered]), *(each.detach().contiguous() for each in plain[ordered:])]
     try:
         with _ONE:
             made = trace(flat, inputs)

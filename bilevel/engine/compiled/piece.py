@@ -70,7 +70,7 @@ class Piece:
         # (The casts of an open autocast are in the graph.)
         with torch.no_grad(), torch._C._DisableAutocast():
             drawn = () if self._draw is None else self._draw()
-            same, rest = inputs[: self._as_given], (*inputs[self._as_given :], *self._constants)
+            same, rest = inputs[: self._as_given], map(resolved, (*inputs[self._as_given :], *self._constants))
             moved = (in_order(each) if i < self._ordered else each.detach().contiguous() for i, each in enumerate(rest))
             given = [*same, *moved, *drawn]
             if self._run is None:
@@ -82,6 +82,13 @@ class Piece:
                 found = iter(self._run(*given))
             self.calls += 1
             return [next(found) if there else None for there in self.there]
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """The tensor with its numbers as they stand in memory: a conjugate or a negative may be a view that is yet to be
+    computed, which is another graph, and which compiled code does not see.
+    """
+    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
 
 
 def order(tensor: Tensor) -> tuple[int, ...] | None:

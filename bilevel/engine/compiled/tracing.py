@@ -64,6 +64,11 @@ def trace(function: Flat, inputs: Sequence[Tensor]) -> Traced:
             raise
         raise not_traceable("looks at the numbers of a tensor", error) from error
     constants = _lifted(first)
+    if any(each.is_conj() or each.is_neg() for each in constants):
+        raise not_traceable(
+            "finds a conjugate or a negative that is yet to be computed (write .resolve_conj() or .resolve_neg())",
+            line=False,
+        )
     every = [*inputs, *constants]
     fake = not any(_is_fake(each) for each in every)
     with torch.no_grad(), torch._C._DisableAutocast():
