@@ -1,0 +1,109 @@
+"""What is promised of one variant of an estimator, in a form that tests can hold it to."""
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import Tensor
+
+import bilevel as bl
+from bilevel.testing.catalogue.quadratic import Quadratic
+
+Calls = dict[str, int]
+EVERYWHERE = frozenset(bl.Path)
+AT_SOLUTION = frozenset({bl.Path.INNER_LOSS, bl.Path.OUTER_LOSS, bl.Path.STATIONARITY})
+GRADIENTS = frozenset({bl.Path.INNER_LOSS, bl.Path.OUTER_LOSS})
+
+TARGETS = ("program", "solution")
+GROWTHS = ("constant", "sqrt", "linear")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slope:
+    """How a bias falls with a parameter: the error is of order parameter^order.
+
+    Args:
+        parameter: its name, for tables.
+        order: of the error; negative where a large parameter is the accurate one.
+        make: the estimator with a value of the parameter.
+        values: where the slope is measured, from the least accurate on; between rounding and the next order.
+
+    Example:
+        >>> import bilevel as bl
+        >>> Slope("nu", 2, lambda nu: bl.FirstOrderCorrected(nu), (0.1, 0.05)).order
+        2
+    """
+
+    parameter: str
+    order: float
+    make: Callable[[float], bl.Estimator]
+    values: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One variant of an estimator and what is promised of it.
+
+    Args:
+        label: its name in tests and reports.
+        estimator: the variant, with linear solves accurate enough for its target.
+        target: "program" for the gradient of the K-step program, "solution" for that of the inner solution.
+        calls: oracle calls as a function of (K, products of the linear solver), with a fixed number of steps K.
+        memory: how peak memory grows with K at most: "constant", "sqrt" or "linear".
+        sees: the paths of the outer variable that it follows; equals `estimator.sees`.
+        bias: what separates it from its target, as an order; None for nothing but rounding and unfinished solves.
+        spending: the same variant with exactly so many products of its linear solver; None where it has none.
+        quadratic_in_inner: whether it holds P x P numbers.
+        on_quadratic: the closed form of what it returns on a quadratic, bias included (the mean, where it draws); None
+            for that of its target.
+        slope: how its bias falls.
+        settles: calls with the carried state, x standing still, until it is at its target.
+        variance: E|g - mean|^2 / |mean|^2 of one call with Q outer numbers; None where nothing is drawn.
+
+    Raises:
+        ValueError: target or memory is none of the words above.
+
+    Example:
+        >>> from bilevel.testing.catalogue import by_label
+        >>> entry = by_label("iterates")
+        >>> entry.target, entry.memory, entry.calls(5, 0)["hvp"]
+        ('program', 'linear', 5)
+    """
+
+    label: str
+    estimator: bl.Estimator
+    target: str
+    calls: Callable[[int, int], Calls]
+    memory: str
+    sees: frozenset[bl.Path]
+    bias: str | None = None
+    spending: Callable[[int], bl.Estimator] | None = None
+    quadratic_in_inner: bool = False
+    on_quadratic: Callable[[Quadratic], Tensor] | None = None
+    slope: Slope | None = None
+    settles: int = 1
+    variance: Callable[[int], float] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, words in (("target", self.target, TARGETS), ("memory", self.memory, GROWTHS)):
+            if value not in words:
+                raise ValueError(f"Entry {self.label!r} was given {name}={value!r}; one of {words} was needed")
+
+    def at(self, products: int) -> bl.Estimator:
+        """The variant with a budget of `products`, where it has a linear solver that takes one; else as it is."""
+        return self.estimator if self.spending is None else self.spending(products)
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is the gradient of the K-step program to rounding."""
+        return self.target == "program" and self.bias is None and self.variance is None
+
+    def expected(self, quadratic: Quadratic) -> Tensor:
+        """What it returns on a quadratic."""
+        if self.on_quadratic is not None:
+            return self.on_quadratic(quadratic)
+        return quadratic.program() if self.target == "program" else quadratic.implicit(quadratic.last)
+
+
+def counts(inner_gradient: int, outer_gradient: int, hvp: int, mixed: int) -> Calls:
+    """Oracle calls by name."""
+    return {"inner_gradient": inner_gradient, "outer_gradient": outer_gradient, "hvp": hvp, "mixed": mixed}

@@ -1,0 +1,5 @@
+"""Forward mode through the steps that were taken."""
+
+from bilevel.testing.catalogue.entry import Entry
+
+ENTRIES: tuple[Entry, ...] = ()
