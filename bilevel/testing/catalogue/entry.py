@@ -57,7 +57,7 @@ class Entry:
             for that of its target.
         slope: how its bias falls.
         settles: calls with the carried state, x standing still, until it is at its target.
-        variance: E|g - mean|^2 / |mean|^2 of one call with Q outer numbers; None where nothing is drawn.
+        variance: E|g - mean|^2 of one call on a quadratic; None where nothing is drawn.
 
     Raises:
         ValueError: target or memory is none of the words above.
@@ -81,7 +81,7 @@ class Entry:
     on_quadratic: Callable[[Quadratic], Tensor] | None = None
     slope: Slope | None = None
     settles: int = 1
-    variance: Callable[[int], float] | None = None
+    variance: Callable[[Quadratic], Tensor] | None = None
 
     def __post_init__(self) -> None:
         for name, value, words in (("target", self.target, TARGETS), ("memory", self.memory, GROWTHS)):
