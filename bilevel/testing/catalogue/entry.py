@@ -39,6 +39,11 @@ class Slope:
     values: tuple[float, ...]
 
 
+def once(steps: int) -> int:
+    """One run of the inner loop."""
+    return steps
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One variant of an estimator and what is promised of it.
@@ -56,6 +61,7 @@ class Entry:
         on_quadratic: the closed form of what it returns on a quadratic, bias included (the mean, where it draws); None
             for that of its target.
         slope: how its bias falls.
+        solves: inner gradients of its inner phase as a function of K: K where the inner loop is run once.
         settles: calls with the carried state, x standing still, until it is at its target.
         variance: E|g - mean|^2 of one call on a quadratic; None where nothing is drawn.
 
@@ -80,6 +86,7 @@ class Entry:
     quadratic_in_inner: bool = False
     on_quadratic: Callable[[Quadratic], Tensor] | None = None
     slope: Slope | None = None
+    solves: Callable[[int], int] = once
     settles: int = 1
     variance: Callable[[Quadratic], Tensor] | None = None
 
