@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel._strategy import Strategy
-from bilevel.linear.operator import LinearOperator, Shifted, as_operator
+from bilevel.linear.operator import LinearOperator, Rectangular, Shifted, as_operator
 from bilevel.outcome import LinearSolution, Status, code_if, worst
 from bilevel.space.inner_product import PLAIN, Leaves, Space
 
@@ -45,6 +45,8 @@ class LinearSolver(Strategy):
 
     damping: float
     tol: float
+    least_squares: bool = False
+    """Whether a residual that no v can reduce is accepted: the solver's own verdict then stands."""
     worse_than_zero: ClassVar[Status] = Status.UNSOLVED
     """What it means when the residual is above that of v = 0."""
 
@@ -101,7 +103,7 @@ class LinearSolver(Strategy):
         """The same, given the true residual."""
         accepted = self.accepted(relative, b)
         finite = torch.isfinite(relative)
-        unmet = code_if(~self.met(relative, b), Status.MAX_STEPS)
+        unmet = code_if(~self.met(relative, b) & (not self.least_squares), Status.MAX_STEPS)
         worse = code_if(finite & ~accepted, self.worse_than_zero)
         broken = code_if(~finite, Status.NONFINITE)
         value = space.where(accepted, found.value)
@@ -139,20 +141,38 @@ def rounding(leaves: Sequence[Tensor]) -> float:
 
 
 def bound(
-    solver: str, operator: LinearOperator | Callable[[Leaves], Leaves], *, symmetric: bool = False
+    solver: str,
+    operator: LinearOperator | Callable[[Leaves], Leaves],
+    *,
+    symmetric: bool = False,
+    transposed: bool = False,
+    rectangular: bool = False,
 ) -> LinearOperator:
-    """`operator` as a LinearOperator, refused if the solver needs a symmetric one and it is not.
+    """`operator` as a LinearOperator, refused if the solver needs a symmetric one, one with its transposed product, or
+    a square one, and it is not.
 
     Raises:
         TypeError: neither an operator nor a function.
-        ValueError: not symmetric.
+        ValueError: not symmetric, without its transposed product, or between two spaces.
     """
     found = as_operator(operator)
+    if isinstance(found, Rectangular) and not rectangular:
+        raise ValueError(
+            f"{solver} was given Rectangular, a map between two spaces; a square system was needed. Use "
+            f"bilevel.linear.LSMR(...) or NormalCG(...), or Product(..., symmetric=False) where v and b have one shape"
+        )
     if symmetric and not found.symmetric:
         raise ValueError(
             f"{solver} was given {type(found).__name__}, an operator with symmetric=False; a symmetric one was needed. "
-            f"Use Neumann(...) or Dense(), which solve systems that are not symmetric, or set symmetric=True if A "
-            f"equals its transpose"
+            f"Use Neumann(...) or Dense(), which solve systems that are not symmetric, as bilevel.linear.GMRES(...), "
+            f"BiCGSTAB(...) and, with a transposed product, LSMR(...) do, or set symmetric=True if A equals its "
+            f"transpose"
+        )
+    if transposed and not found.transposable:
+        raise ValueError(
+            f"{solver} was given {type(found).__name__}, an operator with symmetric=False and without rmatvec(v), its "
+            f"transposed product, which {solver} needs; define rmatvec(v), or use bilevel.linear.GMRES(...) or "
+            f"BiCGSTAB(...), which need A v alone"
         )
     return found
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from bilevel.linear.base import LinearSolver, Prepared, bound, check_number, check_steps, epsilon, rounding
 from bilevel.linear.operator import LinearOperator
+from bilevel.linear.system import power_of_two
 from bilevel.outcome import LinearSolution, Status, readable, settled
 from bilevel.space.inner_product import NARROW, PLAIN, Leaves, Space
 
@@ -105,7 +106,7 @@ class PreparedCG(Prepared):
     def iterate(self, b: Leaves, start: Leaves | None = None) -> LinearSolution:
         # Solved for b over a power of two near max|b|: squares then neither overflow nor vanish, and scaling rounds
         # nothing.
-        scale = _power_of_two(self.space.largest(b))
+        scale = power_of_two(self.space.largest(b))
         run = self._run(b, start, scale, None)
         residual = (run.squared / run.norm).sqrt()
         done = self.solver.met(residual, b)
@@ -262,12 +263,3 @@ def _curvature_floor(b: Leaves) -> float:
     A product is off by a few eps |A|; of 16 bits by one rounding, since they are summed up in float32.
     """
     return epsilon(b) if any(leaf.dtype in NARROW for leaf in b) else 10 * epsilon(b)
-
-
-def _power_of_two(largest: Tensor) -> Tensor:
-    """The power of two at or just below a positive finite number; 1 for any other. Its reciprocal does not overflow."""
-    wide = largest.float() if largest.dtype in NARROW else largest
-    usable = (wide > 0) & torch.isfinite(wide)
-    half = wide / 2
-    down = half / torch.frexp(torch.where(usable, half, 1.0)).mantissa
-    return torch.where(usable, down.clamp_min(torch.finfo(wide.dtype).tiny), 1.0)
