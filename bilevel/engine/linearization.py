@@ -16,9 +16,15 @@ class Linearization(LinearOperator):
     plain first-order backward.
     """
 
-    def __init__(self, condition: Linearized, embedding: Embedding, *, symmetric: bool) -> None:
+    def __init__(self, condition: Linearized, embedding: Embedding, point: Leaves, *, symmetric: bool) -> None:
         self._condition, self._embedding, self.symmetric = condition, embedding, symmetric
+        self._point = point
         self.loss = condition.loss
+
+    @property
+    def point(self) -> Leaves:
+        """The y where the condition was linearized."""
+        return self._point
 
     def matvec(self, v: Leaves) -> Leaves:
         """H' v: H v where the condition is the gradient of a loss."""

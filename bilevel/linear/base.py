@@ -97,7 +97,11 @@ class LinearSolver(Strategy):
         Where the true residual is above 1 or not finite, v = 0 is returned in place of v, and the status is a failed
         one. `accepted` says where that is, for callers that have computed something else from v.
         """
-        return self.judged(found, self.true_residual(found.value, image, b, space), b, space)
+        return self.judged(found, self.true_residual(found.value, image, b, space, found.damping), b, space)
+
+    def seen(self, x: Leaves, space: Space) -> Leaves:
+        """The part of a vector that the system is about: all of it, but for a solver of some of the variables."""
+        return x
 
     def judged(self, found: LinearSolution, relative: Tensor, b: Leaves, space: Space) -> LinearSolution:
         """The same, given the true residual."""
@@ -108,13 +112,17 @@ class LinearSolver(Strategy):
         broken = code_if(~finite, Status.NONFINITE)
         value = space.where(accepted, found.value)
         # (v = 0 has the residual 1; that of a right-hand side that is not finite stays NaN.)
-        residual = torch.where(accepted | ~torch.isfinite(space.norm(b)), relative, 1.0)
+        residual = torch.where(accepted | ~torch.isfinite(space.norm(self.seen(b, space))), relative, 1.0)
         return LinearSolution(value, residual, found.steps, worst(found.code, unmet, worse, broken))
 
-    def true_residual(self, value: Leaves, image: Leaves, b: Leaves, space: Space) -> Tensor:
-        """|b - (A + damping I) v| / |b| per task, given image = A v."""
-        residual = space.axpy(-1.0, space.axpy(self.damping, value, image) if self.damping else image, b)
-        scale = space.norm(b)
+    def true_residual(
+        self, value: Leaves, image: Leaves, b: Leaves, space: Space, damping: Tensor | float | None = None
+    ) -> Tensor:
+        """|b - (A + damping I) v| / |b| per task, given image = A v; the solver's damping, if no other was taken."""
+        damping = self.damping if damping is None else damping
+        shifted = image if isinstance(damping, float | int) and not damping else space.axpy(damping, value, image)
+        residual = self.seen(space.axpy(-1.0, shifted, b), space)
+        scale = space.norm(self.seen(b, space))
         return space.norm(residual) / torch.where(scale > 0, scale, 1.0)
 
     def accepted(self, residual: Tensor, b: Leaves) -> Tensor:
@@ -187,6 +195,21 @@ def check_positive(owner: str, name: str, value: object) -> None:
     """Raise ValueError unless `value` is a positive finite number."""
     if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise ValueError(f"{owner} was given {name}={value!r}; a positive number was needed")
+
+
+def check_columns(owner: str, columns: object, rank: int) -> None:
+    """Raise ValueError unless `columns` is None or a tuple of `rank` different column numbers."""
+    if columns is None:
+        return
+    if (
+        not isinstance(columns, tuple)
+        or not all(isinstance(each, int) and each >= 0 for each in columns)
+        or len(set(columns)) != len(columns)
+        or len(columns) != rank
+    ):
+        raise ValueError(
+            f"{owner} was given columns={columns!r}; a tuple of rank={rank} different column numbers from 0 was needed"
+        )
 
 
 def check_steps(owner: str, name: str, value: object) -> None:

@@ -8,7 +8,7 @@
 | iterate | at most 2 max_steps, one more with a start | v, its best, r, p, z, A p, A s: 8 P |
 | solve | one more, for the true residual | |
 
-The shadow vector z is drawn at random: that of the textbook, z = r, breaks down on diag(1, -1) with b = (1, 1), as
+The shadow vector z looks drawn at random: that of the textbook, z = r, breaks down on diag(1, -1) with b = (1, 1), as
 scipy's does. Where z'r or z'Ap vanishes all the same, a mask begins anew with z + r.
 
 Wins: maps that are not symmetric, where GMRES has no memory for its basis.
@@ -41,7 +41,7 @@ class BiCGSTAB(LinearSolver):
         max_steps: steps of two products each.
         tol: on |b - A v| / |b|.
         damping: solves (A + damping I) v = b.
-        seed: of the shadow vector, drawn from a generator of its own.
+        seed: of the shadow vector; no generator is asked.
 
     Memory: 8 P; independent of the steps; linear in the tasks.
 

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from bilevel.linear.base import LinearSolver, Prepared, bound, check_number, check_steps, epsilon, rounding
 from bilevel.linear.operator import LinearOperator
+from bilevel.linear.preconditioned import PreparedPreconditionedCG
+from bilevel.linear.preconditioners.base import Preconditioning, as_preconditioner
 from bilevel.linear.system import power_of_two
 from bilevel.outcome import LinearSolution, Status, readable, settled
 from bilevel.space.inner_product import NARROW, PLAIN, Leaves, Space
@@ -41,6 +43,8 @@ class CG(LinearSolver):
         tol: on |b - A v| / |b|. Not met within max_steps: Status.MAX_STEPS (the answer is approximate, not failed). On
             the GPU and under vmap all max_steps products are made; on the CPU it stops early.
         damping: solves (A + damping I) v = b. Biases a direction of curvature h by h / (h + damping).
+        preconditioner: M near the inverse of A, symmetric and positive definite: a `Preconditioner`, or a function
+            r -> M r. Memory is then 6 P, and M.
 
     Failures, all with the last iterate that is no worse than v = 0 (on the GPU, where finding it again would have to
     wait for the device, v = 0 itself): NEGATIVE_CURVATURE, BREAKDOWN (A is singular to working precision and b not in
@@ -59,14 +63,19 @@ class CG(LinearSolver):
     max_steps: int = 10
     tol: float = 1e-6
     damping: float = 0.0
+    preconditioner: Preconditioning | None = None
 
     def __post_init__(self) -> None:
         check_steps("CG", "max_steps", self.max_steps)
         check_number("CG", "tol", self.tol, 0.0)
         check_number("CG", "damping", self.damping, 0.0)
+        as_preconditioner("CG", self.preconditioner)
 
-    def prepare(self, operator: LinearOperator | Callable[[Leaves], Leaves], space: Space = PLAIN) -> "PreparedCG":
-        return PreparedCG(self, bound("CG", operator, symmetric=True), space)
+    def prepare(self, operator: LinearOperator | Callable[[Leaves], Leaves], space: Space = PLAIN) -> Prepared:
+        matrix = bound("CG", operator, symmetric=True)
+        if self.preconditioner is None:
+            return PreparedCG(self, matrix, space)
+        return PreparedPreconditionedCG(self, matrix, space, self.preconditioner, self.max_steps)
 
 
 @dataclasses.dataclass

@@ -170,7 +170,8 @@ class _Cycle:
     def moved(self, x: Leaves) -> Leaves:
         """v of the least residual in this basis."""
         weights, residual = self._solved(self._made), self.residual
-        if self._made:
+        singular = self.flags.singular
+        if self._made and not (self.system.here(singular) and not bool(singular.any())):
             # Of a basis that ended without a solution, what comes after a direction that A hardly moves may be noise.
             cut, going = list[Tensor](), torch.ones_like(self._made[0])
             kept = self._residuals[0]
@@ -179,7 +180,7 @@ class _Cycle:
                 cut.append(made & going)
                 kept = torch.where(cut[-1], after, kept)
             short = self._solved(cut)
-            better = self.flags.singular & (self._score(kept, short) < self._score(residual, weights))
+            better = singular & (self._score(kept, short) < self._score(residual, weights))
             weights = [torch.where(better, a, b) for a, b in zip(short, weights, strict=True)]
             self.residual = torch.where(better, kept, residual)
         self._weights = weights

@@ -164,12 +164,26 @@ def divided(numerator: Tensor, denominator: Tensor, where: Tensor) -> Tensor:
     return torch.where(where, numerator / torch.where(where, denominator, 1.0), 0.0)
 
 
-def random_like(like: Leaves, seed: int, space: Space) -> Leaves:
-    """A random vector of length one, from a generator of its own; every task has the same."""
-    generator = torch.Generator().manual_seed(seed)
+def scattered(like: Leaves, seed: int, space: Space) -> Leaves:
+    """Numbers between -1/2 and 1/2 that look drawn; every task has the same. No generator is asked, so that vmap and
+    fake tensors see nothing random, and nothing else that is drawn changes.
+    """
     lead = 0 if space.tasks is None else 1
-    drawn = [torch.randn(leaf.shape[lead:], generator=generator) for leaf in like]
-    spread = tuple(each.to(leaf).expand(leaf.shape) for each, leaf in zip(drawn, like, strict=True))
+    found = []
+    for place, leaf in enumerate(like):
+        shape = leaf.shape[lead:]
+        dtype = torch.float32 if leaf.device.type == "mps" else torch.float64
+        index = torch.arange(1, shape.numel() + 1, dtype=dtype, device=leaf.device)
+        for factor in (12.9898, 78.233):
+            index = torch.sin(index * factor + 37.719 * (seed + 1) + 4.1414 * place) * 43758.5453
+            index = index - index.floor()
+        found.append((index - 0.5).to(leaf.dtype).reshape(shape).expand(leaf.shape))
+    return tuple(found)
+
+
+def random_like(like: Leaves, seed: int, space: Space) -> Leaves:
+    """A vector of length one that looks drawn."""
+    spread = scattered(like, seed, space)
     length = wide(space.norm(spread))
     return space.scaled(1 / torch.where(length > 0, length, 1.0), spread)
 

@@ -42,7 +42,7 @@ def adjoint(oracles: Oracles, inner: Tree, steps: int, linear: LinearSolver, sta
         found = dataclasses.replace(found, code=worst(found.code, unmet))
         return Adjoint(_minus(direct, at.mixed_alone(found.value)), found, outer_loss, at.loss)
     image, mixed = at.mixed(found.value)
-    relative = linear.true_residual(found.value, image, b, oracles.space)
+    relative = linear.true_residual(found.value, image, b, oracles.space, found.damping)
     del image
     # Where the true residual refuses v (v = 0 comes in its place), what was computed from it goes too.
     accepted = linear.accepted(relative, b).all()
