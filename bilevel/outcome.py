@@ -61,15 +61,15 @@ class Status(enum.Enum):
     )
     NOT_CONTRACTIVE = (
         "The Neumann series does not contract: its residual grew. Its step_size must lie below 2 / (largest eigenvalue "
-        "of the inner Hessian). Lower step_size, or use CG. (Chebyshev: an eigenvalue lies outside of lowest and "
-        "highest; linear.spectrum finds them.)"
+        "of the inner Hessian). Lower step_size, or use CG. Of Chebyshev: an eigenvalue lies outside of lowest and "
+        "highest; linear.spectrum finds them."
     )
     NEGATIVE_CURVATURE = (
         "Conjugate gradients met a direction of non-positive curvature: the inner Hessian is not positive definite "
         "there, so y is not a minimizer and the implicit hypergradient is not defined. The solver stopped at its last "
         "safe iterate. Take more inner steps, add damping (linear.LevenbergMarquardt chooses it) or a proximal term, "
-        "or use Unrolled or FirstOrderCorrected, which do not need a definite Hessian. If the system of a saddle point is "
-        "meant, linear.MINRES and linear.GMRES solve it."
+        "or use Unrolled or FirstOrderCorrected, which do not need a definite Hessian. If the system of a saddle point "
+        "is meant, linear.MINRES and linear.GMRES solve it."
     )
     STOPPED_EARLY = (
         "The inner solver stopped after so few steps that backpropagating through them does not see how the solution "

@@ -113,7 +113,8 @@ class LinearSolver(Strategy):
         value = space.where(accepted, found.value)
         # (v = 0 has the residual 1; that of a right-hand side that is not finite stays NaN.)
         residual = torch.where(accepted | ~torch.isfinite(space.norm(self.seen(b, space))), relative, 1.0)
-        return LinearSolution(value, residual, found.steps, worst(found.code, unmet, worse, broken))
+        code = worst(found.code, unmet, worse, broken)
+        return LinearSolution(value, residual, found.steps, code, damping=found.damping)
 
     def true_residual(
         self, value: Leaves, image: Leaves, b: Leaves, space: Space, damping: Tensor | float | None = None

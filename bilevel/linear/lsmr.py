@@ -52,7 +52,7 @@ class LSMR(LinearSolver):
     Example:
         >>> import torch, bilevel as bl
         >>> A = torch.tensor([[1.0, 1.0], [1.0, 1.0]])
-        >>> bl.linear.LSMR().solve(lambda v: (A @ v[0],), (torch.full((2,), 2.0),)).value[0]
+        >>> bl.linear.LSMR().solve(lambda v: (A @ v[0],), (torch.full((2,), 2.0),)).value[0].round(decimals=4)
         tensor([1., 1.])
     """
 

@@ -53,7 +53,7 @@ class MINRES(LinearSolver):
     Example:
         >>> import torch, bilevel as bl
         >>> A = torch.diag(torch.tensor([1.0, -1.0]))
-        >>> bl.linear.MINRES(max_steps=5).solve(lambda v: (A @ v[0],), (torch.ones(2),)).value[0]
+        >>> bl.linear.MINRES(max_steps=5).solve(lambda v: (A @ v[0],), (torch.ones(2),)).value[0].round(decimals=4)
         tensor([ 1., -1.])
     """
 
