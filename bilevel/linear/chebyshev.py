@@ -20,10 +20,11 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from bilevel.linear.base import LinearSolver, Prepared, bound, check_number, check_positive, check_steps
 from bilevel.linear.operator import LinearOperator
-from bilevel.linear.system import System
+from bilevel.linear.system import System, wide
 from bilevel.outcome import LinearSolution, Status
 from bilevel.space.inner_product import PLAIN, Leaves, Space
 
@@ -41,7 +42,8 @@ class Chebyshev(LinearSolver):
 
     Memory: 4 P; independent of the steps; linear in the tasks.
 
-    Failures: NOT_CONTRACTIVE (the residual ended above that of v = 0: v = 0 is returned), NONFINITE.
+    Failures: NOT_CONTRACTIVE (the residual ended above that of v = 0: the best iterate is returned, on a GPU
+        v = 0), NONFINITE.
 
     Raises:
         ValueError: an argument is out of range; (when used) the operator is not symmetric.
@@ -81,34 +83,54 @@ class PreparedChebyshev(Prepared):
     solver: Chebyshev
 
     def iterate(self, b: Leaves, start: Leaves | None = None) -> LinearSolution:
-        system, space, solver = System(self, b), self.space, self.solver
+        system = System(self, b)
+        x, residual, steps, best, nonfinite = self._run(system, start, None)
+        grown = system.known & ~(residual <= 1)
+        x = self.space.where(~grown, x)
+        if system.here(grown) and bool(grown.any()):
+            # Memory is dearer than products where a solve fails: the iterate is computed again, not remembered.
+            del x
+            x, kept, *_ = self._run(system, start, torch.where(grown, best, steps))
+        else:
+            kept = torch.where(grown, 1.0, residual)
+        unmet = ~self.solver.met(residual, b)
+        flags = (unmet, Status.MAX_STEPS), (grown, Status.NOT_CONTRACTIVE), (nonfinite, Status.NONFINITE)
+        return system.finish(x, kept, steps, *flags)
+
+    def _run(
+        self, system: System, start: Leaves | None, limit: Tensor | None
+    ) -> tuple[Leaves, Tensor, Tensor, Tensor, Tensor]:
+        """The recursion, of at most `limit` steps per task: v, its residual, steps, those of the best, not finite."""
+        space, solver = self.space, self.solver
         low, high = solver.lowest + solver.damping, solver.highest + solver.damping
         middle, half = (high + low) / 2, (high - low) / 2
         x, r = system.begin(start)
         residual = system.relative(r)
         live, nonfinite = system.known & (residual > system.enough), ~system.known
-        steps = torch.zeros_like(live, dtype=torch.long)
+        steps = best = torch.zeros_like(live, dtype=torch.long)
+        least = residual
         d, ratio = space.where(live, space.scaled(1 / middle, r)), half / middle
-        for _ in range(solver.max_steps):
+        for step in range(solver.max_steps):
+            if limit is not None:
+                live = live & (step < limit)
+                d = space.where(live, d)
             if system.nothing_left(live):
                 break
             image = system.apply(d)
-            x, r = space.axpy(1.0, d, x), space.axpy(-1.0, image, r)
-            del image
-            after = system.relative(r)
+            finite = torch.isfinite(wide(space.norm(image)))
             # What grew until it overflowed has grown; what is not finite at once is the operator's.
-            nonfinite = nonfinite | (live & ~torch.isfinite(after) & (residual <= 1))
-            residual, steps = torch.where(live, after, residual), steps + live
+            nonfinite, live = nonfinite | (live & ~finite & (residual <= 1)), live & finite
+            x, r = space.axpy(1.0, space.where(live, d), x), space.axpy(-1.0, space.where(live, image), r)
+            del image
+            residual, steps = torch.where(live, system.relative(r), residual), steps + live
+            closer = live & (residual < least)
+            least, best = torch.where(closer, residual, least), torch.where(closer, steps, best)
             live = live & (residual > system.enough) & (residual < _AWAY)
             ahead = 1 / (2 * middle / half - ratio) if half else 0.0
             pull = 2 * ahead / half if half else 1 / middle
             d = space.where(live, space.axpy(ahead * ratio, d, space.scaled(pull, r)))
             ratio = ahead
-        unmet = ~solver.met(residual, b)
-        x = space.where(torch.isfinite(residual), x)
-        return system.finish(
-            x, residual, steps, (unmet & (residual <= 1), Status.MAX_STEPS), (nonfinite, Status.NONFINITE)
-        )
+        return x, residual, steps, best, nonfinite
 
 
 _AWAY = 1e6

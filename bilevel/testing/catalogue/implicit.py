@@ -39,41 +39,41 @@ ENTRIES = (
     ),
     at_solution(
         "implicit minres",
-        bl.Implicit(bl.linear.MINRES(max_steps=60, tol=1e-13)),
+        bl.Implicit(bl.linear.MINRES(max_steps=40, tol=1e-13)),
         spending=lambda products: bl.Implicit(bl.linear.MINRES(products, tol=0.0)),
         everyday=bl.Implicit(bl.linear.MINRES(max_steps=10)),
     ),
     at_solution(
         "implicit gmres",
-        bl.Implicit(bl.linear.GMRES(max_steps=60, restart=60, tol=1e-13)),
+        bl.Implicit(bl.linear.GMRES(max_steps=60, restart=6, tol=1e-13)),
         spending=lambda products: bl.Implicit(bl.linear.GMRES(products, restart=products, tol=0.0)),
         everyday=bl.Implicit(bl.linear.GMRES(max_steps=10, restart=10)),
     ),
     at_solution(
         "implicit bicgstab",
-        bl.Implicit(bl.linear.BiCGSTAB(max_steps=60, tol=1e-13)),
+        bl.Implicit(bl.linear.BiCGSTAB(max_steps=30, tol=1e-13)),
         hvps=lambda products: 2 * products,
         spending=lambda products: bl.Implicit(bl.linear.BiCGSTAB(products, tol=0.0)),
         everyday=bl.Implicit(bl.linear.BiCGSTAB(max_steps=5)),
     ),
     at_solution(
         "implicit lsmr",
-        bl.Implicit(bl.linear.LSMR(max_steps=200, tol=1e-13)),
+        bl.Implicit(bl.linear.LSMR(max_steps=40, tol=1e-13)),
         hvps=lambda products: 2 * products + 1,
         spending=lambda products: bl.Implicit(bl.linear.LSMR(products, tol=0.0)),
         everyday=bl.Implicit(bl.linear.LSMR(max_steps=10)),
     ),
     at_solution(
         "implicit normal cg",
-        bl.Implicit(bl.linear.NormalCG(max_steps=200, tol=1e-13)),
+        bl.Implicit(bl.linear.NormalCG(max_steps=40, tol=1e-13)),
         hvps=lambda products: 2 * products + 1,
         spending=lambda products: bl.Implicit(bl.linear.NormalCG(products, tol=0.0)),
         everyday=bl.Implicit(bl.linear.NormalCG(max_steps=10)),
     ),
     at_solution(
         "implicit chebyshev",
-        bl.Implicit(bl.linear.Chebyshev(lowest=0.05, highest=4.0, max_steps=1000, tol=1e-13)),
-        spending=lambda products: bl.Implicit(bl.linear.Chebyshev(0.05, 4.0, products, tol=0.0)),
+        bl.Implicit(bl.linear.Chebyshev(lowest=0.02, highest=3.0, max_steps=220, tol=1e-13)),
+        spending=lambda products: bl.Implicit(bl.linear.Chebyshev(0.02, 3.0, products, tol=0.0)),
         everyday=bl.Implicit(bl.linear.Chebyshev(lowest=0.1, highest=20.0, max_steps=20)),
     ),
     at_solution(
@@ -84,22 +84,6 @@ ENTRIES = (
             bl.CG(products, tol=0.0, preconditioner=bl.linear.NystromPreconditioner(rank=2))
         ),
         everyday=bl.Implicit(bl.CG(max_steps=10, preconditioner=bl.linear.NystromPreconditioner(rank=10))),
-    ),
-    at_solution(
-        "implicit minres, jacobi",
-        bl.Implicit(bl.linear.MINRES(max_steps=60, tol=1e-14, preconditioner=bl.linear.Jacobi(probes=3))),
-        hvps=lambda products: products + 3,
-        spending=lambda products: bl.Implicit(
-            bl.linear.MINRES(products, tol=0.0, preconditioner=bl.linear.Jacobi(probes=3))
-        ),
-        everyday=bl.Implicit(bl.linear.MINRES(max_steps=10, preconditioner=bl.linear.Jacobi(probes=10))),
-    ),
-    at_solution(
-        "implicit cg, chosen damping",
-        bl.Implicit(bl.linear.LevenbergMarquardt(bl.CG(max_steps=60, tol=1e-13))),
-        hvps=lambda products: products + 1,
-        spending=lambda products: bl.Implicit(bl.linear.LevenbergMarquardt(bl.CG(products, tol=0.0), attempts=1)),
-        everyday=bl.Implicit(bl.linear.LevenbergMarquardt(bl.CG(max_steps=10))),
     ),
     # One product per number of y.
     at_solution("implicit dense", bl.Implicit(bl.Dense()), quadratic_in_inner=True),
