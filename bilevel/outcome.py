@@ -79,6 +79,11 @@ class Status(enum.Enum):
         "minimum near "
         "it. Lower nu below the curvature of g over that of f, or make g more convex (a proximal term, weight decay)."
     )
+    FLAT_STEP = (
+        "The step of the inner optimizer does not change with its gradient, so the estimate sees nothing of the inner "
+        "loss: a first step of Adam has the length lr whatever the gradient is, and a sign has no derivative. Take "
+        "more inner steps, or use T1T2, Darts or Unrolled."
+    )
     BREAKDOWN = "The linear system is singular to working precision. Add damping, or a regularizer to the inner loss."
     UNSOLVED = (
         "The linear solver ended with a residual above that of v = 0, so its best earlier iterate, or v = 0, was used "

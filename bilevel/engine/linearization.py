@@ -1,5 +1,7 @@
 """The stationarity condition at one point, as a linear operator with a mixed product."""
 
+from typing import Any
+
 from bilevel.engine import spans
 from bilevel.engine.base import Linearized
 from bilevel.engine.embedding import Embedding
@@ -18,6 +20,11 @@ class Linearization(LinearOperator):
     def __init__(self, condition: Linearized, embedding: Embedding, *, symmetric: bool) -> None:
         self._condition, self._embedding, self.symmetric = condition, embedding, symmetric
         self.loss = condition.loss
+
+    @property
+    def batch(self) -> Any:
+        """The batch as the losses receive it."""
+        return self._embedding.value
 
     def matvec(self, v: Leaves) -> Leaves:
         """H' v: H v where the condition is the gradient of a loss."""

@@ -2,8 +2,21 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 import bilevel as bl
-from bilevel.testing.catalogue.entry import AT_SOLUTION, Entry, counts
+from bilevel.testing.catalogue.entry import AT_SOLUTION, GRADIENTS, Entry, counts
+from bilevel.testing.catalogue.quadratic import Quadratic
+
+
+def _eye(quadratic: Quadratic) -> Tensor:
+    return torch.eye(len(quadratic.H), dtype=quadratic.H.dtype)
+
+
+def one_step(label: str, estimator: bl.Estimator, **more: Any) -> Entry:
+    """The entry of an estimator that takes what a single step makes of x for what all of them do."""
+    return Entry(label, estimator, target="program", memory="constant", **({"sees": GRADIENTS} | more))
 
 
 def at_solution(label: str, estimator: bl.Estimator, **more: Any) -> Entry:
@@ -43,5 +56,47 @@ ENTRIES = (
         "memory reduced, warm",
         bl.MemoryReduced(steps=60, tol=1e-13, warm_inner=True, warm_adjoint=True),
         spending=lambda products: bl.MemoryReduced(steps=products, warm_inner=True, warm_adjoint=True),
+    ),
+    at_solution(
+        "fixed point",
+        bl.estimators.FixedPoint(bl.Neumann(steps=1000, step_size=1.0)),
+        spending=lambda products: bl.estimators.FixedPoint(bl.Neumann(products, 1.0)),
+    ),
+    at_solution(
+        "fixed point dense",
+        bl.estimators.FixedPoint(bl.Dense()),
+        quadratic_in_inner=True,
+    ),
+    one_step(
+        "T1-T2",
+        bl.estimators.T1T2(),
+        calls=lambda steps, products: counts(steps + 1, 1, 0, 1),
+        bias="scale * h in each direction of curvature h, for 1",
+        sees=AT_SOLUTION,
+        on_quadratic=lambda q: q.gradient(_eye(q), q.last),
+    ),
+    one_step(
+        "T1-T2, inner step size",
+        bl.estimators.T1T2(scale=None),
+        calls=lambda steps, products: counts(steps + 1, 1, 0, 1),
+        bias="lr * h in each direction of curvature h, for 1",
+        sees=AT_SOLUTION,
+        on_quadratic=lambda q: q.gradient(q.rate * _eye(q), q.last),
+    ),
+    one_step(
+        "sama",
+        bl.estimators.Sama(),
+        # Of no steps, the first one is differentiated.
+        calls=lambda steps, products: counts(max(steps, 1) + 2, 1, 0, 0),
+        bias="that of the last step alone",
+        # A bilinear coupling has the same difference at any radius.
+        on_quadratic=lambda q: q.gradient(q.rate * _eye(q), q.last),
+    ),
+    one_step(
+        "darts",
+        bl.estimators.Darts(),
+        calls=lambda steps, products: counts(steps + 3, 1, 0, 0),
+        bias="that of one virtual step",
+        on_quadratic=lambda q: q.gradient(q.rate * _eye(q), q.solution + q.A @ (q.last - q.solution)),
     ),
 )
