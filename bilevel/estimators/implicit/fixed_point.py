@@ -47,8 +47,8 @@ class FixedPoint(Estimator):
 
     Raises:
         TypeError: `linear` is no linear solver.
-        ValueError: (when used) the linear solver needs a symmetric system; x enters only through Problem.init, or, of an
-            loop that says where it rests, only through a hyper-parameter that does not move that (a step size);
+        ValueError: (when used) the linear solver needs a symmetric system; x enters only through Problem.init, or, of
+            a loop that says where it rests, only through a hyper-parameter that does not move that (a step size);
             the inner loop is a Langevin chain, which never rests.
 
     Example:

@@ -2,7 +2,7 @@
 
     y_K = y_{K-1} - u(g; s),    v = scale * (du/dg)' df/dy(y_K),    g and s those of the last step
     dF/dx ~ df/dx - [dg/dx(y_K + e v) - dg/dx(y_K - e v)] / (2 e),    e = radius / |v|
-    SGD: du/dg = lr.    Adam, with the moments m, n and the bias corrections c1, c2 of the step and D = sqrt(n/c2) + eps:
+    SGD: du/dg = lr.    Adam, with moments m, n and bias corrections c1, c2 of the step and D = sqrt(n / c2) + eps:
          du/dg = (lr / c1) [(1 - b1) / D - m (1 - b2) g / (sqrt(n c2) D^2)]
 
 | | inner gradients | outer gradients | HVPs | memory |

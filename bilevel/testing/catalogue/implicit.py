@@ -76,12 +76,12 @@ ENTRIES = (
         on_quadratic=lambda q: q.gradient(_eye(q), q.last),
     ),
     one_step(
-        "T1-T2, inner step size",
-        bl.estimators.T1T2(scale=None),
+        "T1-T2, half",
+        bl.estimators.T1T2(scale=0.5),
         calls=lambda steps, products: counts(steps + 1, 1, 0, 1),
-        bias="lr * h in each direction of curvature h, for 1",
+        bias="h / 2 in each direction of curvature h, for 1",
         sees=AT_SOLUTION,
-        on_quadratic=lambda q: q.gradient(q.rate * _eye(q), q.last),
+        on_quadratic=lambda q: q.gradient(0.5 * _eye(q), q.last),
     ),
     one_step(
         "sama",
@@ -94,9 +94,9 @@ ENTRIES = (
     ),
     one_step(
         "darts",
-        bl.estimators.Darts(),
+        bl.estimators.Darts(xi=0.3),
         calls=lambda steps, products: counts(steps + 3, 1, 0, 0),
         bias="that of one virtual step",
-        on_quadratic=lambda q: q.gradient(q.rate * _eye(q), q.solution + q.A @ (q.last - q.solution)),
+        on_quadratic=lambda q: q.gradient(0.3 * _eye(q), q.last - 0.3 * q.H @ (q.last - q.solution)),
     ),
 )
