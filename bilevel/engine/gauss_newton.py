@@ -40,7 +40,9 @@ class Composed:
 
     def outputs(self, inner: Tree, batch: Any) -> Tree:
         """z(y)."""
-        return self._oracles.evaluation.mapped(self._outputs, (inner,), self._oracles.x, batch)
+        found = self._oracles.evaluation.mapped(self._outputs, (inner,), self._oracles.x, batch)
+        _floating(found)
+        return found
 
     def loss(self, outputs: Tree, batch: Any) -> Tensor:
         """l(z), per task."""

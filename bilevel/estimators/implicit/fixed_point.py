@@ -13,8 +13,8 @@ belong to the fixed point. For plain gradient descent, Neumann with J products i
 with y held at y_K.
 Fails: maps that are no contraction near z (the solver's status says so); maps without a rest.
 References: Grazzi et al. 2020, arXiv 2006.16218 (their fixed_point); Bai et al. 2019, arXiv 1909.01377 for equilibrium
-models. Differences from peers: the optimizer's state is part of the fixed point (hypertorch's maps are of y alone); any
-solver; the true residual.
+models. Differences from peers: the optimizer's state is found and made part of the fixed point (in hypertorch the user
+writes it into the map); any solver; the true residual.
 """
 
 import dataclasses
