@@ -59,6 +59,11 @@ class Status(enum.Enum):
         "The inner solver used all its steps before the gradient norm met its tolerance: see stats['inner_residual']. "
         "Give Converge more max_steps, a larger tol or a better step size."
     )
+    ROUNDED = (
+        "A finite difference is lost in rounding: its two sides differ in less than one digit of theirs, so the "
+        "hypergradient is approximate: see stats['difference_digits']. Give the estimator a larger radius, or compute "
+        "in float64."
+    )
     NOT_CONTRACTIVE = (
         "The Neumann series does not contract: its residual grew. Its step_size must lie below 2 / (largest eigenvalue "
         "of the inner Hessian). Lower step_size, or use CG."

@@ -280,6 +280,30 @@ def test_curvature_batches_are_where_the_product_is_taken():
     torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_the_radius_follows_the_units_of_y(unit):
+    problem = bl.Problem(
+        lambda y, x, _: ((y / unit - x).cosh() + (y / unit) ** 2).sum(), lambda y, x, _: ((y / unit) ** 2).sum()
+    )
+    x, y, rate = torch.tensor([0.3, -0.2], dtype=D), torch.zeros(2, dtype=D), 0.1 * unit**2
+    found, exact = (
+        bl.hypergradient(problem, x, y, NO_DATA, solver=bl.Descent(bl.SGD(rate), 4), estimator=estimator)
+        for estimator in (Sama(), T1T2(rate))
+    )
+    torch.testing.assert_close(found.grad, exact.grad, rtol=1e-8, atol=0)
+    assert found.status is bl.Status.OK
+
+
+def test_a_difference_that_is_lost_in_rounding_says_so():
+    """x weighs y once, and a million besides."""
+    problem = bl.Problem(lambda y, x, _: (y - x) ** 2 + 1e6 * x, SCALAR.outer_loss)
+    for radius, status in ((1e-14, bl.Status.ROUNDED), (1e-2, bl.Status.OK)):
+        found = scalar(Sama(radius=radius), problem=problem)
+        assert found.status is status
+        assert not status.failed
+        assert (found.stats["difference_digits"] < 1) == (status is bl.Status.ROUNDED)
+
+
 def refused(estimator, match, *, solver=None, problem=SCALAR, outer=None):
     outer = number(1.0) if outer is None else outer
     inner = None if problem.init else number(0.0)

@@ -6,10 +6,10 @@
 | --- | --- | --- |
 | central_difference | 2 | P + 2 Q + one graph, freed |
 
-Both sides draw the same random numbers and see the same batch. By default y is moved by eps^(1/3) (1 + |y|), which
-balances the error of the quotient, of order radius^2, and rounding, of order eps / radius, where the losses change over
-distances of order one: 6e-6 in float64, 5e-3 in float32, 0.1 in float16 and 0.2 in bfloat16, whose quotient is good
-to a few percent. The sum over tasks is weighted, because each has its own e.
+Both sides draw the same random numbers and see the same batch. By default y is moved by eps^(1/3) (|y| + |y - y_0|), 1
+in the place of zero: that balances the error of the quotient, of order radius^2, and rounding, of order eps / radius,
+where the losses change over distances such as those. It is 6e-6 of them in float64, 5e-3 in float32, 0.1 in float16 and
+0.2 in bfloat16, whose quotient is good to a few percent. The sum over tasks is weighted, because each has its own e.
 """
 
 from typing import Any
@@ -22,6 +22,7 @@ from bilevel.engine.oracles import Oracles
 from bilevel.estimators.base import Estimator, Instance
 from bilevel.optim.base import off, spread, value_of
 from bilevel.optim.sgd import SGD
+from bilevel.outcome import Status, code_if
 from bilevel.space import tree
 from bilevel.space.inner_product import NARROW
 from bilevel.space.tree import Leaves, PartialLeaves, Tree
@@ -29,7 +30,7 @@ from bilevel.space.tree import Leaves, PartialLeaves, Tree
 
 def central_difference(
     oracles: Oracles, inner: Tree, steps: int, v: Leaves, radius: float | None
-) -> tuple[PartialLeaves, Tensor]:
+) -> tuple[PartialLeaves, Tensor, Tensor]:
     """M v by two gradients at a solution found after `steps` steps, and the digits that their difference has.
 
     Args:
@@ -40,7 +41,8 @@ def central_difference(
         radius: how far y is moved; None for the default.
 
     Returns:
-        M v, None where x does not enter g; how many digits of it rounding leaves, 0-dim (inf where it is zero).
+        M v, None where x does not enter g; how many digits of it rounding leaves, 0-dim (inf where v is zero); ROUNDED
+        where that is less than one.
     """
     space, ys = oracles.space, tuple(tree.tensors(inner))
     size = space.norm(v)
@@ -55,7 +57,8 @@ def central_difference(
     behind = _in_outer(oracles, tree.like(inner, _moved(oracles, ys, -length, direction)), steps, share)
     apart = tuple(None if a is None or b is None else a - b for a, b in zip(ahead, behind, strict=True))
     found = tuple(None if a is None else (_wide(a) * most.to(_wide(a).dtype)).to(a.dtype) for a in apart)
-    return found, _digits(ahead, behind, apart)
+    digits = _digits(ahead, behind, apart, most > 0)
+    return found, digits, code_if(digits < 1, Status.ROUNDED)
 
 
 def _in_outer(oracles: Oracles, inner: Tree, steps: int, weights: Tensor) -> PartialLeaves:
@@ -84,8 +87,10 @@ def _moved(oracles: Oracles, ys: Leaves, length: Tensor, direction: Leaves) -> L
 
 
 def _radius(oracles: Oracles, ys: Leaves) -> Tensor:
-    eps = torch.finfo(_precision(ys[0])).eps
-    return eps ** (1 / 3) * (1 + oracles.space.norm(ys))
+    """Of the size of y and of the way that it came, per task."""
+    space, eps = oracles.space, torch.finfo(_precision(ys[0])).eps
+    size = space.norm(ys) + space.norm([a - b for a, b in zip(ys, tree.tensors(oracles.start()), strict=True)])
+    return eps ** (1 / 3) * torch.where(size > 0, size, 1.0)
 
 
 def _precision(leaf: Tensor) -> torch.dtype:
@@ -99,7 +104,7 @@ def _wide(leaf: Tensor) -> Tensor:
     return leaf.float() if leaf.dtype in NARROW else leaf
 
 
-def _digits(ahead: PartialLeaves, behind: PartialLeaves, apart: PartialLeaves) -> Tensor:
+def _digits(ahead: PartialLeaves, behind: PartialLeaves, apart: PartialLeaves, moved: Tensor) -> Tensor:
     """Digits that are left of a difference: of eps times its terms, against itself."""
     kept = [
         (torch.linalg.vector_norm(_wide(a)) + torch.linalg.vector_norm(_wide(b)), torch.linalg.vector_norm(_wide(d)), a)
@@ -110,7 +115,8 @@ def _digits(ahead: PartialLeaves, behind: PartialLeaves, apart: PartialLeaves) -
         return torch.tensor(float("inf"))
     terms, difference = (torch.stack([each[i].double() for each in kept]).sum() for i in (0, 1))
     rounding = torch.finfo(_precision(kept[0][2])).eps * terms
-    return torch.where(difference > 0, torch.log10(difference / rounding), float("inf"))
+    # (A difference of nothing, of sides that are something, may be all that rounding has left.)
+    return torch.where(moved & (terms > 0), torch.log10(difference / rounding).clamp_min(0.0), float("inf"))
 
 
 def step_sizes(estimator: Estimator, instance: Instance, name: str) -> list[Any]:

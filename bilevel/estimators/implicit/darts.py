@@ -22,7 +22,6 @@ from bilevel.engine import autodiff, spans
 from bilevel.estimators.base import Estimate, Estimator, Instance, Path
 from bilevel.estimators.implicit.base import central_difference, check_scale, minus, step_sizes, times
 from bilevel.space import tree
-from bilevel.space.tree import PartialLeaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +29,13 @@ class Darts(Estimator):
     """One virtual gradient step of length xi, differentiated by a finite difference.
 
     Bias: that of one step (a component of curvature h is off by the factor xi * h at the solution), O(radius^2) of the
-        difference, and rounding of order eps / radius: stats["difference_digits"] says what that leaves.
+        difference, and rounding of order eps / radius: stats["difference_digits"] says what that leaves, and below one
+        digit the status (ROUNDED).
 
     Args:
         xi: length of the virtual step. None: the step size of the inner SGD. 0: the first-order form, df/dx at y_K,
             which sees the outer loss alone.
-        radius: how far y is moved to each side; None: eps^(1/3) (1 + |y|).
+        radius: how far y is moved to each side; None: eps^(1/3) (|y| + |y - y_0|).
 
     `hg.inner` is y_K and `hg.outer_loss` is f there; the virtual step is not made.
 
@@ -92,8 +92,12 @@ class Darts(Estimator):
             _, v, direct = oracles.outer_gradient(tree.like(y, w))
             del w
             along = autodiff.filled(times(xi, v), tree.tensors(y))
-            indirect, digits = central_difference(oracles, y, found.steps, along, self.radius)
-            grad: PartialLeaves = minus(direct, indirect)
+            indirect, digits, rounded = central_difference(oracles, y, found.steps, along, self.radius)
             return instance.finish(
-                found, grad, oracles.outer_loss(y), inner_loss=inner_loss, stats={"difference_digits": digits}
+                found,
+                minus(direct, indirect),
+                oracles.outer_loss(y),
+                inner_loss=inner_loss,
+                codes=[rounded],
+                stats={"difference_digits": digits},
             )

@@ -44,11 +44,11 @@ class Sama(Estimator):
 
     Bias: that of one step (of SGD, a component of curvature h is off by the factor lr * h), which no budget removes;
         O(radius^2) of the difference, and rounding of order eps / radius: stats["difference_digits"] says what that
-        leaves.
+        leaves, and below one digit the status (ROUNDED).
 
     Args:
         scale: multiplies v; one over the step size makes v = df/dy of SGD.
-        radius: how far y is moved to each side; None: eps^(1/3) (1 + |y|).
+        radius: how far y is moved to each side; None: eps^(1/3) (|y| + |y - y_0|).
 
     Memory: independent of K; linear in T.
 
@@ -103,12 +103,12 @@ class Sama(Estimator):
             code = _flat(oracles, v, b, gradient, moved, last)
             del gradient, moved, last
             v = oracles.space.scaled(self.scale, v) if self.scale != 1 else v
-            indirect, digits = central_difference(oracles, found.inner, found.steps, v, self.radius)
+            indirect, digits, rounded = central_difference(oracles, found.inner, found.steps, v, self.radius)
             return instance.finish(
                 found,
                 minus(direct, indirect),
                 outer_loss,
-                codes=[code],
+                codes=[code, rounded],
                 stats={"difference_digits": digits},
             )
 
