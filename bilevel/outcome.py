@@ -66,13 +66,15 @@ class Status(enum.Enum):
     )
     NOT_CONTRACTIVE = (
         "The Neumann series does not contract: its residual grew. Its step_size must lie below 2 / (largest eigenvalue "
-        "of the inner Hessian). Lower step_size, or use CG."
+        "of the inner Hessian). Lower step_size, or use CG. Of Chebyshev: an eigenvalue lies outside of lowest and "
+        "highest; linear.spectrum finds them."
     )
     NEGATIVE_CURVATURE = (
         "Conjugate gradients met a direction of non-positive curvature: the inner Hessian is not positive definite "
         "there, so y is not a minimizer and the implicit hypergradient is not defined. The solver stopped at its last "
-        "safe iterate. Take more inner steps, add damping or a proximal term, or use Unrolled or FirstOrderCorrected, "
-        "which do not need a definite Hessian."
+        "safe iterate. Take more inner steps, add damping (linear.LevenbergMarquardt chooses it) or a proximal term, "
+        "or use Unrolled or FirstOrderCorrected, which do not need a definite Hessian. If the system of a saddle point "
+        "is meant, linear.MINRES and linear.GMRES solve it."
     )
     STOPPED_EARLY = (
         "The inner solver stopped after so few steps that backpropagating through them does not see how the solution "
@@ -89,10 +91,16 @@ class Status(enum.Enum):
         "loss: a first step of Adam has the length lr whatever the gradient is, and a sign has no derivative. Take "
         "more inner steps, or use T1T2, Darts or Unrolled."
     )
-    BREAKDOWN = "The linear system is singular to working precision. Add damping, or a regularizer to the inner loss."
+    BREAKDOWN = (
+        "The linear system is singular to working precision and its right-hand side not in its range, or the solver's "
+        "recursion broke down (BiCGSTAB: take linear.GMRES; a preconditioner must be positive definite). Add damping, "
+        "or a regularizer to the inner loss; where the least squares solution is meant, take linear.LSMR or "
+        "linear.NormalCG with least_squares=True."
+    )
     UNSOLVED = (
         "The linear solver ended with a residual above that of v = 0, so its best earlier iterate, or v = 0, was used "
-        "instead. Give it more steps, add damping, or (Neumann) lower the step size."
+        "instead. Give it more steps, add damping, or (Neumann) lower the step size, (Nystrom) raise the rank or use "
+        "NystromPreconditioner in CG."
     )
     NONFINITE = (
         "The hypergradient or a loss is not finite although the inner variable is. Look at the losses first (log of 0, "
@@ -186,7 +194,8 @@ class LinearSolution:
 
     `residual` is |b - A v| / |b| (per task), the true one when it comes from `LinearSolver.solve`; `steps`
     counts products with A that moved v (the largest over tasks). `sure` says that a solver's own residual is the true
-    one, to a few percent, so that no product need be spent on it.
+    one, to a few percent, so that no product need be spent on it. `damping` is what was added to A (per task), where
+    the solver chose it.
     """
 
     value: Leaves
@@ -194,6 +203,7 @@ class LinearSolution:
     steps: Tensor | int
     code: Tensor | int
     sure: bool = False
+    damping: Tensor | None = None
 
     @property
     def status(self) -> Status:

@@ -61,7 +61,7 @@ def linearized_step(oracles: Oracles, inner: Tree, state: Any, steps: int) -> St
         return at.loss, values
 
     with_graph = oracles.engine.linearize(condition, z, oracles.attached, embedding.value, embedding.leaves)
-    return StepMap(Linearization(with_graph, embedding, symmetric=False), z, motion[0])
+    return StepMap(Linearization(with_graph, embedding, z, symmetric=False), z, motion[0])
 
 
 def _like(leaf: Any, shapes: set[torch.Size]) -> bool:

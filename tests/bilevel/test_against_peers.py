@@ -3,8 +3,8 @@
 The packages themselves run, where they are installed, each in its strongest version:
 
 - higher 0.2.1: `innerloop_ctx` with SGD (momentum, weight decay) and Adam, its eps set so that it is torch.optim's;
-- TorchOpt 0.7.3: `FuncOptimizer`; `custom_root` with conjugate gradients and with those on normal equations, run to the
-  end. (Its dense `solve_inv` takes each tensor of y by itself.) Its default dtype is float64 here: it rounds Adam's bias
+- TorchOpt 0.7.3: `FuncOptimizer`; `custom_root` with conjugate gradients and those on normal equations, unstopped.
+  (Its dense `solve_inv` takes each tensor of y by itself.) Its default dtype is float64 here: it rounds Adam's bias
   correction to it;
 - Betty 0.2.1: its Engine, with `neumann`, `cg`, `darts`, `sama` and the unrolled `IterativeProblem`. Its `cg` takes the
   old residual in the direction, so that only one iteration of it is conjugate gradients;

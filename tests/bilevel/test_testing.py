@@ -17,10 +17,7 @@ from bilevel.testing import ENTRIES, Entry, Kind, check_estimator, check_problem
 from bilevel.testing.storages import Storages
 
 F64 = torch.float64
-NEEDS_NO_BUDGET = {
-    "implicit neumann": bl.Implicit(bl.Neumann(steps=200, step_size=0.5)),
-    "fixed point": bl.estimators.FixedPoint(bl.Neumann(steps=200, step_size=1.0)),
-}
+NEEDS_NO_BUDGET = {"implicit neumann": bl.Implicit(bl.Neumann(steps=200, step_size=0.5))}
 
 
 # The catalogue

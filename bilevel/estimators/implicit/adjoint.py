@@ -7,6 +7,7 @@ with H = d c/dy and M v = d/dx <c, v> for the stationarity condition c (dg/dy, a
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def solved(
         found = dataclasses.replace(found, code=worst(found.code, unmet))
         return Adjoint(minus(direct, at.mixed_alone(found.value)), found, outer_loss, at.loss)
     image, mixed = at.mixed(found.value)
-    relative = linear.true_residual(found.value, image, b, oracles.space)
+    relative = linear.true_residual(found.value, image, b, oracles.space, found.damping)
     del image
     # Where the true residual refuses v (v = 0 comes in its place), what was computed from it goes too.
     accepted = linear.accepted(relative, b).all()
@@ -63,3 +64,9 @@ def solved(
     sign = torch.where(accepted, -1.0, 0.0).to(b[0].dtype)
     indirect = tuple(None if leaf is None else leaf * sign for leaf in mixed)
     return Adjoint(tree.accumulate(direct, indirect), found, outer_loss, at.loss)
+
+
+def linear_stats(found: LinearSolution) -> dict[str, Any]:
+    """What a linear solve says of itself, for `hg.stats`."""
+    chosen = {} if found.damping is None else {"linear_damping": found.damping}
+    return {"linear_residual": found.residual, "linear_steps": found.steps, **chosen}

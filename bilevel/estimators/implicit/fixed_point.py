@@ -7,7 +7,7 @@
 | FixedPoint(linear) | K + 1 | m, the solver's products | 1 | the solver's vectors of (y, s) + one graph; flat in K |
 
 The system is not symmetric: `Neumann(steps, step_size=1.0)` sums (dT/dz)^j and converges where the inner loop does;
-`Dense()`, and solvers for systems that are not symmetric, take fewer products. CG refuses.
+`linear.GMRES`, `BiCGSTAB`, `LSMR` and `NormalCG` take fewer products, `Dense` one a number. CG refuses.
 Wins: maps that say nothing of where they rest (decoupled weight decay, a user's own dynamics); momentum and moments
 belong to the fixed point. For plain gradient descent, Neumann with J products is backpropagation through J + 1 steps
 with y held at y_K.
@@ -23,7 +23,7 @@ from typing import Any
 from bilevel.engine import spans
 from bilevel.engine.maps import linearized_step
 from bilevel.estimators.base import AT_SOLUTION, Estimate, Estimator, Instance, Path
-from bilevel.estimators.implicit.adjoint import solved
+from bilevel.estimators.implicit.adjoint import linear_stats, solved
 from bilevel.inner.dynamics import Dynamics
 from bilevel.inner.langevin import Langevin
 from bilevel.linear.base import LinearSolver
@@ -38,7 +38,7 @@ class FixedPoint(Estimator):
         steps for a contraction. stats["fixed_point_motion"] is |T(y_K) - y_K|.
 
     Args:
-        linear: solver of a system that is not symmetric: Neumann(step_size=1.0), Dense.
+        linear: solver of a system that is not symmetric: Neumann(step_size=1.0), linear.GMRES, BiCGSTAB, LSMR, Dense.
 
     Numbers of the state count as constants unless they have the shape of a tensor of y; a user's count of steps is best
     a Python number.
@@ -114,11 +114,7 @@ class FixedPoint(Estimator):
                 at.outer_loss,
                 inner_loss=at.inner_loss if instance.batches.curvature is None else None,
                 codes=[at.linear.code],
-                stats={
-                    "linear_residual": at.linear.residual,
-                    "linear_steps": at.linear.steps,
-                    "fixed_point_motion": step.motion,
-                },
+                stats=linear_stats(at.linear) | {"fixed_point_motion": step.motion},
             )
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from bilevel.engine import spans
 from bilevel.engine.gauss_newton import Composed, GaussNewtonProducts, LossOfOutputs, Outputs, Rest
 from bilevel.estimators.base import AT_SOLUTION, Estimate, Estimator, Instance
+from bilevel.estimators.implicit.adjoint import linear_stats
 from bilevel.estimators.implicit.base import minus
 from bilevel.linear.base import LinearSolver
 from bilevel.outcome import readable
@@ -128,7 +129,7 @@ class GaussNewton(Estimator):
                 outer_loss,
                 inner_loss=at.loss if instance.batches.curvature is None else None,
                 codes=[solution.code],
-                stats={"linear_residual": solution.residual, "linear_steps": solution.steps},
+                stats=linear_stats(solution),
             )
 
     def _check(self, instance: Instance, composed: Composed, inner: Tree, batch: Any) -> None:
