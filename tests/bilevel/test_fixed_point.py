@@ -82,7 +82,18 @@ def _towards(y, x, batch):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3])
-@pytest.mark.parametrize("linear", [bl.Dense(), bl.Neumann(400, 1.0)], ids=["dense", "neumann"])
+@pytest.mark.parametrize(
+    "linear",
+    [
+        bl.Dense(),
+        bl.Neumann(400, 1.0),
+        bl.linear.GMRES(20, tol=1e-12),
+        bl.linear.BiCGSTAB(40, tol=1e-12),
+        bl.linear.LSMR(60, tol=1e-12),
+        bl.linear.NormalCG(60, tol=1e-12),
+    ],
+    ids=lambda linear: type(linear).__name__,
+)
 def test_a_map_of_the_users_that_says_nothing_of_its_rest(momentum, linear):
     """The equilibrium layer, against its closed form: (I - S W)^-1 S with S = diag(1 - y^2)."""
     g = torch.Generator().manual_seed(0)
@@ -175,6 +186,9 @@ def test_what_has_no_fixed_point_or_none_that_moves_is_refused():
         run(FixedPoint(bl.CG(5)), bl.SGD(0.1), coupled)
     with pytest.raises(ValueError, match="never"):
         run(FixedPoint(bl.Dense()), bl.inner.Langevin(0.1, 0.5), coupled)
+    with pytest.raises(ValueError, match="another map each"):
+        run(FixedPoint(bl.Dense()), bl.inner.Aggregated(bl.SGD(0.1), share=0.5), coupled)
+    run(FixedPoint(bl.Dense()), bl.inner.Aggregated(bl.SGD(0.1), share=0.0), coupled)
     with pytest.raises(TypeError, match="FixedPoint was given int"):
         FixedPoint(3)
 

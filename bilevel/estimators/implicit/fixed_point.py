@@ -24,6 +24,7 @@ from bilevel.engine import spans
 from bilevel.engine.maps import linearized_step
 from bilevel.estimators.base import AT_SOLUTION, Estimate, Estimator, Instance, Path
 from bilevel.estimators.implicit.adjoint import linear_stats, solved
+from bilevel.inner.aggregated import Aggregated
 from bilevel.inner.dynamics import Dynamics
 from bilevel.inner.langevin import Langevin
 from bilevel.linear.base import LinearSolver
@@ -43,13 +44,15 @@ class FixedPoint(Estimator):
     Numbers of the state count as constants unless they have the shape of a tensor of y; a user's count of steps is best
     a Python number.
 
+    The map is that of the last step, with its batch: steps that differ by their number have no fixed point in common.
+
     Memory: independent of K and of the number of products; vectors of y and of the state, one graph; linear in T.
 
     Raises:
         TypeError: `linear` is no linear solver.
         ValueError: (when used) the linear solver needs a symmetric system; x enters only through Problem.init, or, of
             a loop that says where it rests, only through a hyper-parameter that does not move that (a step size);
-            the inner loop is a Langevin chain, which never rests.
+            the inner loop is a Langevin chain or Aggregated, which are no single map.
 
     Example:
         A map that does not say where it rests:
@@ -92,10 +95,10 @@ class FixedPoint(Estimator):
 
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         dynamics = instance.solver.dynamics
-        if isinstance(dynamics, Langevin) and dynamics.temperature:
+        if _wanders(dynamics):
             raise ValueError(
-                "FixedPoint differentiates where the inner loop comes to rest, and Langevin with a temperature never "
-                "does. Use Unrolled(), or bilevel.estimators.stochastic"
+                f"FixedPoint differentiates where one map comes to rest, and {type(dynamics).__name__} never does: its "
+                f"steps draw noise, or are another map each. Use Unrolled(), or bilevel.estimators.stochastic"
             )
         oracles, last = instance.oracles, list[Any]()
 
@@ -116,6 +119,12 @@ class FixedPoint(Estimator):
                 codes=[at.linear.code],
                 stats=linear_stats(at.linear) | {"fixed_point_motion": step.motion},
             )
+
+
+def _wanders(dynamics: Dynamics) -> bool:
+    """Whether a dynamics of the library is no single map."""
+    chain = isinstance(dynamics, Langevin) and dynamics.temperature > 0
+    return chain or (isinstance(dynamics, Aggregated) and dynamics.update is None)
 
 
 def _says_rest(instance: Instance) -> bool:
