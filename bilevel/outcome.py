@@ -63,6 +63,11 @@ class Status(enum.Enum):
         "The inner solver used all its steps before the gradient norm met its tolerance: see stats['inner_residual']. "
         "Give Converge more max_steps, a larger tol or a better step size."
     )
+    ROUNDED = (
+        "A finite difference is lost in rounding: its two sides differ in less than one digit of theirs, so the "
+        "hypergradient is approximate: see stats['difference_digits']. Give the estimator a larger radius, or compute "
+        "in float64."
+    )
     NOT_CONTRACTIVE = (
         "The Neumann series does not contract: its residual grew. Its step_size must lie below 2 / (largest eigenvalue "
         "of the inner Hessian). Lower step_size, or use CG. Of Chebyshev: an eigenvalue lies outside of lowest and "
@@ -84,6 +89,11 @@ class Status(enum.Enum):
         "A perturbed inner loop of FirstOrderCorrected ran away from the solution: g - nu f or g + nu f has no "
         "minimum near "
         "it. Lower nu below the curvature of g over that of f, or make g more convex (a proximal term, weight decay)."
+    )
+    FLAT_STEP = (
+        "The step of the inner optimizer does not change with its gradient, so the estimate sees nothing of the inner "
+        "loss: a first step of Adam has the length lr whatever the gradient is, and a sign has no derivative. Take "
+        "more inner steps, or use T1T2, Darts or Unrolled."
     )
     BREAKDOWN = (
         "The linear system is singular to working precision and its right-hand side not in its range, or the solver's "

@@ -94,6 +94,7 @@ LIBRARY = House(
         {"inner", "engine.refusals"},
         {"engine.step_back"},
         {"engine.oracles"},
+        {"engine.maps", "engine.gauss_newton"},
         {"estimators.state"},
         {"estimators.base"},
         {
