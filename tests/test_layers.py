@@ -128,7 +128,7 @@ LIBRARY = House(
     at_import={"": {"torch"}},
     users={"problems", "testing", "integrations"},
     alternatives={"optim", "linear", "inner", "estimators", "tasks", "outer"},
-    shared={"estimators.implicit.adjoint", "linear.operator"},
+    shared={"estimators.implicit.adjoint", "linear.operator", "optim.entrywise", "optim.trial"},
     # A byte budget is kept by a forecast; which is asked for inside a function, so that the library does without it.
     excepted={"estimators.reverse.auto": {"bilevel_profiling"}},
 )
