@@ -17,7 +17,7 @@ alone. Learned hyper-parameters and the n batches are differentiated.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -49,6 +49,8 @@ class Accumulated(Optimizer):
 
     optimizer: Optimizer
     every: int
+
+    late: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.optimizer, Optimizer):

@@ -34,6 +34,8 @@ class Optimizer(Strategy):
 
     foreign: ClassVar[bool] = False
     """Whether others wrote the step, so that it is looked at as a user's is before it is trusted."""
+    late: ClassVar[bool] = False
+    """Whether x may begin to act through it after its second step."""
 
     @abc.abstractmethod
     def init(self, inner: Tree) -> Any:

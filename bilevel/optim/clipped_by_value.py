@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.optim.base import Hyper, Optimizer, check_hyper, gradients, off, same_rest, spread, value_of
+from bilevel.optim.base import Hyper, Optimizer, check_hyper, gradients, same_rest, spread, value_of
 from bilevel.space import tree
 from bilevel.space.tree import Tree
 
@@ -55,8 +55,10 @@ class ClippedByValue(Optimizer):
                 f"needed, such as ClippedByValue(bilevel.SGD(lr=0.1), limit=1.0)"
             )
         check_hyper("ClippedByValue", "limit", self.limit, 0.0)
-        if off(self.limit):
-            raise ValueError("ClippedByValue was given limit=0, with which nothing moves; a positive number was needed")
+        if not callable(self.limit) and not all(_positive(leaf) for leaf in tree.flatten(self.limit)[0]):
+            raise ValueError(
+                f"ClippedByValue was given limit={self.limit!r}; positive numbers were needed, since nothing moves at 0"
+            )
 
     @property
     def step_limit(self) -> int | None:
@@ -75,6 +77,10 @@ class ClippedByValue(Optimizer):
 
     def stationarity(self, grad: Tree, inner: Tree, outer: Tree) -> Tree | None:
         return same_rest(self.optimizer.stationarity(grad, inner, outer), grad)
+
+
+def _positive(limit: Any) -> bool:
+    return bool((limit > 0).all()) if isinstance(limit, Tensor) else limit > 0
 
 
 def _clipped(g: Tensor, limit: Any) -> Tensor:

@@ -159,7 +159,11 @@ def _meets(which: Which, name: str, shape: tuple[int, ...]) -> bool:
 
 def _names(inner: Tree) -> list[str]:
     """The path of each tensor, its steps joined by dots."""
-    return [".".join(map(_key, path)) for path, _ in pytree.tree_flatten_with_path(inner)[0]]
+    names = [".".join(map(_key, path)) for path, _ in pytree.tree_flatten_with_path(inner)[0]]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"Groups was given an inner variable with two tensors named {twice!r}; rename one of them")
+    return names
 
 
 def _key(entry: Any) -> str:

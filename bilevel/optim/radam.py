@@ -18,7 +18,7 @@ says NaN. betas[1] may be learned; its derivative does not see the switch at r =
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class RAdam(Optimizer):
     eps: Hyper = 1e-8
     weight_decay: Hyper = 0.0
     decoupled_weight_decay: bool = False
+
+    late: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_betas("RAdam", self.betas)

@@ -19,7 +19,7 @@ Differences from peers: any hyper-parameter may have a rule; a rule may be learn
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -58,6 +58,8 @@ class Schedules(Optimizer):
 
     optimizer: Optimizer
     rules: Mapping[str, Rule]
+
+    late: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         write = "write Schedules(SGD(lr=0.1), {'lr': Cosine(0.1, steps=100)})"
