@@ -9,8 +9,10 @@ from bilevel.testing.catalogue.entry import GROWTHS as GROWTHS
 from bilevel.testing.catalogue.entry import TARGETS as TARGETS
 from bilevel.testing.catalogue.entry import Calls as Calls
 from bilevel.testing.catalogue.entry import Entry as Entry
+from bilevel.testing.catalogue.entry import Need as Need
 from bilevel.testing.catalogue.entry import Slope as Slope
 from bilevel.testing.catalogue.entry import counts as counts
+from bilevel.testing.catalogue.entry import once as once
 from bilevel.testing.catalogue.quadratic import Quadratic as Quadratic
 from bilevel.testing.catalogue.reverse import unrolled as unrolled
 
