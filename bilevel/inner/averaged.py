@@ -10,7 +10,8 @@ y is what the outer loss, the result and the estimators see; z is in the state, 
 the plain mean of z_{start+1} ... z_k. At rest y = z: where the optimizer rests.
 
 Wins: noisy batches, whose last iterate jumps; the mean is nearer to the solution, and its derivative varies less.
-Fails: a mean that remembers the start is far from the solution where few steps are taken: choose `start`, or less decay.
+Fails: a mean that remembers the start is far from the solution where few steps are taken: choose `start`, or less
+decay.
 Reference: Polyak and Juditsky 1992; torch.optim.swa_utils.AveragedModel, whose averages (multi_avg_fn of a decay, and
 the plain mean) it equals in float64 to 1e-12.
 Differences from peers: what torch averages beside the training is here the inner solution, and is differentiated.

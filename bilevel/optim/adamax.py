@@ -1,6 +1,6 @@
 """Adamax, differentiable: Adam with the largest past gradient in the place of the second moment.
 
-    m <- b1 m + (1 - b1) g;   u <- max(b2 u, |g| + eps);   y <- y - lr / (1 - b1^t) m / u    (g with weight_decay y added)
+    m <- b1 m + (1 - b1) g;  u <- max(b2 u, |g| + eps);  y <- y - lr / (1 - b1^t) m / u   (g with weight_decay y added)
 
 | | gradients | extra memory |
 | --- | --- | --- |

@@ -11,7 +11,8 @@ coupled weight decay the clipped gradient, not the gradient, balances the decay,
 
 Wins: inner losses with cliffs (recurrent nets); a bound on what one step, and so its derivative in the rate, can do.
 Fails: while it clips, a step is of one length, and its derivative in g has lost the direction of g itself.
-Reference: Pascanu, Mikolov and Bengio 2013, arXiv 1211.5063; equal to torch.nn.utils.clip_grad_norm_ in float64 to 1e-12.
+Reference: Pascanu, Mikolov and Bengio 2013, arXiv 1211.5063; equal to torch.nn.utils.clip_grad_norm_ in float64 to
+1e-12.
 Differences from peers: the derivative of the norm is there (torch's clips in place, without it), the limit may be a
 function of outer, and 16-bit gradients are measured in float32.
 """

@@ -15,8 +15,8 @@ from bilevel.space import tree
 from bilevel.space.tree import Tree
 
 Update = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any]], Tensor]
-"""(y, g, past, hypers) -> the tensor moved. `past` holds one tensor's places of the state, which it renews; past["step"]
-counts this step already. `hypers` holds one tensor's hyper-parameters."""
+"""(y, g, past, hypers) -> the tensor moved. `past` holds one tensor's places of the state, which it renews;
+past["step"] counts this step already. `hypers` holds one tensor's hyper-parameters."""
 
 
 def fresh(inner: Tree, *names: str) -> dict[str, list[Any]]:

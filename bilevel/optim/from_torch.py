@@ -13,8 +13,8 @@ differences have. LBFGS, SparseAdam, Adafactor and torch's Muon fail it. Where i
 says so; what that says is held against a step on the problem itself.
 
 Wins: torch.optim.ASGD, Rprop, and classes of one's own, without a line of code.
-Fails: an entry whose gradient is always zero gets NaN from torch's roots, reported as such (the library's own optimizers
-have none); every step makes an optimizer, about 0.1 ms; hyper-parameters are constants.
+Fails: an entry whose gradient is always zero gets NaN from torch's roots, reported as such (the library's own
+optimizers have none); every step makes an optimizer; hyper-parameters are constants.
 Reference: torch.optim, option `differentiable`.
 Differences from peers: higher, TorchOpt and Betty have copies of some of the classes, by hand.
 """
@@ -96,7 +96,7 @@ class FromTorch(Optimizer):
             g = leaves[i]
             assert g is not None
             leaf.grad = g if torch.is_grad_enabled() else g.detach()
-        optimizer = self.kind(list(copies.values()), **self.settings, differentiable=True)
+        optimizer = self._made(list(copies.values()))
         counters = _counters(self.kind, self.settings)
         for i, leaf in copies.items():
             count = places["used"][i]
@@ -115,12 +115,17 @@ class FromTorch(Optimizer):
     def stationarity(self, grad: Tree, inner: Tree, outer: Tree) -> Tree | None:
         return None if self.stationary is None else self.stationary(grad, inner, outer)
 
+    def _made(self, tensors: list[Tensor]) -> torch.optim.Optimizer:
+        kind: Any = self.kind
+        made: torch.optim.Optimizer = kind(tensors, **self.settings, differentiable=True)
+        return made
+
     def _compare(self) -> None:
         """The steps must be those of the class itself, kept alive."""
         with torch.device("cpu"), torch.no_grad():
             start, slopes = trial.numbers()
             alive = [leaf.clone() for leaf in start]
-            optimizer = self.kind(alive, **self.settings, differentiable=True)
+            optimizer = self._made(alive)
             y, state = start, self.init(start)
             for g in slopes:
                 for leaf, slope in zip(alive, g, strict=True):
@@ -130,8 +135,8 @@ class FromTorch(Optimizer):
                 for a, b in zip(y, alive, strict=True):
                     if not torch.allclose(a, b, rtol=1e-10, atol=1e-12):
                         raise ValueError(
-                            f"FromTorch was given {self.kind.__name__}, whose steps are others when its state per tensor "
-                            f"is all that goes on from step to step; it keeps something elsewhere"
+                            f"FromTorch was given {self.kind.__name__}, whose steps are others when its state per "
+                            f"tensor is all that goes on from step to step; it keeps something elsewhere"
                         )
 
 

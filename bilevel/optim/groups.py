@@ -71,8 +71,8 @@ class Groups(Optimizer):
                 or not (isinstance(rule[0], str) or callable(rule[0]))
             ):
                 raise TypeError(
-                    f"Groups was given the rule {rule!r}; a name or a function of (name, shape), and an inner optimizer, "
-                    f"were needed: {write}"
+                    f"Groups was given the rule {rule!r}; a name or a function of (name, shape), and an inner "
+                    f"optimizer, were needed: {write}"
                 )
         object.__setattr__(self, "rules", tuple((which, optimizer) for which, optimizer in rules))
 
@@ -138,7 +138,8 @@ class Groups(Optimizer):
             answers = [_meets(which, name, shape) for which, _ in self._pairs]
             if not any(answers):
                 raise ValueError(
-                    f"Groups has no rule for inner tensor {name!r}; give it one, or a last rule '' for all that are left"
+                    f"Groups has no rule for inner tensor {name!r}; give it one, or a last rule '' for all that are "
+                    f"left"
                 )
             places[answers.index(True)].append(i)
             met = [a or b for a, b in zip(met, answers, strict=True)]

@@ -14,8 +14,8 @@ Wins: where Adam's momentum overshoots.
 Fails: as Adam, the derivative of early steps is steep where gradients are near zero.
 Reference: Dozat 2016, ICLR workshop; equal to torch.optim.NAdam in float64 to 1e-12.
 Differences from peers: an entry whose gradient was always zero has derivative zero, where torch's differentiable=True
-says NaN. torch keeps M in float32 (in float64 where that is the default dtype), which moves its steps by 1e-9; here M is
-a Python number.
+says NaN. torch keeps M in float32 (in float64 where that is the default dtype), which moves its steps by 1e-9; here M
+is a Python number.
 """
 
 import dataclasses

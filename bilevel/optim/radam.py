@@ -1,7 +1,7 @@
 """RAdam, differentiable: Adam that waits until its second moment can be trusted.
 
     R = 2 / (1 - b2) - 1;   r = R - 2 t b2^t / (1 - b2^t);   m, v the moments of Adam
-    y <- y - lr m / (1 - b1^t) c,   c = sqrt((r-4)(r-2)R / ((R-4)(R-2)r)) sqrt(1 - b2^t) / (sqrt(v) + eps) if r > 5 else 1
+    y <- y - lr m / (1 - b1^t) c,  c = sqrt((r-4)(r-2)R / ((R-4)(R-2)r)) sqrt(1 - b2^t) / (sqrt(v) + eps) if r > 5, or 1
 
 | | gradients | extra memory |
 | --- | --- | --- |

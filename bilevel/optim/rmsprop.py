@@ -11,8 +11,8 @@ At rest g + weight_decay y = 0.
 
 Wins: scales that differ from entry to entry, with half of Adam's state.
 Fails: eps outside of the root makes its first steps long, lr / sqrt(1 - alpha) an entry; warm up, or use Adam.
-Reference: Tieleman and Hinton 2012, lecture 6.5; centered: Graves 2013, arXiv 1308.0850; equal to torch.optim.RMSprop in
-float64 to 1e-12.
+Reference: Tieleman and Hinton 2012, lecture 6.5; centered: Graves 2013, arXiv 1308.0850; equal to torch.optim.RMSprop
+in float64 to 1e-12.
 Differences from peers: an entry whose gradient was always zero has derivative zero, where torch's differentiable=True
 and TorchOpt's rmsprop say NaN. A centered variance that rounding makes negative is zero, where torch's root says NaN.
 """

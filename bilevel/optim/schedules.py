@@ -77,8 +77,8 @@ class Schedules(Optimizer):
         for name in self.rules:
             if name not in names:
                 raise ValueError(
-                    f"Schedules was given a rule for {name!r}, which is no field of {type(self.optimizer).__name__}; it "
-                    f"has {names}. The hyper-parameters of an optimizer inside it are scheduled there"
+                    f"Schedules was given a rule for {name!r}, which is no field of {type(self.optimizer).__name__}; "
+                    f"it has {names}. The hyper-parameters of an optimizer inside it are scheduled there"
                 )
 
     @property
@@ -89,7 +89,7 @@ class Schedules(Optimizer):
     def init(self, inner: Tree) -> Any:
         # A momentum that a rule gives is there, whatever the field's own value says.
         given = {name: _constant(rule) for name, rule in self.rules.items() if name == "momentum"}
-        return {"step": 0, "inside": dataclasses.replace(self.optimizer, **given).init(inner)}
+        return {"step": 0, "inside": self._with(given).init(inner)}
 
     def step(self, grad: Tree, state: Any, inner: Tree, outer: Tree) -> tuple[Tree, Any]:
         now = self._at(state["step"], outer)
@@ -103,8 +103,12 @@ class Schedules(Optimizer):
         return self.optimizer.stationarity(grad, inner, outer)
 
     def _at(self, step: int, outer: Tree) -> Optimizer:
-        values = {name: _settable(rule(step, outer)) for name, rule in self.rules.items()}
-        return dataclasses.replace(self.optimizer, **values)
+        return self._with({name: _settable(rule(step, outer)) for name, rule in self.rules.items()})
+
+    def _with(self, values: Mapping[str, Any]) -> Optimizer:
+        optimizer: Any = self.optimizer
+        made: Optimizer = dataclasses.replace(optimizer, **values)
+        return made
 
 
 _ON_THE_WAY = frozenset(

@@ -5,7 +5,7 @@ the gradients and in the start, is what central differences say.
 
 | | gradients | memory |
 | --- | --- | --- |
-| trial | about a hundred steps on seven numbers, once | - |
+| trial | about two hundred steps on seven numbers, once | - |
 """
 
 from typing import Any
