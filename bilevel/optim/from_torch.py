@@ -14,7 +14,8 @@ says so; what that says is held against a step on the problem itself.
 
 Wins: torch.optim.ASGD, Rprop, and classes of one's own, without a line of code.
 Fails: an entry whose gradient is always zero gets NaN from torch's roots, reported as such (the library's own
-optimizers have none); every step makes an optimizer; hyper-parameters are constants.
+optimizers have none); every step makes an optimizer; hyper-parameters are constants; a class that reads numbers of its
+state (ASGD, NAdam) cannot be forecast.
 Reference: torch.optim, option `differentiable`.
 Differences from peers: higher, TorchOpt and Betty have copies of some of the classes, by hand.
 """

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from bilevel_profiling import Case, forecast, measure
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bilevel as bl
@@ -151,14 +152,31 @@ def test_narrower_dtypes_give_the_numbers_they_can_hold(name, dtype):
     assert (found - wanted).norm() < {torch.float32: 1e-3, torch.bfloat16: 0.5}[dtype] * wanted.norm()
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in FOREIGN])
+@pytest.mark.parametrize(
+    "name", [name for name in OPTIMIZERS if name not in FOREIGN and isinstance(OPTIMIZERS[name], bl.Optimizer)]
+)
 def test_steps_run_on_tensors_without_data(name):
     """Forecasts of memory, and the search for the paths of x, ask for it: no step may look at a number."""
-    optimizer, (x, train, test) = OPTIMIZERS[name], posed()
+    optimizer, (x, _, _) = OPTIMIZERS[name], posed()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = {k: mode.from_tensor(leaf) for k, leaf in x.items()}
-        found = call(optimizer, bl.Unrolled("iterates"), fake, mode.from_tensor(train[0]), mode.from_tensor(test[0]))
-    assert {k: leaf.shape for k, leaf in found.grad.items()} == {k: leaf.shape for k, leaf in x.items()}
+        fake = {key: mode.from_tensor(leaf) for key, leaf in x.items()}
+        y = {"net": {"w": fake["w"]}, "b": fake["b"]}
+        state = optimizer.init(y)
+        for _ in range(3):
+            y, state = optimizer.step({"net": {"w": y["net"]["w"] + 1}, "b": None}, state, y, fake)
+    assert y["net"]["w"].shape == (3, 2)
+
+
+@pytest.mark.parametrize("name", ["schedules", "clipped groups of accumulated", "averaged", "from torch"])
+def test_a_forecast_is_what_is_measured_to_the_byte(name):
+    x, train, test = posed()
+
+    def setup(device):
+        return PROBLEM, {key: leaf.clone() for key, leaf in x.items()}, None, bl.Batches(train[0], test[0])
+
+    case = Case(setup, solver=bl.Descent(OPTIMIZERS[name], 3), estimator=bl.Unrolled("iterates"), name=name)
+    measured = measure(case, repeats=1, errors=False)
+    assert forecast(case).peak_tensor_bytes == measured.peak_tensor_bytes
 
 
 # At the solution: y* = (H + wd)^-1 x for optimizers that say where they rest; the others are refused.
