@@ -149,7 +149,8 @@ def _check_tasks(instance: Instance, before: State) -> None:
         raise ValueError(
             f"{name}.step() mixes tasks: the steps of a task depend on the others (a norm over the whole of y, where "
             f"y has "
-            f"a leading task dimension). Write TaskMean(estimator, chunk=1), which takes one task after another"
+            f"a leading task dimension). Write TaskMean(estimator, chunk=1), which takes one task after "
+            f"another, or let over(tasks) of an optimizer return one that mixes none"
         )
 
 

@@ -46,9 +46,15 @@ class FromTorchopt(Optimizer):
         ValueError: it does not pass its trial; in `step`, a tensor has no gradient.
 
     Example:
-        >>> import torch, bilevel as bl  # doctest: +SKIP
-        >>> import torchopt  # doctest: +SKIP
-        >>> bl.optim.FromTorchopt(torchopt.adam(lr=0.1))  # doctest: +SKIP
+        One by hand, where torchopt is not installed:
+
+        >>> import types, torch, bilevel as bl
+        >>> down = types.SimpleNamespace(
+        ...     init=lambda params: (),
+        ...     update=lambda g, state, params=None, inplace=True: (tuple(-0.1 * each for each in g), state))
+        >>> optimizer, y = bl.optim.FromTorchopt(down), torch.ones(2)
+        >>> optimizer.step(torch.ones(2), optimizer.init(y), y, None)[0]
+        tensor([0.9000, 0.9000])
     """
 
     transform: Any
@@ -66,7 +72,10 @@ class FromTorchopt(Optimizer):
         check_hyper("FromTorchopt", "scale", self.scale, 0.0)
         if self.stationary is not None and not callable(self.stationary):
             raise TypeError(f"FromTorchopt was given stationary={self.stationary!r}; a function or None was needed")
-        trial.check("FromTorchopt", dataclasses.replace(self, scale=1.0) if self.scale != 1.0 else self)
+        if isinstance(self.scale, (int, float)) and self.scale == 1:
+            trial.check("FromTorchopt", self)
+        else:
+            dataclasses.replace(self, scale=1.0)
 
     def init(self, inner: Tree) -> Any:
         return self.transform.init(tuple(leaf.detach() for leaf in tree.tensors(inner)))

@@ -12,7 +12,9 @@ adjust="match_rms_adamw". Every tensor of y is a matrix; hand the others to anot
 weight decay it rests where g = 0; with it, it does not say.
 
 Wins: hidden layers: all directions of a matrix move alike.
-Fails: steps do not get shorter near a solution (the length of X does not depend on that of d): schedule lr.
+Fails: steps do not get shorter near a solution (the length of X does not depend on that of d): schedule lr. Where g is
+zero for a whole matrix, the derivative of a step is a^ns_steps / eps, 5e9: a loop that starts there is reported
+NONFINITE in float32.
 Reference: Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982; equal to
 torch.optim.Muon (torch 2.13) in float64 to 1e-12 where the iteration is in bfloat16, as torch's.
 Differences from peers: the iteration runs in the dtype of y, where torch's always takes bfloat16: a derivative through

@@ -125,7 +125,7 @@ def test_every_way_to_keep_and_the_compiled_engine_have_the_derivative_of_the_pr
     assert abs(expected) > 1e-3, "the path must matter"
 
 
-@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("chunk", [None, 1, 2])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_tasks_move_each_by_itself(name, chunk):
     optimizer, (x, train, test) = OPTIMIZERS[name], posed()
@@ -189,9 +189,6 @@ RESTS = {
     "rmsprop": (o.RMSprop(lr=0.02, weight_decay=0.5, momentum=0.5), 0.5),
     "adagrad": (o.Adagrad(lr=0.5, weight_decay=0.5), 0.5),
     "adadelta": (o.Adadelta(lr=3.0, eps=1e-4), 0.0),
-    "adamax": (o.Adamax(lr=0.05, weight_decay=0.5), 0.5),
-    "nadam": (o.NAdam(lr=0.02, weight_decay=0.5), 0.5),
-    "radam": (o.RAdam(lr=0.05, weight_decay=0.5), 0.5),
     "groups": (o.Groups({"": bl.SGD(0.3, weight_decay=0.5)}), 0.5),
     "schedules": (o.Schedules(bl.SGD(0.3, weight_decay=0.5), {"lr": o.StepDecay(0.4, 0.999)}), 0.5),
     "clipped by norm": (o.ClippedByNorm(bl.SGD(0.3), 0.5), 0.0),
@@ -304,6 +301,53 @@ class Hidden(bl.Optimizer):
 
     def stationarity(self, grad, inner, outer):
         return grad
+
+
+@dataclasses.dataclass(frozen=True)
+class Normed(bl.Optimizer):
+    """A user's, along g / |g|; `over` tasks each by its own norm."""
+
+    tasks: bool = False
+    knows: bool = True
+
+    def init(self, inner):
+        return None
+
+    def over(self, tasks):
+        return dataclasses.replace(self, tasks=self.knows)
+
+    def step(self, grad, state, inner, outer):
+        norm = grad["a"].square().sum(-1 if self.tasks else None, keepdim=True).sqrt()
+        return {"a": inner["a"] - 0.1 * grad["a"] / norm}, None
+
+
+def test_a_users_optimizer_that_says_how_it_moves_over_tasks_is_taken_at_its_word_where_that_is_so():
+    problem = bl.Problem(QUADRATIC.inner_loss, lambda y, x, b: (y["a"] - b).square().sum())
+    x, y = torch.tensor([1.0, 2.0, 3.0], dtype=D), {"a": torch.arange(6, dtype=D).reshape(2, 3)}
+    tasks = torch.tensor([1.0, -1.0], dtype=D)
+
+    def call(optimizer, estimator, y, b):
+        solver = bl.Descent(o.Groups({"": optimizer}), 4)
+        return bl.hypergradient(problem, x, y, bl.Batches(b, b), solver=solver, estimator=estimator).grad
+
+    found = call(Normed(), bl.TaskMean(bl.Unrolled()), y, tasks)
+    alone = [call(Normed(), bl.Unrolled(), {"a": y["a"][i]}, tasks[i]) for i in range(2)]
+    torch.testing.assert_close(found, torch.stack(alone).mean(0), rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match=r"mixes tasks.*over\(tasks\)"):
+        call(Normed(knows=False), bl.TaskMean(bl.Unrolled()), y, tasks)
+
+
+COUPLED = [o.RMSprop, o.Adagrad, o.Adadelta, o.Adamax, o.NAdam, o.RAdam]
+
+
+@pytest.mark.parametrize("kind", COUPLED)
+def test_coupled_decay_is_part_of_the_rest_and_a_step_rests_there(kind):
+    y = {"a": torch.tensor([1.0, -2.0], dtype=D)}
+    optimizer, g = kind(weight_decay=0.3), {"a": -0.3 * y["a"]}
+    assert optimizer.stationarity(g, y, None)["a"].abs().max() == 0
+    assert kind().stationarity(g, y, None)["a"] is g["a"]
+    moved, _ = optimizer.step(g, optimizer.init(y), y, None)
+    torch.testing.assert_close(moved["a"], y["a"], rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize(

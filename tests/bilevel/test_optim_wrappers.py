@@ -219,6 +219,13 @@ def test_muon_refuses_what_is_no_matrix_and_says_to_whom_to_hand_it():
         o.Muon().init(start())
 
 
+def test_the_derivative_of_muon_at_a_gradient_of_zero_is_what_its_eps_says():
+    muon, g = o.Muon(lr=1.0, weight_decay=0.0, momentum=0.0), torch.zeros(2, 2, dtype=D, requires_grad=True)
+    moved, _ = muon.step(g, muon.init(g), torch.zeros(2, 2, dtype=D), None)
+    (slope,) = torch.autograd.grad(moved[0, 0], g)
+    torch.testing.assert_close(slope[0, 0].item(), -(3.4445**5) / 1e-7, rtol=1e-6, atol=0.0)
+
+
 # Derivatives
 
 
