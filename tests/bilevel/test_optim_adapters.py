@@ -161,10 +161,10 @@ class TestTorchopt:
         problem = bl.Problem(lambda y, x, b: ((y - x) ** 2).sum(), lambda y, x, b: (y**2).sum())
         x, y = torch.ones(2, dtype=D), torch.zeros(2, dtype=D)
         for decay in (0.0, 0.5):
-            sgd = torchopt.sgd(lr=0.1, weight_decay=decay)
+            sgd = torchopt.sgd(lr=0.4, weight_decay=decay)
             told = o.FromTorchopt(sgd, stationary=lambda g, y, x: g)
             for optimizer in (told, o.Accumulated(told, 2)):
-                solver = bl.Descent(optimizer, 300)
+                solver = bl.Descent(optimizer, 60)
                 if decay:
                     with pytest.raises(ValueError, match=r"moves y where its stationarity\(\) is zero"):
                         bl.hypergradient(problem, x, y, NONE, solver=solver, estimator=bl.Implicit(bl.CG(3)))
