@@ -243,6 +243,7 @@ _INFERENCE = (
 
 
 def check_kind(who: str, name: str, value: Any, kind: type, write: str) -> None:
+    """Raise TypeError unless `value` is a `kind`; `write` says what to write instead."""
     if not isinstance(value, kind):
         given = f"the class {value.__name__} itself" if isinstance(value, type) else f"a {type(value).__name__}"
         raise TypeError(f"{who}() was given {given} as {name}; {write} was needed")

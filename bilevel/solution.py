@@ -10,7 +10,6 @@ from torch import Tensor
 from bilevel.batches import Batches, PerStep
 from bilevel.engine import layer, spans
 from bilevel.engine.base import Derivatives, Engine
-from bilevel.engine.eager import Eager
 from bilevel.estimators import admission, paths
 from bilevel.estimators.base import Estimator, Instance, Known
 from bilevel.hypergradient import Owned, check_arguments, check_kind, given_in, opened, prepared

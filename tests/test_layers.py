@@ -86,7 +86,7 @@ LIBRARY = House(
             "problem",
             "functional",
         },
-        {"optim", "linear", "outer", "engine.eager", "engine.twice", "engine.evaluation"},
+        {"optim", "linear", "outer", "engine.layer", "engine.eager", "engine.twice", "engine.evaluation"},
         {"engine.along", "engine.compiled"},
         {"inner.dynamics", "engine.embedding"},
         {"inner.gradient", "engine.linearization", "engine.point"},
@@ -94,7 +94,7 @@ LIBRARY = House(
         {"inner", "engine.refusals"},
         {"engine.step_back"},
         {"engine.oracles"},
-        {"estimators.state"},
+        {"engine.implied", "estimators.state"},
         {"estimators.base"},
         {
             "estimators.paths",
@@ -114,7 +114,8 @@ LIBRARY = House(
         },
         {"estimators"},
         {"tasks", "hypergradient"},
-        {"iterate", "adapt"},
+        {"iterate", "adapt", "layer"},
+        {"solution"},
         {"data"},
         {"meta"},
         {"problems", "testing", "integrations"},
@@ -173,7 +174,7 @@ PROFILER_SEES = {"engine.spans", "engine.offload", "space.tree", "problems", "in
 
 # Who may call which part of torch's differentiation machinery.
 DIFFERENTIATION = {
-    # (The second and the third look at graphs, and derive through the others.)
+    # (The second and the third look at graphs, "layer" and "implied" make nodes; they derive through the first.)
     "torch.autograd": {
         "engine.autodiff",
         "engine.twice",
@@ -181,6 +182,8 @@ DIFFERENTIATION = {
         "engine.rematerialize",
         "engine.block",
         "engine.lean",
+        "engine.layer",
+        "engine.implied",
         "engine.compiled.engine",
     },
     "torch.func": {"engine.evaluation", "engine.jacobian", "engine.rematerialize", "engine.compiled.tracing"},

@@ -65,7 +65,7 @@ class Condition:
             generators.set(now)
         if value is None:
             raise ValueError(restless(oracles.dynamics, "an estimator at the solution"))
-        return list(autodiff.filled(tree.flatten(tree.ordered(value, inner))[0], ys))
+        return list(autodiff.filled(tuple(tree.flatten(tree.ordered(value, inner))[0]), ys))
 
 
 def product(
@@ -118,9 +118,7 @@ class _Solved(torch.autograd.Function):
             ys, xs, value = _here(ctx.condition, y, x)
             row = autodiff.grad(value, ys, left, create_graph=True)
             pairs = [(leaf, w) for leaf, w in zip(row, right, strict=True) if leaf is not None]
-            found = autodiff.grad(
-                [leaf for leaf, _ in pairs], [*ys, *xs], [w for _, w in pairs], create_graph=again
-            )
+            found = autodiff.grad([leaf for leaf, _ in pairs], [*ys, *xs], [w for _, w in pairs], create_graph=again)
         return (None, None, None, *z, *(None if leaf is None else -leaf for leaf in found))
 
 

@@ -37,7 +37,7 @@ def node(
 ) -> tuple[Tensor, ...]:
     """`outputs` as functions of `inputs`; `watched` are constants that must not be changed before a backward."""
     # (As other tensors: a rule that holds the outputs must not hold the node.)
-    return BilevelSolution.apply(rule, len(inputs), [leaf.detach() for leaf in outputs], *inputs, *watched)  # type: ignore[no-any-return]
+    return BilevelSolution.apply(rule, len(inputs), [leaf.detach() for leaf in outputs], *inputs, *watched)
 
 
 class BilevelSolution(torch.autograd.Function):

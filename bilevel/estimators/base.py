@@ -16,8 +16,8 @@ from bilevel.engine import spans
 from bilevel.engine.base import Derivatives
 from bilevel.engine.oracles import Oracles
 from bilevel.engine.point import At
-from bilevel.engine.replay import State as Random
 from bilevel.engine.refusals import restless
+from bilevel.engine.replay import State as Random
 from bilevel.estimators.state import State, checked
 from bilevel.inner.base import InnerSolver
 from bilevel.inner.loop import Moving, Visit, run

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel.engine import autodiff, implied, layer, spans
+from bilevel.engine import implied, layer, spans
 from bilevel.engine.base import Derivatives
 from bilevel.estimators.base import Estimator, Instance, Known, Recorded
 from bilevel.estimators.run import estimated, looked_at
@@ -65,7 +65,7 @@ def posed(problem: Problem) -> Problem:
     if made is None:
         features = None if problem.features is None else _Features(problem.features)
         made = problem.memo["layer"] = dataclasses.replace(problem, outer_loss=paired, features=features)
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +187,9 @@ class Backward:
         """
         kept, linear = None if self.recorded is None else self.recorded.graph, self.estimator.adjoint_solver
         if kept is not None:
+            if not self.instance.solver.fixed:  # whether it stopped too early, a sweep without a graph says
+                idle = not any(bool(leaf.any()) for leaf in cotangents)
+                self.pull([torch.ones_like(leaf) if idle else leaf.detach() for leaf in cotangents])
             ends, starts = (tree.tensors(each) for each in kept)
             with spans.span(spans.HYPERGRADIENT):
                 found = layer.pulled(ends, starts, inputs, cotangents)
@@ -215,9 +218,9 @@ class Backward:
 
 
 _ONCE = (
-    "the backward of bilevel.solution was asked for its own derivative (create_graph=True), which {name} does not have. "
-    'Use bilevel.Unrolled() with keep="graph" and the eager engine, or bilevel.Implicit(bilevel.CG(20)), which have it; '
-    "or leave create_graph out"
+    "the backward of bilevel.solution was asked for its own derivative (create_graph=True), which {name} does not "
+    'have. Use bilevel.Unrolled() with keep="graph" and the eager engine, or bilevel.Implicit(bilevel.CG(20)), which '
+    "have it; or leave create_graph out"
 )
 
 

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bilevel.outcome import BilevelError, Status, readable, status_of
@@ -72,16 +71,15 @@ class Teller:
             )
 
     def tell(self, report: Report) -> None:
-        """Hand it on; then raise or warn if it failed. Waits for the GPU; on tensors without data nothing fails."""
-        if self.report is not None:
-            self.report(report)
+        """Hand it on; then raise or warn if it failed. Waits for the GPU. Of tensors without data nothing is told."""
         if isinstance(report.code, Tensor) and not readable(report.code):
             return
+        if self.report is not None:
+            self.report(report)
         status = report.status
         if not (status.failed or (self.strict and status is not Status.OK)):
             return
         said = f"the {report.phase} of bilevel.solution: {status.name}: {status.value}"
         if self.on_failure == "raise":
             raise BilevelError(said, status)
-        with torch.no_grad():
-            warnings.warn(said, stacklevel=4)
+        warnings.warn(said, stacklevel=4)
