@@ -151,11 +151,13 @@ class _Layer:
                 generators.set(began)
             recorded = estimator.recorded(instance) if self.follow else None
             found = instance.solve() if recorded is None else recorded.solution
-            known = Known(found, began, generators.state(began))
+            known = Known(instance, found, began, generators.state(began))
             loss = instance.oracles.inner_loss(found.inner, found.steps)
             code = worst(found.code, instance.health(found, found.inner, loss))
         figures = {"inner_steps": found.steps, "inner_residual": found.residual, "inner_rise": found.rise}
+        report = None if instance.engine is None else instance.engine.report()
         stats = {"calls": calls.calls, **{name: value for name, value in figures.items() if value is not None}}
+        stats |= {"engine": report} if report else {}
         self.teller.tell(Report("forward", stats, code))
         constants = _constants(instance, estimator)
         inner = Owned([*self.xs, *constants, *tree.tensors(instance.inner)]).tree(found.inner)
@@ -168,7 +170,7 @@ class _Layer:
 
 def _constants(instance: Instance, estimator: Estimator) -> list[Tensor]:
     """What a backward reads beside x and y: the batches at hand, and the start where it is of use."""
-    inner, found = instance.batches.inner, given_in(instance.batches)
+    inner, found = instance.batches.inner, given_in(dataclasses.replace(instance.batches, outer=None))
     found += tree.tensors(None if isinstance(instance.batches.curvature, PerStep) else instance.batches.curvature)
     if isinstance(inner, PerStep) and isinstance(inner._batches, (list, tuple)):
         found += [leaf for batch in inner._batches[: instance.solver.max_steps] for leaf in tree.tensors(batch)]
@@ -196,7 +198,7 @@ def _refuse(estimator: Estimator, inner: Tree | None, batches: Batches) -> None:
             f"solution() was given {estimator}, which is no product with dy/dx: {estimator.unlike_a_layer}. Use it "
             f"with hypergradient(), or Unrolled() here"
         )
-    given = given_in(batches)
+    given = given_in(dataclasses.replace(batches, outer=None))
     given += tree.tensors(None if isinstance(batches.curvature, PerStep) else batches.curvature)
     if any(leaf.requires_grad for leaf in given):
         raise ValueError(

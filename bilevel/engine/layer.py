@@ -6,8 +6,7 @@
 | pulled | one sweep through the inner graph, with a graph of its own | both graphs |
 
 A node keeps what it was made of as autograd does (`save_for_backward`): what was changed in place since, or freed by an
-earlier backward, is autograd's own error. Cotangents that arrive under a torch.func.vmap (`is_grads_batched=True`) are
-pulled one by one.
+earlier backward, is autograd's own error. Cotangents that arrive under a torch.func.vmap are pulled one by one.
 """
 
 from collections.abc import Sequence
@@ -18,6 +17,12 @@ from torch import Tensor
 
 from bilevel.engine import autodiff
 from bilevel.space.tree import PartialLeaves
+
+
+_BATCHED = (
+    "the backward of bilevel.solution was given many cotangents at once (is_grads_batched=True, vectorize=True); write "
+    "bilevel.layer.jacobian(y, x), or torch.func.vmap over torch.autograd.grad"
+)
 
 
 class Rule(Protocol):
@@ -57,21 +62,29 @@ class BilevelSolution(torch.autograd.Function):
         constants = (None,) * (ctx.given - ctx.count)
         if all(leaf is None for leaf in cotangents):
             return (None, None, None, *[None] * ctx.count, *constants)
+        if any(leaf is not None and torch._C._functorch.is_legacy_batchedtensor(leaf) for leaf in cotangents):
+            raise NotImplementedError(_BATCHED)
         ws = autodiff.filled(cotangents, outputs)
         if torch.is_grad_enabled():
             return (None, None, None, *ctx.rule.differentiable(outputs, inputs, ws), *constants)
-        known: list[bool] = []
+        known = _Known()
         found = iter(_Numbers.apply(ctx.rule, known, *[leaf.detach() for leaf in ws]))
-        return (None, None, None, *[next(found) if there else None for there in known], *constants)
+        return (None, None, None, *[next(found) if there else None for there in known.places], *constants)
+
+
+class _Known:
+    """Which inputs have a cotangent. (No list: vmap hands on copies of those.)"""
+
+    places: list[bool]
 
 
 class _Numbers(torch.autograd.Function):
-    """A rule's numbers; under vmap one row after another. `known` is filled with which inputs have a cotangent."""
+    """A rule's numbers; under vmap one row after another."""
 
     @staticmethod
-    def forward(rule: Rule, known: list[bool], *cotangents: Tensor) -> tuple[Tensor, ...]:
+    def forward(rule: Rule, known: _Known, *cotangents: Tensor) -> tuple[Tensor, ...]:
         found = rule.pull(cotangents)
-        known[:] = [leaf is not None for leaf in found]
+        known.places = [leaf is not None for leaf in found]
         return tuple(leaf for leaf in found if leaf is not None)
 
     @staticmethod
@@ -79,7 +92,7 @@ class _Numbers(torch.autograd.Function):
         pass
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], rule: Rule, known: list[bool], *cotangents: Tensor) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], rule: Rule, known: _Known, *cotangents: Tensor) -> Any:
         rows = []
         for row in range(info.batch_size):
             pairs = zip(cotangents, in_dims[2:], strict=True)

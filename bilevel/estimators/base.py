@@ -43,11 +43,19 @@ class Path(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """A solve that was made before: what it found, and the generators' states where its steps began and ended."""
+    """A solve that was made before: of which instance, what it found, and the generators' states where its steps began
+    and ended.
+    """
 
+    instance: "Instance"
     solution: Solution
     began: Random
     ended: Random
+
+    def of(self, instance: "Instance") -> bool:
+        """Whether it is that of an instance: of the same objects in all that its inner loop looks at."""
+        pairs = zip(_inside(self.instance), _inside(instance), strict=True)
+        return all(one is other for one, other in pairs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +115,7 @@ class Instance:
         """Run the inner solver, unless that was done before; keeps no trajectory unless `visit` does."""
         oracles = self.oracles
         plain = all(each is None for each in (start, solver, at, visit, moving, masks))
-        if self.known is not None and plain:
+        if self.known is not None and plain and self.known.of(self):
             oracles.generators.set(self.known.ended)
             return self.known.solution
         with spans.span(spans.INNER):
@@ -209,6 +217,13 @@ class Instance:
             idle = (gained < _GAINED * found.promised) & (found.promised > _NOTABLE * size + 10 * rounding)
             codes.append(code_if(idle, Status.INNER_UNSTABLE))
         return worst(*codes)
+
+
+def _inside(instance: Instance) -> tuple[Any, ...]:
+    """What an inner loop looks at."""
+    problem = instance.problem
+    functions = problem.inner_loss, problem.init, problem.features
+    return (*functions, instance.outer, instance.inner, instance.batches.inner, instance.solver, instance.tasks)
 
 
 @dataclasses.dataclass(frozen=True)
