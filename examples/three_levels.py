@@ -3,8 +3,8 @@
     python examples/three_levels.py
 
 A third of the training labels is wrong. Lowest, a ridge regression is fitted to weighted examples. In the middle, the
-weights are chosen so that the fit is good on clean data, with a penalty on how far they go. On top, the strength of that
-penalty is chosen so that the weights of the few examples that somebody has looked at say what was found.
+weights are chosen so that the fit is good on clean data, with a penalty on how far they go. On top, the strength of
+that penalty is chosen so that the weights of the few examples that somebody has looked at say what was found.
 
 Each level is a `bilevel.solution` inside the loss of the one above; nothing is said about levels anywhere. The gradient
 on top is held against a difference quotient of the whole program.

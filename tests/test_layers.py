@@ -186,12 +186,19 @@ DIFFERENTIATION = {
         "engine.implied",
         "engine.compiled.engine",
     },
-    "torch.func": {"engine.evaluation", "engine.jacobian", "engine.rematerialize", "engine.compiled.tracing"},
+    "torch.func": {
+        "engine.layer",
+        "engine.evaluation",
+        "engine.jacobian",
+        "engine.rematerialize",
+        "engine.compiled.tracing",
+    },
     "torch.vmap": set(),
     "torch._functorch": {"engine.compiled.graphs"},
 }
 FUNC_NAMES = {
     "engine.rematerialize": {"torch.func.vmap"},
+    "engine.layer": {"torch.func.vmap"},
     "engine.evaluation": {"torch.func.vmap"},
     "engine.jacobian": {"torch.func.vmap", "torch.func.vjp"},
     "engine.compiled.tracing": {"torch.func.functionalize"},

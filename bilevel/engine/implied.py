@@ -13,6 +13,7 @@ y and x are taken as they come: y has its own graph, to x, through the layer who
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class Condition:
         steps: that the loop took.
         linear: the solver.
         random: the generators' states that each evaluation begins with.
+        modes: opens the modes (autocast) of the forward.
         told: hears of each solve.
     """
 
@@ -47,6 +49,7 @@ class Condition:
     steps: int
     linear: LinearSolver
     random: State
+    modes: Callable[[], AbstractContextManager[None]]
     told: Callable[[LinearSolution], None]
 
     def __call__(self, ys: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
@@ -57,10 +60,14 @@ class Condition:
         apart, batch = oracles.batches.curvature is not None, oracles.batches.curvature_at(step)
         generators.set(self.random)
         try:
-            embedded = (
-                oracles.evaluation.embed(oracles.attached, batch) if apart else oracles.differentiable_embedding(step)
-            )
-            value = oracles.dynamics.stationarity(inner, oracles.attached, oracles.differentiable_point(step, embedded))
+            with self.modes():
+                embedded = (
+                    oracles.evaluation.embed(oracles.attached, batch)
+                    if apart
+                    else oracles.differentiable_embedding(step)
+                )
+                at = oracles.differentiable_point(step, embedded)
+                value = oracles.dynamics.stationarity(inner, oracles.attached, at)
         finally:
             generators.set(now)
         if value is None:
@@ -78,6 +85,24 @@ def product(
         with spans.span(spans.MIXED):
             found = autodiff.grad(value, around, v, create_graph=True)
         return tuple(None if leaf is None else -leaf for leaf in found)
+
+
+def rows(
+    condition: Condition, ys: Sequence[Tensor], xs: Sequence[Tensor], cotangents: Sequence[Sequence[Tensor]]
+) -> list[PartialLeaves]:
+    """The numbers of `product` for many w, at one graph and with one preparation of the solver."""
+    space = condition.oracles.space
+    with torch.enable_grad():
+        y, x = ([leaf.detach().requires_grad_(leaf.requires_grad) for leaf in each] for each in (ys, xs))
+        operator = _Jacobian(condition, y, x, transposed=True)
+    solver, found = condition.linear.prepare(operator, space), list[PartialLeaves]()
+    for b in cotangents:
+        solved = solver.solve(tuple(b))
+        condition.told(solved)
+        with spans.span(spans.MIXED):
+            mixed = autodiff.grad(operator.condition, x, solved.value, retain_graph=True)
+        found.append(tuple(None if leaf is None else -leaf for leaf in mixed))
+    return found
 
 
 def _here(
@@ -127,7 +152,8 @@ class _Jacobian(LinearOperator):
 
     def __init__(self, condition: Condition, ys: list[Tensor], xs: list[Tensor], *, transposed: bool) -> None:
         self.symmetric, self._transposed = condition.oracles.dynamics.symmetric, transposed
-        self._back = condition(ys, xs), ys
+        self.condition = condition(ys, xs)
+        self._back: tuple[Sequence[Tensor], Sequence[Tensor]] = self.condition, ys
         self._there: tuple[Sequence[Tensor], Sequence[Tensor]] | None = self._back if self.symmetric else None
 
     def matvec(self, v: Leaves) -> Leaves:

@@ -6,7 +6,8 @@
 | pulled | one sweep through the inner graph, with a graph of its own | both graphs |
 
 A node keeps what it was made of as autograd does (`save_for_backward`): what was changed in place since, or freed by an
-earlier backward, is autograd's own error. Cotangents that arrive under a torch.func.vmap are pulled one by one.
+earlier backward, is autograd's own error. Cotangents that arrive under a torch.func.vmap are pulled
+one by one, by what they can share.
 """
 
 from collections.abc import Sequence
@@ -18,10 +19,9 @@ from torch import Tensor
 from bilevel.engine import autodiff
 from bilevel.space.tree import PartialLeaves
 
-
 _BATCHED = (
     "the backward of bilevel.solution was given many cotangents at once (is_grads_batched=True, vectorize=True); write "
-    "bilevel.layer.jacobian(y, x), or torch.func.vmap over torch.autograd.grad"
+    "bilevel.layer.jacobian(y, x), or one torch.func.vmap over torch.autograd.grad"
 )
 
 
@@ -30,6 +30,9 @@ class Rule(Protocol):
 
     def pull(self, cotangents: Sequence[Tensor]) -> PartialLeaves:
         """Numbers, without a graph."""
+
+    def pull_many(self, rows: Sequence[Sequence[Tensor]]) -> list[PartialLeaves]:
+        """The same for several cotangents."""
 
     def differentiable(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
@@ -93,13 +96,33 @@ class _Numbers(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], rule: Rule, known: _Known, *cotangents: Tensor) -> Any:
-        rows = []
-        for row in range(info.batch_size):
+        def row(place: int) -> list[Tensor]:
             pairs = zip(cotangents, in_dims[2:], strict=True)
-            ws = [leaf if dim is None else leaf.select(dim, row) for leaf, dim in pairs]
-            rows.append(_Numbers.apply(rule, known, *ws))
-        found = tuple(torch.stack(leaves) for leaves in zip(*rows, strict=True))
-        return found, (0,) * len(found)
+            return [leaf if dim is None else leaf.select(dim, place) for leaf, dim in pairs]
+
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise NotImplementedError(_BATCHED)
+        found = rule.pull_many([row(place) for place in range(info.batch_size)])
+        known.places = [leaf is not None for leaf in found[0]]
+        stacked = [torch.stack(leaves) for leaves in zip(*map(_there, found), strict=True)]
+        return tuple(stacked), (0,) * len(stacked)
+
+
+def _there(leaves: PartialLeaves) -> list[Tensor]:
+    return [leaf for leaf in leaves if leaf is not None]
+
+
+def batched(output: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> PartialLeaves:
+    """The gradients of <w, output> for each row w of weights, by torch.func.vmap; the graph stays as it is."""
+    known = _Known()
+
+    def row(weight: Tensor) -> tuple[Tensor, ...]:
+        found = autodiff.grad([output], inputs, [weight], retain_graph=True)
+        known.places = [leaf is not None for leaf in found]
+        return tuple(_there(found))
+
+    given = iter(torch.func.vmap(row)(weights))
+    return tuple(next(given) if there else None for there in known.places)
 
 
 def pulled(

@@ -16,6 +16,7 @@ a length of its own (nu) has the same accuracy for every scale of a loss.
 
 import contextlib
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -29,7 +30,8 @@ from bilevel.estimators.base import Estimator, Instance, Known, Recorded
 from bilevel.estimators.run import estimated, looked_at
 from bilevel.hypergradient import most_telling, prepared
 from bilevel.layer.report import Report, Teller
-from bilevel.outcome import LinearSolution, NotTwiceDifferentiableError, Status, code_if, readable
+from bilevel.linear.base import LinearSolver
+from bilevel.outcome import LinearSolution, NotTwiceDifferentiableError, Status, code_if, readable, worst
 from bilevel.problem import Problem
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
@@ -197,20 +199,42 @@ class Backward:
             return found
         if linear is None:
             raise NotTwiceDifferentiableError(_ONCE.format(name=_written(self.estimator)))
-        solves: list[LinearSolution] = []
-
-        def told(solved: LinearSolution) -> None:
-            solves.append(solved)
-            stats = {"linear_residual": solved.residual, "linear_steps": solved.steps}
-            self.teller.tell(Report("differentiable backward", stats, solved.code))
-
         with self._as_before(), spans.span(spans.HYPERGRADIENT):
-            solution = self.known.solution
-            oracles = self.instance.facing(None, self.known, None).oracles
-            at = implied.Condition(oracles, solution.inner, solution.steps, linear, self.known.ended, told)
+            at = self._condition(linear, "differentiable backward")
             found = implied.product(at, outputs, inputs, cotangents)
         self.teller.tell(Report("differentiable backward", {}, self._code(found)))
         return found
+
+    def pull_many(self, rows: Sequence[Sequence[Tensor]]) -> list[PartialLeaves]:
+        """The estimates at several cotangents; where they are linear solves, they share one linearization."""
+        linear = self.estimator.adjoint_solver
+        if linear is None:
+            return [self.pull(row) for row in rows]
+        inner, constant = tree.tensors(self.known.solution.inner), self.instance.constant
+        with self._as_before(), spans.span(spans.HYPERGRADIENT):
+            ys, xs = (tree.tensors(tree.attach(each)) for each in (inner, self.instance.outer))
+            xs = [leaf.detach() if i in constant else leaf for i, leaf in enumerate(xs)]
+            found = implied.rows(self._condition(linear, "backward"), ys, xs, rows)
+        self.teller.tell(Report("backward", {"rows": len(rows)}, worst(*map(self._code, found))))
+        return found
+
+    def _condition(self, linear: LinearSolver, phase: str) -> implied.Condition:
+        """The stationarity condition at the solution; its solves are told of."""
+
+        def told(solved: LinearSolution) -> None:
+            stats = {"linear_residual": solved.residual, "linear_steps": solved.steps}
+            self.teller.tell(Report(phase, stats, solved.code))
+
+        solution, ambience = self.known.solution, self.ambience
+        return implied.Condition(
+            self.instance.facing(None, self.known, None).oracles,
+            solution.inner,
+            solution.steps,
+            linear,
+            self.known.ended,
+            contextlib.nullcontext if ambience is None else ambience.again,
+            told,
+        )
 
     @staticmethod
     def _code(found: PartialLeaves) -> Tensor:
@@ -233,5 +257,7 @@ def _scale(cotangents: Sequence[Tensor]) -> Tensor:
     """The power of two next to |w|; 0 for w = 0, and NaN where it is not finite."""
     wide = [leaf.detach().to(torch.promote_types(leaf.dtype, torch.float32)) for leaf in cotangents]
     size = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf) for leaf in wide]))
-    rounded = torch.exp2(torch.log2(torch.where(size > 0, size, 1.0)).round())
-    return torch.where(size.isfinite(), torch.where(size > 0, rounded, 0.0), torch.nan)
+    # (In the range of the narrowest of them.)
+    limit = math.log2(min(torch.finfo(leaf.dtype).max for leaf in cotangents)) - 2
+    power = torch.log2(torch.where(size > 0, size, 1.0)).round().clamp(-limit, limit)
+    return torch.where(size.isfinite(), torch.where(size > 0, torch.exp2(power), 0.0), torch.nan)

@@ -5,24 +5,25 @@
 
 | | cost, beside the one inner solve |
 | --- | --- |
-| jacobian(mode="reverse") | P backwards |
+| jacobian(mode="reverse") | P backwards; with chunk=P, of Implicit, 1 inner gradient and P solves |
 | jacobian(mode="forward") | Q products |
 | jvp | of Implicit: 1 linear solve with H, 3 inner gradients; of Unrolled("graph"): 2 sweeps through the steps |
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from bilevel.engine import autodiff
+from bilevel.engine import autodiff, layer
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
 
 _MODES = ("reverse", "forward")
 
 
-def jacobian(inner: Tree, outer: Tree, *, mode: str = "reverse") -> Tree:
+def jacobian(inner: Tree, outer: Tree, *, mode: str = "reverse", chunk: int = 1) -> Tree:
     """dy/dx of what `bilevel.solution` returned; the graph stays as it is.
 
     Args:
@@ -31,12 +32,16 @@ def jacobian(inner: Tree, outer: Tree, *, mode: str = "reverse") -> Tree:
         mode: "reverse" for rows, one backward of any estimator for each number of y; "forward" for columns, one `jvp`
             for each number of x, which needs an estimator that is differentiable again. Take the shorter way.
 
+        chunk: in reverse mode, how many rows at once, through torch.func.vmap: those of Implicit then share one
+            linearization and what its solver learns of it (the factors of Dense), and a network between x and `outer`
+            is mapped. 1 for one after another.
+
     Returns:
         A tree like inner of trees like outer of tensors of the shape of y and that of x one after the other, without a
         graph; zeros where nothing acts.
 
     Raises:
-        ValueError: inner has no graph, or `mode` is another word.
+        ValueError: inner has no graph, `mode` is another word, or `chunk` is no positive integer.
 
     Example:
         >>> import torch, bilevel as bl
@@ -48,14 +53,16 @@ def jacobian(inner: Tree, outer: Tree, *, mode: str = "reverse") -> Tree:
     """
     if mode not in _MODES:
         raise ValueError(f"jacobian() was given mode={mode!r}; one of {', '.join(map(repr, _MODES))} was needed")
+    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
+        raise ValueError(f"jacobian() was given chunk={chunk!r}; an integer of at least 1 was needed")
     ys, xs = _graphs("jacobian", inner, outer)
     blocks = [[torch.zeros((*y.shape, *x.shape), dtype=y.dtype, device=y.device) for x in xs] for y in ys]
     if mode == "reverse":
         for row, y in zip(blocks, ys, strict=True):
-            for i, unit in enumerate(_units(y) if y.requires_grad else ()):
-                for block, part in zip(row, autodiff.grad([y], xs, [unit], retain_graph=True), strict=True):
+            for low, parts in _rows(y, xs, chunk) if y.requires_grad else ():
+                for block, x, part in zip(row, xs, parts, strict=True):
                     if part is not None:
-                        block.view(y.numel(), *part.shape)[i] = part.detach()
+                        block.view(y.numel(), *x.shape)[low : low + chunk] = part.detach()
     else:
         for j, x in enumerate(xs):
             for i, unit in enumerate(_units(x) if x.requires_grad else ()):
@@ -107,6 +114,17 @@ def _graphs(who: str, inner: Tree, outer: Tree) -> tuple[list[Tensor], list[Tens
             f"outer tensors that require grad was needed, and those tensors"
         )
     return ys, xs
+
+
+def _rows(y: Tensor, xs: list[Tensor], chunk: int) -> Iterator[tuple[int, PartialLeaves]]:
+    """The first row of each chunk, and its rows."""
+    units = _units(y)
+    for low in range(0, y.numel(), chunk):
+        some = list(itertools.islice(units, chunk))
+        if chunk == 1:
+            yield low, autodiff.grad([y], xs, some, retain_graph=True)
+        else:
+            yield low, layer.batched(y, xs, torch.stack(some))
 
 
 def _pushed(ys: list[Tensor], xs: list[Tensor], directions: list[Tensor]) -> PartialLeaves:

@@ -7,9 +7,9 @@ import betty_programs as programs
 import pytest
 import torch
 from betty_programs import DOUBLE, Quiet, Vector, Watched, edges, problem, run, sgd
-from bilevel.integrations import betty
 
 import bilevel as bl
+from bilevel.integrations import betty
 
 PATH = pathlib.Path(__file__).resolve().parents[2] / "examples" / "three_levels.py"
 
