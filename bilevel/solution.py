@@ -112,6 +112,12 @@ def solution(
     if follow:
         _refuse(estimator, inner, batches)
 
+    if layer.has_tangent([*xs, *tree.tensors(inner), *given_in(dataclasses.replace(batches, outer=None))]):
+        raise ValueError(
+            "solution() was given a dual number of forward-mode differentiation, which its solver does not carry "
+            "along. Use bilevel.layer.jvp(y, x, direction), of an x that requires grad"
+        )
+
     def derivatives() -> Derivatives:
         return opened("solution", engine)
 

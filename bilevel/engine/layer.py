@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bilevel.engine import autodiff
 from bilevel.space.tree import PartialLeaves
@@ -38,6 +39,13 @@ class Rule(Protocol):
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
     ) -> PartialLeaves:
         """The same with its graph in all three."""
+
+
+def has_tangent(tensors: Sequence[Tensor]) -> bool:
+    """Whether one of them is a dual number of forward-mode differentiation."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(leaf).tangent is not None for leaf in tensors)
 
 
 def node(

@@ -72,3 +72,71 @@ def test_layers_within_layers_equal_bettys_program_of_three_levels(toy, solved):
         4,
     )
     torch.testing.assert_close(top.gradients[-1][0], gradient, rtol=1e-6, atol=0)
+
+
+START, NONE, STEPS = torch.zeros(2, dtype=DOUBLE), bl.Batches(None, None), bl.Descent(bl.SGD(0.3), 50)
+ESTIMATORS = {
+    "implicit": bl.Implicit(bl.CG(20, tol=1e-13)),
+    "graph": bl.Unrolled(),
+    "iterates": bl.Unrolled("iterates"),
+    "corrected": bl.FirstOrderCorrected(),
+}
+AGAIN = ("implicit", "graph")
+
+
+def nested(low):
+    """A middle problem whose inner loss has a solution of its own in it, not linear in anything."""
+    lowest = bl.Problem(
+        lambda z, y, b: (z - y).square().sum() / 2 + (z**4).sum() / 8 + z.square().sum() / 2, lambda z, y, b: z.sum()
+    )
+
+    def middle(y, x, batch):
+        z = bl.solution(lowest, y, START, NONE, solver=STEPS, estimator=ESTIMATORS[low])
+        return (y - x).square().sum() / 2 + z.square().sum() / 2 + (z * y).sum() / 4
+
+    return bl.Problem(middle, lambda y, x, b: y.sin().sum())
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    """By differences of the whole program."""
+    problem, x, found = nested("implicit"), torch.tensor([0.5, 1.0], dtype=DOUBLE), []
+    for i in range(2):
+        ends = []
+        for sign in (1, -1):
+            moved = x.clone()
+            moved[i] += sign * 1e-4
+            y = bl.adapt(problem, moved, START, NONE, solver=STEPS).inner
+            ends.append(y.sin().sum())
+        found.append((ends[0] - ends[1]) / 2e-4)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("mid", ESTIMATORS)
+@pytest.mark.parametrize("low", ESTIMATORS)
+def test_every_estimator_stands_above_every_other_or_says_why_not(low, mid, wanted):
+    """Those that need second derivatives of the middle loss need an estimator below that is differentiable again."""
+    problem, x = nested(low), torch.tensor([0.5, 1.0], dtype=DOUBLE, requires_grad=True)
+
+    def by_layer():
+        y = bl.solution(problem, x, START, NONE, solver=STEPS, estimator=ESTIMATORS[mid])
+        return torch.autograd.grad(y.sin().sum(), x)[0]
+
+    if low not in AGAIN and mid != "corrected":
+        with pytest.raises(bl.NotTwiceDifferentiableError, match="create_graph=True"):
+            by_layer()
+        return
+    torch.testing.assert_close(by_layer(), wanted, rtol=1e-6, atol=0)
+    if low in AGAIN:
+        hg = bl.hypergradient(problem, x, START, NONE, solver=STEPS, estimator=ESTIMATORS[mid])
+        torch.testing.assert_close(hg.grad, wanted, rtol=1e-6, atol=0)
+
+
+def test_levels_under_tasks_go_one_after_another_and_are_not_compiled():
+    problem, x = nested("implicit"), torch.tensor([0.5, 1.0], dtype=DOUBLE)
+    data, starts = bl.Batches(torch.zeros(2, 1), torch.zeros(2, 1)), torch.zeros(2, 2, dtype=DOUBLE)
+    with pytest.raises(ValueError, match=r"TaskMean\(estimator, chunk=1\)"):
+        bl.hypergradient(problem, x, starts, data, solver=STEPS, estimator=bl.TaskMean(bl.Unrolled()))
+    engine = bl.Compiled(backend="graph")
+    with pytest.raises(bl.NotTraceableError):
+        bl.hypergradient(problem, x, START, NONE, solver=STEPS, estimator=bl.Unrolled(), engine=engine)
