@@ -261,6 +261,11 @@ class Estimator(Strategy):
         """Whether it only hands parts of the instance to another estimator, each of which is checked by itself."""
         return False
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether `TaskMean` must take one task after another: the gradient in x of each is needed by itself."""
+        return False
+
     def missed(self, acts: str) -> str:
         """What to say where it returned None for outer tensors that act, which `acts` names with their paths; "" for
         the library's own words.
