@@ -38,3 +38,7 @@ from bilevel.estimators.reverse.first_order import FirstOrder as FirstOrder
 from bilevel.estimators.reverse.unrolled import Unrolled as Unrolled
 from bilevel.estimators.state import State as State
 from bilevel.estimators.state import per_task as per_task
+from bilevel.estimators.zeroth_order.evolution import EvolutionStrategies as EvolutionStrategies
+from bilevel.estimators.zeroth_order.partial import PZOBO as PZOBO
+from bilevel.estimators.zeroth_order.persistent import Particles as Particles
+from bilevel.estimators.zeroth_order.persistent import PersistentES as PersistentES
