@@ -151,9 +151,9 @@ def pulled(oracles: Oracles, center: Tree, strength: float) -> Callable[[int], A
     """The inner problem of g + strength/2 |y - center|^2."""
 
     def at(step: int) -> At:
-        def pull(inner: Tree) -> tuple[Tensor, PartialLeaves]:
+        def pull(inner: Tree) -> tuple[Tensor, Leaves]:
             away = apart(inner, center, strength)
-            return 0.5 / strength * oracles.space.dot(away, away), away  # type: ignore[arg-type]
+            return 0.5 / strength * oracles.space.dot(away, away), away
 
         def gradient(inner: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
             loss, g = oracles.inner_gradient(inner, step)
@@ -207,8 +207,9 @@ the side +nu that must be."""
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-    """The gap q between y and a lower point w, with its derivatives; `loss` is g(x, y), `floor` g(x, w), `height` g(x, y)
-    with what weight decay adds to it.
+    """The gap q between y and a lower point w, with its derivatives.
+
+    `loss` is g(x, y), `floor` g(x, w), `height` g(x, y) with what weight decay adds to it.
     """
 
     value: Tensor
@@ -260,11 +261,12 @@ def digits_left(weight: Tensor | float, part: PartialLeaves, grad: PartialLeaves
     noise, size = eps * weight * Space().norm(parts), Space().norm(whole)
     share = torch.where(noise > 0, size / torch.where(noise > 0, noise, 1.0), 1 / eps)
     digits = torch.log10(share.clamp(1.0, 1 / eps))
-    return digits, code_if(digits < _DIGITS, Status.INNER_UNSTABLE)
+    # (A gradient that an outer loop has brought to zero is below rounding as well: a small weight is no cause of that.)
+    return digits, code_if((digits < _DIGITS) & torch.as_tensor(eps * weight > _EATEN), Status.INNER_UNSTABLE)
 
 
-_DIGITS = 0.5
-"""Fewer decimal digits than these are none."""
+_DIGITS, _EATEN = 0.5, 1e-6
+"""Fewer decimal digits than these are none; the part of a gradient that rounding must take for it to be the cause."""
 
 
 # --- moves of y

@@ -1,7 +1,7 @@
 """BOME: y and x go down together, along the outer gradient and as much of the inner gap's as closes the gap.
 
     y_T: T inner steps from y,    q = g(x, y) - g(x, y_T)      (y_T held fixed)
-    m = max(phi - <grad f, grad q>, 0) / |grad q|^2,    phi = eta |grad q|^2 or eta q      (gradients in y and x at once)
+    m = max(phi - <grad f, grad q>, 0) / |grad q|^2,    phi = eta |grad q|^2 or eta q      (gradients in y and x)
     y <- y - rate (df/dy + m dq/dy),    x's direction: df/dx + m dq/dx
 
 | | inner gradients | outer gradients | HVPs | mixed | memory |

@@ -14,8 +14,8 @@ for copies that are accurate to less than their distance, which is O(1 / L). Sto
 Reference: Kwon, Kwon, Wright and Nowak 2023, A Fully First-Order Method for Stochastic Bilevel Optimization, arXiv
 2301.10945; the steps as in benchopt's benchmark_bilevel. Differences from peers: benchopt moves y along L dg/dy + df/dy
 with a step size of its own that must fall like 1 / L. Here both copies are moved by the inner optimizer of the solver,
-y along dg/dy + (df/dy) / L, so that one step size does for both and for every L. With a constant L, `FirstOrderCorrected(1
-/ L, "forward", warm_sides=True)` is the same number.
+y along dg/dy + (df/dy) / L, so that one step size does for both and for every L. With a constant L,
+`FirstOrderCorrected(1 / L, "forward", warm_sides=True)` is the same number.
 """
 
 import dataclasses

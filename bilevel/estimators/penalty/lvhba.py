@@ -293,6 +293,10 @@ class _Derived:
     constraint: Callable[[Tree, Tree, Any], Tensor]
     projection: Callable[[Tree, Tree, Any], Tree]
 
+    def __call__(self, inner: Tree, outer: Tree, batch: Any) -> Tensor:
+        """The loss."""
+        raise NotImplementedError
+
 
 class _Pair(_Derived):
     """The Lagrangian g + l G as a loss of the pair (w, l): its gradient in l is G."""

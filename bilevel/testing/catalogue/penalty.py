@@ -1,7 +1,41 @@
 """Estimators that perturb or penalize the inner loss, with first derivatives alone."""
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
 import bilevel as bl
-from bilevel.testing.catalogue.entry import GRADIENTS, Entry, Slope, counts
+from bilevel.testing.catalogue.entry import AT_SOLUTION, GRADIENTS, Entry, Slope, counts
+from bilevel.testing.catalogue.quadratic import Quadratic
+
+_SLOPE = (40.0, 80.0, 160.0)
+
+
+def _penalized(q: Quadratic, curvature: Tensor, weight: float) -> Tensor:
+    """The implicit hypergradient at the y that minimizes f + weight (y - y*)' curvature (y - y*) / 2."""
+    eye = torch.eye(len(q.H), dtype=q.H.dtype)
+    return q.implicit(torch.linalg.solve(eye + weight * curvature, q.t + weight * curvature @ q.solution))
+
+
+def _envelope(q: Quadratic, gamma: float) -> Tensor:
+    """The curvature of g less that of its Moreau envelope: gamma H^2 / (1 + gamma H)."""
+    return q.mapped(lambda h: gamma * h**2 / (1 + gamma * h))
+
+
+def _square(y: Any) -> Tensor:
+    return torch.stack([leaf.square().sum() for leaf in torch.utils._pytree.tree_leaves(y)]).sum()
+
+
+def _far(y: Any, x: Any, batch: Any) -> Tensor:
+    """A ball that no solution comes near."""
+    return _square(y) - 1e8
+
+
+def _onto_far(y: Any, x: Any, batch: Any) -> Any:
+    scale = (1e8 / _square(y).clamp_min(1.0)).clamp_max(1.0).sqrt()
+    return torch.utils._pytree.tree_map(lambda leaf: scale * leaf, y)
+
 
 ENTRIES = (
     Entry(
@@ -46,5 +80,65 @@ ENTRIES = (
         sees=GRADIENTS,
         solves=lambda steps: 2 * steps,
         bias="nu^2",
+    ),
+    Entry(
+        "f2sa",
+        bl.estimators.F2SA(10.0),
+        target="solution",
+        calls=lambda steps, products: counts(2 * steps + 2, steps + 1, 0, 0),
+        memory="constant",
+        sees=GRADIENTS,
+        bias="1 / multiplier",
+        on_quadratic=lambda q: _penalized(q, q.H, 10.0),
+        slope=Slope("multiplier", -1, bl.estimators.F2SA, _SLOPE),
+        settles=2,
+    ),
+    Entry(
+        "pbgd",
+        bl.estimators.PBGD(10.0),
+        target="solution",
+        calls=lambda steps, products: counts(steps + 2, 1, 0, 0),
+        memory="constant",
+        sees=GRADIENTS,
+        bias="1 / gamma",
+        on_quadratic=lambda q: _penalized(q, q.H, 10.0),
+        slope=Slope("gamma", -1, bl.estimators.PBGD, _SLOPE),
+        settles=110,
+    ),
+    Entry(
+        "pbgd, gradient norm",
+        bl.estimators.GradientNormPBGD(10.0, rate=0.1),
+        target="solution",
+        # A gradient for its value, one for its graph, and one sweep for both products, at each move.
+        calls=lambda steps, products: counts(2 * max(steps, 1), max(steps, 1), 0, max(steps, 1)),
+        memory="constant",
+        sees=AT_SOLUTION,
+        bias="1 / gamma",
+        on_quadratic=lambda q: _penalized(q, 2 * q.H @ q.H, 10.0),
+        slope=Slope("gamma", -1, lambda gamma: bl.estimators.GradientNormPBGD(gamma, rate=0.05), _SLOPE),
+        settles=8,
+    ),
+    Entry(
+        "meha",
+        bl.estimators.MEHA(10.0, gamma=10.0),
+        target="solution",
+        calls=lambda steps, products: counts(steps + 2, 1, 0, 0),
+        memory="constant",
+        sees=GRADIENTS,
+        bias="1 / c",
+        on_quadratic=lambda q: _penalized(q, _envelope(q, 10.0), 10.0),
+        slope=Slope("c", -1, lambda c: bl.estimators.MEHA(c, gamma=10.0), _SLOPE),
+        settles=140,
+    ),
+    Entry(
+        "lv-hba",
+        bl.estimators.LVHBA(_far, _onto_far, 10.0, gamma=10.0),
+        target="solution",
+        calls=lambda steps, products: counts(steps + 3, 1, 0, 0),
+        memory="constant",
+        sees=GRADIENTS,
+        bias="1 / c",
+        on_quadratic=lambda q: _penalized(q, _envelope(q, 10.0), 10.0),
+        settles=140,
     ),
 )
