@@ -23,6 +23,16 @@ def _envelope(q: Quadratic, gamma: float) -> Tensor:
     return q.mapped(lambda h: gamma * h**2 / (1 + gamma * h))
 
 
+def _barrier(q: Quadratic, eta: float) -> Tensor:
+    """The hypergradient of BOME where y rests: f + m g has its minimum there, and m is that of the barrier."""
+    eye, found = torch.eye(len(q.H), dtype=q.H.dtype), torch.as_tensor(eta, dtype=q.H.dtype)
+    for _ in range(200):
+        away = torch.linalg.solve(found * q.H + eye, q.t - q.solution)
+        q_y, q_x = q.H @ away, -q.C.T @ away
+        found = eta * (q_y @ q_y + q_x @ q_x) / (q_x @ q_x + q.d @ q_x / found)
+    return q.d + found * q_x
+
+
 def _square(y: Any) -> Tensor:
     return torch.stack([leaf.square().sum() for leaf in torch.utils._pytree.tree_leaves(y)]).sum()
 
@@ -94,16 +104,27 @@ ENTRIES = (
         settles=2,
     ),
     Entry(
+        "bome",
+        bl.estimators.BOME(5.0, rate=0.12),
+        target="solution",
+        calls=lambda steps, products: counts(steps + 2, 1, 0, 0),
+        memory="constant",
+        sees=GRADIENTS,
+        bias="1 / eta",
+        on_quadratic=lambda q: _barrier(q, 5.0),
+        settles=80,
+    ),
+    Entry(
         "pbgd",
-        bl.estimators.PBGD(10.0),
+        bl.estimators.PBGD(10.0, rate=0.9),
         target="solution",
         calls=lambda steps, products: counts(steps + 2, 1, 0, 0),
         memory="constant",
         sees=GRADIENTS,
         bias="1 / gamma",
         on_quadratic=lambda q: _penalized(q, q.H, 10.0),
-        slope=Slope("gamma", -1, bl.estimators.PBGD, _SLOPE),
-        settles=110,
+        slope=Slope("gamma", -1, lambda gamma: bl.estimators.PBGD(gamma, rate=0.9), _SLOPE[1:]),
+        settles=36,
     ),
     Entry(
         "pbgd, gradient norm",
@@ -115,30 +136,30 @@ ENTRIES = (
         sees=AT_SOLUTION,
         bias="1 / gamma",
         on_quadratic=lambda q: _penalized(q, 2 * q.H @ q.H, 10.0),
-        slope=Slope("gamma", -1, lambda gamma: bl.estimators.GradientNormPBGD(gamma, rate=0.05), _SLOPE),
-        settles=8,
+        slope=Slope("gamma", -1, lambda gamma: bl.estimators.GradientNormPBGD(gamma, rate=0.1), _SLOPE[1:]),
+        settles=4,
     ),
     Entry(
         "meha",
-        bl.estimators.MEHA(10.0, gamma=10.0),
+        bl.estimators.MEHA(10.0, gamma=10.0, rate=0.9),
         target="solution",
         calls=lambda steps, products: counts(steps + 2, 1, 0, 0),
         memory="constant",
         sees=GRADIENTS,
         bias="1 / c",
         on_quadratic=lambda q: _penalized(q, _envelope(q, 10.0), 10.0),
-        slope=Slope("c", -1, lambda c: bl.estimators.MEHA(c, gamma=10.0), _SLOPE),
-        settles=140,
+        slope=Slope("c", -1, lambda c: bl.estimators.MEHA(c, gamma=10.0, rate=0.9), _SLOPE[1:]),
+        settles=48,
     ),
     Entry(
         "lv-hba",
-        bl.estimators.LVHBA(_far, _onto_far, 10.0, gamma=10.0),
+        bl.estimators.LVHBA(_far, _onto_far, 10.0, gamma=10.0, rate=0.9),
         target="solution",
         calls=lambda steps, products: counts(steps + 3, 1, 0, 0),
         memory="constant",
         sees=GRADIENTS,
         bias="1 / c",
         on_quadratic=lambda q: _penalized(q, _envelope(q, 10.0), 10.0),
-        settles=140,
+        settles=40,
     ),
 )
