@@ -33,13 +33,15 @@ from bilevel.estimators.penalty.base import (
     check_schedule,
     combined,
     first_call,
+    move_health,
     moved,
+    present,
     rest,
     start_of,
     step_rate,
 )
 from bilevel.estimators.state import State, per_task
-from bilevel.outcome import Solution, Status, code_if
+from bilevel.outcome import Solution, Status, code_if, worst
 from bilevel.space import tree
 from bilevel.space.tree import Leaves, PartialLeaves, Tree
 
@@ -121,19 +123,22 @@ class GradientNormPBGD(Estimator):
         y = after = tree.detach(state.inner)
         if not isinstance(instance.batches.inner, PerStep):
             oracles.embedding(0)
-        first: Tensor | None = None
+        last: tuple[Tensor, Tensor] | None = None
+        code: Tensor | int = 0
         with spans.span(spans.HYPERGRADIENT):
             for step in range(max(instance.solver.max_steps, 1)):
                 y = after
                 at = self._at(instance, y, step, gamma)
-                first = at.value if first is None else first
+                unstable = 0 if last is None or not instance.steady else move_health(last[1], last[0], at.value, y)
+                code = worst(code, unstable)
                 after = moved(y, at.in_inner, rate) if instance.solver.max_steps else y
+                last = at.value, rate * oracles.space.norm(present(at.in_inner)).square()
             return instance.finish(
                 Solution(y, step + 1, 0),
                 at.in_outer,
                 at.outer_loss,
                 inner_loss=at.loss,
-                codes=[code_if(~tree.finite(after), Status.DIVERGED), _rose(first, at.value, steady=instance.steady)],
+                codes=[code, code_if(~tree.finite(after), Status.DIVERGED)],
                 stats={"inner_steps": instance.solver.max_steps, "gamma": gamma, "penalty": at.penalty},
                 state=GradientNormPBGDState(after, state.calls + 1),
                 next_inner=after,
@@ -171,8 +176,3 @@ class _Penalized:
 
 def _filled(leaves: PartialLeaves, y: Tree) -> Leaves:
     return tuple(torch.zeros_like(b) if a is None else a for a, b in zip(leaves, tree.tensors(y), strict=True))
-
-
-def _rose(first: Tensor | None, last: Tensor, *, steady: bool) -> Tensor | int:
-    """INNER_ROSE where the penalized loss more than doubled over the moves of a call."""
-    return code_if(last > first + first.abs(), Status.INNER_ROSE) if steady and first is not None else 0

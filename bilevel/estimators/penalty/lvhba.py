@@ -10,7 +10,9 @@
 
 | | inner gradients | outer gradients | HVPs | mixed | memory |
 | --- | --- | --- | --- | --- | --- |
-| LVHBA | K + 3 | 1 | 0 | 0 | y, w, p, a gradient, l and z, one graph; independent of K |
+| LVHBA | K + 2 | 1 | 0 | 0 | y, w, p, a gradient, l and z, one graph; independent of K |
+
+and K + 2 gradients of the constraint, and three projections.
 
 Wins: constraints of the lower level that x enters, where the solution has no derivative that an implicit method finds
 without the active set. First derivatives alone.
@@ -46,14 +48,12 @@ from bilevel.estimators.penalty.base import (
     digits_left,
     first_call,
     moved,
-    pull_of,
     rest,
     start_of,
     step_rate,
 )
 from bilevel.estimators.state import State, per_task
 from bilevel.outcome import Solution, Status, code_if, readable
-from bilevel.problem import Problem, Pulled
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
 
@@ -105,8 +105,8 @@ class LVHBA(Estimator):
     Raises:
         TypeError: the constraint returned something else than a floating tensor.
         ValueError: an argument is out of range, no step size is known, the solver stops by itself, x enters the
-            constraint and not the projection, the problem is a `proximal` one, the solver's dynamics is no optimizer
-            that says where it rests, or x enters only through Problem.init or a hyper-parameter.
+            constraint and not the projection, the projection ends off the constraint, the solver's dynamics is no
+            optimizer that says where it rests, or x enters only through Problem.init or a hyper-parameter.
 
     Example:
         y in argmin (y - x)^2 / 2 with y <= 1 is 1 at x = 3, and no longer moves with x: dF/dx = x - 2.
@@ -168,21 +168,21 @@ class LVHBA(Estimator):
         at = oracles.point(max(steps - 1, 0))
         y = at.apply(self.projection, tree.detach(state.inner))
         with spans.span(spans.INNER):
-            lagrangian = self._oracles(instance, "lagrangian", _Pair)
-            w, multipliers = self._saddle(instance, lagrangian, tree.detach(state.proximal), y, state)
+            w, multipliers = self._saddle(instance, tree.detach(state.proximal), y, state, rate)
         with spans.span(spans.HYPERGRADIENT):
             before = oracles.generators.peek()
-            _, w_x = lagrangian.inner_gradient_in_outer({"inner": w, "multipliers": multipliers}, steps)
+            _, w_x = oracles.inner_gradient_in_outer(w, steps)
             oracles.generators.set(before)
             loss, g_y, g_x = oracles.inner_gradients(y, steps)
             outer_loss, f_y, f_x = oracles.outer_gradient(y)
             g = rest(instance, y, g_y)
-            direction = combined(1 / c, f_y, combined(-1.0, pull_of(y, w, 1 / self.gamma, g), g))
+            direction = combined(1 / c, f_y, combined(-1.0, apart(y, w, 1 / self.gamma), g))
             free = moved(y, direction, rate)
             after = tree.detach(at.apply(self.projection, free))
-            _, pressed = self._oracles(instance, "distance", _Distance).inner_gradient_in_outer(free, steps)
+            held = self._in_outer(instance, _Held, {"inner": w, "multipliers": multipliers}, steps)
+            pressed = self._in_outer(instance, _Distance, free, steps)
             self._check_projection(instance, free, after, pressed)
-            between = combined(1 / rate, pressed, combined(-1.0, w_x, g_x))
+            between = combined(1 / rate, pressed, combined(-1.0, held, combined(-1.0, w_x, g_x)))
             grad = combined(c, between, f_x)
             center = self._clipped(
                 state.center + self._rate_dual(rate) / self.gamma_dual * (multipliers - state.center)
@@ -199,22 +199,24 @@ class LVHBA(Estimator):
                 next_inner=after,
             )
 
-    def _saddle(
-        self, instance: Instance, lagrangian: Oracles, w: Tree, y: Tree, state: LVHBAState
-    ) -> tuple[Tree, Tensor]:
+    def _saddle(self, instance: Instance, w: Tree, y: Tree, state: LVHBAState, rate: float) -> tuple[Tree, Tensor]:
         """K steps down in w and up in the multipliers."""
-        oracles, multipliers = instance.oracles, state.multipliers
+        oracles, constraint, multipliers = instance.oracles, self._oracles(instance, _Held), state.multipliers
         moving, count = oracles.begin(w), len(tree.tensors(w))
         for step in range(instance.solver.max_steps):
-            loss, found = lagrangian.inner_gradient({"inner": w, "multipliers": multipliers}, step)
-            away = apart(w, y, 1 / self.gamma)
-            down = tuple(None if g is None else g + a for g, a in zip(found[:count], away, strict=True))
-            here = _known(oracles, step, loss, down)
-            up = found[count]
-            w, moving = oracles.step(w, moving, here)
-            pull = (multipliers - state.center) / self.gamma_dual
-            rate = self._rate_dual(step_rate(self, instance, self.rate))
-            multipliers = self._clipped(multipliers + rate * ((0.0 if up is None else up) - pull))
+            loss, g = oracles.inner_gradient(w, step)
+            with spans.unheard(), oracles.generators.kept():
+                _, held = constraint.inner_gradient({"inner": w, "multipliers": multipliers}, step)
+            away = combined(1.0, apart(w, y, 1 / self.gamma), held[:count])
+            idle = [a is None and b is None for a, b in zip(g, held[:count], strict=True)]
+            down = tuple(None if i else d for i, d in zip(idle, combined(1.0, g, away), strict=True))
+            value, pull = held[count], (multipliers - state.center) / self.gamma_dual
+            w, moving = oracles.step(w, moving, _known(oracles, step, loss, down))
+            # Of a tensor that neither uses, the nearest point to y is y.
+            three = zip(idle, tree.tensors(w), tree.tensors(y), strict=True)
+            w = tree.like(w, [b if i else a for i, a, b in three]) if any(idle) else w
+            up = -pull if value is None else value - pull
+            multipliers = self._clipped(multipliers + self._rate_dual(rate) * up)
         return w, multipliers
 
     def _rate_dual(self, rate: float) -> float:
@@ -237,11 +239,6 @@ class LVHBA(Estimator):
         return value.reshape(value.shape[0], -1).amax(1) if instance.tasks is not None else value.amax()
 
     def _check(self, instance: Instance) -> None:
-        if isinstance(instance.problem.inner_loss, Pulled):
-            raise ValueError(
-                "LVHBA was given a proximal problem, and has a proximal term of its own. Pass the problem that "
-                "bilevel.proximal was given"
-            )
         if not instance.solver.fixed:
             raise ValueError(
                 f"LVHBA moves y and its multipliers together, and {type(instance.solver).__name__} would stop by the "
@@ -255,10 +252,7 @@ class LVHBA(Estimator):
         asked = instance.problem.memo.setdefault(("projections", id(self.projection)), [])
         if asked:
             return
-        generators = instance.oracles.generators
-        before = generators.peek()
-        with spans.unheard():
-            _, acts = self._oracles(instance, "constraint", _Total).inner_gradient_in_outer(free, 1)
+        acts = self._in_outer(instance, _Total, free, 1)
         names = tree.names(instance.outer)
         lost = [name for name, a, b in zip(names, acts, pressed, strict=True) if a is not None and b is None]
         if lost:
@@ -267,9 +261,10 @@ class LVHBA(Estimator):
                 f"how the constraint presses on x would be lost. Project on the constraint at `outer`, with torch's "
                 f"own operators, without .detach() or torch.no_grad()"
             )
-        off, size = self._violation(instance, after), self._values(instance, free).abs()
-        generators.set(before)
-        if readable(off) and size.numel() and bool(off.max() > 1e-3 * (1 + size.max())):
+        with instance.oracles.generators.kept():
+            off, size = self._violation(instance, after), self._values(instance, free).abs()
+        wrong = off.max() > 1e-3 * (1 + size.max())
+        if readable(wrong) and bool(wrong):
             raise ValueError(
                 f"LVHBA's projection ends where its constraint is {float(off.max()):.3g}; at most 0 "
                 f"({'in absolute value, ' if self.equality else ''}up to rounding) was needed. It must return the "
@@ -277,19 +272,23 @@ class LVHBA(Estimator):
             )
         asked.append(self.projection)  # (kept, so that its id stays its own)
 
-    def _oracles(self, instance: Instance, name: str, loss: type["_Derived"]) -> Oracles:
-        """The oracles of a loss made of the problem's; remembered with the problem, as an engine's work is."""
-        key = (name, id(self.constraint), id(self.projection))
+    def _oracles(self, instance: Instance, loss: type["_Derived"]) -> Oracles:
+        """The oracles of a loss made of the constraint; remembered with the problem, as an engine's work is."""
+        key = (loss.__name__, id(self.constraint), id(self.projection))
         if key not in instance.problem.memo:
-            made = loss(instance.problem, self.constraint, self.projection)
+            made = loss(self.constraint, self.projection)
             instance.problem.memo[key] = dataclasses.replace(instance.problem, inner_loss=made, init=None)
         problem, start = instance.problem.memo[key], instance.oracles.start()
         return dataclasses.replace(instance, problem=problem, inner=start).oracles
 
+    def _in_outer(self, instance: Instance, loss: type["_Derived"], point: Tree, steps: int) -> PartialLeaves:
+        """The gradient in x of a loss made of the constraint."""
+        with spans.unheard(), instance.oracles.generators.kept():
+            return self._oracles(instance, loss).inner_gradient_in_outer(point, steps)[1]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Derived:
-    problem: Problem
     constraint: Callable[[Tree, Tree, Any], Tensor]
     projection: Callable[[Tree, Tree, Any], Tree]
 
@@ -298,27 +297,26 @@ class _Derived:
         raise NotImplementedError
 
 
-class _Pair(_Derived):
-    """The Lagrangian g + l G as a loss of the pair (w, l): its gradient in l is G."""
+class _Held(_Derived):
+    """l G as a loss of the pair (w, l): its gradient in l is G."""
 
-    def __call__(self, pair: Tree, outer: Tree, batch: Any) -> Tensor:
-        value = self.constraint(pair["inner"], outer, batch)
-        return self.problem.inner_loss(pair["inner"], outer, batch) + (pair["multipliers"] * value).sum()
+    def __call__(self, inner: Tree, outer: Tree, batch: Any) -> Tensor:
+        return (inner["multipliers"] * self.constraint(inner["inner"], outer, batch)).sum()
 
 
 class _Distance(_Derived):
     """|p - P(p, x)|^2 / 2: its derivative in x is the pressure of the constraint times that of the constraint."""
 
-    def __call__(self, point: Tree, outer: Tree, batch: Any) -> Tensor:
-        near = tree.tensors(self.projection(point, outer, batch))
-        return torch.stack([(a - b).square().sum() for a, b in zip(tree.tensors(point), near, strict=True)]).sum() / 2
+    def __call__(self, inner: Tree, outer: Tree, batch: Any) -> Tensor:
+        near = tree.tensors(self.projection(inner, outer, batch))
+        return torch.stack([(a - b).square().sum() for a, b in zip(tree.tensors(inner), near, strict=True)]).sum() / 2
 
 
 class _Total(_Derived):
     """The sum of the constraint, to see what it depends on."""
 
-    def __call__(self, point: Tree, outer: Tree, batch: Any) -> Tensor:
-        return self.constraint(point, outer, batch).sum() + 0 * sum(leaf.sum() for leaf in tree.tensors(point))
+    def __call__(self, inner: Tree, outer: Tree, batch: Any) -> Tensor:
+        return self.constraint(inner, outer, batch).sum()
 
 
 def _known(oracles: Oracles, step: int, loss: Tensor, gradient: PartialLeaves) -> At:
