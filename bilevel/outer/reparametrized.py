@@ -192,7 +192,8 @@ def reparametrized(problem: P, outer: Tree, maps: Maps) -> tuple[P, Tree]:
     for name, x, u, again in zip(
         tree.names(outer), tree.tensors(outer), tree.tensors(free), tree.tensors(back), strict=True
     ):
-        close = torch.allclose(again.double(), x.detach().double(), rtol=64 * torch.finfo(x.dtype).eps, atol=1e-30)
+        digits = 64 * torch.finfo(x.dtype).eps
+        close = torch.allclose(again.double(), x.detach().double(), rtol=digits, atol=digits)
         if not bool(u.isfinite().all()) or not close:
             raise ValueError(
                 f"reparametrized() was given an outer variable whose {name} is not in the (open) set of its map; start "

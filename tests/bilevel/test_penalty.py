@@ -1,4 +1,4 @@
-"""The penalty methods: their known answers, the same steps written by hand, weight decay, tasks, and what they refuse."""
+"""The penalty methods: known answers, the same steps written by hand, weight decay, tasks, and what they refuse."""
 
 import dataclasses
 import itertools
@@ -81,11 +81,13 @@ SETTLED = {
 @pytest.mark.parametrize("name", SETTLED)
 def test_where_y_has_settled_the_bias_is_that_of_a_penalty(name, strength):
     make, strong = SETTLED[name]
-    hg = called(make(strength), 100, steps=40)
+    hg = called(make(strength), 90, steps=40 if name == "bome" else 8)
     factor = strong(strength) / (1 + strong(strength))
     assert hg.grad.item() == pytest.approx(0.25 * factor, rel=1e-9)
     assert hg.status is bl.Status.OK
     assert hg.next_inner.item() == pytest.approx(hg.inner.item(), abs=1e-10)
+    assert hg.stats["unsettled"].item() < 1e-6
+    assert called(make(strength), 1, y=5.0).stats["unsettled"].item() > 0.5
 
 
 def net():
@@ -145,7 +147,7 @@ def by_hand(method, problem, x, y, calls, K, lr, rate):
         elif method == "gradient norm":
             for _ in range(K):
 
-                def penalized(y, x, b):
+                def penalized(y, x, b, c=c):
                     norm = [v.square().sum() for v in torch.autograd.grad(g(y, x, b), [*y.values()], create_graph=True)]
                     return f(y, x, b) + c * sum(norm)
 
@@ -258,7 +260,7 @@ def test_lvhba_reaches_the_known_optimum_of_its_toy(equality):
     estimator = LVHBA(
         constraint,
         projection,
-        Polynomial(1.0, 1.2, limit=100.0),
+        Polynomial(1.0, 0.7, limit=50.0),
         gamma=10.0,
         gamma_dual=10.0,
         rate=0.2,
@@ -266,7 +268,7 @@ def test_lvhba_reaches_the_known_optimum_of_its_toy(equality):
         equality=equality,
     )
     x, state, history = number(2.0), None, []
-    for _ in range(700):
+    for _ in range(600):
         hg = bl.hypergradient(
             problem,
             x,
@@ -276,7 +278,7 @@ def test_lvhba_reaches_the_known_optimum_of_its_toy(equality):
             estimator=estimator,
             state=state,
         )
-        state, x = hg.state, x - 0.05 * hg.grad / hg.stats["c"] ** 0.5
+        state, x = hg.state, x - 0.1 * hg.grad / hg.stats["c"]
         history.append(hg.status)
     assert x.item() == pytest.approx(-0.3, abs=3e-3)
     torch.testing.assert_close(hg.inner, torch.tensor([0.7, -0.4], dtype=D), atol=5e-3, rtol=0)
@@ -311,7 +313,7 @@ def test_what_is_no_projection_on_the_constraint_is_refused():
         call(lambda y, x, b: projection(y, x.detach(), b))
     with pytest.raises(ValueError, match="ends where its constraint is"):
         call(lambda y, x, b: y + 0 * x)
-    with pytest.raises(TypeError, match="constraint returned a tensor of torch.bool"):
+    with pytest.raises(TypeError, match=r"constraint returned a tensor of torch\.bool"):
         call(projection, lambda y, x, b: y.sum() > x)
     with pytest.raises(ValueError, match="would stop by the gradient of y alone"):
         call(projection, solver=bl.Converge(bl.SGD(0.1)))
@@ -378,9 +380,9 @@ def test_a_tensor_that_the_inner_loss_does_not_use_follows_the_outer_loss(method
         lambda y, x, b: (y["a"] - 1).square().sum() + (y["free"] - 2).square().sum(),
     )
     inner, state, x = {"a": torch.zeros(2, dtype=D), "free": torch.zeros(2, dtype=D)}, None, number(0.3)
-    for _ in range(250):
-        estimator = dataclasses.replace(METHODS[method], **{} if method == "f2sa" else {"rate": 0.25})
-        estimator = dataclasses.replace(estimator, **{} if method != "bome" else {"rate": 0.02})
+    for _ in range(120):
+        rate = {"f2sa": {}, "bome": {"rate": 0.02}, "gradient norm": {"rate": 0.1}}.get(method, {"rate": 0.25})
+        estimator = dataclasses.replace(METHODS[method], **rate)
         hg = bl.hypergradient(
             problem, x, inner, NONE, solver=bl.Descent(bl.SGD(0.2), 2), estimator=estimator, state=state
         )
@@ -417,14 +419,14 @@ def test_minibatches_and_a_moving_x_arrive_near_the_optimum(method):
         lambda y, x, b: (y - x + b).square().sum(), lambda y, x, b: (y - target).square().sum() + 0.1 * x.square().sum()
     )
     strong = {
-        "f2sa": F2SA(Ramp(5.0, 50.0, 60)),
-        "bome": BOME(5.0, rate=0.03),
-        "pbgd": PBGD(Ramp(5.0, 50.0, 60)),
-        "gradient norm": GradientNormPBGD(Ramp(5.0, 50.0, 60), rate=0.05),
-        "meha": MEHA(Ramp(5.0, 50.0, 60)),
-        "lv-hba": inactive(Ramp(5.0, 50.0, 60)),
+        "f2sa": F2SA(Ramp(2.0, 10.0, 60)),
+        "bome": BOME(1.0, rate=0.03),
+        "pbgd": PBGD(Ramp(2.0, 10.0, 60)),
+        "gradient norm": GradientNormPBGD(Ramp(1.0, 3.0, 60), rate=0.1),
+        "meha": MEHA(Ramp(2.0, 10.0, 60)),
+        "lv-hba": inactive(Ramp(2.0, 10.0, 60)),
     }[method]
-    noise = 0.05 * torch.randn(200, 2, 2, generator=torch.Generator().manual_seed(0), dtype=D)
+    noise = 0.01 * torch.randn(200, 2, 2, generator=torch.Generator().manual_seed(0), dtype=D)
     x = torch.zeros(2, dtype=D, requires_grad=True)
     loop = bl.iterate(
         problem,
@@ -433,22 +435,24 @@ def test_minibatches_and_a_moving_x_arrive_near_the_optimum(method):
         (bl.Batches(bl.PerStep(list(each - each.mean(0))), None) for each in noise),
         solver=bl.Descent(bl.SGD(0.2), 2),
         estimator=strong,
-        optimizer=torch.optim.SGD([x], lr=0.05),
+        optimizer=torch.optim.SGD([x], lr=0.04),
     )
     for step in loop:
         assert not step.hypergradient.status.failed
-    torch.testing.assert_close(x.detach(), target / 1.1, atol=0.08, rtol=0)
+    torch.testing.assert_close(x.detach(), target / 1.1, atol=0.12 if method == "bome" else 0.06, rtol=0)
 
 
 # Wrong numbers
 
 
 def test_a_multiplier_that_leaves_no_digits_is_said():
-    problem, x, inner = net()
-    x, inner = ({k: v.float() for k, v in each.items()} for each in (x, inner))
+    _, x, inner = net()
+    x, inner = {"w": x["w"].float()}, {k: v.float() for k, v in inner.items()}
     A = torch.randn(6, 4, generator=torch.Generator().manual_seed(3)).double()
     single = bl.Problem(
-        lambda y, x, b: (x["w"].sigmoid() * (A.to(y["a"]) @ y["a"] - y["b"]).square()).mean() + y["a"].square().sum(),
+        lambda y, x, b: (
+            (x["w"].sigmoid() * (A.to(y["a"]) @ y["a"] - y["b"]).square()).mean() + (y["a"] - 1).square().sum()
+        ),
         lambda y, x, b: (A.to(y["a"]) @ y["a"] - 1).square().mean(),
     )
     for estimator in (F2SA(1e8), PBGD(1e8, rate=0.1), MEHA(1e8, rate=0.1)):
@@ -516,9 +520,9 @@ def test_paths_that_a_penalty_cannot_see_are_refused(method):
     learned = bl.Problem(lambda y, x, b: (y - 1) ** 2, lambda y, x, b: y**2)
     with pytest.raises(ValueError, match="a hyper-parameter of the inner optimizer"):
         called(METHODS[method], 1, problem=learned, optimizer=bl.SGD(lr=lambda x: x.exp()))
-    with pytest.raises(ValueError, match=r"state.*pass state=None|Pass state=None|was needed"):
-        other = called(METHODS[method], 1).state
-        wrong = next(each for name, each in METHODS.items() if name != method and "norm" not in name)
+    other = called(METHODS[method], 1).state
+    wrong = next(each for name, each in METHODS.items() if name != method)
+    with pytest.raises(ValueError, match="of its own last call was needed"):
         bl.hypergradient(SCALAR, number(1.0), number(0.0), NONE, solver=solver, estimator=wrong, state=other)
 
 

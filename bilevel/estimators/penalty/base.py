@@ -301,6 +301,16 @@ def moved(inner: Tree, direction: PartialLeaves, rate: float) -> Tree:
     return tree.like(inner, [y if d is None else torch.add(y, d, alpha=-rate) for y, d in pairs])
 
 
+def unsettled(space: Space, inner: Tree, after: Tree, rate: float, f_y: PartialLeaves) -> Tensor:
+    """How far y is from rest, in [0, 1], per task: what moves it, d = (inner - after) / rate, as |d| / (|d| + |df/dy|).
+
+    At rest df/dy is held by the penalty; near 1 y lags behind x, and what it lags, times the penalty, is the estimate.
+    """
+    drive = space.norm(apart(inner, after, 1 / rate))
+    whole = drive + space.norm(present(f_y))
+    return torch.where(whole > 0, drive / torch.where(whole > 0, whole, 1.0), 0.0)
+
+
 def move_health(promised: Tensor, before: Tensor, after: Tensor, inner: Tree) -> Tensor:
     """DIVERGED for a y that is not finite; INNER_UNSTABLE where a step gained nothing of what it promised.
 

@@ -39,6 +39,7 @@ from bilevel.estimators.penalty.base import (
     present,
     start_of,
     step_rate,
+    unsettled,
 )
 from bilevel.estimators.state import State, per_task
 from bilevel.space import tree
@@ -74,7 +75,8 @@ class BOME(Estimator):
     State: `BOMEState`, the moved y, which takes the place of `inner` and of Problem.init.
 
     The adapted `hg.inner` is the y that the direction was taken at, and the losses are those at it. Stats:
-    `multiplier`; `gap`, q; `digits`, the decimal digits that rounding leaves.
+    `multiplier`; `gap`, q; `digits`, the decimal digits that rounding leaves;
+    `unsettled`, in [0, 1]: 0 where y rests, near 1 where it is the lag of y that is seen, and no hypergradient.
 
     Memory: independent of K. Tasks are taken one after another: the multiplier of each needs its own gradient in x.
 
@@ -139,6 +141,7 @@ class BOME(Estimator):
             value_after = penalized_value(instance, after, found.steps, multiplier)
             oracles.generators.set(drawn)
             promised = rate * oracles.space.norm(present(direction)).square()
+            lag = unsettled(oracles.space, y, after, rate, f_y)
             digits, rounded = digits_left(multiplier, between.lower_in_outer, grad)
             return instance.finish(
                 dataclasses.replace(found, first_loss=None, promised=None),
@@ -151,7 +154,7 @@ class BOME(Estimator):
                     move_health(promised, value, value_after, after),
                     rounded,
                 ],
-                stats={"multiplier": multiplier, "gap": between.value, "digits": digits},
+                stats={"multiplier": multiplier, "gap": between.value, "unsettled": lag, "digits": digits},
                 state=BOMEState(after),
                 next_inner=after,
             )

@@ -39,6 +39,7 @@ from bilevel.estimators.penalty.base import (
     rest,
     start_of,
     step_rate,
+    unsettled,
 )
 from bilevel.estimators.state import State, per_task
 from bilevel.outcome import Solution, Status, code_if, worst
@@ -73,7 +74,8 @@ class GradientNormPBGD(Estimator):
     State: `GradientNormPBGDState`. The y in it takes the place of `inner` and of Problem.init.
 
     The adapted `hg.inner` is the y that the direction was taken at, and the losses are those at it; the last move ends
-    at `hg.next_inner`. Stats: `gamma`; `penalty`, |dg/dy|^2, per task.
+    at `hg.next_inner`. Stats: `gamma`; `penalty`, |dg/dy|^2, per task;
+    `unsettled`, in [0, 1]: 0 where y rests, near 1 where it is the lag of y that is seen, and no hypergradient.
 
     Memory: independent of K; linear in T.
 
@@ -133,13 +135,19 @@ class GradientNormPBGD(Estimator):
                 code = worst(code, unstable)
                 after = moved(y, at.in_inner, rate) if instance.solver.max_steps else y
                 last = at.value, rate * oracles.space.norm(present(at.in_inner)).square()
+            rest_of = unsettled(oracles.space, y, after, rate, at.f_y)
             return instance.finish(
                 Solution(y, step + 1, 0),
                 at.in_outer,
                 at.outer_loss,
                 inner_loss=at.loss,
                 codes=[code, code_if(~tree.finite(after), Status.DIVERGED)],
-                stats={"inner_steps": instance.solver.max_steps, "gamma": gamma, "penalty": at.penalty},
+                stats={
+                    "inner_steps": instance.solver.max_steps,
+                    "gamma": gamma,
+                    "penalty": at.penalty,
+                    "unsettled": rest_of,
+                },
                 state=GradientNormPBGDState(after, state.calls + 1),
                 next_inner=after,
             )
@@ -158,6 +166,7 @@ class GradientNormPBGD(Estimator):
             loss,
             outer_loss,
             penalty,
+            f_y,
             outer_loss + gamma * penalty,
             combined(2 * gamma, image, f_y),
             combined(2 * gamma, mixed, f_x),
@@ -169,6 +178,7 @@ class _Penalized:
     loss: Tensor
     outer_loss: Tensor
     penalty: Tensor
+    f_y: Leaves
     value: Tensor
     in_inner: PartialLeaves
     in_outer: PartialLeaves

@@ -51,6 +51,7 @@ from bilevel.estimators.penalty.base import (
     rest,
     start_of,
     step_rate,
+    unsettled,
 )
 from bilevel.estimators.state import State, per_task
 from bilevel.outcome import Solution, Status, code_if, readable
@@ -98,7 +99,8 @@ class LVHBA(Estimator):
 
     The adapted `hg.inner` is the y that the direction was taken at, which is allowed, and the losses are those at it.
     Stats: `c`; `violation`, the largest G at w (its absolute value with `equality`), per task; `digits`, the decimal
-    digits that rounding leaves.
+    digits that rounding leaves; `unsettled`, in [0, 1]: 0 where y rests, near 1 where it is the lag of y that is seen,
+    and no hypergradient.
 
     Memory: independent of K; linear in T and in the number of constraints.
 
@@ -187,6 +189,7 @@ class LVHBA(Estimator):
             center = self._clipped(
                 state.center + self._rate_dual(rate) / self.gamma_dual * (multipliers - state.center)
             )
+            lag = unsettled(oracles.space, y, after, rate / c, f_y)
             digits, rounded = digits_left(c, w_x, grad)
             return instance.finish(
                 Solution(y, steps, 0),
@@ -194,7 +197,7 @@ class LVHBA(Estimator):
                 outer_loss,
                 inner_loss=loss,
                 codes=[code_if(~tree.finite([*tree.tensors(after), multipliers]), Status.DIVERGED), rounded],
-                stats={"c": c, "violation": self._violation(instance, w), "digits": digits},
+                stats={"c": c, "violation": self._violation(instance, w), "unsettled": lag, "digits": digits},
                 state=LVHBAState(after, w, multipliers, center, state.calls + 1),
                 next_inner=after,
             )

@@ -44,6 +44,7 @@ from bilevel.estimators.penalty.base import (
     pulled,
     start_of,
     step_rate,
+    unsettled,
 )
 from bilevel.estimators.state import State, per_task
 from bilevel.space import tree
@@ -79,7 +80,8 @@ class MEHA(Estimator):
     State: `MEHAState`. Its copies take the place of `inner` and of Problem.init.
 
     The adapted `hg.inner` is the y that the direction was taken at, and the losses are those at it. Stats: `c`; `gap`,
-    g(x, y) - g(x, w), per task; `digits`, the decimal digits that rounding leaves.
+    g(x, y) - g(x, w), per task; `digits`, the decimal digits that rounding leaves;
+    `unsettled`, in [0, 1]: 0 where y rests, near 1 where it is the lag of y that is seen, and no hypergradient.
 
     Memory: independent of K; linear in T.
 
@@ -143,6 +145,7 @@ class MEHA(Estimator):
             oracles.generators.set(drawn)
             # (The envelope is concave in what it takes away: g alone is asked whether the step was too long.)
             promised = rate * oracles.space.norm(present(direction)).square() * c
+            lag = unsettled(oracles.space, y, after, rate / c, f_y)
             digits, rounded = digits_left(c, between.lower_in_outer, grad)
             held = c * along(oracles.space, pull, y, after)
             return instance.finish(
@@ -156,7 +159,7 @@ class MEHA(Estimator):
                     move_health(promised, outer_loss + c * between.height, value_after - held, after),
                     rounded,
                 ],
-                stats={"c": c, "gap": between.value, "digits": digits},
+                stats={"c": c, "gap": between.value, "unsettled": lag, "digits": digits},
                 state=MEHAState(after, found.inner, state.calls + 1),
                 next_inner=after,
             )

@@ -39,6 +39,7 @@ from bilevel.estimators.penalty.base import (
     present,
     start_of,
     step_rate,
+    unsettled,
 )
 from bilevel.estimators.state import State, per_task
 from bilevel.space import tree
@@ -72,7 +73,8 @@ class PBGD(Estimator):
     State: `PBGDState`. Its copies take the place of `inner` and of Problem.init.
 
     The adapted `hg.inner` is the y that the direction was taken at, and the losses are those at it. Stats: `gamma`;
-    `gap`, q, per task; `digits`, the decimal digits that rounding leaves.
+    `gap`, q, per task; `digits`, the decimal digits that rounding leaves;
+    `unsettled`, in [0, 1]: 0 where y rests, near 1 where it is the lag of y that is seen, and no hypergradient.
 
     Memory: independent of K; linear in T.
 
@@ -134,6 +136,7 @@ class PBGD(Estimator):
             value_after = penalized_value(instance, after, found.steps, gamma)
             oracles.generators.set(drawn)
             promised = rate * oracles.space.norm(present(direction)).square()
+            lag = unsettled(oracles.space, y, after, rate, f_y)
             digits, rounded = digits_left(gamma, between.lower_in_outer, grad)
             return instance.finish(
                 dataclasses.replace(found, first_loss=None, promised=None),
@@ -146,7 +149,7 @@ class PBGD(Estimator):
                     move_health(promised, outer_loss + gamma * between.height, value_after, after),
                     rounded,
                 ],
-                stats={"gamma": gamma, "gap": between.value, "digits": digits},
+                stats={"gamma": gamma, "gap": between.value, "unsettled": lag, "digits": digits},
                 state=PBGDState(after, found.inner, state.calls + 1),
                 next_inner=after,
             )
