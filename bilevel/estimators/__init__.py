@@ -34,6 +34,7 @@ from bilevel.estimators.penalty.perturbation import best_nu as best_nu
 from bilevel.estimators.penalty.perturbation import calibrated_nu as calibrated_nu
 from bilevel.estimators.penalty.schedules import Polynomial as Polynomial
 from bilevel.estimators.penalty.schedules import Ramp as Ramp
+from bilevel.estimators.probed import Probed as Probed
 from bilevel.estimators.reverse.first_order import FirstOrder as FirstOrder
 from bilevel.estimators.reverse.unrolled import Unrolled as Unrolled
 from bilevel.estimators.state import State as State
