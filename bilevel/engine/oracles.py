@@ -291,6 +291,17 @@ class Oracles:
         batch = self._shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
         return self._in_outer(spans.INNER_GRADIENT, self.inner, inner, batch)
 
+    def inner_gradients(self, inner: Tree, steps: int) -> tuple[Tensor, PartialLeaves, PartialLeaves]:
+        """g, dg/dy and dg/dx at a point, on the batch of the last of `steps` steps (None where they do not enter)."""
+        step = max(steps - 1, 0)
+        shared = isinstance(self._shared, Embedding)
+        batch = self._shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
+        with spans.span(spans.INNER_GRADIENT):
+            y = tree.attach(inner)
+            value, ys = self.inner(y, self.attached, batch), tree.tensors(y)
+            found = autodiff.grad([value.sum()], [*ys, *tree.tensors(self.attached)])
+            return value.detach(), used(found[: len(ys)]), found[len(ys) :]
+
     # --- the outer loss
 
     def outer_loss(self, inner: Tree) -> Tensor:

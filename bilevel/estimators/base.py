@@ -330,6 +330,11 @@ class Estimator(Strategy):
         """
         return None
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether `TaskMean` must take one task after another: the gradient in x of each is needed by itself."""
+        return False
+
     def missed(self, acts: str) -> str:
         """What to say where it returned None for outer tensors that act, which `acts` names with their paths; "" for
         the library's own words.
