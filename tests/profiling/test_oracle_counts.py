@@ -109,7 +109,8 @@ def test_of_a_solver_that_stops_by_itself(name):
             assert found["outer_gradient"] == steps + 2 * sides
         return
     expected = formula(name, steps)
-    expected["inner_gradient"] += steps + 1 if isinstance(entry.estimator, (bl.Unrolled, bl.Bootstrapped)) else 1
+    twice = isinstance(entry.estimator, (bl.Unrolled, bl.Bootstrapped, bl.estimators.Revolve))
+    expected["inner_gradient"] += steps + 1 if twice else 1
     expected["inner_gradient"] += name == "bootstrapped"  # the way to its target stops by itself too
     assert found == expected
 

@@ -31,15 +31,15 @@ from typing import Any
 from torch import Tensor
 
 from bilevel.batches import PerStep
-from bilevel.engine import spans
 from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance, Path
 from bilevel.estimators.reverse import auto
-from bilevel.estimators.reverse.checkpoints import Checkpoints, shrinking
+from bilevel.estimators.reverse.checkpoints import Checkpoints
+from bilevel.estimators.reverse.plans import Segments
+from bilevel.estimators.reverse.plans import shrinking as shrinking
+from bilevel.estimators.reverse.sweep import swept
 from bilevel.estimators.reverse.tape import Tape
 from bilevel.estimators.reverse.terms import Terms
 from bilevel.inner.descent import Descent
-from bilevel.outcome import Solution
-from bilevel.space import tree
 
 _KEEPS = ("graph", "iterates", "segments", "auto")
 
@@ -196,44 +196,15 @@ class Unrolled(Estimator):
         if self.keep == "auto":
             assert self.budget is not None
             return auto.within(self._ways(instance), auto.parsed(self.budget), instance)
-        oracles, dynamics, steps = instance.oracles, instance.solver.dynamics, instance.solver.max_steps
-        learned: Solution | None = None
-        masks: list[Tensor] | None = None
-        if not instance.solver.fixed:
-            # A solver that stops by itself runs once to learn K; then the program is known, whichever way it is kept.
-            oracles.start()
-            if not isinstance(instance.batches.inner, PerStep):
-                oracles.embedding(0)
-            before, moving = oracles.generators.peek(), list[Tensor]()
-            learned = instance.solve(moving=moving.append)
-            steps, masks = learned.steps, moving if instance.tasks is not None else None
-            oracles.generators.set(before)
-        first, program = 0 if self.last is None else max(steps - self.last, 0), Descent(dynamics, steps)
-        terms = Terms(oracles, self.step_weights, steps, first)
-        forward = (
-            Tape(instance, program, first, masks, terms)
-            if self.keep == "graph"
-            else Checkpoints(
-                instance,
-                program,
-                self._starts(first, steps),
-                masks,
-                terms,
-                resampled=self.resampled,
-                offload=self.offload,
-            )
-        )
-        found, forgets = forward.solution, None
-        if learned is not None:
-            found = dataclasses.replace(found, code=learned.code, residual=learned.residual)
-            forgets = learned.code if instance.problem.init is None else None
-            del learned
-        with spans.span(spans.HYPERGRADIENT):
-            indirect, growth = forward.pull(to_start=forgets is not None)
-            grad, stats = tree.accumulate(terms.direct, indirect), dict[str, Any](growth.figures())
-            if self.step_weights is not None:
-                stats |= {"final_outer_loss": terms.final}
-            return instance.finish(found, grad, terms.loss, codes=[growth.code(forgets=forgets)], stats=stats)
+        return swept(instance, self._trajectory, last=self.last, step_weights=self.step_weights)
+
+    def _trajectory(
+        self, instance: Instance, program: Descent, first: int, masks: list[Tensor] | None, terms: Terms
+    ) -> Tape | Checkpoints:
+        if self.keep == "graph":
+            return Tape(instance, program, first, masks, terms)
+        plan = Segments(tuple(self._starts(first, program.steps)))
+        return Checkpoints(instance, program, plan, masks, terms, resampled=self.resampled, offload=self.offload)
 
     def _ways(self, instance: Instance) -> dict[str, auto.Way]:
         """The choices of keep="auto", with their compute by the table above."""
