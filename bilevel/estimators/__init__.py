@@ -15,6 +15,9 @@ from bilevel.estimators.bootstrapped.matchings import Bregman as Bregman
 from bilevel.estimators.bootstrapped.matchings import SquaredDistance as SquaredDistance
 from bilevel.estimators.bootstrapped.targets import FurtherSteps as FurtherSteps
 from bilevel.estimators.bootstrapped.targets import OneStep as OneStep
+from bilevel.estimators.forward.forward import Forward as Forward
+from bilevel.estimators.forward.forward_gradient import ForwardGradient as ForwardGradient
+from bilevel.estimators.forward.gamma_decay import GammaDecay as GammaDecay
 from bilevel.estimators.implicit.implicit import Implicit as Implicit
 from bilevel.estimators.implicit.memory_reduced import MemoryReduced as MemoryReduced
 from bilevel.estimators.penalty.first_order_corrected import FirstOrderCorrected as FirstOrderCorrected

@@ -19,6 +19,7 @@ from bilevel.engine.point import At
 from bilevel.engine.refusals import restless
 from bilevel.estimators.state import State, checked
 from bilevel.inner.base import InnerSolver
+from bilevel.inner.descent import Descent
 from bilevel.inner.loop import Moving, Visit, run
 from bilevel.outcome import Solution, Status, code_if, worst
 from bilevel.problem import Problem
@@ -88,6 +89,20 @@ class Instance:
             rule, at, steady = solver or self.solver, at or oracles.point, self.steady
             found = run(rule, oracles, y, at, visit=visit, moving=moving, masks=masks, steady=steady)
             return self.seen(found, drew=not oracles.generators.same(before, oracles.generators.peek()))
+
+    def program(self) -> "Program":
+        """The K steps that are taken: those of a solver that stops by itself are learned by running it."""
+        oracles, solver = self.oracles, self.solver
+        if solver.fixed:
+            return Program(Descent(solver.dynamics, solver.max_steps))
+        oracles.start()
+        if not isinstance(self.batches.inner, PerStep):
+            oracles.embedding(0)
+        before, moving = oracles.generators.peek(), list[Tensor]()
+        learned = self.solve(moving=moving.append)
+        oracles.generators.set(before)
+        masks = moving if self.tasks is not None else None
+        return Program(Descent(solver.dynamics, learned.steps), masks, learned.code, learned.residual)
 
     @property
     def steady(self) -> bool:
@@ -181,6 +196,24 @@ class Instance:
             idle = (gained < _GAINED * found.promised) & (found.promised > _NOTABLE * size + 10 * rounding)
             codes.append(code_if(idle, Status.INNER_UNSTABLE))
         return worst(*codes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A fixed number of steps, with what a solver that stops by itself said of them: the tasks that each step moves
+    (None for all), its code and its residual (None where the number was fixed).
+    """
+
+    solver: Descent
+    masks: list[Tensor] | None = None
+    code: Tensor | int | None = None
+    residual: Tensor | None = None
+
+    def ended(self, found: Solution) -> Solution:
+        """What was found by running it, with what the solver said of its end."""
+        if self.code is None:
+            return found
+        return dataclasses.replace(found, code=self.code, residual=self.residual)
 
 
 @dataclasses.dataclass(frozen=True)

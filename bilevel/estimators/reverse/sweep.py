@@ -1,12 +1,10 @@
 """One sweep back through the inner loop, whatever is kept of its trajectory."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from bilevel.batches import PerStep
 from bilevel.engine import spans
 from bilevel.estimators.base import Estimate, Instance
 from bilevel.estimators.reverse.growth import Growth
@@ -41,26 +39,13 @@ def swept(
         last: steps that are gone back through; None for all.
         step_weights: of the terms of the outer loss; None for the last iterate alone.
     """
-    oracles, dynamics, steps = instance.oracles, instance.solver.dynamics, instance.solver.max_steps
-    learned: Solution | None = None
-    masks: list[Tensor] | None = None
-    if not instance.solver.fixed:
-        # A solver that stops by itself runs once to learn K; then the program is known, whichever way it is kept.
-        oracles.start()
-        if not isinstance(instance.batches.inner, PerStep):
-            oracles.embedding(0)
-        before, moving = oracles.generators.peek(), list[Tensor]()
-        learned = instance.solve(moving=moving.append)
-        steps, masks = learned.steps, moving if instance.tasks is not None else None
-        oracles.generators.set(before)
-    first, program = 0 if last is None else max(steps - last, 0), Descent(dynamics, steps)
-    terms = Terms(oracles, step_weights, steps, first)
-    forward = trajectory(instance, program, first, masks, terms)
-    found, forgets = forward.solution, None
-    if learned is not None:
-        found = dataclasses.replace(found, code=learned.code, residual=learned.residual)
-        forgets = learned.code if instance.problem.init is None else None
-        del learned
+    program = instance.program()
+    steps = program.solver.steps
+    first = 0 if last is None else max(steps - last, 0)
+    terms = Terms(instance.oracles, step_weights, steps, first)
+    forward = trajectory(instance, program.solver, first, program.masks, terms)
+    found = program.ended(forward.solution)
+    forgets = program.code if instance.problem.init is None else None
     with spans.span(spans.HYPERGRADIENT):
         indirect, growth = forward.pull(to_start=forgets is not None)
         grad, stats = tree.accumulate(terms.direct, indirect), dict[str, Any](growth.figures())
