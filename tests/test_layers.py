@@ -99,6 +99,7 @@ LIBRARY = House(
         {
             "estimators.paths",
             "estimators.admission",
+            "estimators.reverse.fixed_point",
             "estimators.reverse.growth",
             "estimators.reverse.plans",
             "estimators.reverse.terms",

@@ -24,6 +24,7 @@ from bilevel.estimators.penalty.first_order_corrected import FirstOrderCorrected
 from bilevel.estimators.penalty.perturbation import best_nu as best_nu
 from bilevel.estimators.penalty.perturbation import calibrated_nu as calibrated_nu
 from bilevel.estimators.reverse.first_order import FirstOrder as FirstOrder
+from bilevel.estimators.reverse.reversible import Reversible as Reversible
 from bilevel.estimators.reverse.revolve import Revolve as Revolve
 from bilevel.estimators.reverse.unrolled import Unrolled as Unrolled
 from bilevel.estimators.state import State as State

@@ -53,15 +53,6 @@ ENTRIES: tuple[Entry, ...] = (
         sees=EVERYWHERE,
         linear_in_outer=True,
     ),
-    Entry(
-        "forward, in chunks",
-        bl.estimators.Forward(chunk=2),
-        target="program",
-        calls=lambda steps, outer: counts(steps * max(-(-outer // 2), 1), 1, steps * (outer + 1), 0),
-        memory="constant",
-        sees=EVERYWHERE,
-        linear_in_outer=True,
-    ),
     _drawn("forward gradient", bl.estimators.ForwardGradient(2), -1),
     _drawn("forward gradient, normal", bl.estimators.ForwardGradient(2, normal=True), +1),
     Entry(

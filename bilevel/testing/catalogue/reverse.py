@@ -52,9 +52,9 @@ ENTRIES = (
     unrolled("segments last 4", "segments", last=4),
     Entry(
         "revolve",
-        bl.estimators.Revolve(snapshots=3),
+        bl.estimators.Revolve(snapshots=8),
         target="program",
-        calls=lambda steps, products: counts(advances(steps, 3) + bool(steps) + steps, 1, steps, 0),
+        calls=lambda steps, products: counts(advances(steps, 8) + bool(steps) + steps, 1, steps, 0),
         memory="constant",
         sees=EVERYWHERE,
     ),
