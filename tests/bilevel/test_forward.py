@@ -1,6 +1,7 @@
 """Forward mode: known answers, unbiasedness and variance, runs that go on, and losses that forward mode is hard on."""
 
 import dataclasses
+import itertools
 import warnings
 
 import catalogue
@@ -139,7 +140,7 @@ def test_a_run_in_pieces_is_the_run(optimizer):
             y, state = found.inner, found.state.to_dict()
         whole = solved(arguments, bl.Descent(optimizer, 7), bl.Unrolled())
     torch.testing.assert_close(flat(found.grad), flat(whole.grad), rtol=1e-11, atol=1e-13)
-    assert found.outer_loss == pytest.approx(whole.outer_loss, rel=1e-12)
+    torch.testing.assert_close(found.outer_loss, whole.outer_loss, rtol=1e-12, atol=0)
 
 
 def test_x_may_change_during_the_run():
@@ -155,24 +156,25 @@ def test_x_may_change_during_the_run():
     assert second.grad["x"] == pytest.approx((0.375 / 4 + 0.375) * second.inner)
 
 
-def test_outer_steps_on_the_way_reach_the_best_rate():
+def test_outer_steps_on_the_way_raise_a_rate_that_is_too_low():
     """Hypergradient descent on log lr, one inner step an outer step, through `iterate`."""
     h = torch.tensor([1.0, 0.3], dtype=D)
     problem = bl.Problem(lambda y, x, b: (h * y**2).sum() / 2, lambda y, x, b: (h * y**2).sum() / 2)
-    x, y = {"log_lr": torch.tensor(-4.0, dtype=D)}, torch.ones(2, dtype=D)
-    solver = bl.Descent(bl.SGD(lr=lambda x: x["log_lr"].exp()), 1)
+    x, y = {"log_lr": torch.tensor(-4.0, dtype=D, requires_grad=True)}, torch.ones(2, dtype=D)
     loop = bl.iterate(
         problem,
         x,
         y,
         [bl.Batches(None, None)] * 25,
-        solver=solver,
+        solver=bl.Descent(bl.SGD(lr=lambda x: x["log_lr"].exp()), 1),
         estimator=ONLINE,
         optimizer=torch.optim.SGD(x.values(), lr=2.0),
     )
-    rates = [step.outer["log_lr"].item() if hasattr(step, "outer") else x["log_lr"].item() for step in loop]
-    assert rates[-1] > -3.0
-    assert all(after >= before for before, after in zip(rates, rates[1:], strict=False))
+    found = [(x["log_lr"].item(), step.hypergradient.grad["log_lr"].abs().item()) for step in loop]
+    assert found[-1][0] > -3.0
+    assert all(after[0] >= before[0] for before, after in itertools.pairwise(found))
+    # The run remembers its earlier steps: their part of the gradient is most of it.
+    assert found[10][1] > 3 * found[0][1]
 
 
 def test_a_run_that_cannot_go_on_is_refused():
@@ -214,16 +216,18 @@ def test_tasks_that_go_on(optimizer):
 # --- losses, dynamics and types that forward mode is hard on
 
 
-class Straight(torch.autograd.Function):
-    """The sign forward, the identity backward: no forward-mode formula."""
+class NoGradient(torch.autograd.Function):
+    """A backward that is no gradient of anything: its derivative is not symmetric."""
 
     @staticmethod
     def forward(ctx, y):
-        return y.sign()
+        ctx.save_for_backward(y)
+        return y.sum()
 
     @staticmethod
     def backward(ctx, weight):
-        return weight
+        (y,) = ctx.saved_tensors
+        return weight * torch.stack([y[1] ** 2, y[0] * y[1]])
 
 
 class Cubed(torch.autograd.Function):
@@ -271,7 +275,6 @@ LOSSES = {
     "wrong jvp": lambda y: (Cubed.apply(y) * y).sum(),
     "attention": _attention,
     "norms": _norms,
-    "cdist": lambda y: torch.cdist(INPUTS @ y.reshape(4, 4), INPUTS).sum(),
     "embedding": lambda y: torch.nn.functional.embedding(torch.tensor([1, 3, 1]), y.reshape(8, 2)).cos().sum(),
     "conv, pool": lambda y: (
         torch.nn.functional.max_pool1d(torch.nn.functional.conv1d(INPUTS.reshape(1, 4, 6), y[:12].reshape(1, 4, 3)), 2)
@@ -301,18 +304,12 @@ def test_operators_without_a_right_forward_mode(name):
     agree((problem, x, y, bl.Batches(None, None)), bl.Descent(bl.SGD(0.02, momentum=0.5), 4), rtol=1e-10)
 
 
-def test_a_gradient_that_is_no_gradient_is_right_or_refused():
-    """Behind a straight-through estimator second derivatives need not be symmetric: then the longer way is taken."""
-    matrix = torch.tensor([[1.0, 2.0], [0.5, -1.0]], dtype=D)
-
-    def inner_loss(y, x, b):
-        mixed = matrix @ Straight.apply(y)
-        return (x * (mixed * mixed.exp() + y**2 * mixed.flip(0))).sum() / 20 + y.square().sum()
-
-    problem = bl.Problem(inner_loss, lambda y, x, b: (y**3).sum())
+def test_a_gradient_that_is_no_gradient_takes_the_longer_way():
+    """Its derivative is not symmetric, which is noticed: what the program does is differentiated nevertheless."""
+    problem = bl.Problem(lambda y, x, b: (x * y**2).sum() + x[0] * NoGradient.apply(y), lambda y, x, b: (y**3).sum())
     arguments = problem, torch.tensor([0.4, 0.9], dtype=D), torch.tensor([0.3, -0.7], dtype=D), bl.Batches(None, None)
     agree(arguments, bl.Descent(bl.SGD(0.1), 4))
-    assert [way for _, way in problem.memo["forward"]] == [False]
+    assert [symmetric for _, symmetric in problem.memo["forward"]] == [False]
 
 
 def test_no_second_derivative_is_an_error_with_a_name():
@@ -448,6 +445,6 @@ def test_gamma_decay_refuses_what_its_weights_do_not_see(running):
     data = torch.ones(2, 2, dtype=D)
     problem = bl.Problem(lambda y, x, b: (x * (y - b) ** 2).sum(), lambda y, x, b: y.sum())
     tasks = problem, torch.tensor(0.5, dtype=D), torch.zeros(2, 2, dtype=D), bl.Batches(data, data)
+    solver = bl.Converge(bl.SGD(0.1), tol=1e-2, max_steps=50)
     with pytest.raises(ValueError, match="every task"):
-        solver = bl.Converge(bl.SGD(0.1), tol=1e-2, max_steps=50)
         solved(tasks, solver, bl.TaskMean(bl.estimators.GammaDecay(0.5, running)))

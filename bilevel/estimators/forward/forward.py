@@ -43,15 +43,17 @@ class RunningTangents(State):
     """Where a run of `Forward(online=True)` stands.
 
     Args:
+        kinds: what each leaf of the optimizer's state is: 0 for None, 1 for a tensor, 2 for a plain number.
         inner: for each tensor of y its tangents, of shape (Q, *shape); after the task dimension where there is one.
-        state: the same for each leaf of the optimizer's state; None where it has no derivative.
-        optimizer: the optimizer's state, leaf by leaf.
+        state: the same for each floating tensor of the optimizer's state.
+        optimizer: the optimizer's state, leaf by leaf, plain numbers as tensors, without those that are None.
         norm: of y, to know it again; per task.
     """
 
+    kinds: list[int]
     inner: list[Tensor] = per_task()
-    state: list[Tensor | None] = per_task()
-    optimizer: list[Any] = per_task()
+    state: list[Tensor] = per_task()
+    optimizer: list[Tensor] = per_task()
     norm: Tensor = per_task()
 
 
@@ -217,7 +219,7 @@ def _packed(carried: Carried, ys: list[Tensor], space: Space) -> RunningTangents
         ValueError: tasks share a number of the optimizer's.
     """
     dim, optimizer = 0 if space.tasks is None else 1, tree.flatten(carried.state)[0]
-    if space.tasks is not None and any(isinstance(leaf, Tensor) and leaf.dim() == 0 for leaf in optimizer):
+    if space.tasks is not None and any(leaf is not None and not getattr(leaf, "ndim", 0) for leaf in optimizer):
         raise ValueError(
             "Forward(online=True) was given an optimizer whose state tasks share (a count of steps). Write "
             "TaskMean(estimator, chunk=1), which takes one task after another"
@@ -226,17 +228,21 @@ def _packed(carried: Carried, ys: list[Tensor], space: Space) -> RunningTangents
     def stacked(like: Tensor, columns: list[Tensor | None]) -> Tensor:
         zero = torch.zeros_like(like)
         if not columns:
-            shape = list(like.shape)
-            return like.new_zeros([*shape[:dim], 0, *shape[dim:]])
+            return like.new_zeros([*like.shape[:dim], 0, *like.shape[dim:]])
         return torch.stack([zero if z is None else z.to(zero.dtype) for z in columns], dim)
 
+    def kept(leaf: Any) -> Tensor:
+        return leaf.detach().clone() if isinstance(leaf, Tensor) else torch.as_tensor(leaf, device=ys[0].device)
+
     return RunningTangents(
+        [0 if leaf is None else 1 if isinstance(leaf, Tensor) else 2 for leaf in optimizer],
         [stacked(y, [each.inner[i] for each in carried.tangents]) for i, y in enumerate(ys)],
         [
-            None if leaf is None else stacked(leaf, [each.state[i] for each in carried.tangents])
+            stacked(leaf, [each.state[i] for each in carried.tangents])
             for i, leaf in enumerate(leaves(carried.state))
+            if leaf is not None
         ],
-        [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in optimizer],
+        [kept(leaf) for leaf in optimizer if leaf is not None],
         space.norm(ys),
     )
 
@@ -244,11 +250,16 @@ def _packed(carried: Carried, ys: list[Tensor], space: Space) -> RunningTangents
 def _unpacked(state: RunningTangents, instance: Instance, count: int) -> Carried:
     dim, oracles = 0 if instance.tasks is None else 1, instance.oracles
     structure = tree.flatten(oracles.begin(oracles.start()))[1]
-    tangents = [
-        Tangent(
+    rest = iter(state.optimizer)
+    optimizer = [None if not kind else next(rest) if kind == 1 else next(rest).item() for kind in state.kinds]
+    after = tree.unflatten(optimizer, structure)
+    floating = leaves(after)
+
+    def tangent(i: int) -> Tangent:
+        columns = iter(state.state)
+        return Tangent(
             [leaf.select(dim, i) for leaf in state.inner],
-            [None if leaf is None else leaf.select(dim, i) for leaf in state.state],
+            [None if leaf is None else next(columns).select(dim, i) for leaf in floating],
         )
-        for i in range(count)
-    ]
-    return Carried(tree.unflatten(state.optimizer, structure), tangents)
+
+    return Carried(after, [tangent(i) for i in range(count)])
