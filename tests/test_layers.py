@@ -94,6 +94,7 @@ LIBRARY = House(
         {"inner", "engine.refusals"},
         {"engine.step_back", "engine.step_forward"},
         {"engine.oracles"},
+        {"engine.maps", "engine.gauss_newton"},
         {"estimators.state"},
         {"estimators.base"},
         {
@@ -132,7 +133,13 @@ LIBRARY = House(
     at_import={"": {"torch"}},
     users={"problems", "testing", "integrations"},
     alternatives={"optim", "linear", "inner", "estimators", "tasks", "outer"},
-    shared={"estimators.implicit.adjoint", "linear.operator"},
+    shared={
+        "estimators.implicit.adjoint",
+        "linear.operator",
+        "linear.system",
+        "linear.sketch",
+        "linear.preconditioned",
+    },
     # A byte budget is kept by a forecast; which is asked for inside a function, so that the library does without it.
     excepted={"estimators.reverse.auto": {"bilevel_profiling"}},
 )
@@ -171,9 +178,9 @@ PROFILER = House(
     free_of={"records": {"torch", "bilevel", "rich", "matplotlib", "numpy"}, "report": {"torch", "bilevel"}},
     excepted={"report.tensorboard": {"torch"}},  # torch.utils.tensorboard writes the files
 )
-# What the profiler knows of the library besides its public names: it listens to spans, walks trees, and says that
-# tensors on the CPU stand for those of a device, which may be offloaded.
-PROFILER_SEES = {"engine.spans", "engine.offload", "space.tree", "problems", "integrations"}
+# What the profiler knows of the library besides its public names: it listens to spans, walks trees, asks the catalogue
+# for all estimators, and says that tensors on the CPU stand for those of a device, which may be offloaded.
+PROFILER_SEES = {"engine.spans", "engine.offload", "space.tree", "problems", "integrations", "testing"}
 
 # Who may call which part of torch's differentiation machinery.
 DIFFERENTIATION = {
@@ -185,7 +192,7 @@ DIFFERENTIATION = {
         "engine.rematerialize",
         "engine.block",
         "engine.lean",
-        "engine.compiled.engine",
+        "engine.compiled.linear",
     },
     "torch.func": {"engine.evaluation", "engine.jacobian", "engine.rematerialize", "engine.compiled.tracing"},
     "torch.vmap": set(),
