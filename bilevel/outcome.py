@@ -106,6 +106,11 @@ class Status(enum.Enum):
         "instead. Give it more steps, add damping, or (Neumann) lower the step size, (Nystrom) raise the rank or use "
         "NystromPreconditioner in CG."
     )
+    IRREVERSIBLE = (
+        "The inner loop did not run backwards to its start bit by bit, so the hypergradient belongs to other steps: "
+        "the inner gradient is not deterministic (torch.use_deterministic_algorithms(True) makes most so), or a "
+        "number left the range of Reversible (lower its bits). Or use Revolve, which keeps snapshots."
+    )
     NONFINITE = (
         "The hypergradient or a loss is not finite although the inner variable is. Look at the losses first (log of 0, "
         "division by 0, overflow in reduced precision); a hypergradient through many steps also overflows when the "

@@ -9,6 +9,7 @@
 | Linearization.mixed | 1 product (H v, M v) in one sweep | P + Q |
 | Linearization.mixed_alone | the part of that product that leads to x | Q |
 | step_vjp | 1 gradient of g and 1 product (H w, M w) | one graph, freed |
+| step_forward | 1 gradient of g in y and x; then 1 product H z + M' e a push | its graph, kept while the object lives |
 
 H = d stationarity / dy (d2g/dy2 for gradient methods), M v = d/dx <stationarity, v>. One object per hypergradient holds
 x, attached once, the batches as the losses receive them, and the engine that computes.
@@ -33,6 +34,7 @@ from bilevel.engine.point import At
 from bilevel.engine.refusals import check_step, restless, step_of, used
 from bilevel.engine.replay import Generators, State
 from bilevel.engine.step_back import StepBack
+from bilevel.engine.step_forward import Pushed, StepForward
 from bilevel.inner.dynamics import Dynamics
 from bilevel.problem import Problem, Pulled, distance
 from bilevel.space import tree
@@ -177,9 +179,12 @@ class Oracles:
 
     def point(self, step: int) -> At:
         """The inner problem of a step, for steps without a graph."""
+        return self._point(step, self.embedding(step))
+
+    def _point(self, step: int, embedding: Embedding) -> At:
         return At(
             step,
-            self.embedding(step).value,
+            embedding.value,
             self._gradient,
             self.inner_value,
             self.source.along(graph=False),
@@ -400,3 +405,23 @@ class Oracles:
     def differentiable_value(self, inner: Tree, embedded: Any) -> Tensor:
         """g of an attached x, with its graph."""
         return self.inner(inner, self.attached, embedded)
+
+    def step_forward(self, inner: Tree, state: Any, step: int, embedded: Any, drawn: State | None) -> Pushed:
+        """One step with its derivative, on a batch of `differentiable_embedding`; `drawn` is the generators' state
+        before that was made. Raises ValueError where products forward and backward disagree.
+        """
+        known, made = self.problem.memo.setdefault("forward", []), self._shared
+        if not isinstance(made, Embedding):
+            made = Embedding(self.source, self.batches.inner_at(step), (drawn, tree.detach(embedded)))
+        return StepForward(self, known).step(inner, state, self._point(step, made), embedded, made)
+
+    def gradients(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves, PartialLeaves]:
+        """g, dg/dy and dg/dx of arguments as they come, with a graph."""
+
+        def at_both(both: tuple[Tree, Tree], _: Tree, batch: Any) -> Tensor:
+            return self._twice(*both, batch)
+
+        with spans.span(spans.INNER_GRADIENT):
+            both, count = (inner, self.attached), len(tree.tensors(inner))
+            loss, found = self.engine.differentiable_gradient(at_both, both, (), embedded)
+            return loss, used(found[:count]), found[count:]

@@ -15,6 +15,9 @@ from bilevel.estimators.bootstrapped.matchings import Bregman as Bregman
 from bilevel.estimators.bootstrapped.matchings import SquaredDistance as SquaredDistance
 from bilevel.estimators.bootstrapped.targets import FurtherSteps as FurtherSteps
 from bilevel.estimators.bootstrapped.targets import OneStep as OneStep
+from bilevel.estimators.forward.forward import Forward as Forward
+from bilevel.estimators.forward.forward_gradient import ForwardGradient as ForwardGradient
+from bilevel.estimators.forward.gamma_decay import GammaDecay as GammaDecay
 from bilevel.estimators.implicit.darts import Darts as Darts
 from bilevel.estimators.implicit.fixed_point import FixedPoint as FixedPoint
 from bilevel.estimators.implicit.gauss_newton import GaussNewton as GaussNewton
@@ -41,6 +44,8 @@ from bilevel.estimators.penalty.schedules import Polynomial as Polynomial
 from bilevel.estimators.penalty.schedules import Ramp as Ramp
 from bilevel.estimators.probed import Probed as Probed
 from bilevel.estimators.reverse.first_order import FirstOrder as FirstOrder
+from bilevel.estimators.reverse.reversible import Reversible as Reversible
+from bilevel.estimators.reverse.revolve import Revolve as Revolve
 from bilevel.estimators.reverse.unrolled import Unrolled as Unrolled
 from bilevel.estimators.state import State as State
 from bilevel.estimators.state import per_task as per_task

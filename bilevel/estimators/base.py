@@ -20,6 +20,7 @@ from bilevel.engine.refusals import restless
 from bilevel.engine.replay import State as Random
 from bilevel.estimators.state import State, checked
 from bilevel.inner.base import InnerSolver
+from bilevel.inner.descent import Descent
 from bilevel.inner.loop import Ended, Moving, Visit, run
 from bilevel.linear.base import LinearSolver
 from bilevel.outcome import Solution, Status, code_if, worst
@@ -126,6 +127,20 @@ class Instance:
             found = run(rule, oracles, y, at, visit=visit, moving=moving, masks=masks, steady=steady, ended=ended)
             return self.seen(found, drew=not oracles.generators.same(before, oracles.generators.peek()))
 
+    def program(self) -> "Program":
+        """The K steps that are taken: those of a solver that stops by itself are learned by running it."""
+        oracles, solver = self.oracles, self.solver
+        if solver.fixed:
+            return Program(Descent(solver.dynamics, solver.max_steps))
+        oracles.start()
+        if not isinstance(self.batches.inner, PerStep):
+            oracles.embedding(0)
+        before, moving = oracles.generators.peek(), list[Tensor]()
+        learned = self.solve(moving=moving.append)
+        oracles.generators.set(before)
+        masks = moving if self.tasks is not None else None
+        return Program(Descent(solver.dynamics, learned.steps), masks, learned.code, learned.residual)
+
     @property
     def steady(self) -> bool:
         """Whether every step sees the same batch, so that losses of different steps may be compared."""
@@ -226,6 +241,24 @@ def _inside(instance: Instance) -> tuple[Any, ...]:
     problem = instance.problem
     functions = problem.inner_loss, problem.init, problem.features
     return (*functions, instance.outer, instance.inner, instance.batches.inner, instance.solver, instance.tasks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A fixed number of steps, with what a solver that stops by itself said of them: the tasks that each step moves
+    (None for all), its code and its residual (None where the number was fixed).
+    """
+
+    solver: Descent
+    masks: list[Tensor] | None = None
+    code: Tensor | int | None = None
+    residual: Tensor | None = None
+
+    def ended(self, found: Solution) -> Solution:
+        """What was found by running it, with what the solver said of its end."""
+        if self.code is None:
+            return found
+        return dataclasses.replace(found, code=self.code, residual=self.residual)
 
 
 @dataclasses.dataclass(frozen=True)

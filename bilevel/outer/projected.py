@@ -58,7 +58,7 @@ class Projected(torch.optim.Optimizer):
     # (torch's base class sets these, and reads them everywhere.)
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """Those of the optimizer."""
         return self.optimizer.param_groups
 
@@ -109,7 +109,7 @@ class Projected(torch.optim.Optimizer):
             if id(x) in new:
                 _check(name, x, project)
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of the optimizer, and the projections."""
         loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
         with torch.no_grad():

@@ -33,17 +33,15 @@ from typing import Any
 from torch import Tensor
 
 from bilevel.batches import PerStep
-from bilevel.engine import spans
-from bilevel.engine.oracles import Oracles
 from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance, Path, Recorded
 from bilevel.estimators.reverse import auto
-from bilevel.estimators.reverse.checkpoints import Checkpoints, shrinking
+from bilevel.estimators.reverse.checkpoints import Checkpoints
+from bilevel.estimators.reverse.plans import Segments
+from bilevel.estimators.reverse.plans import shrinking as shrinking
+from bilevel.estimators.reverse.sweep import run
 from bilevel.estimators.reverse.tape import Tape
 from bilevel.estimators.reverse.terms import Terms
 from bilevel.inner.descent import Descent
-from bilevel.outcome import Solution
-from bilevel.space import tree
-from bilevel.space.tree import Tree
 
 _KEEPS = ("graph", "iterates", "segments", "auto")
 
@@ -212,40 +210,16 @@ class Unrolled(Estimator):
         self._check(instance)
         return self._run(instance)
 
-    def _run(self, instance: Instance) -> "_Run":
-        """The inner loop, with what `keep` says."""
-        oracles, dynamics, steps = instance.oracles, instance.solver.dynamics, instance.solver.max_steps
-        learned: Solution | None = None
-        masks: list[Tensor] | None = None
-        if not instance.solver.fixed:
-            # A solver that stops by itself runs once to learn K; then the program is known, whichever way it is kept.
-            oracles.start()
-            if not isinstance(instance.batches.inner, PerStep):
-                oracles.embedding(0)
-            before, moving = oracles.generators.peek(), list[Tensor]()
-            learned = instance.solve(moving=moving.append)
-            steps, masks = learned.steps, moving if instance.tasks is not None else None
-            oracles.generators.set(before)
-        first, program = 0 if self.last is None else max(steps - self.last, 0), Descent(dynamics, steps)
-        terms = Terms(oracles, self.step_weights, steps, first)
-        forward = (
-            Tape(instance, program, first, masks, terms)
-            if self.keep == "graph"
-            else Checkpoints(
-                instance,
-                program,
-                self._starts(first, steps),
-                masks,
-                terms,
-                resampled=self.resampled,
-                offload=self.offload,
-            )
-        )
-        found, forgets = forward.solution, None
-        if learned is not None:
-            found = dataclasses.replace(found, code=learned.code, residual=learned.residual)
-            forgets = learned.code if instance.problem.init is None else None
-        return _Run(oracles, forward, terms, found, forgets, weighted=self.step_weights is not None)
+    def _run(self, instance: Instance) -> Recorded:
+        return run(instance, self._trajectory, last=self.last, step_weights=self.step_weights)
+
+    def _trajectory(
+        self, instance: Instance, program: Descent, first: int, masks: list[Tensor] | None, terms: Terms
+    ) -> Tape | Checkpoints:
+        if self.keep == "graph":
+            return Tape(instance, program, first, masks, terms)
+        plan = Segments(tuple(self._starts(first, program.steps)))
+        return Checkpoints(instance, program, plan, masks, terms, resampled=self.resampled, offload=self.offload)
 
     def _ways(self, instance: Instance) -> dict[str, auto.Way]:
         """The choices of keep="auto", with their compute by the table above."""
@@ -306,37 +280,6 @@ class Unrolled(Estimator):
         if self.segment is not None:
             return list(range(first, steps, self.segment))
         return list(itertools.accumulate(shrinking(count)[:-1], initial=first))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """An inner loop that was run. `forgets` is the code of a solver that must have forgotten its start, else None."""
-
-    oracles: Oracles
-    forward: Tape | Checkpoints
-    terms: Terms
-    solution: Solution
-    forgets: Tensor | int | None
-    weighted: bool
-
-    @property
-    def graph(self) -> tuple[Tree, Tree] | None:
-        eager = not self.oracles.engine.pure
-        return (self.forward.end, self.oracles.attached) if isinstance(self.forward, Tape) and eager else None
-
-    def estimate(self, instance: Instance) -> Estimate:
-        """The estimate at the outer loss of the instance: that of the run, once, or another, any number of times."""
-        forward, terms = self.forward, self.terms
-        if instance.oracles is not self.oracles:
-            terms = terms.facing(instance.oracles)
-            forward = forward.facing(instance.oracles, terms)
-        with spans.span(spans.HYPERGRADIENT):
-            indirect, growth = forward.pull(to_start=self.forgets is not None)
-            grad, stats = tree.accumulate(terms.direct, indirect), dict[str, Any](growth.figures())
-            if self.weighted:
-                stats |= {"final_outer_loss": terms.final}
-            codes = [growth.code(forgets=self.forgets)]
-            return instance.finish(self.solution, grad, terms.loss, codes=codes, stats=stats)
 
 
 def _checked(weights: Sequence[float]) -> tuple[float, ...]:

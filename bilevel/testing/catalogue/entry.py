@@ -72,6 +72,7 @@ class Entry:
         bias: what separates it from its target, as an order; None for nothing but rounding and unfinished solves.
         spending: the same variant with exactly so many products of its linear solver; None where it has none.
         quadratic_in_inner: whether it holds P x P numbers.
+        linear_in_outer: whether it takes a product of every step for each number of x: `products` is then Q.
         on_quadratic: the closed form of what it returns on a quadratic, bias included (the mean, where it draws); None
             for that of its target.
         slope: how its bias falls.
@@ -98,6 +99,7 @@ class Entry:
     bias: str | None = None
     spending: Callable[[int], bl.Estimator] | None = None
     quadratic_in_inner: bool = False
+    linear_in_outer: bool = False
     on_quadratic: Callable[[Quadratic], Tensor] | None = None
     slope: Slope | None = None
     solves: Callable[[int], int] = once
