@@ -97,9 +97,8 @@ class Status(enum.Enum):
     )
     BREAKDOWN = (
         "The linear system is singular to working precision and its right-hand side not in its range, or the solver's "
-        "recursion broke down (BiCGSTAB: take linear.GMRES; a preconditioner must be positive definite). Add damping, "
-        "or a regularizer to the inner loss; where the least squares solution is meant, take linear.LSMR or "
-        "linear.NormalCG with least_squares=True."
+        "recursion broke down or stood still (BiCGSTAB: take linear.GMRES; GMRES: raise restart; a preconditioner must "
+        "be positive definite). Add damping, or a regularizer to the inner loss; where least squares are meant, take linear.LSMR or NormalCG with least_squares=True."
     )
     UNSOLVED = (
         "The linear solver ended with a residual above that of v = 0, so its best earlier iterate, or v = 0, was used "

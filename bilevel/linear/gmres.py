@@ -9,7 +9,8 @@
 
 Wins: maps that are not symmetric (the condition of an optimizer's step, of a game, of a fixed point), without their
 transposed product; the residual never rises.
-Fails: memory grows with `restart`; restarted before it has converged it may stand still (MAX_STEPS says so).
+Fails: memory grows with `restart`; restarted before it has converged it may stand still (MAX_STEPS or BREAKDOWN
+says so).
 Reference: Saad and Schultz 1986. Differences from peers: jaxopt's and scipy's restart with a product that is not
 counted, this one combines the new residual from its basis; a basis that ends early on a singular A is told
 (BREAKDOWN); tasks end by masks.
@@ -40,7 +41,7 @@ class GMRES(LinearSolver):
 
     Memory: (restart + 4) P; linear in the tasks.
 
-    Failures: BREAKDOWN (A is singular and b not in what it reaches), UNSOLVED, NONFINITE.
+    Failures: BREAKDOWN (A is singular and b not in what it reaches, or a restart stands still), UNSOLVED, NONFINITE.
 
     Raises:
         ValueError: an argument is out of range.
@@ -183,6 +184,12 @@ class _Cycle:
             better = singular & (self._score(kept, short) < self._score(residual, weights))
             weights = [torch.where(better, a, b) for a, b in zip(short, weights, strict=True)]
             self.residual = torch.where(better, kept, residual)
+        # A cycle that gains next to nothing by a v longer than all before it: the recursion stands still.
+        length, there = torch.stack([*weights, 0 * self.first]).square().sum(0).sqrt(), wide(self.space.norm(x))
+        stalled = (there > 0) & (length > there) & (self.residual > 0.999 * self._residuals[0])
+        weights = [torch.where(stalled, 0.0, each) for each in weights]
+        self.residual = torch.where(stalled, self._residuals[0], self.residual)
+        self.flags.singular, self.flags.live = self.flags.singular | stalled, self.flags.live & ~stalled
         self._weights = weights
         for weight, q in zip(weights, self.basis, strict=False):
             x = self.space.axpy(weight, q, x)

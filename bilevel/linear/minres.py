@@ -106,7 +106,7 @@ class PreparedMINRES(Prepared):
         enough = length * system.enough / torch.where(first > 0, first, 1.0)
         live = system.known & (first > system.enough) & torch.isfinite(length) & (length > 0)
         nonfinite, singular = system.known & ~torch.isfinite(squared), torch.zeros_like(live)
-        norm, left, floor = torch.where(length > 0, length, 1.0), length, system.floor
+        norm, left, length_first, floor = torch.where(length > 0, length, 1.0), length, length, system.floor
         zero, steps = torch.zeros_like(length), torch.zeros_like(live, dtype=torch.long)
         before, dbar, over, cs, sn, largest = zero, zero, zero, zero - 1, zero, zero
         least, spent_at = zero + float("inf"), steps
@@ -157,7 +157,8 @@ class PreparedMINRES(Prepared):
             x = space.axpy(torch.where(live, cs * left, 0.0), w, x)
             left, steps = torch.where(live, sn * left, left), steps + live
             live = live & (left.abs() > enough) & ~ended
-        return _Run(x, left.abs() / norm * first, steps, nonfinite, singular, improper, spent_at)
+        residual = torch.where(length_first > 0, left.abs() / norm, 1.0) * first
+        return _Run(x, residual, steps, nonfinite, singular, improper, spent_at)
 
 
 @dataclasses.dataclass
