@@ -11,6 +11,7 @@ from test_conformance import flat, quietly
 import bilevel as bl
 from bilevel.estimators import T1T2, Darts, Sama
 from bilevel.testing.catalogue import Quadratic
+from bilevel.testing.storages import Storages
 
 D = torch.float64
 NO_DATA = bl.Batches(None, None)
@@ -302,6 +303,34 @@ def test_a_difference_that_is_lost_in_rounding_says_so():
         assert found.status is status
         assert not status.failed
         assert (found.stats["difference_digits"] < 1) == (status is bl.Status.ROUNDED)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "optimizer", "most"),
+    [
+        (T1T2(0.1), bl.SGD(1e-5), 3),
+        (Darts(0.1), bl.SGD(1e-5), 5),
+        (Sama(), bl.SGD(1e-5), 7),
+        (Sama(), bl.Adam(1e-3), 17),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_so_many_vectors_are_held(estimator, optimizer, most):
+    """Of a loss whose graph holds nothing of the size of y."""
+    size = 20_000
+    rows = torch.ones(3, size) / size
+    problem = bl.Problem(lambda y, x, _: (x * (rows @ y - 1) ** 2).sum(), lambda y, x, _: (rows[0] @ y - 0.3) ** 2)
+    for _ in range(2):  # what is looked at once per problem, is
+        with Storages() as storages:
+            bl.hypergradient(
+                problem,
+                torch.ones(3),
+                torch.zeros(size),
+                NO_DATA,
+                solver=bl.Descent(optimizer, 6),
+                estimator=estimator,
+            )
+    assert storages.peak <= (most + 0.02) * 4 * size
 
 
 def refused(estimator, match, *, solver=None, problem=SCALAR, outer=None):
