@@ -318,14 +318,14 @@ def test_a_difference_that_is_lost_in_rounding_says_so():
 def test_so_many_vectors_are_held(estimator, optimizer, most):
     """Of a loss whose graph holds nothing of the size of y."""
     size = 20_000
-    rows = torch.ones(3, size) / size
+    rows, start = torch.ones(3, size) / size, torch.zeros(size)
     problem = bl.Problem(lambda y, x, _: (x * (rows @ y - 1) ** 2).sum(), lambda y, x, _: (rows[0] @ y - 0.3) ** 2)
     for _ in range(2):  # what is looked at once per problem, is
         with Storages() as storages:
             bl.hypergradient(
                 problem,
                 torch.ones(3),
-                torch.zeros(size),
+                start,
                 NO_DATA,
                 solver=bl.Descent(optimizer, 6),
                 estimator=estimator,

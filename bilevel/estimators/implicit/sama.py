@@ -50,8 +50,8 @@ class Sama(Estimator):
         scale: multiplies v; one over the step size makes v = df/dy of SGD.
         radius: how far y is moved to each side; None: eps^(1/3) (|y| + |y - y_0|).
 
-    Memory: independent of K; linear in T. The last step's start, gradient and state are kept, and its elementwise algebra
-        is differentiated: 7 P in all under SGD and 17 P under Adam, where plain steps take 3 P and 9 P.
+    Memory: independent of K; linear in T. The last step's start, gradient and state are kept, and its algebra is
+        differentiated: 7 P in all under SGD and 17 P under Adam, where plain steps take 3 P and 9 P.
 
     Raises:
         ValueError: an argument is out of range; (when used) the inner dynamics is no optimizer, or x enters on no path
