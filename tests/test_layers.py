@@ -132,9 +132,11 @@ LIBRARY = House(
     shared={
         "estimators.implicit.adjoint",
         "linear.operator",
-        "linear.system",
-        "linear.sketch",
         "linear.preconditioned",
+        "linear.sketch",
+        "linear.system",
+        "optim.entrywise",
+        "optim.trial",
     },
     # A byte budget is kept by a forecast; which is asked for inside a function, so that the library does without it.
     excepted={"estimators.reverse.auto": {"bilevel_profiling"}},

@@ -66,7 +66,8 @@ class Oracles:
         engine: Derivatives | None = None,
         posed: tuple[Problem, Any] | None = None,
     ) -> None:
-        self.problem, self.batches, self.dynamics, self.space = problem, batches, dynamics, Space(tasks)
+        self.problem, self.batches, self.space = problem, batches, Space(tasks)
+        self.dynamics = dynamics if tasks is None else dynamics.over(tasks)
         self.x, self.attached = tree.detach(outer), tree.attach(outer)
         self.evaluation, self.engine = Evaluation(problem, tasks), engine or Eager().open()
         self._posed = (self.evaluation, batches.outer) if posed is None else (Evaluation(posed[0], tasks), posed[1])

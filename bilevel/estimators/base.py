@@ -113,15 +113,16 @@ class Instance:
 
     def require_rest(self, estimator: "Estimator") -> None:
         """Raise ValueError unless the inner loop is an optimizer that says where it rests."""
-        update = self.solver.dynamics.update
+        oracles = self.oracles
+        update = oracles.dynamics.update
         if update is None:
             raise ValueError(
                 f"{type(estimator).__name__} perturbs the inner loss, and {type(self.solver.dynamics).__name__} need "
                 f"not follow its gradient. Use Unrolled(), or Implicit with a linear solver for systems that are not "
                 f"symmetric"
             )
-        start = self.oracles.start()
-        if update.stationarity(start, start, self.oracles.x) is None:
+        start = oracles.start()
+        if update.stationarity(start, start, oracles.x) is None:
             raise ValueError(restless(self.solver.dynamics, type(estimator).__name__))
 
     def finish(

@@ -80,9 +80,15 @@ def _ours(update: Optimizer | None) -> bool:
 def _soon(dynamics: Dynamics) -> bool:
     """Whether x does by the second step all that it ever does: in dynamics of the library without a user's function."""
     if dynamics.update is not None:
-        return _ours(dynamics.update)
+        return _prompt(dynamics.update)
     fields = tree.flatten(vars(dynamics))[0] if type(dynamics).__module__.startswith("bilevel.inner") else [_soon]
-    return not any(map(callable, fields)) and all(map(_ours, held(dynamics)))
+    return not any(map(callable, fields)) and all(map(_prompt, held(dynamics)))
+
+
+def _prompt(update: Optimizer) -> bool:
+    """Whether it, and all that it holds, are optimizers of the library that do so."""
+    ours = type(update).__module__.startswith("bilevel.optim") and not update.foreign
+    return ours and not update.late and all(map(_prompt, held(update)))
 
 
 def check_unreached(estimator: Estimator, instance: Instance, missed: frozenset[int]) -> None:
