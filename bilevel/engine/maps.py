@@ -16,6 +16,7 @@ from bilevel.engine import autodiff
 from bilevel.engine.embedding import Embedding
 from bilevel.engine.linearization import Linearization
 from bilevel.engine.oracles import Oracles
+from bilevel.engine.point import At
 from bilevel.engine.refusals import step_of
 from bilevel.optim.base import Optimizer
 from bilevel.space import tree
@@ -38,6 +39,9 @@ def linearized_step(oracles: Oracles, inner: Tree, state: Any, steps: int) -> St
 
     The tensors of s that are like a tensor of y (momenta, moments) belong to z; others, such as counts, are constants.
     A tensor that the step hands on as it is has no equation of its own; in its place stands z - constant = 0.
+
+    Raises:
+        ValueError: the step hands on a tensor of y that the inner loss uses.
     """
     step = max(steps - 1, 0)
     apart = oracles.batches.curvature is not None
@@ -54,6 +58,7 @@ def linearized_step(oracles: Oracles, inner: Tree, state: Any, steps: int) -> St
             s[i] = leaf
         at = oracles.differentiable_point(step, batch)
         moved, after = step_of(oracles.dynamics, y, tree.unflatten(s, structure), x, at)
+        _check_moved(oracles, y, moved, at)
         rest = tree.flatten(after)[0]
         images = [*tree.tensors(tree.ordered(moved, y)), *(rest[i] for i in picked)]
         values = tuple(_rest(leaf, image) for leaf, image in zip(at_z, images, strict=True))
@@ -62,6 +67,21 @@ def linearized_step(oracles: Oracles, inner: Tree, state: Any, steps: int) -> St
 
     with_graph = oracles.engine.linearize(condition, z, oracles.attached, embedding.value, embedding.leaves)
     return StepMap(Linearization(with_graph, embedding, z, symmetric=False), z, motion[0])
+
+
+def _check_moved(oracles: Oracles, inner: Tree, moved: Tree, at: At) -> None:
+    """Raise if an optimizer leaves a tensor where it is although it has a gradient: as one that accumulates does."""
+    update = oracles.dynamics.update
+    if update is None:
+        return
+    slope = tree.flatten(at.gradient(inner))[0]
+    pairs = zip(tree.tensors(inner), tree.tensors(tree.ordered(moved, inner)), slope, strict=True)
+    if any(after is before and g is not None for before, after, g in pairs):
+        raise ValueError(
+            f"the fixed point of a step of {type(update).__name__} was asked for, and the step that would come next "
+            f"leaves a tensor of y where it is although the inner loss uses it: it accumulates gradients. Take a "
+            f"number of inner steps after which the next one moves y, or use Implicit"
+        )
 
 
 def _like(leaf: Any, shapes: set[torch.Size]) -> bool:

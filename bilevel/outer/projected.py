@@ -109,7 +109,7 @@ class Projected(torch.optim.Optimizer):
             if id(x) in new:
                 _check(name, x, project)
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of the optimizer, and the projections."""
         loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
         with torch.no_grad():

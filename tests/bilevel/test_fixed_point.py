@@ -150,6 +150,32 @@ def test_a_tensor_that_no_step_moves_is_a_constant():
         assert found.status is bl.Status.OK
 
 
+def test_of_an_optimizer_that_accumulates_the_next_step_must_move():
+    optimizer = bl.optim.Accumulated(bl.SGD(0.4), every=2)
+    for steps in (200, 201):
+        q = Quadratic.example(steps)
+        arguments = q.posed() | {"solver": bl.Descent(optimizer, steps), "estimator": FixedPoint(bl.Dense())}
+        if steps % 2:
+            found = bl.hypergradient(**arguments)
+            torch.testing.assert_close(flat(found.grad), q.implicit(flat(found.inner)), rtol=1e-10, atol=0)
+        else:
+            with pytest.raises(ValueError, match="accumulates gradients"):
+                bl.hypergradient(**arguments)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [bl.optim.RAdam(0.05), bl.optim.ClippedByNorm(bl.SGD(0.1), 1.0), bl.optim.FromTorch(torch.optim.SGD, lr=0.1)],
+    ids=lambda optimizer: type(optimizer).__name__,
+)
+def test_other_optimizers_have_the_same_fixed_point(optimizer):
+    q = Quadratic.example(120)
+    arguments = q.posed() | {"solver": bl.Descent(optimizer, 120)}
+    found = bl.hypergradient(**arguments, estimator=FixedPoint(bl.Dense(tol=1e-4)))
+    expected = q.implicit(flat(found.inner))
+    assert (flat(found.grad) - expected).norm() < 1e-5 * expected.norm()
+
+
 def test_without_steps_the_map_is_linearized_at_the_start():
     q = Quadratic.example(0)
     for optimizer in (bl.SGD(q.rate), MOMENTUM):

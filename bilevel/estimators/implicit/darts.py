@@ -5,7 +5,7 @@
 
 | | inner gradients | outer gradients | HVPs | memory |
 | --- | --- | --- | --- | --- |
-| Darts(xi) | K + 3 | 1 | 0 | 3 P + 2 Q + one graph; independent of K |
+| Darts(xi) | K + 3 | 1 | 0 | 5 P + 2 Q + one graph; independent of K |
 | Darts(xi=0) | K | 1 | 0 | P + one graph |
 
 Wins: no double backward, so fused kernels and torch.compile of the user's model serve; three gradients a call.

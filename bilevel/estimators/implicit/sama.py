@@ -7,7 +7,7 @@
 
 | | inner gradients | outer gradients | HVPs | memory |
 | --- | --- | --- | --- | --- |
-| Sama() | K + 2 | 1 | 0 | 5 P + 2 Q + the optimizer's state + one graph; independent of K |
+| Sama() | K + 2 | 1 | 0 | 7 P under SGD, 17 P under Adam + 2 Q + one graph; independent of K |
 
 du/dg is taken from `optimizer.step` itself, so that it is right for any optimizer: bias correction, eps, momentum,
 clipping by its norm, a user's own. Where g is linear in y and x it is backpropagation through the last step.
@@ -50,7 +50,8 @@ class Sama(Estimator):
         scale: multiplies v; one over the step size makes v = df/dy of SGD.
         radius: how far y is moved to each side; None: eps^(1/3) (|y| + |y - y_0|).
 
-    Memory: independent of K; linear in T.
+    Memory: independent of K; linear in T. The last step's start, gradient and state are kept, and its algebra is
+        differentiated: 7 P in all under SGD and 17 P under Adam, where plain steps take 3 P and 9 P.
 
     Raises:
         ValueError: an argument is out of range; (when used) the inner dynamics is no optimizer, or x enters on no path

@@ -4,7 +4,7 @@
 
 | | inner gradients | HVPs | mixed products | memory |
 | --- | --- | --- | --- | --- |
-| T1T2() | K + 1 | 0 | 1 | P + one graph; independent of K |
+| T1T2() | K + 1 | 0 | 1 | 3 P, as plain steps + one graph; independent of K |
 
 Wins: the cheapest look at the inner loss; with scale = the inner step size it is backpropagation through the last step.
 Fails: where the Hessian is far from a multiple of the identity, whose directions of small curvature count too little by
