@@ -185,11 +185,11 @@ def test_systems_of_its_kind_are_solved_and_others_refused_or_told(name, system)
             return
         found = solver.solve(given, (b,))
         true = (b - A @ found.value[0] - (0 if found.damping is None else found.damping * found.value[0])).norm()
-        assert found.status.failed or true / b.norm() < 1e-6
+        assert found.status is not bl.Status.OK or true / b.norm() < 1e-6
         return
     found = solver.solve(given, (b,))
     if system == "indefinite" and name == "gmres, restarted":
-        assert found.status is bl.Status.MAX_STEPS  # it stands still, and says so
+        assert found.status in (bl.Status.MAX_STEPS, bl.Status.BREAKDOWN)  # it stands still, and says so
         return
     assert found.status is bl.Status.OK
     least = torch.linalg.pinv(A, rtol=1e-9) @ b
@@ -233,8 +233,8 @@ def test_least_squares_between_two_spaces_are_those_of_the_pseudo_inverse(solver
 
 def test_the_normal_equations_are_right_where_conjugate_gradients_fail():
     """A singular system in float32 whose right-hand side is outside of the range by rounding only."""
-    A = with_values(torch.linspace(-1.0, 2.0, 12, dtype=F64) * (torch.arange(12) > 3)).float()
-    b = A @ normal(12, seed=4).float()
+    A = with_values(vector(1.0, -1.0, 0.5, 0.0, 0.0)).float()
+    b = A @ torch.linalg.qr(normal(5, 5)).Q.float() @ torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0])
     found = NormalCG(60, 1e-6).solve(by(A), (b,))
     assert found.status is bl.Status.OK
     assert (b - A @ found.value[0]).norm() < 3e-6 * b.norm()
@@ -249,7 +249,7 @@ def test_preconditioners_save_products():
     for solver in (
         bl.CG(60, 1e-6, preconditioner=Jacobi(probes=1, floor=1e-9)),
         bl.CG(60, 1e-6, preconditioner=Jacobi(floor=1e-9)),
-        MINRES(60, 1e-9, preconditioner=Jacobi(floor=1e-9)),
+        MINRES(60, 1e-13, preconditioner=Jacobi(floor=1e-9)),
     ):
         given = Product(by(scaled), known_diagonal=(scaled.diagonal(),))
         found = solver.solve(given, (b,))
@@ -337,7 +337,7 @@ def test_tasks_are_solved_as_they_would_be_one_by_one(name, dtype):
     rtol = 1e-9 if dtype is F64 else 1e-4
     assert together.residual.shape == (4,)
     torch.testing.assert_close(together.value[0], torch.stack([one.value[0] for one in alone]), rtol=rtol, atol=rtol)
-    assert int(together.steps) == max(int(one.steps) for one in alone)
+    assert abs(int(together.steps) - max(int(one.steps) for one in alone)) <= (0 if dtype is F64 else 4)
     assert together.status.code == max(one.status.code for one in alone)
     again = solver.solve(operator(A[:1]), (b[:1],), tasks=1)
     torch.testing.assert_close(together.value[0][0], again.value[0][0], rtol=rtol, atol=rtol)
@@ -377,10 +377,25 @@ def test_vmap_over_solve_equals_a_loop(name, start):
         torch.testing.assert_close(together.expand_as(alone), alone, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [*EVERY, "nystrom"])
+BRIEF = {
+    "minres": MINRES(3),
+    "gmres": GMRES(4, 2),
+    "bicgstab": BiCGSTAB(3),
+    "lsmr": LSMR(3),
+    "normal cg": NormalCG(3),
+    "chebyshev": Chebyshev(0.5, 3.0, 3),
+    "nystrom": Nystrom(3, 0.1),
+    "cg, jacobi": bl.CG(3, preconditioner=Jacobi(probes=2)),
+    "cg, nystrom": bl.CG(3, preconditioner=NystromPreconditioner(2)),
+    "chosen damping": LevenbergMarquardt(bl.CG(2), attempts=2),
+    "masked": Masked(bl.CG(3)),
+}
+
+
+@pytest.mark.parametrize("name", BRIEF)
 def test_solvers_run_on_fake_tensors_of_a_gpu_without_looking_at_a_number(name):
     """A fake tensor has no number to look at: what waited for a GPU would raise."""
-    solver = Nystrom(3, 0.1) if name == "nystrom" else EVERY[name]
+    solver = BRIEF[name]
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         for tasks, shape in ((None, (6,)), (3, (3, 6))):
             b = torch.ones(shape, dtype=F32)
