@@ -3,6 +3,7 @@
 Those of the first three solvers (CG, Neumann, Dense) are in test_linear.py and test_linear_safety.py.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -632,3 +633,154 @@ def test_whatever_the_system_the_answer_is_no_worse_than_zero_and_the_status_is_
                 assert found.status is bl.Status.NONFINITE, where
             elif found.status is bl.Status.OK:
                 assert (true <= 0.06 + blur).all(), where
+
+
+# The transposed product of a linearization, and preconditioners made at y
+
+
+@dataclasses.dataclass(frozen=True)
+class Twisted(bl.inner.Dynamics):
+    """A condition whose derivative in y is not symmetric: the gradient, and a turn that is no gradient."""
+
+    def _turned(self, inner, at):
+        g = at.gradient(inner)
+        return {
+            "a": g["a"] + 0.3 * torch.roll(inner["a"], 1, dims=-1) ** 2 + inner["b"].sum(-1, keepdim=True) * inner["a"],
+            "b": g["b"],
+            "c": inner["c"],
+        }
+
+    def step(self, inner, state, outer, at):
+        turned = self._turned(inner, at)
+        return {name: leaf - 0.1 * turned[name] for name, leaf in inner.items()}, state
+
+    def stationarity(self, inner, outer, at):
+        return self._turned(inner, at)
+
+
+def twisted_loss(y, x, batch):
+    a, b = y["a"], y["b"]
+    return ((a - x) ** 4).sum() / 4 + (a**2).sum() + (b * a[:3]).sum() ** 2 / 2 + (b**2).sum() + torch.tanh(b) @ batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Spying(bl.linear.LinearSolver):
+    """Writes down both products in every direction, and solves densely."""
+
+    seen_pairs: list
+    damping: float = 0.0
+    tol: float = 1e-6
+
+    def prepare(self, operator, space=None):
+        spied = self
+
+        class Spy(LinearOperator):
+            def matvec(self, v):
+                if space.tasks is None:
+                    spied.seen_pairs.append((v, operator.matvec(v), operator.rmatvec(v)))
+                return operator.matvec(v)
+
+        return bl.Dense().prepare(Spy(), space)
+
+
+ENGINES = {"eager": bl.Eager(), "graph": bl.Compiled(backend="graph")}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_transposed_product_of_a_linearization_is_the_transpose(engine):
+    problem = bl.Problem(twisted_loss, lambda y, x, batch: (y["a"] ** 2).sum() + y["b"].sum() + y["c"].sum())
+    inner, pairs = {"a": normal(4), "b": normal(3, seed=1), "c": normal(2, seed=2)}, []
+    batches = bl.Batches(torch.ones(3, dtype=F64), torch.ones(3, dtype=F64))
+    hg = bl.hypergradient(
+        problem,
+        normal(4, seed=3),
+        inner,
+        batches,
+        solver=bl.Descent(Twisted(), steps=2),
+        estimator=bl.Implicit(Spying(pairs)),
+        engine=ENGINES[engine],
+    )
+    assert hg.status is bl.Status.OK
+    forth, back = (torch.stack([torch.cat(pair[i]) for pair in pairs], 1) for i in (1, 2))
+    assert forth.shape == (9, 9)
+    assert (forth - forth.T).abs().max() > 0.1
+    torch.testing.assert_close(back, forth.T, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("tasks", [False, True])
+@pytest.mark.parametrize(
+    "linear", [LSMR(60, 1e-12), NormalCG(60, 1e-12), GMRES(20, 20, 1e-12), BiCGSTAB(40, 1e-12)], ids=str
+)
+def test_hypergradients_of_a_condition_that_is_not_symmetric(linear, tasks, engine):
+    problem = bl.Problem(twisted_loss, lambda y, x, batch: (y["a"] ** 2).sum() + y["b"].sum() + y["c"].sum())
+    inner = {"a": normal(4), "b": normal(3, seed=1), "c": normal(2, seed=2)}
+    inner = {name: torch.stack([leaf, 0.5 * leaf]) for name, leaf in inner.items()} if tasks else inner
+    data = torch.ones(2, 3, dtype=F64) if tasks else torch.ones(3, dtype=F64)
+
+    def grad(solver):
+        estimator = bl.Implicit(solver)
+        hg = bl.hypergradient(
+            problem,
+            normal(4, seed=3),
+            inner,
+            bl.Batches(data, data),
+            solver=bl.Descent(Twisted(), steps=3),
+            estimator=bl.TaskMean(estimator) if tasks else estimator,
+            engine=ENGINES[engine],
+        )
+        assert hg.status is bl.Status.OK
+        return hg.grad
+
+    torch.testing.assert_close(grad(linear), grad(bl.Dense()), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_kfac_is_nearly_the_inverse_of_a_linear_models_hessian(corrected):
+    pytest.importorskip("curvlinops")
+    torch.manual_seed(0)
+    model, loss = torch.nn.Linear(8, 3).double(), torch.nn.MSELoss()
+    x, targets = normal(60, 8) * torch.logspace(0, 2, 8, dtype=F64), normal(60, 3, seed=1)
+    before = [each.detach().clone() for each in model.parameters()]
+
+    def inner_loss(y, outer, batch):
+        penalty = outer * sum((leaf**2).sum() for leaf in y.values())
+        return loss(torch.func.functional_call(model, y, (batch[0],)), batch[1]) + penalty
+
+    def outer_loss(y, outer, batch):
+        return loss(torch.func.functional_call(model, y, (batch[0],)), batch[1])
+
+    def solved(preconditioner):
+        return bl.hypergradient(
+            bl.Problem(inner_loss, outer_loss),
+            torch.tensor(1e-3, dtype=F64),
+            {name: leaf.detach().clone() for name, leaf in model.named_parameters()},
+            bl.Batches((x, targets), (x, targets + 1)),
+            solver=bl.Descent(bl.SGD(lr=1e-5), steps=3),
+            estimator=bl.Implicit(bl.CG(60, 1e-8, preconditioner=preconditioner)),
+        )
+
+    factors = bl.linear.KFAC(model, loss, [(x, targets)], damping=1e-3, corrected=corrected)
+    plain, found = solved(None), solved(factors)
+    assert found.status is bl.Status.OK
+    assert found.stats["linear_steps"] < plain.stats["linear_steps"] / 2
+    exact = solved(lambda r: r)
+    assert exact.status in (bl.Status.OK, bl.Status.MAX_STEPS)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    with pytest.raises(ValueError, match="named_parameters"):
+        bl.CG(preconditioner=factors).solve(lambda v: v, (torch.ones(3),))
+
+
+def test_the_hypergradient_says_what_damping_was_chosen():
+    problem = bl.Problem(lambda y, x, b: (vector(1.0, -0.1) * y**2).sum() / 2 - x @ y, lambda y, x, b: y.sum())
+    hg = bl.hypergradient(
+        problem,
+        vector(1.0, 1.0),
+        vector(0.1, 0.1),
+        bl.Batches(None, None),
+        solver=bl.Descent(bl.SGD(0.1), 2),
+        estimator=bl.Implicit(LevenbergMarquardt(bl.CG(5), first=0.2, factor=2.0)),
+    )
+    assert hg.status is bl.Status.OK
+    torch.testing.assert_close(hg.grad, 1 / (vector(1.0, -0.1) + hg.stats["linear_damping"]))
+    assert hg.stats["linear_damping"] > 0.1
