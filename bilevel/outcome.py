@@ -47,6 +47,10 @@ class Status(enum.Enum):
         "of the "
         "inner optimizer, take fewer steps, or compute in float64."
     )
+    DIGITS_LOST = (
+        "Moving the arguments by a few roundings moved the hypergradient by more than a hundredth: fewer than two of "
+        "its digits mean anything. Compute in float64, take fewer inner steps, or (difference quotients) a larger nu."
+    )
     INNER_ROSE = (
         "The inner loss ended at more than twice its starting value: the inner loop is moving away from a solution. "
         "Lower the step size of the inner optimizer, or take fewer steps."
@@ -58,6 +62,11 @@ class Status(enum.Enum):
     INNER_MAX_STEPS = (
         "The inner solver used all its steps before the gradient norm met its tolerance: see stats['inner_residual']. "
         "Give Converge more max_steps, a larger tol or a better step size."
+    )
+    ROUNDED = (
+        "A finite difference is lost in rounding: its two sides differ in less than one digit of theirs, so the "
+        "hypergradient is approximate: see stats['difference_digits']. Give the estimator a larger radius, or compute "
+        "in float64."
     )
     NOT_CONTRACTIVE = (
         "The Neumann series does not contract: its residual grew. Its step_size must lie below 2 / (largest eigenvalue "
@@ -80,6 +89,11 @@ class Status(enum.Enum):
         "A perturbed inner loop of FirstOrderCorrected ran away from the solution: g - nu f or g + nu f has no "
         "minimum near "
         "it. Lower nu below the curvature of g over that of f, or make g more convex (a proximal term, weight decay)."
+    )
+    FLAT_STEP = (
+        "The step of the inner optimizer does not change with its gradient, so the estimate sees nothing of the inner "
+        "loss: a first step of Adam has the length lr whatever the gradient is, and a sign has no derivative. Take "
+        "more inner steps, or use T1T2, Darts or Unrolled."
     )
     BREAKDOWN = (
         "The linear system is singular to working precision and its right-hand side not in its range, or the solver's "
@@ -231,6 +245,13 @@ class Hypergradient:
     def status(self) -> Status:
         """How the computation ended; waits for the GPU."""
         return status_of(self.code)
+
+    @property
+    def digits(self) -> Any:
+        """The decimal digits that rounding leaves of `grad`, a 0-dim tensor: measured by `estimators.Probed`, an upper
+        bound by the growth of cotangents for `Unrolled`; None where nothing was looked at.
+        """
+        return self.stats.get("digits")
 
     def raise_if_failed(self, *, strict: bool = False) -> None:
         """Raise if the hypergradient must not be used.

@@ -1,5 +1,7 @@
 """The stationarity condition at one point, as a linear operator with a mixed product."""
 
+from typing import Any
+
 from bilevel.engine import spans
 from bilevel.engine.base import Linearized
 from bilevel.engine.embedding import Embedding
@@ -20,6 +22,11 @@ class Linearization(LinearOperator):
         self._condition, self._embedding, self.symmetric = condition, embedding, symmetric
         self._point = point
         self.loss = condition.loss
+
+    @property
+    def batch(self) -> Any:
+        """The batch as the losses receive it."""
+        return self._embedding.value
 
     @property
     def point(self) -> Leaves:

@@ -3,8 +3,21 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 import bilevel as bl
-from bilevel.testing.catalogue.entry import AT_SOLUTION, Entry, counts
+from bilevel.testing.catalogue.entry import AT_SOLUTION, GRADIENTS, Entry, counts
+from bilevel.testing.catalogue.quadratic import Quadratic
+
+
+def _eye(quadratic: Quadratic) -> Tensor:
+    return torch.eye(len(quadratic.H), dtype=quadratic.H.dtype)
+
+
+def one_step(label: str, estimator: bl.Estimator, **more: Any) -> Entry:
+    """The entry of an estimator that takes what a single step makes of x for what all of them do."""
+    return Entry(label, estimator, target="program", memory="constant", **({"sees": GRADIENTS} | more))
 
 
 def at_solution(
@@ -86,7 +99,7 @@ ENTRIES = (
         everyday=bl.Implicit(bl.CG(max_steps=10, preconditioner=bl.linear.NystromPreconditioner(rank=10))),
     ),
     # One product per number of y.
-    at_solution("implicit dense", bl.Implicit(bl.Dense()), quadratic_in_inner=True),
+    at_solution("implicit dense", bl.Implicit(bl.Dense()), quadratic_in_inner=True, definite=False),
     at_solution(
         "memory reduced",
         bl.MemoryReduced(steps=60, tol=1e-13),
@@ -98,5 +111,44 @@ ENTRIES = (
         bl.MemoryReduced(steps=60, tol=1e-13, warm_inner=True, warm_adjoint=True),
         spending=lambda products: bl.MemoryReduced(steps=products, warm_inner=True, warm_adjoint=True),
         everyday=bl.MemoryReduced(steps=5, warm_inner=True, warm_adjoint=True),
+    ),
+    at_solution(
+        "fixed point",
+        bl.estimators.FixedPoint(bl.linear.GMRES(max_steps=80, restart=40, tol=1e-13)),
+        spending=lambda products: bl.estimators.FixedPoint(bl.linear.GMRES(products, restart=products, tol=0.0)),
+        everyday=bl.estimators.FixedPoint(bl.linear.GMRES(max_steps=10, restart=10)),
+        definite=False,
+    ),
+    one_step(
+        "T1-T2",
+        bl.estimators.T1T2(),
+        calls=lambda steps, products: counts(steps + 1, 1, 0, 1),
+        bias="scale * h in each direction of curvature h, for 1",
+        sees=AT_SOLUTION,
+        on_quadratic=lambda q: q.gradient(_eye(q), q.last),
+    ),
+    one_step(
+        "T1-T2, half",
+        bl.estimators.T1T2(scale=0.5),
+        calls=lambda steps, products: counts(steps + 1, 1, 0, 1),
+        bias="h / 2 in each direction of curvature h, for 1",
+        sees=AT_SOLUTION,
+        on_quadratic=lambda q: q.gradient(0.5 * _eye(q), q.last),
+    ),
+    one_step(
+        "sama",
+        bl.estimators.Sama(),
+        # Of no steps, the first one is differentiated.
+        calls=lambda steps, products: counts(max(steps, 1) + 2, 1, 0, 0),
+        bias="that of the last step alone",
+        # A bilinear coupling has the same difference at any radius.
+        on_quadratic=lambda q: q.gradient(q.rate * _eye(q), q.last),
+    ),
+    one_step(
+        "darts",
+        bl.estimators.Darts(xi=0.3),
+        calls=lambda steps, products: counts(steps + 3, 1, 0, 0),
+        bias="that of one virtual step",
+        on_quadratic=lambda q: q.gradient(0.3 * _eye(q), q.last - 0.3 * q.H @ (q.last - q.solution)),
     ),
 )
