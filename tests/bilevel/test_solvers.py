@@ -3,6 +3,7 @@
 Those of the first three solvers (CG, Neumann, Dense) are in test_linear.py and test_linear_safety.py.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -185,11 +186,11 @@ def test_systems_of_its_kind_are_solved_and_others_refused_or_told(name, system)
             return
         found = solver.solve(given, (b,))
         true = (b - A @ found.value[0] - (0 if found.damping is None else found.damping * found.value[0])).norm()
-        assert found.status.failed or true / b.norm() < 1e-6
+        assert found.status is not bl.Status.OK or true / b.norm() < 1e-6
         return
     found = solver.solve(given, (b,))
     if system == "indefinite" and name == "gmres, restarted":
-        assert found.status is bl.Status.MAX_STEPS  # it stands still, and says so
+        assert found.status in (bl.Status.MAX_STEPS, bl.Status.BREAKDOWN)  # it stands still, and says so
         return
     assert found.status is bl.Status.OK
     least = torch.linalg.pinv(A, rtol=1e-9) @ b
@@ -233,8 +234,8 @@ def test_least_squares_between_two_spaces_are_those_of_the_pseudo_inverse(solver
 
 def test_the_normal_equations_are_right_where_conjugate_gradients_fail():
     """A singular system in float32 whose right-hand side is outside of the range by rounding only."""
-    A = with_values(torch.linspace(-1.0, 2.0, 12, dtype=F64) * (torch.arange(12) > 3)).float()
-    b = A @ normal(12, seed=4).float()
+    A = with_values(vector(1.0, -1.0, 0.5, 0.0, 0.0)).float()
+    b = A @ torch.linalg.qr(normal(5, 5)).Q.float() @ torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0])
     found = NormalCG(60, 1e-6).solve(by(A), (b,))
     assert found.status is bl.Status.OK
     assert (b - A @ found.value[0]).norm() < 3e-6 * b.norm()
@@ -249,7 +250,7 @@ def test_preconditioners_save_products():
     for solver in (
         bl.CG(60, 1e-6, preconditioner=Jacobi(probes=1, floor=1e-9)),
         bl.CG(60, 1e-6, preconditioner=Jacobi(floor=1e-9)),
-        MINRES(60, 1e-9, preconditioner=Jacobi(floor=1e-9)),
+        MINRES(60, 1e-13, preconditioner=Jacobi(floor=1e-9)),
     ):
         given = Product(by(scaled), known_diagonal=(scaled.diagonal(),))
         found = solver.solve(given, (b,))
@@ -337,7 +338,7 @@ def test_tasks_are_solved_as_they_would_be_one_by_one(name, dtype):
     rtol = 1e-9 if dtype is F64 else 1e-4
     assert together.residual.shape == (4,)
     torch.testing.assert_close(together.value[0], torch.stack([one.value[0] for one in alone]), rtol=rtol, atol=rtol)
-    assert int(together.steps) == max(int(one.steps) for one in alone)
+    assert abs(int(together.steps) - max(int(one.steps) for one in alone)) <= (0 if dtype is F64 else 4)
     assert together.status.code == max(one.status.code for one in alone)
     again = solver.solve(operator(A[:1]), (b[:1],), tasks=1)
     torch.testing.assert_close(together.value[0][0], again.value[0][0], rtol=rtol, atol=rtol)
@@ -377,10 +378,25 @@ def test_vmap_over_solve_equals_a_loop(name, start):
         torch.testing.assert_close(together.expand_as(alone), alone, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [*EVERY, "nystrom"])
+BRIEF = {
+    "minres": MINRES(3),
+    "gmres": GMRES(4, 2),
+    "bicgstab": BiCGSTAB(3),
+    "lsmr": LSMR(3),
+    "normal cg": NormalCG(3),
+    "chebyshev": Chebyshev(0.5, 3.0, 3),
+    "nystrom": Nystrom(3, 0.1),
+    "cg, jacobi": bl.CG(3, preconditioner=Jacobi(probes=2)),
+    "cg, nystrom": bl.CG(3, preconditioner=NystromPreconditioner(2)),
+    "chosen damping": LevenbergMarquardt(bl.CG(2), attempts=2),
+    "masked": Masked(bl.CG(3)),
+}
+
+
+@pytest.mark.parametrize("name", BRIEF)
 def test_solvers_run_on_fake_tensors_of_a_gpu_without_looking_at_a_number(name):
     """A fake tensor has no number to look at: what waited for a GPU would raise."""
-    solver = Nystrom(3, 0.1) if name == "nystrom" else EVERY[name]
+    solver = BRIEF[name]
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         for tasks, shape in ((None, (6,)), (3, (3, 6))):
             b = torch.ones(shape, dtype=F32)
@@ -617,3 +633,154 @@ def test_whatever_the_system_the_answer_is_no_worse_than_zero_and_the_status_is_
                 assert found.status is bl.Status.NONFINITE, where
             elif found.status is bl.Status.OK:
                 assert (true <= 0.06 + blur).all(), where
+
+
+# The transposed product of a linearization, and preconditioners made at y
+
+
+@dataclasses.dataclass(frozen=True)
+class Twisted(bl.inner.Dynamics):
+    """A condition whose derivative in y is not symmetric: the gradient, and a turn that is no gradient."""
+
+    def _turned(self, inner, at):
+        g = at.gradient(inner)
+        return {
+            "a": g["a"] + 0.3 * torch.roll(inner["a"], 1, dims=-1) ** 2 + inner["b"].sum(-1, keepdim=True) * inner["a"],
+            "b": g["b"],
+            "c": inner["c"],
+        }
+
+    def step(self, inner, state, outer, at):
+        turned = self._turned(inner, at)
+        return {name: leaf - 0.1 * turned[name] for name, leaf in inner.items()}, state
+
+    def stationarity(self, inner, outer, at):
+        return self._turned(inner, at)
+
+
+def twisted_loss(y, x, batch):
+    a, b = y["a"], y["b"]
+    return ((a - x) ** 4).sum() / 4 + (a**2).sum() + (b * a[:3]).sum() ** 2 / 2 + (b**2).sum() + torch.tanh(b) @ batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Spying(bl.linear.LinearSolver):
+    """Writes down both products in every direction, and solves densely."""
+
+    seen_pairs: list
+    damping: float = 0.0
+    tol: float = 1e-6
+
+    def prepare(self, operator, space=None):
+        spied = self
+
+        class Spy(LinearOperator):
+            def matvec(self, v):
+                if space.tasks is None:
+                    spied.seen_pairs.append((v, operator.matvec(v), operator.rmatvec(v)))
+                return operator.matvec(v)
+
+        return bl.Dense().prepare(Spy(), space)
+
+
+ENGINES = {"eager": bl.Eager(), "graph": bl.Compiled(backend="graph")}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_transposed_product_of_a_linearization_is_the_transpose(engine):
+    problem = bl.Problem(twisted_loss, lambda y, x, batch: (y["a"] ** 2).sum() + y["b"].sum() + y["c"].sum())
+    inner, pairs = {"a": normal(4), "b": normal(3, seed=1), "c": normal(2, seed=2)}, []
+    batches = bl.Batches(torch.ones(3, dtype=F64), torch.ones(3, dtype=F64))
+    hg = bl.hypergradient(
+        problem,
+        normal(4, seed=3),
+        inner,
+        batches,
+        solver=bl.Descent(Twisted(), steps=2),
+        estimator=bl.Implicit(Spying(pairs)),
+        engine=ENGINES[engine],
+    )
+    assert hg.status is bl.Status.OK
+    forth, back = (torch.stack([torch.cat(pair[i]) for pair in pairs], 1) for i in (1, 2))
+    assert forth.shape == (9, 9)
+    assert (forth - forth.T).abs().max() > 0.1
+    torch.testing.assert_close(back, forth.T, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("tasks", [False, True])
+@pytest.mark.parametrize(
+    "linear", [LSMR(60, 1e-12), NormalCG(60, 1e-12), GMRES(20, 20, 1e-12), BiCGSTAB(40, 1e-12)], ids=str
+)
+def test_hypergradients_of_a_condition_that_is_not_symmetric(linear, tasks, engine):
+    problem = bl.Problem(twisted_loss, lambda y, x, batch: (y["a"] ** 2).sum() + y["b"].sum() + y["c"].sum())
+    inner = {"a": normal(4), "b": normal(3, seed=1), "c": normal(2, seed=2)}
+    inner = {name: torch.stack([leaf, 0.5 * leaf]) for name, leaf in inner.items()} if tasks else inner
+    data = torch.ones(2, 3, dtype=F64) if tasks else torch.ones(3, dtype=F64)
+
+    def grad(solver):
+        estimator = bl.Implicit(solver)
+        hg = bl.hypergradient(
+            problem,
+            normal(4, seed=3),
+            inner,
+            bl.Batches(data, data),
+            solver=bl.Descent(Twisted(), steps=3),
+            estimator=bl.TaskMean(estimator) if tasks else estimator,
+            engine=ENGINES[engine],
+        )
+        assert hg.status is bl.Status.OK
+        return hg.grad
+
+    torch.testing.assert_close(grad(linear), grad(bl.Dense()), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_kfac_is_nearly_the_inverse_of_a_linear_models_hessian(corrected):
+    pytest.importorskip("curvlinops")
+    torch.manual_seed(0)
+    model, loss = torch.nn.Linear(8, 3).double(), torch.nn.MSELoss()
+    x, targets = normal(60, 8) * torch.logspace(0, 2, 8, dtype=F64), normal(60, 3, seed=1)
+    before = [each.detach().clone() for each in model.parameters()]
+
+    def inner_loss(y, outer, batch):
+        penalty = outer * sum((leaf**2).sum() for leaf in y.values())
+        return loss(torch.func.functional_call(model, y, (batch[0],)), batch[1]) + penalty
+
+    def outer_loss(y, outer, batch):
+        return loss(torch.func.functional_call(model, y, (batch[0],)), batch[1])
+
+    def solved(preconditioner):
+        return bl.hypergradient(
+            bl.Problem(inner_loss, outer_loss),
+            torch.tensor(1e-3, dtype=F64),
+            {name: leaf.detach().clone() for name, leaf in model.named_parameters()},
+            bl.Batches((x, targets), (x, targets + 1)),
+            solver=bl.Descent(bl.SGD(lr=1e-5), steps=3),
+            estimator=bl.Implicit(bl.CG(60, 1e-8, preconditioner=preconditioner)),
+        )
+
+    factors = bl.linear.KFAC(model, loss, [(x, targets)], damping=1e-3, corrected=corrected)
+    plain, found = solved(None), solved(factors)
+    assert found.status is bl.Status.OK
+    assert found.stats["linear_steps"] < plain.stats["linear_steps"] / 2
+    exact = solved(lambda r: r)
+    assert exact.status in (bl.Status.OK, bl.Status.MAX_STEPS)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    with pytest.raises(ValueError, match="named_parameters"):
+        bl.CG(preconditioner=factors).solve(lambda v: v, (torch.ones(3),))
+
+
+def test_the_hypergradient_says_what_damping_was_chosen():
+    problem = bl.Problem(lambda y, x, b: (vector(1.0, -0.1) * y**2).sum() / 2 - x @ y, lambda y, x, b: y.sum())
+    hg = bl.hypergradient(
+        problem,
+        vector(1.0, 1.0),
+        vector(0.1, 0.1),
+        bl.Batches(None, None),
+        solver=bl.Descent(bl.SGD(0.1), 2),
+        estimator=bl.Implicit(LevenbergMarquardt(bl.CG(5), first=0.2, factor=2.0)),
+    )
+    assert hg.status is bl.Status.OK
+    torch.testing.assert_close(hg.grad, 1 / (vector(1.0, -0.1) + hg.stats["linear_damping"]))
+    assert hg.stats["linear_damping"] > 0.1
