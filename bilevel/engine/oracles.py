@@ -340,7 +340,7 @@ class Oracles:
             return at.loss, tree.ordered(value, y)
 
         with_graph = self.engine.linearize(condition, inner, self.attached, embedding.value, embedding.leaves)
-        return Linearization(with_graph, embedding, symmetric=self.dynamics.symmetric)
+        return Linearization(with_graph, embedding, tuple(tree.tensors(inner)), symmetric=self.dynamics.symmetric)
 
     def step_vjp(
         self,
