@@ -143,7 +143,13 @@ def of(instance: Instance) -> Paths | None:
     remembered = instance.problem.memo.setdefault("paths", {})
     # Momentum acts from the second step on; a user's own schedule may do so at any.
     steps = min(2 if _soon(instance.solver.dynamics) else _MANY, instance.solver.max_steps)
-    signature = tuple(tree.names(instance.outer)), instance.inner is None, instance.tasks is None, steps
+    signature = (
+        tuple(tree.names(instance.outer)),
+        instance.inner is None,
+        instance.tasks is None,
+        steps,
+        instance.constant,
+    )
     dynamics = instance.solver.dynamics
     for seen, found in remembered.get(signature, ()):
         if seen is dynamics or (type(seen) is type(dynamics) and _same(seen, dynamics)):
