@@ -48,6 +48,21 @@ def test_a_torch_class_adapted_takes_its_steps_also_where_tensors_are_left_out(n
             torch.testing.assert_close(y[key], leaf, rtol=1e-12, atol=1e-12)
 
 
+def test_bias_corrections_are_in_float64_whatever_the_default_dtype_where_torchs_own_are_not():
+    def differentiable(y):
+        return torch.optim.Adam(list(y.values()), lr=0.1, differentiable=True)
+
+    theirs = {name: leaf.clone() for name, leaf in start().items()}
+    for name, leaf in gradient_of(theirs).items():
+        theirs[name].grad = leaf
+    optimizer = differentiable(theirs)
+    optimizer.step()
+    path, exact = ours(o.FromTorch(torch.optim.Adam, lr=0.1), None), ours(bl.Adam(0.1), None)
+    for name in theirs:
+        torch.testing.assert_close(path[-1][name], exact[-1][name], rtol=1e-12, atol=1e-12)
+    assert (theirs["w"] - exact[0]["w"]).abs().max() > 1e-7, "torch has mended it"
+
+
 class Scaled(torch.optim.Optimizer):
     """A class of a user's own; `flaw` says what is wrong with it."""
 

@@ -367,3 +367,24 @@ def test_what_a_users_optimizer_hides_is_found_in_every_wrapper(wrapped):
         bl.hypergradient(
             QUADRATIC, x, y, bl.Batches(None, None), solver=bl.Descent(wrapped, 6), estimator=bl.Implicit(bl.CG(5))
         )
+
+
+def test_what_the_docstrings_say_of_the_length_of_steps():
+    y, g = torch.zeros(1, dtype=D), torch.full((1,), 3.0, dtype=D)
+
+    def lengths(optimizer, y=y, steps=7, g=g):
+        state, found = optimizer.init(y), []
+        for _ in range(steps):
+            moved, state = optimizer.step(g, state, y, None)
+            found.append((y - moved).item())
+            y = moved
+        return found
+
+    assert lengths(o.RAdam(lr=0.1))[:5] == pytest.approx([0.3] * 5)  # plain, at first
+    assert lengths(o.RAdam(lr=0.1))[5] < 0.05
+    assert lengths(o.RMSprop(lr=0.1, alpha=0.96))[0] == pytest.approx(0.1 / 0.2)  # lr / sqrt(1 - alpha)
+    assert lengths(o.Adadelta(rho=0.96))[0] == pytest.approx((1e-6 / 0.04) ** 0.5, rel=1e-4)  # sqrt(eps / (1 - rho))
+    ends = 4.0 - torch.tensor(lengths(o.Lion(lr=0.1, weight_decay=0.5), y + 4.0, 400)).cumsum(0)
+    assert -2.0 <= ends[-1] < -1.99  # it stays inside 1 / weight_decay, where g is 3
+    matrix, muon = torch.ones(1, 1, dtype=D), o.Muon(lr=0.1, weight_decay=0.0)
+    assert lengths(muon, matrix, g=matrix) == pytest.approx(lengths(muon, matrix, g=1e-3 * matrix))  # whatever |g| is

@@ -100,6 +100,10 @@ BESIDE_TORCH = {
             "before": lambda ys: torch.nn.utils.clip_grad_norm_(ys, 1.5),
         },
     ),
+    "one norm over all groups": (
+        o.ClippedByNorm(o.Groups({"w": bl.Adam(0.1, betas=(0.5, 0.9), weight_decay=0.3), "": bl.Adam(0.01)}), 0.5),
+        {"make": groups_of_torch, "before": lambda ys: torch.nn.utils.clip_grad_norm_(ys, 0.5)},
+    ),
     "clipped by value": (
         o.ClippedByValue(bl.Adam(0.1), 0.5),
         {"make": adam(), "before": lambda ys: torch.nn.utils.clip_grad_value_(ys, 0.5)},
@@ -112,6 +116,36 @@ BESIDE_TORCH = {
 def test_steps_are_those_of_torch(name):
     optimizer, reference = BESIDE_TORCH[name]
     assert_same_path(our_path(optimizer, X), torch_path(**reference))
+
+
+def test_what_some_of_the_accumulated_losses_do_not_use_counts_as_zero_and_what_none_uses_is_left_alone():
+    optimizer, y = o.Accumulated(bl.Adam(0.1, weight_decay=0.2), 2), start()
+    theirs, state = {name: leaf.clone() for name, leaf in y.items()}, optimizer.init(y)
+    structure, other = (
+        torch.utils._pytree.tree_structure(state),
+        torch.optim.Adam(theirs.values(), 0.1, weight_decay=0.2),
+    )
+    for step in range(12):
+        left_out = {"b": step % 2 == 0, "scale": step // 2 % 2 == 0}
+        g = {k: None if left_out.get(k) else leaf for k, leaf in gradient_of(theirs).items()}
+        y, state = optimizer.step(g, state, y, None)
+        assert torch.utils._pytree.tree_structure(state) == structure
+        for name, leaf in theirs.items():
+            if g[name] is not None:
+                leaf.grad = g[name] / 2 + (0 if leaf.grad is None else leaf.grad)
+        if step % 2:
+            other.step()
+            other.zero_grad()
+        for name, leaf in theirs.items():
+            torch.testing.assert_close(y[name], leaf, rtol=1e-12, atol=1e-12)
+
+
+def test_inside_a_group_hyper_parameters_by_tensor_are_a_dict_by_name():
+    y = {"net": [torch.zeros(2), torch.zeros(2)], "b": torch.zeros(1)}
+    optimizer = o.Groups({"net": bl.SGD(lr={"net.0": 1.0, "net.1": 2.0}), "b": bl.SGD(lr=lambda x: {"b": x})})
+    g = {"net": [torch.ones(2), torch.ones(2)], "b": torch.ones(1)}
+    moved, _ = optimizer.step(g, optimizer.init(y), y, torch.tensor(3.0))
+    assert [leaf[0].item() for leaf in (*moved["net"], moved["b"])] == [-1.0, -2.0, -3.0]
 
 
 @pytest.mark.parametrize(
