@@ -690,7 +690,7 @@ def test_tasks_are_layers_side_by_side(label, chunk):
         return (A @ w - batch).square().mean() / 2 + (x["p"].exp() * w.square()).sum() / 2
 
     x, problem = {"p": leaf(0.3 * normal(3, seed=3))}, bl.Problem(loss, loss)
-    more, start = {"solver": bl.Descent(bl.SGD(lr=0.4), 60)}, torch.zeros(3, dtype=DOUBLE)
+    more, start = {"solver": bl.Descent(bl.SGD(lr=0.4), 12)}, torch.zeros(3, dtype=DOUBLE)
     estimator = FIT[label]
     alone = torch.stack(
         [bl.solution(problem, x, start, bl.Batches(each, None), estimator=estimator, **more) for each in data]
