@@ -94,6 +94,7 @@ LIBRARY = House(
         {"inner", "engine.refusals"},
         {"engine.step_back"},
         {"engine.oracles"},
+        {"engine.maps", "engine.gauss_newton"},
         {"engine.implied", "estimators.state"},
         {"estimators.base"},
         {
@@ -129,7 +130,15 @@ LIBRARY = House(
     at_import={"": {"torch"}},
     users={"problems", "testing", "integrations"},
     alternatives={"optim", "linear", "inner", "estimators", "tasks", "outer"},
-    shared={"estimators.implicit.adjoint", "linear.operator"},
+    shared={
+        "estimators.implicit.adjoint",
+        "linear.operator",
+        "linear.preconditioned",
+        "linear.sketch",
+        "linear.system",
+        "optim.entrywise",
+        "optim.trial",
+    },
     # A byte budget is kept by a forecast; which is asked for inside a function, so that the library does without it.
     excepted={"estimators.reverse.auto": {"bilevel_profiling"}},
 )
@@ -182,6 +191,7 @@ DIFFERENTIATION = {
         "engine.rematerialize",
         "engine.block",
         "engine.lean",
+        "engine.compiled.linear",
         "engine.layer",
         "engine.implied",
         "engine.compiled.engine",

@@ -69,7 +69,8 @@ class Oracles:
         posed: tuple[Problem, Any] | None = None,
         constant: frozenset[int] = frozenset(),
     ) -> None:
-        self.problem, self.batches, self.dynamics, self.space = problem, batches, dynamics, Space(tasks)
+        self.problem, self.batches, self.space = problem, batches, Space(tasks)
+        self.dynamics = dynamics if tasks is None else dynamics.over(tasks)
         self.x, self.attached = tree.detach(outer), tree.attach(outer, constant)
         self.evaluation, self.engine = Evaluation(problem, tasks), engine or Eager().open()
         self._posed = (self.evaluation, batches.outer) if posed is None else (Evaluation(posed[0], tasks), posed[1])
@@ -290,6 +291,17 @@ class Oracles:
         batch = self._shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
         return self._in_outer(spans.INNER_GRADIENT, self.inner, inner, batch)
 
+    def inner_gradients(self, inner: Tree, steps: int) -> tuple[Tensor, PartialLeaves, PartialLeaves]:
+        """g, dg/dy and dg/dx at a point, on the batch of the last of `steps` steps (None where they do not enter)."""
+        step = max(steps - 1, 0)
+        shared = isinstance(self._shared, Embedding)
+        batch = self._shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
+        with spans.span(spans.INNER_GRADIENT):
+            y = tree.attach(inner)
+            value, ys = self.inner(y, self.attached, batch), tree.tensors(y)
+            found = autodiff.grad([value.sum()], [*ys, *tree.tensors(self.attached)])
+            return value.detach(), used(found[: len(ys)]), found[len(ys) :]
+
     # --- the outer loss
 
     def outer_loss(self, inner: Tree) -> Tensor:
@@ -359,7 +371,7 @@ class Oracles:
             return at.loss, tree.ordered(value, y)
 
         with_graph = self.engine.linearize(condition, inner, self.attached, embedding.value, embedding.leaves)
-        return Linearization(with_graph, embedding, symmetric=self.dynamics.symmetric)
+        return Linearization(with_graph, embedding, tuple(tree.tensors(inner)), symmetric=self.dynamics.symmetric)
 
     def step_vjp(
         self,

@@ -20,7 +20,7 @@ from bilevel.engine.refusals import restless
 from bilevel.engine.replay import State as Random
 from bilevel.estimators.state import State, checked
 from bilevel.inner.base import InnerSolver
-from bilevel.inner.loop import Moving, Visit, run
+from bilevel.inner.loop import Ended, Moving, Visit, run
 from bilevel.linear.base import LinearSolver
 from bilevel.outcome import Solution, Status, code_if, worst
 from bilevel.problem import Problem
@@ -111,10 +111,11 @@ class Instance:
         visit: Visit | None = None,
         moving: Moving | None = None,
         masks: Sequence[Tensor] | None = None,
+        ended: Ended | None = None,
     ) -> Solution:
         """Run the inner solver, unless that was done before; keeps no trajectory unless `visit` does."""
         oracles = self.oracles
-        plain = all(each is None for each in (start, solver, at, visit, moving, masks))
+        plain = all(each is None for each in (start, solver, at, visit, moving, masks, ended))
         if self.known is not None and plain and self.known.of(self):
             oracles.generators.set(self.known.ended)
             return self.known.solution
@@ -122,7 +123,7 @@ class Instance:
             y = oracles.start() if start is None else start
             before = oracles.generators.peek()
             rule, at, steady = solver or self.solver, at or oracles.point, self.steady
-            found = run(rule, oracles, y, at, visit=visit, moving=moving, masks=masks, steady=steady)
+            found = run(rule, oracles, y, at, visit=visit, moving=moving, masks=masks, steady=steady, ended=ended)
             return self.seen(found, drew=not oracles.generators.same(before, oracles.generators.peek()))
 
     @property
@@ -148,15 +149,16 @@ class Instance:
 
     def require_rest(self, estimator: "Estimator") -> None:
         """Raise ValueError unless the inner loop is an optimizer that says where it rests."""
-        update = self.solver.dynamics.update
+        oracles = self.oracles
+        update = oracles.dynamics.update
         if update is None:
             raise ValueError(
                 f"{type(estimator).__name__} perturbs the inner loss, and {type(self.solver.dynamics).__name__} need "
                 f"not follow its gradient. Use Unrolled(), or Implicit with a linear solver for systems that are not "
                 f"symmetric"
             )
-        start = self.oracles.start()
-        if update.stationarity(start, start, self.oracles.x) is None:
+        start = oracles.start()
+        if update.stationarity(start, start, oracles.x) is None:
             raise ValueError(restless(self.solver.dynamics, type(estimator).__name__))
 
     def finish(
@@ -286,6 +288,10 @@ class Estimator(Strategy):
         """The paths that are followed through at most `steps` inner steps."""
         return self.sees
 
+    def sees_in(self, instance: Instance) -> frozenset[Path]:
+        """The paths that are followed on this instance."""
+        return self.sees_after(instance.solver.max_steps)
+
     @property
     def memory_growth(self) -> str:
         """How peak memory grows with the inner steps K: "constant", "sqrt" or "linear"; "" promises nothing.
@@ -323,6 +329,11 @@ class Estimator(Strategy):
         they need, or where they run it themselves.
         """
         return None
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether `TaskMean` must take one task after another: the gradient in x of each is needed by itself."""
+        return False
 
     def missed(self, acts: str) -> str:
         """What to say where it returned None for outer tensors that act, which `acts` names with their paths; "" for

@@ -43,7 +43,8 @@ class TaskMean(Estimator):
     Args:
         estimator: how the hypergradient of one task is estimated.
         chunk: tasks at once: vmap within a chunk, a loop over chunks. None for all at once; 1 for a plain loop without
-            vmap, which works for losses that vmap cannot map. With `weights`, always one task after another.
+            vmap, which works for losses that vmap cannot map. With `weights`, and for an estimator that asks for it
+            (`one_by_one`), always one task after another.
         weights: how tasks are weighted, such as GradientSimilarity(); None for the plain mean. Weights are constants,
             and reported: `stats["task_weights"]` of shape (T,), in the order of the tasks, and
             `stats["effective_tasks"]`, 1 / sum w^2. `outer_loss` and `inner_loss` of the result are plain means.
@@ -142,7 +143,7 @@ class TaskMean(Estimator):
         ids = _ids(instance.batches)
         state = state.rows_of(ids) if isinstance(state, ByTask) else state
         tasks = _count(instance, state)
-        chunk = self.chunk if self.weights is None else 1
+        chunk = 1 if self.weights is not None or self.estimator.one_by_one else self.chunk
         size = tasks if chunk is None else min(chunk, tasks)
         total: PartialLeaves = (None,) * len(tree.tensors(instance.outer))
         parts: list[Estimate] = []
