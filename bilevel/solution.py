@@ -40,8 +40,8 @@ def solution(
 
     The forward moves y once. A backward is the estimator at the outer loss <w, y>, w the cotangent that arrives, at the
     solution of the forward, which is not computed again: Unrolled pulls w back through what it keeps (with "auto" it
-    runs anew), estimators at the solution begin there, and others (FirstOrderCorrected moves y by another loss) run as
-    they do. Random numbers are those of the forward, autocast is as it was.
+    runs anew), estimators at the solution begin there, and others (FirstOrderCorrected moves y by another loss,
+    FixedPoint looks at the last step) run as they do. Random numbers are those of the forward, autocast is as it was.
 
     A second derivative is right for Unrolled() (keep="graph", the eager engine) and, at the inner solution, for
     Implicit and MemoryReduced, also of a derivative; so that a loss may contain a `solution` of its own, three levels

@@ -74,7 +74,7 @@ def test_layers_within_layers_equal_bettys_program_of_three_levels(toy, solved):
     torch.testing.assert_close(top.gradients[-1][0], gradient, rtol=1e-6, atol=0)
 
 
-START, NONE, STEPS = torch.zeros(2, dtype=DOUBLE), bl.Batches(None, None), bl.Descent(bl.SGD(0.3), 50)
+START, NONE, STEPS = torch.zeros(2, dtype=DOUBLE), bl.Batches(None, None), bl.Descent(bl.SGD(0.5), 15)
 ESTIMATORS = {
     "implicit": bl.Implicit(bl.CG(20, tol=1e-13)),
     "graph": bl.Unrolled(),
@@ -127,7 +127,7 @@ def test_every_estimator_stands_above_every_other_or_says_why_not(low, mid, want
             by_layer()
         return
     torch.testing.assert_close(by_layer(), wanted, rtol=1e-6, atol=0)
-    if low in AGAIN:
+    if low == "implicit":
         hg = bl.hypergradient(problem, x, START, NONE, solver=STEPS, estimator=ESTIMATORS[mid])
         torch.testing.assert_close(hg.grad, wanted, rtol=1e-6, atol=0)
 
