@@ -86,7 +86,7 @@ LIBRARY = House(
             "problem",
             "functional",
         },
-        {"optim", "linear", "outer", "engine.eager", "engine.twice", "engine.evaluation"},
+        {"optim", "linear", "outer", "engine.layer", "engine.eager", "engine.twice", "engine.evaluation"},
         {"engine.along", "engine.compiled"},
         {"inner.dynamics", "engine.embedding"},
         {"inner.gradient", "engine.linearization", "engine.point"},
@@ -94,7 +94,8 @@ LIBRARY = House(
         {"inner", "engine.refusals"},
         {"engine.step_back"},
         {"engine.oracles"},
-        {"estimators.state"},
+        {"engine.maps", "engine.gauss_newton"},
+        {"engine.implied", "estimators.state"},
         {"estimators.base"},
         {
             "estimators.paths",
@@ -114,7 +115,8 @@ LIBRARY = House(
         },
         {"estimators"},
         {"tasks", "hypergradient"},
-        {"iterate", "adapt"},
+        {"iterate", "adapt", "layer"},
+        {"solution"},
         {"data"},
         {"meta"},
         {"problems", "testing", "integrations"},
@@ -128,7 +130,15 @@ LIBRARY = House(
     at_import={"": {"torch"}},
     users={"problems", "testing", "integrations"},
     alternatives={"optim", "linear", "inner", "estimators", "tasks", "outer"},
-    shared={"estimators.implicit.adjoint", "linear.operator"},
+    shared={
+        "estimators.implicit.adjoint",
+        "linear.operator",
+        "linear.preconditioned",
+        "linear.sketch",
+        "linear.system",
+        "optim.entrywise",
+        "optim.trial",
+    },
     # A byte budget is kept by a forecast; which is asked for inside a function, so that the library does without it.
     excepted={"estimators.reverse.auto": {"bilevel_profiling"}},
 )
@@ -173,7 +183,7 @@ PROFILER_SEES = {"engine.spans", "engine.offload", "space.tree", "problems", "in
 
 # Who may call which part of torch's differentiation machinery.
 DIFFERENTIATION = {
-    # (The second and the third look at graphs, and derive through the others.)
+    # (The second and the third look at graphs, "layer" and "implied" make nodes; they derive through the first.)
     "torch.autograd": {
         "engine.autodiff",
         "engine.twice",
@@ -181,14 +191,24 @@ DIFFERENTIATION = {
         "engine.rematerialize",
         "engine.block",
         "engine.lean",
+        "engine.compiled.linear",
+        "engine.layer",
+        "engine.implied",
         "engine.compiled.engine",
     },
-    "torch.func": {"engine.evaluation", "engine.jacobian", "engine.rematerialize", "engine.compiled.tracing"},
+    "torch.func": {
+        "engine.layer",
+        "engine.evaluation",
+        "engine.jacobian",
+        "engine.rematerialize",
+        "engine.compiled.tracing",
+    },
     "torch.vmap": set(),
     "torch._functorch": {"engine.compiled.graphs"},
 }
 FUNC_NAMES = {
     "engine.rematerialize": {"torch.func.vmap"},
+    "engine.layer": {"torch.func.vmap"},
     "engine.evaluation": {"torch.func.vmap"},
     "engine.jacobian": {"torch.func.vmap", "torch.func.vjp"},
     "engine.compiled.tracing": {"torch.func.functionalize"},

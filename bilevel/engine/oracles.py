@@ -14,6 +14,7 @@ H = d stationarity / dy (d2g/dy2 for gradient methods), M v = d/dx <stationarity
 x, attached once, the batches as the losses receive them, and the engine that computes.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,7 @@ class Oracles:
         engine: how derivatives are computed.
         posed: the problem and the outer batch whose outer loss a dynamics sees, where an estimator has put another one
             in the place of f; None for the same.
+        constant: the outer tensors, by position, that nobody differentiates in.
     """
 
     def __init__(
@@ -65,9 +67,11 @@ class Oracles:
         tasks: int | None = None,
         engine: Derivatives | None = None,
         posed: tuple[Problem, Any] | None = None,
+        constant: frozenset[int] = frozenset(),
     ) -> None:
-        self.problem, self.batches, self.dynamics, self.space = problem, batches, dynamics, Space(tasks)
-        self.x, self.attached = tree.detach(outer), tree.attach(outer)
+        self.problem, self.batches, self.space = problem, batches, Space(tasks)
+        self.dynamics = dynamics if tasks is None else dynamics.over(tasks)
+        self.x, self.attached = tree.detach(outer), tree.attach(outer, constant)
         self.evaluation, self.engine = Evaluation(problem, tasks), engine or Eager().open()
         self._posed = (self.evaluation, batches.outer) if posed is None else (Evaluation(posed[0], tasks), posed[1])
         self.generators = Generators(tree.tensors(outer)[0].device)
@@ -76,6 +80,23 @@ class Oracles:
         self._shared: Any = None if isinstance(batches.inner, PerStep) else Unset
         self._start: Tree | None = inner
         self._before_start: State | None = None
+
+    # --- the same instance, seen once more
+
+    def facing(self, batches: Batches, engine: Derivatives | None) -> "Oracles":
+        """The same with other data of the outer loss: what was drawn and made at the start stays."""
+        other = copy.copy(self)
+        other.batches, other.engine = batches, engine or Eager().open()
+        return other
+
+    def connected(self, attached: Tree) -> "Oracles":
+        """The same with `attached`, which may have a graph, in the place of the attached x; eager."""
+        other = copy.copy(self)
+        other.attached, other.engine = attached, Eager().open()
+        other.source = Source(self.evaluation, self.generators, self.x, attached)
+        if isinstance(self._shared, Embedding):
+            other._shared = self._shared.moved(other.source)
+        return other
 
     # --- where y begins
 
@@ -350,7 +371,7 @@ class Oracles:
             return at.loss, tree.ordered(value, y)
 
         with_graph = self.engine.linearize(condition, inner, self.attached, embedding.value, embedding.leaves)
-        return Linearization(with_graph, embedding, symmetric=self.dynamics.symmetric)
+        return Linearization(with_graph, embedding, tuple(tree.tensors(inner)), symmetric=self.dynamics.symmetric)
 
     def step_vjp(
         self,

@@ -121,6 +121,24 @@ class TaskMean(Estimator):
             )
         return state
 
+    def parts(self, instance: Instance) -> list[Instance]:
+        """The instance, chunk by chunk: each one problem without a task dimension, or of several tasks."""
+        tasks = _count(instance, None)
+        size = tasks if self.chunk is None else min(self.chunk, tasks)
+        return [
+            _Rows(slice(low, min(low + size, tasks)), single=size == 1).of_instance(instance, tasks)
+            for low in range(0, tasks, size)
+        ]
+
+    def joined(self, parts: list[Instance], trees: list[Tree]) -> Tree:
+        """Trees of the parts, such as their inner variables, as one with a leading task dimension."""
+        return _join(trees, single=parts[0].tasks is None)
+
+    @property
+    def unlike_a_layer(self) -> str:
+        own = "its weights are of the tasks' losses, and a layer returns the variables of all tasks"
+        return self.estimator.unlike_a_layer if self.weights is None else own
+
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         ids = _ids(instance.batches)
         state = state.rows_of(ids) if isinstance(state, ByTask) else state
