@@ -481,6 +481,25 @@ def test_a_penalty_too_weak_for_a_concave_outer_loss_is_said():
     assert called(F2SA(20.0), 3, steps=40, problem=problem).status is bl.Status.OK
 
 
+@pytest.mark.parametrize("optimizer", [bl.SGD(0.1, momentum=0.9), bl.Adam(0.01)], ids=str)
+@pytest.mark.parametrize(
+    "estimator",
+    [F2SA(10.0), bl.FirstOrderCorrected(0.1, "forward", True), bl.FirstOrderCorrected(0.1, warm_sides=True)],
+    ids=str,
+)
+def test_copies_that_rest_do_not_run_away(estimator, optimizer):
+    """At rest a gradient of nearly nothing grows by many times when momentum or Adam's first steps overshoot it."""
+    problem = bl.Problem(lambda y, x, _: y**2 - x * y, lambda y, x, _: (y - 2) ** 2 / 2)
+    state, seen = None, set()
+    for _ in range(60):
+        hg = bl.hypergradient(
+            problem, number(1.0), number(0.0), NONE, solver=bl.Descent(optimizer, 20), estimator=estimator, state=state
+        )
+        state = hg.state
+        seen.add(hg.status)
+    assert seen == {bl.Status.OK}
+
+
 # Refusals
 
 

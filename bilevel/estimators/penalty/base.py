@@ -170,29 +170,41 @@ def pulled(oracles: Oracles, center: Tree, strength: float) -> Callable[[int], A
 
 
 def unbounded(
-    space: Space, one: Solution, other: Solution, starts: tuple[Tree, Tree], calm: Tensor | None
+    space: Space, one: Solution, other: Solution, starts: tuple[Tree, Tree], calm: Tensor | None, *, warm: bool
 ) -> Tensor | int:
     """UNBOUNDED where a side's gradient has grown while the sides went apart: then it is nu that drove them.
 
     A side that has a minimum near comes to rest, and its gradient shrinks; in a loop whose steps are too long both
     sides run away alike. Where nu just cancels the curvature, the gradient neither grows nor shrinks, while that of
-    the side +nu, `calm`, shrinks.
+    the side +nu, `calm`, shrinks. Warm sides begin apart and near rest, where a gradient of nearly nothing may grow: of
+    those, one must have gone down as its gradient grew.
     """
-
-    def distance(a: Tree, b: Tree) -> Tensor:
-        return space.norm([x - y for x, y in zip(tree.tensors(a), tree.tensors(b), strict=True)])
-
     if one.grown is None or other.grown is None:
         return 0
-    between = distance(one.inner, other.inner)
-    moved = [distance(side.inner, start) for side, start in zip((one, other), starts, strict=True)]
+    between, both = _between(space, one.inner, other.inner), (one, other)
+    moved = [_between(space, side.inner, start) for side, start in zip(both, starts, strict=True)]
     apart = between > 0.5 * torch.maximum(*moved)
     # Beyond rounding: a loop that starts at rest has a gradient of nothing.
     size = space.norm(tree.tensors(one.inner))
-    away = torch.maximum(one.grown, other.grown) > _RUNAWAY
+    went = [descended(space, side, start) if warm else apart for side, start in zip(both, starts, strict=True)]
+    away = ((one.grown > _RUNAWAY) & went[0]) | ((other.grown > _RUNAWAY) & went[1])
     if calm is not None:
-        away = away | ((other.grown > _RESTLESS) & (other.grown > _ALONE * calm))
+        away = away | ((other.grown > _RESTLESS) & (other.grown > _ALONE * calm) & went[1])
     return code_if(away & apart & (between > 1e-3 * size), Status.UNBOUNDED)
+
+
+def descended(space: Space, found: Solution, start: Tree) -> Tensor:
+    """Whether an inner loop has gone some way, and down, per task; not so where it stays near its rest."""
+    size = space.norm(tree.tensors(found.inner))
+    far = _between(space, found.inner, start) > 1e-3 * size
+    if found.first_loss is None or found.last_loss is None:
+        return far & False
+    rounding = 10 * torch.finfo(found.last_loss.dtype).eps * (found.first_loss.abs() + found.last_loss.abs())
+    return far & (found.last_loss < found.first_loss - rounding)
+
+
+def _between(space: Space, a: Tree, b: Tree) -> Tensor:
+    return space.norm([x - y for x, y in zip(tree.tensors(a), tree.tensors(b), strict=True)])
 
 
 _RUNAWAY = 2.0

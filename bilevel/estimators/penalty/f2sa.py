@@ -31,6 +31,7 @@ from bilevel.estimators.penalty.base import (
     at_call,
     check_schedule,
     combined,
+    descended,
     digits_left,
     first_call,
     perturbed,
@@ -142,6 +143,5 @@ def _unbounded(instance: Instance, y: Solution, start: Tree) -> Tensor | int:
     """UNBOUNDED where g + f / L has no minimum near: the gradient of its copy has grown as it went."""
     if y.grown is None or not instance.steady:
         return 0
-    space, pairs = instance.oracles.space, zip(tree.tensors(y.inner), tree.tensors(start), strict=True)
-    went = space.norm([a - b for a, b in pairs]) > 1e-3 * space.norm(tree.tensors(y.inner))
+    went = descended(instance.oracles.space, y, start)
     return code_if((y.grown > 2.0) & went, Status.UNBOUNDED)

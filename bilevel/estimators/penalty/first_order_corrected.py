@@ -152,7 +152,9 @@ class FirstOrderCorrected(Estimator):
                 grad = tree.accumulate(grad, times(node * weight, side.f_x))
                 inner = _toward(inner, share, first.found.inner, side.found.inner)
                 codes += [side.found.code, _health(instance, side)]
-                codes.append(unbounded(oracles.space, first.found, side.found, (starts[0], begin), calm))
+                codes.append(
+                    unbounded(oracles.space, first.found, side.found, (starts[0], begin), calm, warm=state is not None)
+                )
                 calm = side.found.grown if calm is None else calm
                 steps += side.found.steps
                 if self.warm_sides:
