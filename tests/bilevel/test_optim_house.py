@@ -388,3 +388,24 @@ def test_what_the_docstrings_say_of_the_length_of_steps():
     assert -2.0 <= ends[-1] < -1.99  # it stays inside 1 / weight_decay, where g is 3
     matrix, muon = torch.ones(1, 1, dtype=D), o.Muon(lr=0.1, weight_decay=0.0)
     assert lengths(muon, matrix, g=matrix) == pytest.approx(lengths(muon, matrix, g=1e-3 * matrix))  # whatever |g| is
+
+
+@pytest.mark.parametrize(
+    "estimator", [bl.Implicit(bl.CG(10, 1e-12)), bl.FirstOrderCorrected(), bl.estimators.PBGD(gamma=10.0, rate=0.05)]
+)
+def test_rules_that_look_at_shapes_see_those_of_one_task_also_at_the_solution(estimator):
+    problem = bl.Problem(
+        lambda y, x, b: (y["m"] - b * x).square().sum() + (y["v"] - x.sum()).square().sum(),
+        lambda y, x, b: (y["m"].sum() - 1) ** 2 + y["v"].sum(),
+    )
+    x, tasks = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=D), torch.tensor([1.0, -1.0], dtype=D)
+    decayed = bl.SGD(0.2, weight_decay=0.1)
+    solver = bl.Descent(o.Groups([(lambda name, shape: len(shape) == 2, decayed), ("", bl.SGD(0.3))]), 60)
+
+    def call(estimator, batch, *shape):
+        y = {"m": torch.zeros(*shape, 2, 2, dtype=D), "v": torch.zeros(*shape, 2, dtype=D)}
+        batches = bl.Batches(batch, None)
+        return bl.hypergradient(problem, x, y, batches, solver=solver, estimator=estimator).grad
+
+    alone = torch.stack([call(estimator, task) for task in tasks]).mean(0)
+    torch.testing.assert_close(call(bl.TaskMean(estimator), tasks, 2), alone, rtol=1e-9, atol=1e-9)

@@ -249,7 +249,7 @@ def gap(instance: Instance, inner: Tree, lower: Tree, steps: int) -> Gap:
 
 def rest(instance: Instance, inner: Tree, gradient: PartialLeaves) -> PartialLeaves:
     """The gradient and what the optimizer adds to it."""
-    update = instance.solver.dynamics.update
+    update = instance.oracles.dynamics.update
     assert update is not None, "require_rest has been asked"
     with torch.no_grad():
         condition = update.stationarity(tree.like(inner, gradient), inner, instance.oracles.x)
