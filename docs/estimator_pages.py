@@ -15,6 +15,11 @@ from bilevel.testing.catalogue import ENTRIES, FAMILIES, Entry, Need
 
 FOLDER = Path(__file__).parent / "estimators" / "made"
 _PROBES = tuple((steps, products) for steps in (40, 41, 47, 50, 60) for products in (3, 5))
+BY_THEMSELVES = {
+    "Reversible": ("reverse", "tests/bilevel/test_reversible.py: it is for one optimizer, and counts in integers"),
+    "GaussNewton": ("implicit", "tests/bilevel/test_fixed_point.py: it is given functions of one problem"),
+}
+"""Estimators that no entry for all problems can stand for: their family, and what holds them to their word."""
 _SHORT = {"inner_gradient": "inner", "outer_gradient": "outer", "hvp": "HVP", "mixed": "mixed"}
 
 
@@ -124,6 +129,8 @@ class Page:
         assert module is not None
         assert module.__doc__ is not None, f"{module.__name__} says nothing"
         written = self.name.replace("bilevel.", "bl.", 1)
+        held = list(rows(self.entries)) if self.entries else [f"By {BY_THEMSELVES[self.kind.__name__][1]}."]
+        sees = self.entries[0].sees if self.entries else self.kind.sees
         return "\n".join(
             [
                 f"# `{written}`",
@@ -132,9 +139,9 @@ class Page:
                 "",
                 "## Promised, and held by tests",
                 "",
-                *rows(self.entries),
+                *held,
                 "",
-                f"It sees {', '.join(path.value for path in bl.Path if path in self.entries[0].sees)}.",
+                f"It sees {', '.join(path.value for path in bl.Path if path in sees)}.",
                 "",
                 "## Use",
                 "",
@@ -153,6 +160,8 @@ def pages() -> list[Page]:
     for family, entries in FAMILIES.items():
         for entry in entries:
             found.setdefault(type(entry.estimator), (family, []))[1].append(entry)
+    for name, (family, _) in BY_THEMSELVES.items():
+        found[getattr(bl.estimators, name)] = (family, [])
     return [Page(family, kind, tuple(entries)) for kind, (family, entries) in found.items()]
 
 

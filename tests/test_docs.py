@@ -119,7 +119,7 @@ def test_every_estimator_has_a_page_that_says_when_it_wins_and_fails():
     assert {page.kind for page in pages} == public, "the catalogue, and the namespace bl.estimators"
     for page in pages:
         text = page.text()
-        for part in ("**Wins:**", "**Fails:**", "**Reference", "| inner gradients |", "| variant | target |"):
+        for part in ("**Wins:**", "**Fails:**", "**Reference", "| inner gradients |", "## Promised"):
             assert part in text, f"{page.name}: no {part} in the docstring of its module"
         assert re.search(r"^    \S", text, re.MULTILINE), f"{page.name}: no equation"
         assert ">>> " in page.kind.__doc__, f"{page.name}: no example"

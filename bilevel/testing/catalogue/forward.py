@@ -46,6 +46,7 @@ def _running(q: Quadratic, gamma: float) -> Tensor:
 ENTRIES: tuple[Entry, ...] = (
     Entry(
         "forward",
+        few_outer=True,
         bl.estimators.Forward(),
         target="program",
         calls=lambda steps, outer: counts(steps, 1, steps * (outer + 1), 0),

@@ -52,18 +52,21 @@ ENTRIES = (
     ),
     at_solution(
         "implicit minres",
+        definite=False,
         bl.Implicit(bl.linear.MINRES(max_steps=40, tol=1e-13)),
         spending=lambda products: bl.Implicit(bl.linear.MINRES(products, tol=0.0)),
         everyday=bl.Implicit(bl.linear.MINRES(max_steps=10)),
     ),
     at_solution(
         "implicit gmres",
+        definite=False,
         bl.Implicit(bl.linear.GMRES(max_steps=60, restart=6, tol=1e-13)),
         spending=lambda products: bl.Implicit(bl.linear.GMRES(products, restart=products, tol=0.0)),
         everyday=bl.Implicit(bl.linear.GMRES(max_steps=10, restart=10)),
     ),
     at_solution(
         "implicit bicgstab",
+        definite=False,
         bl.Implicit(bl.linear.BiCGSTAB(max_steps=30, tol=1e-13)),
         hvps=lambda products: 2 * products,
         spending=lambda products: bl.Implicit(bl.linear.BiCGSTAB(products, tol=0.0)),
@@ -71,6 +74,7 @@ ENTRIES = (
     ),
     at_solution(
         "implicit lsmr",
+        definite=False,
         bl.Implicit(bl.linear.LSMR(max_steps=40, tol=1e-13)),
         hvps=lambda products: 2 * products + 1,
         spending=lambda products: bl.Implicit(bl.linear.LSMR(products, tol=0.0)),
@@ -78,6 +82,7 @@ ENTRIES = (
     ),
     at_solution(
         "implicit normal cg",
+        definite=False,
         bl.Implicit(bl.linear.NormalCG(max_steps=40, tol=1e-13)),
         hvps=lambda products: 2 * products + 1,
         spending=lambda products: bl.Implicit(bl.linear.NormalCG(products, tol=0.0)),
@@ -114,6 +119,7 @@ ENTRIES = (
     ),
     at_solution(
         "fixed point",
+        definite=False,
         bl.estimators.FixedPoint(bl.linear.GMRES(max_steps=80, restart=40, tol=1e-13)),
         spending=lambda products: bl.estimators.FixedPoint(bl.linear.GMRES(products, restart=products, tol=0.0)),
         everyday=bl.estimators.FixedPoint(bl.linear.GMRES(max_steps=10, restart=10)),
