@@ -46,8 +46,8 @@ def _running(q: Quadratic, gamma: float) -> Tensor:
 ENTRIES: tuple[Entry, ...] = (
     Entry(
         "forward",
-        few_outer=True,
         bl.estimators.Forward(),
+        few_outer=True,
         target="program",
         calls=lambda steps, outer: counts(steps, 1, steps * (outer + 1), 0),
         memory="constant",
