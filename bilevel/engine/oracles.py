@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | step | the dynamics' own: 1 gradient of g for an optimizer | one graph, freed |
 | outer_gradient | 1 gradient of f, in y and x at once | one graph, freed |
+| inner_gradients | 1 gradient of g, in y and x at once | one graph, freed |
 | linearize | 1 gradient of g | its graph, kept while the object lives |
 | Linearization.matvec | 1 product H v | P |
 | Linearization.mixed | 1 product (H v, M v) in one sweep | P + Q |
@@ -270,6 +271,25 @@ class Oracles:
         batch = self._shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
         return self._in_outer(spans.INNER_GRADIENT, self.inner, inner, batch)
 
+    def inner_gradients(
+        self, inner: Tree, step: int, weights: Tensor | None = None
+    ) -> tuple[Tensor, PartialLeaves, PartialLeaves]:
+        """g at a step's batch, dg/dy and dg/dx in one backward (None where there is no path); with `weights`, one for
+        each task, those of the weighted sum of the tasks' losses.
+        """
+        shared = isinstance(self._shared, Embedding)
+        batch = self._shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
+        with spans.span(spans.INNER_GRADIENT):
+            y = tree.attach(inner)
+            value = self.inner(y, self.attached, batch)
+            ys = tree.tensors(y)
+            found = autodiff.grad(
+                [value],
+                [*ys, *tree.tensors(self.attached)],
+                [torch.ones_like(value) if weights is None else weights.to(value.dtype)],
+            )
+            return value.detach(), used(found[: len(ys)]), found[len(ys) :]
+
     # --- the outer loss
 
     def outer_loss(self, inner: Tree) -> Tensor:
@@ -325,9 +345,9 @@ class Oracles:
 
     # --- second order
 
-    def linearize(self, inner: Tree, steps: int) -> Linearization:
-        """The stationarity condition at a solution found after `steps` steps."""
-        step = max(steps - 1, 0)
+    def linearize(self, inner: Tree, steps: int, *, keep: bool = False) -> Linearization:
+        """The stationarity condition at a solution found after `steps` steps; `keep`: and dg/dy there."""
+        step, taken = max(steps - 1, 0), list[Tree]()
         apart = self.batches.curvature is not None
         embedding = Embedding(self.source, self.batches.curvature_at(step)) if apart else self.embedding(step)
 
@@ -336,10 +356,13 @@ class Oracles:
             value = self.dynamics.stationarity(y, x, at)
             if value is None:
                 raise ValueError(restless(self.dynamics, "an estimator at the solution"))
+            if keep and at.last is not None and at.last[0] is y:
+                taken[:] = [tree.detach(at.last[1])]
             return at.loss, tree.ordered(value, y)
 
         with_graph = self.engine.linearize(condition, inner, self.attached, embedding.value, embedding.leaves)
-        return Linearization(with_graph, embedding, symmetric=self.dynamics.symmetric)
+        gradient = taken[0] if taken else None
+        return Linearization(with_graph, embedding, symmetric=self.dynamics.symmetric, gradient=gradient)
 
     def step_vjp(
         self,

@@ -22,5 +22,12 @@ from bilevel.estimators.penalty.perturbation import best_nu as best_nu
 from bilevel.estimators.penalty.perturbation import calibrated_nu as calibrated_nu
 from bilevel.estimators.reverse.first_order import FirstOrder as FirstOrder
 from bilevel.estimators.reverse.unrolled import Unrolled as Unrolled
+from bilevel.estimators.single_loop.amigo import AmIGO as AmIGO
+from bilevel.estimators.single_loop.fdehbo import FdeHBO as FdeHBO
+from bilevel.estimators.single_loop.fsla import FSLA as FSLA
+from bilevel.estimators.single_loop.masoba import MASOBA as MASOBA
+from bilevel.estimators.single_loop.saba import SABA as SABA
+from bilevel.estimators.single_loop.soba import SOBA as SOBA
+from bilevel.estimators.single_loop.stocbio import StocBiO as StocBiO
 from bilevel.estimators.state import State as State
 from bilevel.estimators.state import per_task as per_task
