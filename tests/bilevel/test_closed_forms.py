@@ -20,7 +20,9 @@ def flat(tree):
 
 def settled(entry, posed, estimator=None):
     """The last of as many calls as it needs, each going on from the one before."""
-    inner, state = posed.pop("inner"), None
+    inner, state, solver = posed.pop("inner"), None, posed["solver"]
+    if entry.settles > 1:  # the steps are shared out: y is carried as well
+        posed["solver"] = bl.Descent(solver.optimizer, 1 + math.ceil(solver.steps / entry.settles))
     for _ in range(entry.settles):
         found = bl.hypergradient(inner=inner, state=state, estimator=estimator or entry.estimator, **posed)
         inner, state = inner if found.next_inner is None else found.next_inner, found.state
