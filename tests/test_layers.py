@@ -167,9 +167,9 @@ PROFILER = House(
     free_of={"records": {"torch", "bilevel", "rich", "matplotlib", "numpy"}, "report": {"torch", "bilevel"}},
     excepted={"report.tensorboard": {"torch"}},  # torch.utils.tensorboard writes the files
 )
-# What the profiler knows of the library besides its public names: it listens to spans, walks trees, and says that
-# tensors on the CPU stand for those of a device, which may be offloaded.
-PROFILER_SEES = {"engine.spans", "engine.offload", "space.tree", "problems", "integrations"}
+# What the profiler knows of the library besides its public names: it listens to spans, walks trees, asks the catalogue
+# for all estimators, and says that tensors on the CPU stand for those of a device, which may be offloaded.
+PROFILER_SEES = {"engine.spans", "engine.offload", "space.tree", "problems", "integrations", "testing"}
 
 # Who may call which part of torch's differentiation machinery.
 DIFFERENTIATION = {

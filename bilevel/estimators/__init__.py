@@ -31,3 +31,7 @@ from bilevel.estimators.single_loop.soba import SOBA as SOBA
 from bilevel.estimators.single_loop.stocbio import StocBiO as StocBiO
 from bilevel.estimators.state import State as State
 from bilevel.estimators.state import per_task as per_task
+from bilevel.estimators.zeroth_order.evolution import EvolutionStrategies as EvolutionStrategies
+from bilevel.estimators.zeroth_order.partial import PZOBO as PZOBO
+from bilevel.estimators.zeroth_order.persistent import Particles as Particles
+from bilevel.estimators.zeroth_order.persistent import PersistentES as PersistentES

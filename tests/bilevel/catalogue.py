@@ -13,6 +13,8 @@ EXACT = {label: entry.estimator for label, entry in ENTRIES.items() if entry.exa
 """The gradient of the K-step program."""
 AT_SOLUTION = {label: entry.estimator for label, entry in ENTRIES.items() if entry.target == "solution"}
 """Estimates of the hypergradient at the inner solution, with accurate linear solves."""
+RANDOM = {label: entry.estimator for label, entry in ENTRIES.items() if entry.variance is not None}
+"""Those that draw: another chunk of tasks is another draw."""
 ESTIMATORS = {
     **{label: entry.estimator for label, entry in ENTRIES.items()},
     # The accurate series takes 2,500 products: too many for a matrix of forecasts.

@@ -11,6 +11,7 @@ from bilevel.testing.catalogue.entry import Calls as Calls
 from bilevel.testing.catalogue.entry import Entry as Entry
 from bilevel.testing.catalogue.entry import Slope as Slope
 from bilevel.testing.catalogue.entry import counts as counts
+from bilevel.testing.catalogue.entry import once as once
 from bilevel.testing.catalogue.quadratic import Quadratic as Quadratic
 from bilevel.testing.catalogue.reverse import unrolled as unrolled
 

@@ -39,6 +39,11 @@ class Slope:
     values: tuple[float, ...]
 
 
+def once(steps: int) -> int:
+    """One run of the inner loop."""
+    return steps
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One variant of an estimator and what is promised of it.
@@ -50,12 +55,14 @@ class Entry:
         calls: oracle calls as a function of (K, products of the linear solver), with a fixed number of steps K.
         memory: how peak memory grows with K at most: "constant", "sqrt" or "linear".
         sees: the paths of the outer variable that it follows; equals `estimator.sees`.
+        everyday: the same with the budgets of everyday use, for comparisons; None for the estimator itself.
         bias: what separates it from its target, as an order; None for nothing but rounding and unfinished solves.
         spending: the same variant with exactly so many products of its linear solver; None where it has none.
         quadratic_in_inner: whether it holds P x P numbers.
         on_quadratic: the closed form of what it returns on a quadratic, bias included (the mean, where it draws); None
             for that of its target.
         slope: how its bias falls.
+        solves: inner gradients of its inner phase as a function of K: K where the inner loop is run once.
         settles: calls with the carried state, x standing still, until it is at its target.
         variance: E|g - mean|^2 of one call on a quadratic; None where nothing is drawn.
 
@@ -80,13 +87,20 @@ class Entry:
     quadratic_in_inner: bool = False
     on_quadratic: Callable[[Quadratic], Tensor] | None = None
     slope: Slope | None = None
+    solves: Callable[[int], int] = once
     settles: int = 1
     variance: Callable[[Quadratic], Tensor] | None = None
+    everyday: bl.Estimator | None = None
 
     def __post_init__(self) -> None:
         for name, value, words in (("target", self.target, TARGETS), ("memory", self.memory, GROWTHS)):
             if value not in words:
                 raise ValueError(f"Entry {self.label!r} was given {name}={value!r}; one of {words} was needed")
+
+    @property
+    def usual(self) -> bl.Estimator:
+        """The estimator with the budgets of everyday use."""
+        return self.estimator if self.everyday is None else self.everyday
 
     def at(self, products: int) -> bl.Estimator:
         """The variant with a budget of `products`, where it has a linear solver that takes one; else as it is."""

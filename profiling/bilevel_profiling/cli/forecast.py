@@ -115,7 +115,8 @@ def add_case(parser: argparse.ArgumentParser) -> None:
         "--estimators",
         type=types.labels,
         metavar="A,B",
-        help="only these, by their labels in the case, separated by commas; default: all",
+        help="only these, by their labels in the case, separated by commas; 'all': its own and every estimator of the "
+        "library; default: its own",
     )
     add(
         "--engine",
@@ -142,6 +143,7 @@ def defined(options: argparse.Namespace) -> "Definition":
     """
     import inspect
 
+    from bilevel_profiling.cases import library
     from bilevel_profiling.cases.case_file import CaseError, load
     from bilevel_profiling.cases.engines import named
 
@@ -156,12 +158,15 @@ def defined(options: argparse.Namespace) -> "Definition":
             raise CaseError(f"case {found.name} has no parameter {name!r}: {has}")
     if found.baselines:
         say(f"baselines are left out, because they need real numbers: {', '.join(found.baselines)}")
-    unknown = [label for label in options.estimators or () if label not in found.estimators]
+    asked = options.estimators
+    if asked == [library.ALL]:
+        found, asked = dataclasses.replace(found, estimators=library.every(found.estimators)), None
+    unknown = [label for label in asked or () if label not in found.estimators]
     if unknown:
         raise CaseError(
             f"there is no estimator {' or '.join(map(repr, unknown))}: {found.name} has {', '.join(found.estimators)}"
         )
-    labels = options.estimators or list(found.estimators)
+    labels = asked or list(found.estimators)
     try:
         engines = found.engines if options.engine is None else named(options.engine, found.engines)
     except ValueError as error:
