@@ -11,8 +11,14 @@ D = torch.float64
 ENTRIES = {entry.label: entry for entry in testing.ENTRIES}
 EXACT = {label: entry.estimator for label, entry in ENTRIES.items() if entry.exact}
 """The gradient of the K-step program."""
-AT_SOLUTION = {label: entry.estimator for label, entry in ENTRIES.items() if entry.target == "solution"}
-"""Estimates of the hypergradient at the inner solution, with accurate linear solves."""
+AT_SOLUTION = {
+    label: entry.estimator
+    for label, entry in ENTRIES.items()
+    if entry.target == "solution" and entry.settles == 1 and entry.on_quadratic is None
+}
+"""Estimates of the hypergradient at the inner solution, with accurate linear solves, in one call."""
+BY_ROUNDS = {label for label, entry in ENTRIES.items() if entry.settles > 1}
+"""Those that carry what others solve for: at the first round v is 0 and the estimate that of f alone."""
 RANDOM = {label: entry.estimator for label, entry in ENTRIES.items() if entry.variance is not None}
 """Those that draw: another chunk of tasks is another draw."""
 ESTIMATORS = {

@@ -149,21 +149,21 @@ class SABA(Estimator):
         y, v = begun(instance, state)
         count = made(state)
         rate, space = rate_at("SABA", "rate", self.rate, count), instance.oracles.space
-        kept = self.init_state(instance) if state is None else state
+        fresh, kept = state is None, self.init_state(instance) if state is None else state
         with spans.span(spans.HYPERGRADIENT):
             at = _with_gradient(instance, y, slopes(instance, y, v))
             inner = _Table(kept.inner_rows, kept.inner_sum, kept.inner_seen)
             outer = _Table(kept.outer_rows, kept.outer_sum, kept.outer_seen)
-            shift, inner = inner.visited(i, self._inner_row(instance, at), count)
-            reach, outer = outer.visited(j, (*at.right, *spread(instance, at.direct)), count)
+            shift, inner = inner.visited(i, self._inner_row(instance, at), count, fresh=fresh)
+            reach, outer = outer.visited(j, (*at.right, *spread(instance, at.direct)), count, fresh=fresh)
             size = len(v)
             by_gradient, by_image, by_mixed = shift[:size], shift[size : 2 * size], shift[2 * size :]
             mean = dataclasses.replace(
                 at,
                 image=space.axpy(1.0, by_image, at.image),
                 right=space.axpy(1.0, reach[:size], at.right),
-                mixed=_onto(at.mixed, gathered(instance, by_mixed), fresh=state is None),
-                direct=_onto(at.direct, gathered(instance, reach[size:]), fresh=state is None),
+                mixed=_onto(at.mixed, gathered(instance, by_mixed), fresh=fresh),
+                direct=_onto(at.direct, gathered(instance, reach[size:]), fresh=fresh),
             )
             after = moved(space, v, rate, mean.residual)
             judgement = judged(space, v, mean, rate, self.tol, after)
@@ -231,16 +231,19 @@ class _Table:
     total: Row
     seen: Tensor
 
-    def visited(self, index: int, row: Row, count: int) -> tuple[Row, "_Table"]:
-        """What turns `row` into SAGA's estimate of the mean row, mean(t) - t_i, and the table with `row` in it."""
+    def _flags(self) -> list[bool]:
         flags = self.seen.reshape(-1, len(self.rows))[0]
-        known = not readable(flags) or bool(flags[index])
-        before = self.rows[index]
+        return flags.tolist() if readable(flags) else [True] * len(self.rows)
+
+    def visited(self, index: int, row: Row, count: int, *, fresh: bool) -> tuple[Row, "_Table"]:
+        """What turns `row` into SAGA's estimate of the mean row, mean(t) - t_i, and the table with `row` in it."""
+        # (Without a state nothing was seen; of a state without numbers, as forecasts have it, all was.)
+        flags = [False] * len(self.rows) if fresh else self._flags()
+        known, before = flags[index], self.rows[index]
         # What is seen for the first time is in the table already when the mean is taken.
-        old, total = (
-            (before, self.total) if known else (row, tuple(a + b for a, b in zip(self.total, row, strict=True)))
-        )
-        filled = len(self.rows) if not readable(flags) else int(flags.sum()) + (not known)
+        old = before if known else row
+        total = self.total if known else tuple(a + b for a, b in zip(self.total, row, strict=True))
+        filled = sum(flags) + (not known)
         shift = tuple(a / filled - b for a, b in zip(total, old, strict=True))
         rows = (*self.rows[:index], row, *self.rows[index + 1 :])
         if count % len(rows) == 0:

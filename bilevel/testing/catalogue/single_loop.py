@@ -18,9 +18,15 @@ def one_round(label: str, estimator: bl.Estimator, **more: Any) -> Entry:
         calls=lambda steps, products: counts(max(steps, 1), 1, 0, 1),
         memory="constant",
         sees=AT_SOLUTION,
+        solves=further,
         settles=75,
         **more,
     )
+
+
+def further(steps: int) -> int:
+    """Inner gradients of the solve, whose first one is shared."""
+    return max(steps - 1, 0)
 
 
 def products_of_v(label: str, estimator: bl.Estimator, **more: Any) -> Entry:
@@ -55,6 +61,7 @@ ENTRIES = (
         sees=GRADIENTS,
         bias="width^2",
         slope=Slope("width", 2, lambda width: bl.estimators.FdeHBO(RATE, 0.5, 1e3, width), (0.1, 0.05, 0.025)),
+        solves=further,
         settles=75,
     ),
     products_of_v(
