@@ -269,20 +269,31 @@ class Judged:
     codes: tuple[Tensor | int, ...]
 
 
-def judged(space: Space, v: Leaves, at: Slopes, rate: float, tol: float, after: Leaves | None = None) -> Judged:
+def judged(
+    space: Space,
+    v: Leaves,
+    at: Slopes,
+    rate: float,
+    tol: float,
+    after: Leaves | None = None,
+    image: Leaves | None = None,
+) -> Judged:
     """MAX_STEPS where |H v - df/dy| / |df/dy| is above `tol`; NOT_CONTRACTIVE where a step of v is longer than 2 over
     the curvature along v, so that it grows there, or where `after`, what became of v, is not finite;
-    NEGATIVE_CURVATURE where the curvature is negative.
+    NEGATIVE_CURVATURE where the curvature is negative. `image` is H v where that of `at` is put together from several v.
     """
     size = space.norm(at.right)
     residual = space.norm(at.residual) / torch.where(size > 0, size, 1.0)
-    met = (residual <= max(tol, 100 * epsilon(at.right))) & (residual < 1 - epsilon(at.right))
+    met = (residual <= max(tol, min(100 * epsilon(at.right), SMALL))) & (residual < 1 - epsilon(at.right))
     codes = [code_if(~met, Status.MAX_STEPS)]
     if after is not None:
         codes.append(code_if(~tree.finite(list(after)), Status.NOT_CONTRACTIVE))
     if at.symmetric:
         length = space.norm(v)
-        part = rate * (space.dot(v, at.image).to(length.dtype) / torch.where(length > 0, length, 1.0).square())
+        part = rate * (
+            space.dot(v, at.image if image is None else image).to(length.dtype)
+            / torch.where(length > 0, length, 1.0).square()
+        )
         codes += [
             code_if((part > 2 + _ROUND * epsilon(v) ** 0.5) | ~part.isfinite(), Status.NOT_CONTRACTIVE),
             code_if(part < -_ROUND * epsilon(v) ** 0.5, Status.NEGATIVE_CURVATURE),

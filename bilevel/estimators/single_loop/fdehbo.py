@@ -27,7 +27,7 @@ import math
 import torch
 from torch import Tensor
 
-from bilevel.batches import PerStep
+from bilevel.batches import Batches, PerStep
 from bilevel.engine import spans
 from bilevel.engine.oracles import Oracles
 from bilevel.estimators.base import Estimate, Estimator, Instance, Path
@@ -181,10 +181,13 @@ class FdeHBO(Estimator):
         """All of a round from first derivatives."""
         oracles = instance.oracles
         if not isinstance(instance.batches.inner, PerStep):
-            oracles.embedding(0)  # drawn once, for all points
+            oracles.embedding(0)  # drawn once, for both sides
         outer_loss, right, direct = oracles.outer_gradient(y)
         loss, gradient = oracles.inner_gradient(y, 0)
         width = _precision(v[0]) ** (1 / 3) if self.width is None else self.width
+        if instance.batches.curvature is not None:
+            apart = Batches(instance.batches.curvature_at(0), instance.batches.outer)
+            oracles = dataclasses.replace(instance, batches=apart).oracles
         image, mixed = _products(oracles, y, v, width)
         return Slopes(loss, tree.like(y, gradient), image, mixed, outer_loss, right, direct)
 
@@ -201,9 +204,11 @@ def _products(oracles: Oracles, y: Tree, v: Leaves, width: float) -> tuple[Leave
         # x is everyone's, and each task has a step of its own: so its weight goes into the backward.
         loss, in_y, in_x = oracles.inner_gradients(side, 0, 0.5 / step)
         own = tree.like(y, [None if leaf is None else space.scaled(2 * step, [leaf])[0] for leaf in in_y])
-        sides.append((oracles.stationarity(side, oracles.point(0).told(side, loss, own)), in_x))
+        with torch.no_grad():
+            rest = oracles.dynamics.stationarity(side, oracles.x, oracles.point(0).told(side, loss, own))
+        sides.append((tuple(tree.flatten(tree.ordered(rest, side))[0]), in_x))
     (above, x_above), (below, x_below) = sides
-    image = space.scaled(0.5 / step, [a - b for a, b in zip(above, below, strict=True)])
+    image = space.scaled(0.5 / step, _filled(minus(above, below), v))
     return image, minus(x_above, x_below)
 
 

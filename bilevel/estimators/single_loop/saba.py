@@ -145,6 +145,11 @@ class SABA(Estimator):
         return Tables(y, v, rounds, (inner,) * n, (outer,) * m, inner, outer, *seen)
 
     def estimate(self, instance: Instance, state: Tables | None) -> Estimate:
+        if self.inner_batches > 1 and instance.solver.dynamics.update is None:
+            raise ValueError(
+                f"SABA corrects the gradient that y moves along, and {type(instance.solver.dynamics).__name__} need not "
+                f"follow one. Use an inner optimizer such as SGD, or SOBA"
+            )
         i, j = self._places(instance.batches)
         y, v = begun(instance, state)
         count = made(state)
@@ -166,7 +171,7 @@ class SABA(Estimator):
                 direct=_onto(at.direct, gathered(instance, reach[size:]), fresh=fresh),
             )
             after = moved(space, v, rate, mean.residual)
-            judgement = judged(space, v, mean, rate, self.tol, after)
+            judgement = judged(space, v, mean, rate, self.tol, after, at.image)
             along = None if self.inner_batches == 1 else by_gradient
         found = advanced(instance, y, at, along)
         with spans.span(spans.HYPERGRADIENT):
