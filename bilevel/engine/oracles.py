@@ -274,11 +274,12 @@ class Oracles:
     def inner_gradients(
         self, inner: Tree, step: int, weights: Tensor | None = None
     ) -> tuple[Tensor, PartialLeaves, PartialLeaves]:
-        """g at a step's batch, dg/dy and dg/dx in one backward (None where there is no path); with `weights`, one for
-        each task, those of the weighted sum of the tasks' losses.
+        """g at a step's batch of derivatives, dg/dy and dg/dx in one backward (None where there is no path); with
+        `weights`, one for each task, those of the weighted sum of the tasks' losses.
         """
-        shared = isinstance(self._shared, Embedding)
-        batch = self._shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
+        shared = self.batches.curvature is None and isinstance(self._shared, Embedding)
+        given = self.batches.curvature_at(step)
+        batch = self._shared.again() if shared else self.evaluation.embed(self.attached, given)
         with spans.span(spans.INNER_GRADIENT):
             y = tree.attach(inner)
             value = self.inner(y, self.attached, batch)

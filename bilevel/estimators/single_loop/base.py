@@ -280,7 +280,7 @@ def judged(
 ) -> Judged:
     """MAX_STEPS where |H v - df/dy| / |df/dy| is above `tol`; NOT_CONTRACTIVE where a step of v is longer than 2 over
     the curvature along v, so that it grows there, or where `after`, what became of v, is not finite;
-    NEGATIVE_CURVATURE where the curvature is negative. `image` is H v where that of `at` is put together from several v.
+    NEGATIVE_CURVATURE where the curvature is negative. `image` is H v where that of `at` is a mean over several v.
     """
     size = space.norm(at.right)
     residual = space.norm(at.residual) / torch.where(size > 0, size, 1.0)

@@ -27,7 +27,7 @@ import math
 import torch
 from torch import Tensor
 
-from bilevel.batches import Batches, PerStep
+from bilevel.batches import PerStep
 from bilevel.engine import spans
 from bilevel.engine.oracles import Oracles
 from bilevel.estimators.base import Estimate, Estimator, Instance, Path
@@ -185,9 +185,6 @@ class FdeHBO(Estimator):
         outer_loss, right, direct = oracles.outer_gradient(y)
         loss, gradient = oracles.inner_gradient(y, 0)
         width = _precision(v[0]) ** (1 / 3) if self.width is None else self.width
-        if instance.batches.curvature is not None:
-            apart = Batches(instance.batches.curvature_at(0), instance.batches.outer)
-            oracles = dataclasses.replace(instance, batches=apart).oracles
         image, mixed = _products(oracles, y, v, width)
         return Slopes(loss, tree.like(y, gradient), image, mixed, outer_loss, right, direct)
 

@@ -147,8 +147,8 @@ class SABA(Estimator):
     def estimate(self, instance: Instance, state: Tables | None) -> Estimate:
         if self.inner_batches > 1 and instance.solver.dynamics.update is None:
             raise ValueError(
-                f"SABA corrects the gradient that y moves along, and {type(instance.solver.dynamics).__name__} need not "
-                f"follow one. Use an inner optimizer such as SGD, or SOBA"
+                f"SABA corrects the gradient that y moves along, and {type(instance.solver.dynamics).__name__} need "
+                f"not follow one. Use an inner optimizer such as SGD, or SOBA"
             )
         i, j = self._places(instance.batches)
         y, v = begun(instance, state)
