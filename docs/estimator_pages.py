@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import bilevel as bl
-from bilevel.testing.catalogue import FAMILIES, Entry
+from bilevel.testing.catalogue import ENTRIES, FAMILIES, Entry, Need
 
 FOLDER = Path(__file__).parent / "estimators" / "made"
 _PROBES = tuple((steps, products) for steps in (40, 41, 47, 50, 60) for products in (3, 5))
@@ -74,6 +74,19 @@ def rows(entries: Sequence[Entry]) -> Iterator[str]:
     for entry in entries:
         cells = (entry.label, entry.target, bias(entry), calls(entry), memory(entry))
         yield "| " + " | ".join(cells) + " |"
+
+
+def needs() -> Iterator[str]:
+    """Which estimator needs what; variants that need the same are one row."""
+    yield "| estimator | " + " | ".join(need.value for need in Need) + " | memory | bias |"
+    yield "| --- " * (len(Need) + 3) + "|"
+    seen = set()
+    for entry in sorted(ENTRIES, key=lambda entry: (len(entry.needs), entry.bias is not None)):
+        key = (type(entry.estimator), entry.needs, entry.memory, entry.bias is None)
+        if key not in seen:
+            seen.add(key)
+            marks = ["yes" if need in entry.needs else "" for need in Need]
+            yield "| " + " | ".join([entry.label, *marks, memory(entry), bias(entry)]) + " |"
 
 
 def escaped(docstring: str) -> str:
@@ -155,7 +168,10 @@ def write(folder: Path = FOLDER) -> list[Path]:
             )
             table += [f"## {family.capitalize()}", "", links, ""]
             table += [*rows([entry for page in of_family for entry in page.entries]), ""]
-    texts = {f"{page.kind.__name__}.md": page.text() for page in made} | {"table.inc": "\n".join(table)}
+    texts = {f"{page.kind.__name__}.md": page.text() for page in made} | {
+        "table.inc": "\n".join(table),
+        "needs.inc": "\n".join(needs()),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.name not in texts:

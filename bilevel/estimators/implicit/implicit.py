@@ -6,6 +6,8 @@
 | --- | --- | --- | --- | --- |
 | Implicit(linear) | K + 1 | m, the solver's products | 1 | the solver's vectors + one graph; independent of K |
 
+Wins: g is strongly convex in y and K reaches the solution; memory is flat in K.
+Fails: K stops far from the solution, or the Hessian is singular or indefinite there: see the status.
 References: Bengio 2000; Lorraine et al. 2020, arXiv 1911.02590; iMAML, arXiv 1909.04630, is `proximal(problem,
 strength)` with this estimator.
 Differences from peers: the residual is the true one, and an indefinite Hessian is a status. (The mixed product yields

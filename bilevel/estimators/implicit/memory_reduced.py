@@ -7,6 +7,8 @@
 | --- | --- | --- | --- | --- |
 | MemoryReduced(steps=m) | K + 1 | at most m (warm v: m + 1) | 1 | y, v, r, p, Hp: 5 P + one graph; independent of K |
 
+Wins: a feature extractor is x and a head is y (`Problem.features`); slowly moving x with warm starts.
+Fails: as Implicit: far from the solution, or an indefinite Hessian.
 Reference: Yang, Ma and Yu 2024, arXiv 2412.12030. Differences from the released code: features that do not involve y
 are computed once and without a graph when the problem declares them (`Problem.features`), and the mixed product passes
 them as one plain backward; the code re-runs the extractor with a graph at every inner step, also in its baselines. Warm

@@ -22,6 +22,8 @@ What is divided by nu is a sum of differences to one of the sides. A difference 
 of two of each other is exact in any precision, so that a wider type would gain nothing; tests/bilevel/test_stencils.py
 measures it.
 
+Wins: no second derivative is at hand (fused kernels), or there is no memory for one; K reaches the solution.
+Fails: sides that do not come to rest (delta / nu); 16-bit losses leave few digits of a difference.
 References: Chayti and Jaggi 2024, arXiv 2409.03682 (proximal MAML, in which case this is strength (y_-nu - y_nu) /
 (2 nu)); the general form and p > 2 after Chen et al., Faster Gradient Methods for Highly-Smooth Stochastic Bilevel
 Optimization; F2SA is Kwon et al. 2023, A Fully First-Order Method for Stochastic Bilevel Optimization.

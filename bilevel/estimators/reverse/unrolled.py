@@ -15,6 +15,8 @@ df/dx likewise. With `resampled` a step's VJP takes the derivatives of dg/dy at 
 
 One outer gradient, or one per weight that is not 0 (with keep="graph" each holds its P numbers until the sweep).
 
+Wins: x is the start or a step size, K is far from a solution, or no bias is allowed; "segments" for long loops.
+Fails: memory grows with K; where cotangents grow (an unstable loop), digits are lost, and the status says so.
 References: Maclaurin et al. 2015, arXiv 1502.03492; Franceschi et al. 2017, arXiv 1703.01785; multi-step MAML, arXiv
 2002.07836 (the ordered product of I - alpha H, and its resampling case); MAML++, Antoniou et al. 2019, arXiv 1810.09502
 (the multi-step loss). Differences from peers: one step is split into the

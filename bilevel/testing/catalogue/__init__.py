@@ -9,6 +9,7 @@ from bilevel.testing.catalogue.entry import GROWTHS as GROWTHS
 from bilevel.testing.catalogue.entry import TARGETS as TARGETS
 from bilevel.testing.catalogue.entry import Calls as Calls
 from bilevel.testing.catalogue.entry import Entry as Entry
+from bilevel.testing.catalogue.entry import Need as Need
 from bilevel.testing.catalogue.entry import Slope as Slope
 from bilevel.testing.catalogue.entry import counts as counts
 from bilevel.testing.catalogue.entry import once as once

@@ -35,7 +35,7 @@ ENTRIES = (
         everyday=bl.Implicit(bl.Neumann(steps=20, step_size=0.1)),
     ),
     # One product per number of y.
-    at_solution("implicit dense", bl.Implicit(bl.Dense()), quadratic_in_inner=True),
+    at_solution("implicit dense", bl.Implicit(bl.Dense()), quadratic_in_inner=True, definite=False),
     at_solution(
         "memory reduced",
         bl.MemoryReduced(steps=60, tol=1e-13),

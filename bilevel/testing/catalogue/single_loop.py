@@ -18,6 +18,7 @@ def one_round(label: str, estimator: bl.Estimator, **more: Any) -> Entry:
         calls=lambda steps, products: counts(max(steps, 1), 1, 0, 1),
         memory="constant",
         sees=AT_SOLUTION,
+        definite=True,
         solves=further,
         settles=75,
         **more,
@@ -38,6 +39,7 @@ def products_of_v(label: str, estimator: bl.Estimator, **more: Any) -> Entry:
         calls=lambda steps, products: counts(steps + 1, 1, products, 1),
         memory="constant",
         sees=AT_SOLUTION,
+        definite=True,
         **more,
     )
 
@@ -59,6 +61,7 @@ ENTRIES = (
         calls=_differences,
         memory="constant",
         sees=GRADIENTS,
+        definite=True,
         bias="width^2",
         slope=Slope("width", 2, lambda width: bl.estimators.FdeHBO(RATE, 0.5, 1e3, width), (0.1, 0.05, 0.025)),
         solves=further,

@@ -15,6 +15,7 @@ from bilevel_profiling.comparison import progress
 from bilevel_profiling.records.record import Record
 
 if TYPE_CHECKING:
+    from bilevel.testing import Need
     from bilevel_profiling.cases.case import Case
     from bilevel_profiling.cases.case_file import Definition
     from bilevel_profiling.forecasting import Fit
@@ -112,6 +113,14 @@ def add_case(parser: argparse.ArgumentParser) -> None:
         help="a parameter of the case's setup(), such as width=2048",
     )
     add(
+        "--lacks",
+        type=lacking,
+        default=(),
+        metavar="A,B",
+        help="with --budget: what the problem does not have: second-derivatives, solution (the inner steps do not "
+        "reach it), definite (a positive definite inner Hessian)",
+    )
+    add(
         "--estimators",
         type=types.labels,
         metavar="A,B",
@@ -133,6 +142,17 @@ def add_case(parser: argparse.ArgumentParser) -> None:
         help="to forecast for; none has to be there (auto: cuda if there is one)",
     )
     add("--seed", type=int, default=0, metavar="N", help="given to the case's setup() (default 0)")
+
+
+def lacking(text: str) -> "tuple[Need, ...]":
+    """What a problem lacks, by the names of `bilevel.testing.Need` in lower case."""
+    from bilevel.testing import Need
+
+    known = {need.name.lower().replace("_", "-"): need for need in Need}
+    asked = types.labels(text)
+    if unknown := [name for name in asked if name not in known]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is none of {', '.join(known)}")
+    return tuple(known[name] for name in asked)
 
 
 def defined(options: argparse.Namespace) -> "Definition":
@@ -293,7 +313,9 @@ def _print_budget(
     print_rows(
         f"largest K in {sizes.text(options.budget)}", ["estimator", "largest K", ""], largest, stderr=options.json
     )
-    chosen = recommend(cases[-1], options.budget, estimators=definition.estimators, on=options.on or "a100")
+    chosen = recommend(
+        cases[-1], options.budget, estimators=definition.estimators, lacks=options.lacks, on=options.on or "a100"
+    )
     advice = [[str(place), each.label, each.sentence] for place, each in enumerate(chosen, start=1)]
     steps = cases[-1].solver.max_steps
     engine = f", engine {cases[-1].engine_name}" if cases[-1].engine_name else ""
