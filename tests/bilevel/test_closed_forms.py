@@ -53,7 +53,8 @@ def labels(entries):
 def test_what_it_returns_on_a_quadratic_is_its_closed_form(entry, problem, kind):
     dtype, tasks, engine = KINDS[kind]
     eigenvalues = SPECTRA[problem]
-    quadratic = Quadratic.example(STEPS[entry.target], eigenvalues=eigenvalues, outer=min(3, len(eigenvalues)))
+    steps = STEPS[entry.target] if entry.settles == 1 else 130  # whoever goes on from call to call comes to the end
+    quadratic = Quadratic.example(steps, eigenvalues=eigenvalues, outer=min(3, len(eigenvalues)))
     found = settled(entry, quadratic.posed(dtype, tasks), tasks=tasks, engine=engine)
     expected = (
         entry.expected(quadratic)
