@@ -47,6 +47,10 @@ class Status(enum.Enum):
         "of the "
         "inner optimizer, take fewer steps, or compute in float64."
     )
+    DIGITS_LOST = (
+        "Moving the arguments by a few roundings moved the hypergradient by more than a hundredth: fewer than two of "
+        "its digits mean anything. Compute in float64, take fewer inner steps, or (difference quotients) a larger nu."
+    )
     INNER_ROSE = (
         "The inner loss ended at more than twice its starting value: the inner loop is moving away from a solution. "
         "Lower the step size of the inner optimizer, or take fewer steps."
@@ -221,6 +225,13 @@ class Hypergradient:
     def status(self) -> Status:
         """How the computation ended; waits for the GPU."""
         return status_of(self.code)
+
+    @property
+    def digits(self) -> Any:
+        """The decimal digits that rounding leaves of `grad`, a 0-dim tensor: measured by `estimators.Probed`, an upper
+        bound by the growth of cotangents for `Unrolled`; None where nothing was looked at.
+        """
+        return self.stats.get("digits")
 
     def raise_if_failed(self, *, strict: bool = False) -> None:
         """Raise if the hypergradient must not be used.

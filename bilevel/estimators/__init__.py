@@ -20,6 +20,7 @@ from bilevel.estimators.implicit.memory_reduced import MemoryReduced as MemoryRe
 from bilevel.estimators.penalty.first_order_corrected import FirstOrderCorrected as FirstOrderCorrected
 from bilevel.estimators.penalty.perturbation import best_nu as best_nu
 from bilevel.estimators.penalty.perturbation import calibrated_nu as calibrated_nu
+from bilevel.estimators.probed import Probed as Probed
 from bilevel.estimators.reverse.first_order import FirstOrder as FirstOrder
 from bilevel.estimators.reverse.unrolled import Unrolled as Unrolled
 from bilevel.estimators.single_loop.amigo import AmIGO as AmIGO
