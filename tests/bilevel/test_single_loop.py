@@ -552,13 +552,33 @@ def test_saba_refuses_batches_that_it_cannot_tell_apart(given):
         bl.hypergradient(PROBLEM, X0, Y0, given, solver=ONE, estimator=METHODS["saba"][0])
 
 
-def test_tables_hold_what_the_module_says():
-    *_, found = turned("saba", ORDER[:2])
-    state, (n, m, q) = found.state, (BATCHES, BATCHES, P)
-    numbers = [state.inner_rows, state.outer_rows, state.inner_sum, state.outer_sum]
-    assert sum(leaf.numel() for leaf in torch.utils._pytree.tree_leaves(numbers)) == (n + 1) * (2 * P + q) + (m + 1) * (
-        P + q
-    )
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("soba", 2 * P),
+        ("masoba", 2 * P + P),
+        ("fsla", 4 * P + 2 * P),
+        ("fdehbo", 6 * P + 2 * P),
+        ("amigo", 2 * P),
+        ("stocbio", P),
+        # n (2 P + Q) + m (P + Q) of the tables, the same of their sums, and a mark for each batch
+        ("saba", 2 * P + (BATCHES + 1) * (2 * P + P) + (BATCHES + 1) * (P + P) + 2 * BATCHES),
+    ],
+)
+def test_a_state_holds_what_the_module_says(name, numbers):
+    """With Q = P here, and the number of rounds."""
+    *_, found = turned(name, ORDER[:2])
+    leaves = torch.utils._pytree.tree_leaves(found.state.to_dict())
+    assert sum(leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)) == numbers + 1
+
+
+@BY_METHOD
+def test_results_are_not_the_tensors_of_the_state_that_was_given(name):
+    first, second = turned(name, ORDER[:2])
+    carried = torch.utils._pytree.tree_leaves(first.state.to_dict())
+    given = {leaf.data_ptr() for leaf in carried if isinstance(leaf, torch.Tensor)}
+    results = torch.utils._pytree.tree_leaves([second.grad, second.inner, second.next_inner])
+    assert not given & {leaf.data_ptr() for leaf in results if isinstance(leaf, torch.Tensor)}
 
 
 # --- rates and other arguments

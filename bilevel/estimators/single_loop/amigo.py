@@ -6,15 +6,15 @@
 
 | | inner gradients | HVPs | mixed | memory |
 | --- | --- | --- | --- | --- |
-| AmIGO(rate, J), K steps of y | K + 1 | J | 1 | y, v, H v: 3 P + Q + one graph; independent of K and J |
+| AmIGO(rate, J), K steps of y | K + 1 | J | 1 | 2 P carried (y, v), one graph; flat in K and J |
 | the same, `curvature=PerStep` | K + J + 1 | J | 1 | the same |
 
 One outer gradient.
 
 Wins: ill-conditioned H, where one step of y and v a round is too little; no accuracy has to be chosen, as for a linear
     solver.
-Fails: J products a round; conjugate gradients (`MemoryReduced(warm_adjoint=True)`) need about the root of the steps
-    where H does not change from product to product.
+Fails: J products a round at a rate that has to be chosen. Where H is the same in all of them,
+    `MemoryReduced(warm_adjoint=True)` takes conjugate gradients and needs no rate.
 Reference: Arbel and Mairal 2022, Amortized Implicit Differentiation for Stochastic Bilevel Optimization, arXiv
 2111.14580 (formulas as in the benchopt implementation; identifier recalled).
 Differences from peers: the inner solver is any of ours; each step of v sees a batch of its own where

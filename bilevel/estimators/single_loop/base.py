@@ -339,7 +339,8 @@ def finished(
         shift: what was added to dg/dy.
         stats: further figures.
     """
-    y = found.inner if here is None else here
+    # (A copy: `here` may be a tensor of the state that was given.)
+    y = found.inner if here is None else tree.tree_map(torch.clone, here)
     last = at.inner_loss
     codes = [*judgement.codes]
     if here is not None:

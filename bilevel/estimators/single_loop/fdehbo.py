@@ -6,7 +6,7 @@
 
 | | inner gradients | HVPs | mixed | memory |
 | --- | --- | --- | --- | --- |
-| FdeHBO(rate), K steps of y, first round | K + 2 (3 for K = 0) | 0 | 0 | 8 P + 3 Q + one graph |
+| FdeHBO(rate), K steps of y, first round | K + 2 (3 for K = 0) | 0 | 0 | 6 P + 2 Q carried, one graph |
 | later rounds | K + 5 | 0 | 0 | the same |
 
 Each side of the difference is one backward for y and x at once. One outer gradient at the first round, two later; one

@@ -6,7 +6,7 @@
 
 | | inner gradients | HVPs | mixed | memory |
 | --- | --- | --- | --- | --- |
-| SABA(rate, n, m), K steps of y | K (1 for K = 0) | 0 | 1, which yields H v too | SOBA's and the tables |
+| SABA(rate, n, m), K steps of y | K (1 for K = 0) | 0 | 1, with H v | 2 P and the tables carried, one graph |
 
 The tables hold (n + 1) (2 P + Q) + (m + 1) (P + Q) numbers, with T tasks T times as many. One outer gradient, and one
 evaluation of g at the new y. The sums of the tables are made anew every n rounds, so that rounding does not add up.
@@ -15,7 +15,8 @@ Wins: constant step sizes all the way to the solution, at the cost of SOBA's rou
 Fails: large P: the tables are the largest thing there is. Batches that are drawn afresh (augmented, from a stream) have
     no table.
 Reference: Dagreou, Ablin, Vaiter and Moreau 2022, arXiv 2201.13409 (formulas as in the benchopt implementation).
-Differences from peers: no pass over all batches before the first round. A batch that is seen for the first time enters
+Differences from peers: batches of one size, and no pass over all of them before the first round (benchopt begins with
+zeros, or with such a pass). A batch that is seen for the first time enters
 its table first, and the mean is over those seen: the estimate then is the mean of what is known, as stable as SOBA's.
 With batches drawn uniformly it has the right mean over draws at a fixed (y, v, x) from the first round on, and is
 SAGA's once all have been seen.

@@ -5,7 +5,7 @@
 
 | | inner gradients | HVPs | mixed | memory |
 | --- | --- | --- | --- | --- |
-| SOBA(rate), K steps of y | K (1 for K = 0) | 0 | 1, which yields H v too | y, v, H v, dg/dy: 4 P + 2 Q + one graph |
+| SOBA(rate), K steps of y | K (1 for K = 0) | 0 | 1, with H v | 2 P carried (y, v), one graph |
 
 One outer gradient, and one evaluation of g at the new y, by which a step that is too long is seen. With
 `Batches(curvature=)` dg/dy is not shared: K + 1 inner gradients.

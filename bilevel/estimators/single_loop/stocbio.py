@@ -6,7 +6,7 @@
 
 | | inner gradients | HVPs | mixed | memory |
 | --- | --- | --- | --- | --- |
-| StocBiO(rate, Q), K steps of y | K + 1 | Q - 1 | 1 | y, r, v, H r: 4 P + Q numbers of x + one graph |
+| StocBiO(rate, Q), K steps of y | K + 1 | Q - 1 | 1 | P carried (y), one graph; flat in K and Q |
 | the same, `curvature=PerStep` | K + Q | Q - 1 | 1 | the same |
 
 One outer gradient. With one batch and the rate of the inner optimizer, Q terms are what backpropagation through the
