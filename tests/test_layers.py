@@ -94,6 +94,7 @@ LIBRARY = House(
         {"inner", "engine.refusals"},
         {"engine.step_back"},
         {"engine.oracles"},
+        {"engine.maps", "engine.gauss_newton"},
         {"estimators.state"},
         {"estimators.base"},
         {
@@ -128,7 +129,13 @@ LIBRARY = House(
     at_import={"": {"torch"}},
     users={"problems", "testing", "integrations"},
     alternatives={"optim", "linear", "inner", "estimators", "tasks", "outer"},
-    shared={"estimators.implicit.adjoint", "linear.operator"},
+    shared={
+        "estimators.implicit.adjoint",
+        "linear.operator",
+        "linear.system",
+        "linear.sketch",
+        "linear.preconditioned",
+    },
     # A byte budget is kept by a forecast; which is asked for inside a function, so that the library does without it.
     excepted={"estimators.reverse.auto": {"bilevel_profiling"}},
 )
@@ -181,7 +188,7 @@ DIFFERENTIATION = {
         "engine.rematerialize",
         "engine.block",
         "engine.lean",
-        "engine.compiled.engine",
+        "engine.compiled.linear",
     },
     "torch.func": {"engine.evaluation", "engine.jacobian", "engine.rematerialize", "engine.compiled.tracing"},
     "torch.vmap": set(),

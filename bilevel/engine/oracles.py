@@ -362,8 +362,8 @@ class Oracles:
             return at.loss, tree.ordered(value, y)
 
         with_graph = self.engine.linearize(condition, inner, self.attached, embedding.value, embedding.leaves)
-        gradient = taken[0] if taken else None
-        return Linearization(with_graph, embedding, symmetric=self.dynamics.symmetric, gradient=gradient)
+        point, gradient = tuple(tree.tensors(inner)), taken[0] if taken else None
+        return Linearization(with_graph, embedding, point, symmetric=self.dynamics.symmetric, gradient=gradient)
 
     def step_vjp(
         self,

@@ -15,8 +15,13 @@ from bilevel.estimators.bootstrapped.matchings import Bregman as Bregman
 from bilevel.estimators.bootstrapped.matchings import SquaredDistance as SquaredDistance
 from bilevel.estimators.bootstrapped.targets import FurtherSteps as FurtherSteps
 from bilevel.estimators.bootstrapped.targets import OneStep as OneStep
+from bilevel.estimators.implicit.darts import Darts as Darts
+from bilevel.estimators.implicit.fixed_point import FixedPoint as FixedPoint
+from bilevel.estimators.implicit.gauss_newton import GaussNewton as GaussNewton
 from bilevel.estimators.implicit.implicit import Implicit as Implicit
 from bilevel.estimators.implicit.memory_reduced import MemoryReduced as MemoryReduced
+from bilevel.estimators.implicit.sama import Sama as Sama
+from bilevel.estimators.implicit.t1t2 import T1T2 as T1T2
 from bilevel.estimators.penalty.first_order_corrected import FirstOrderCorrected as FirstOrderCorrected
 from bilevel.estimators.penalty.perturbation import best_nu as best_nu
 from bilevel.estimators.penalty.perturbation import calibrated_nu as calibrated_nu

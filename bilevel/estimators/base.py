@@ -19,7 +19,7 @@ from bilevel.engine.point import At
 from bilevel.engine.refusals import restless
 from bilevel.estimators.state import State, checked
 from bilevel.inner.base import InnerSolver
-from bilevel.inner.loop import Moving, Visit, run
+from bilevel.inner.loop import Ended, Moving, Visit, run
 from bilevel.outcome import Solution, Status, code_if, worst
 from bilevel.problem import Problem
 from bilevel.space import tree
@@ -79,6 +79,7 @@ class Instance:
         visit: Visit | None = None,
         moving: Moving | None = None,
         masks: Sequence[Tensor] | None = None,
+        ended: Ended | None = None,
     ) -> Solution:
         """Run the inner solver; keeps no trajectory unless `visit` does."""
         oracles = self.oracles
@@ -86,7 +87,7 @@ class Instance:
             y = oracles.start() if start is None else start
             before = oracles.generators.peek()
             rule, at, steady = solver or self.solver, at or oracles.point, self.steady
-            found = run(rule, oracles, y, at, visit=visit, moving=moving, masks=masks, steady=steady)
+            found = run(rule, oracles, y, at, visit=visit, moving=moving, masks=masks, steady=steady, ended=ended)
             return self.seen(found, drew=not oracles.generators.same(before, oracles.generators.peek()))
 
     @property
@@ -242,6 +243,10 @@ class Estimator(Strategy):
     def sees_after(self, steps: int) -> frozenset[Path]:
         """The paths that are followed through at most `steps` inner steps."""
         return self.sees
+
+    def sees_in(self, instance: Instance) -> frozenset[Path]:
+        """The paths that are followed on this instance."""
+        return self.sees_after(instance.solver.max_steps)
 
     @property
     def memory_growth(self) -> str:

@@ -47,7 +47,7 @@ def check(estimator: Estimator, instance: Instance) -> None:
         TypeError: `sees` is no set of paths.
         ValueError: naming the tensors, the paths, what the estimator sees, and the remedy.
     """
-    sees = estimator.sees_after(instance.solver.max_steps)
+    sees = estimator.sees_in(instance)
     if not isinstance(sees, frozenset) or not all(isinstance(path, Path) for path in sees):
         raise TypeError(f"{type(estimator).__name__}.sees is {sees!r}; a frozenset of bilevel.Path was needed")
     if frozenset(Path) - sees <= _impossible(instance):
@@ -88,9 +88,7 @@ def _soon(dynamics: Dynamics) -> bool:
 def check_unreached(estimator: Estimator, instance: Instance, missed: frozenset[int]) -> None:
     """Raise if an outer tensor for which the estimator returned nothing does act on the problem."""
     names = tree.names(instance.outer)
-    if estimator.sees_after(instance.solver.max_steps) >= frozenset(Path) and type(estimator).__module__.startswith(
-        "bilevel."
-    ):
+    if estimator.sees_in(instance) >= frozenset(Path) and type(estimator).__module__.startswith("bilevel."):
         return  # what followed every path and arrived nowhere is on none
     taken = _at_any_step(instance)
     if taken is None:
@@ -98,7 +96,7 @@ def check_unreached(estimator: Estimator, instance: Instance, missed: frozenset[
     blind = [f"{names[i]} through {path.value}" for i in sorted(missed) for path in Path if path in taken[i]]
     if blind and (instance.solver.max_steps or Path.START not in estimator.sees):
         said = estimator.missed(f"x enters as {'; '.join(blind)}")
-        raise ValueError(said or _refusal(estimator, estimator.sees_after(instance.solver.max_steps), blind))
+        raise ValueError(said or _refusal(estimator, estimator.sees_in(instance), blind))
 
 
 def _refusal(estimator: Estimator, sees: frozenset[Path], blind: Sequence[str]) -> str:

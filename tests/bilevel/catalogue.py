@@ -25,6 +25,8 @@ ESTIMATORS = {
     **{label: entry.estimator for label, entry in ENTRIES.items()},
     # The accurate series takes 2,500 products: too many for a matrix of forecasts.
     "implicit neumann": bl.Implicit(bl.Neumann(steps=30, step_size=0.5)),
+    # (Where GMRES stops is not seen without numbers.)
+    "fixed point": bl.estimators.FixedPoint(bl.Neumann(steps=30, step_size=1.0)),
 }
 OPTIMIZERS = {
     "sgd": bl.SGD(0.3),

@@ -19,7 +19,7 @@ from typing import Any
 
 from bilevel.engine import spans
 from bilevel.estimators.base import AT_SOLUTION, Estimate, Estimator, Instance
-from bilevel.estimators.implicit.adjoint import adjoint
+from bilevel.estimators.implicit.adjoint import adjoint, linear_stats
 from bilevel.linear.base import LinearSolver
 
 
@@ -31,7 +31,7 @@ class Implicit(Estimator):
         strongly convex inner loss.
 
     Args:
-        linear: solver of the adjoint system: CG, Neumann, Dense.
+        linear: solver of the adjoint system: CG, Neumann, Dense, or one of bilevel.linear.
 
     Memory: independent of K and of the number of products; P-sized vectors of the solver (CG 4 P), one graph, Q for the
         result; linear in T.
@@ -78,5 +78,5 @@ class Implicit(Estimator):
                 at.outer_loss,
                 inner_loss=at.inner_loss if instance.batches.curvature is None else None,
                 codes=[at.linear.code],
-                stats={"linear_residual": at.linear.residual, "linear_steps": at.linear.steps},
+                stats=linear_stats(at.linear),
             )
