@@ -316,7 +316,7 @@ def test_minibatches_lead_to_the_known_optimum(name):
 # --- the noise of the direction
 
 
-def noise(estimator, rounds=620, skipped=120):
+def noise(estimator, rounds=470, skipped=120):
     """E|D - D*|^2 at rest, and how far a mean over so many rounds may be off: blocks of 50 are nearly independent."""
     H, C, t, d = HS.mean(0), CS.mean(0), TS.mean(0), DS.mean(0)
     full = H + torch.diag(X0.exp())
@@ -511,6 +511,57 @@ def test_no_second_derivative_is_taken():
         status_after(E.SOBA(0.25), 1, problem)
 
 
+# --- trees
+
+
+def net(y, x, batch):
+    return ((batch @ y["a"]).tanh() @ y["b"] - 1).square().mean() + x["decay"].exp() * sum(
+        y[name].square().sum() for name in ("a", "b")
+    )
+
+
+@BY_METHOD
+def test_a_tensor_that_no_loss_uses_stays_where_it_is_and_changes_nothing(name):
+    data = bl.Batches(drawn(11, 6, 3), drawn(12, 6, 3))
+    problem = bl.Problem(net, lambda y, x, b: ((b @ y["a"]).tanh() @ y["b"]).square().mean())
+    y = {"a": drawn(13, 3, 2), "b": drawn(14, 2)}
+    estimator = E.SABA(RATE, 1) if name == "saba" else METHODS[name][0]
+    ends = []
+    for inner in (y, {"unused": torch.ones(2, 2, dtype=D), **y}):
+        x, state = {"decay": torch.tensor(-2.0, dtype=D)}, None
+        for _ in range(3):
+            found = bl.hypergradient(
+                problem,
+                x,
+                inner,
+                data,
+                solver=bl.Descent(bl.SGD(LR, momentum=0.5), 2),
+                estimator=estimator,
+                state=state,
+            )
+            x, state = {"decay": x["decay"] - found.grad["decay"]}, found.state
+        ends.append(x["decay"])
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-9)
+    assert torch.equal(state.inner["unused"], torch.ones(2, 2, dtype=D))
+
+
+def test_both_sides_of_a_difference_draw_the_same():
+    """A gradient with a random part that is the same everywhere must cancel, and not be divided by the width."""
+
+    def noisy(y, x, b):
+        return inner_loss(y, x, b) + 50 * (torch.randn(P, dtype=D) * y).sum()
+
+    ends, still = [], bl.Descent(bl.SGD(LR), 0)
+    for loss in (inner_loss, noisy):
+        torch.manual_seed(0)
+        problem, x, state = bl.Problem(loss, outer_loss), X0, None
+        for i, j in ORDER[:4]:
+            found = bl.hypergradient(problem, x, Y0, batches(i, j), solver=still, estimator=E.FdeHBO(RATE), state=state)
+            x, state = x - OUTER_LR * found.grad, found.state
+        ends.append(x)
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-6)
+
+
 # --- batches
 
 
@@ -532,6 +583,20 @@ def test_each_product_sees_its_curvature_batch():
         short = batches(0, 0, curvature=bl.PerStep([(HS[0], CS[0])]))
         with pytest.raises(ValueError, match="PerStep of 1 batches"):
             bl.hypergradient(PROBLEM, X0, Y0, short, solver=ONE, estimator=METHODS[name][0])
+
+
+def test_differences_are_taken_on_the_curvature_batch():
+    ends = []
+    for name in ("soba", "fdehbo"):
+        state, estimator = None, dataclasses.replace(METHODS[name][0])
+        if name == "fdehbo":
+            estimator = E.FdeHBO(RATE, eta=1.0)
+        for i, j in ORDER[:3]:
+            given = batches(i, j, curvature=(HS[2 - i], CS[2 - i]))
+            found = bl.hypergradient(PROBLEM, X0, Y0, given, solver=ONE, estimator=estimator, state=state)
+            state = found.state
+        ends.append(found.grad)
+    torch.testing.assert_close(*ends, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -627,7 +692,7 @@ def test_weight_decay_is_part_of_the_curvature_and_one_that_learns_is_refused_wh
         state, estimator = None, dataclasses.replace(METHODS[name][0], rate=0.25)
         if name == "fdehbo":
             estimator = dataclasses.replace(estimator, radius=math.inf)
-        for _ in range(90):
+        for _ in range(60):
             found = bl.hypergradient(PROBLEM, X0, Y0, batches(0, 0), solver=decayed, estimator=estimator, state=state)
             state = found.state
         exact = bl.hypergradient(
