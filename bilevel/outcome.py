@@ -98,7 +98,8 @@ class Status(enum.Enum):
     BREAKDOWN = (
         "The linear system is singular to working precision and its right-hand side not in its range, or the solver's "
         "recursion broke down or stood still (BiCGSTAB: take linear.GMRES; GMRES: raise restart; a preconditioner must "
-        "be positive definite). Add damping, or a regularizer to the inner loss; where least squares are meant, take linear.LSMR or NormalCG with least_squares=True."
+        "be positive definite). Add damping, or a regularizer to the inner loss; where least squares are meant, take "
+        "linear.LSMR or NormalCG with least_squares=True."
     )
     UNSOLVED = (
         "The linear solver ended with a residual above that of v = 0, so its best earlier iterate, or v = 0, was used "

@@ -86,7 +86,16 @@ LIBRARY = House(
             "problem",
             "functional",
         },
-        {"optim", "linear", "outer", "engine.eager", "engine.twice", "engine.evaluation"},
+        {
+            "optim",
+            "linear",
+            "outer",
+            "engine.layer",
+            "engine.eager",
+            "engine.partials",
+            "engine.twice",
+            "engine.evaluation",
+        },
         {"engine.along", "engine.compiled"},
         {"inner.dynamics", "engine.embedding"},
         {"inner.gradient", "engine.linearization", "engine.point"},
@@ -95,7 +104,7 @@ LIBRARY = House(
         {"engine.step_back"},
         {"engine.oracles"},
         {"engine.maps", "engine.gauss_newton"},
-        {"estimators.state"},
+        {"engine.implied", "estimators.state"},
         {"estimators.base"},
         {
             "estimators.paths",
@@ -115,7 +124,8 @@ LIBRARY = House(
         },
         {"estimators"},
         {"tasks", "hypergradient"},
-        {"iterate", "adapt"},
+        {"iterate", "adapt", "layer"},
+        {"solution"},
         {"data"},
         {"meta"},
         {"problems", "testing", "integrations"},
@@ -132,9 +142,11 @@ LIBRARY = House(
     shared={
         "estimators.implicit.adjoint",
         "linear.operator",
-        "linear.system",
-        "linear.sketch",
         "linear.preconditioned",
+        "linear.sketch",
+        "linear.system",
+        "optim.entrywise",
+        "optim.trial",
     },
     # A byte budget is kept by a forecast; which is asked for inside a function, so that the library does without it.
     excepted={"estimators.reverse.auto": {"bilevel_profiling"}},
@@ -180,7 +192,7 @@ PROFILER_SEES = {"engine.spans", "engine.offload", "space.tree", "problems", "in
 
 # Who may call which part of torch's differentiation machinery.
 DIFFERENTIATION = {
-    # (The second and the third look at graphs, and derive through the others.)
+    # (The second and the third look at graphs, "layer" and "implied" make nodes; they derive through the first.)
     "torch.autograd": {
         "engine.autodiff",
         "engine.twice",
@@ -189,13 +201,23 @@ DIFFERENTIATION = {
         "engine.block",
         "engine.lean",
         "engine.compiled.linear",
+        "engine.layer",
+        "engine.implied",
+        "engine.compiled.engine",
     },
-    "torch.func": {"engine.evaluation", "engine.jacobian", "engine.rematerialize", "engine.compiled.tracing"},
+    "torch.func": {
+        "engine.layer",
+        "engine.evaluation",
+        "engine.jacobian",
+        "engine.rematerialize",
+        "engine.compiled.tracing",
+    },
     "torch.vmap": set(),
     "torch._functorch": {"engine.compiled.graphs"},
 }
 FUNC_NAMES = {
     "engine.rematerialize": {"torch.func.vmap"},
+    "engine.layer": {"torch.func.vmap"},
     "engine.evaluation": {"torch.func.vmap"},
     "engine.jacobian": {"torch.func.vmap", "torch.func.vjp"},
     "engine.compiled.tracing": {"torch.func.functionalize"},

@@ -15,6 +15,7 @@ H = d stationarity / dy (d2g/dy2 for gradient methods), M v = d/dx <stationarity
 x, attached once, the batches as the losses receive them, and the engine that computes.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bilevel.batches import Batches, PerStep
-from bilevel.engine import autodiff, spans, twice
+from bilevel.engine import autodiff, partials, spans, twice
 from bilevel.engine.base import Derivatives, Losses
 from bilevel.engine.cotangents import Cotangents
 from bilevel.engine.eager import Eager
@@ -32,7 +33,7 @@ from bilevel.engine.linearization import Linearization
 from bilevel.engine.point import At
 from bilevel.engine.refusals import check_step, restless, step_of, used
 from bilevel.engine.replay import Generators, State
-from bilevel.engine.step_back import StepBack
+from bilevel.engine.step_back import StepBack, pull_begin
 from bilevel.inner.dynamics import Dynamics
 from bilevel.problem import Problem, Pulled, distance
 from bilevel.space import tree
@@ -53,6 +54,7 @@ class Oracles:
         engine: how derivatives are computed.
         posed: the problem and the outer batch whose outer loss a dynamics sees, where an estimator has put another one
             in the place of f; None for the same.
+        constant: the outer tensors, by position, that nobody differentiates in.
     """
 
     def __init__(
@@ -66,9 +68,11 @@ class Oracles:
         tasks: int | None = None,
         engine: Derivatives | None = None,
         posed: tuple[Problem, Any] | None = None,
+        constant: frozenset[int] = frozenset(),
     ) -> None:
-        self.problem, self.batches, self.dynamics, self.space = problem, batches, dynamics, Space(tasks)
-        self.x, self.attached = tree.detach(outer), tree.attach(outer)
+        self.problem, self.batches, self.space = problem, batches, Space(tasks)
+        self.dynamics = dynamics if tasks is None else dynamics.over(tasks)
+        self.x, self.attached = tree.detach(outer), tree.attach(outer, constant)
         self.evaluation, self.engine = Evaluation(problem, tasks), engine or Eager().open()
         self._posed = (self.evaluation, batches.outer) if posed is None else (Evaluation(posed[0], tasks), posed[1])
         self.generators = Generators(tree.tensors(outer)[0].device)
@@ -77,6 +81,23 @@ class Oracles:
         self._shared: Any = None if isinstance(batches.inner, PerStep) else Unset
         self._start: Tree | None = inner
         self._before_start: State | None = None
+
+    # --- the same instance, seen once more
+
+    def facing(self, batches: Batches, engine: Derivatives | None) -> "Oracles":
+        """The same with other data of the outer loss: what was drawn and made at the start stays."""
+        other = copy.copy(self)
+        other.batches, other.engine = batches, engine or Eager().open()
+        return other
+
+    def connected(self, attached: Tree) -> "Oracles":
+        """The same with `attached`, which may have a graph, in the place of the attached x; eager."""
+        other = copy.copy(self)
+        other.attached, other.engine = attached, Eager().open()
+        other.source = Source(self.evaluation, self.generators, self.x, attached)
+        if isinstance(self._shared, Embedding):
+            other._shared = self._shared.moved(other.source)
+        return other
 
     # --- where y begins
 
@@ -179,19 +200,7 @@ class Oracles:
 
     def begin_vjp(self, cotangents: Cotangents) -> PartialLeaves:
         """Pull cotangents of the first state back to x, and add what reaches y_0 to those of y_0."""
-        y = tree.attach(self.start())
-        leaves = tree.flatten(self.dynamics.init(y, self.attached))[0]
-        pairs = [
-            (leaf, weight)
-            for leaf, weight in zip(leaves, cotangents.state or (), strict=True)
-            if weight is not None and leaf.requires_grad
-        ]
-        cotangents.state, ys = None, tree.tensors(y)
-        if not pairs:
-            return (None,) * len(tree.tensors(self.attached))
-        pulled = autodiff.grad([leaf for leaf, _ in pairs], [*ys, *tree.tensors(self.attached)], [w for _, w in pairs])
-        cotangents.inner = list(tree.accumulate(tuple(cotangents.inner), pulled[: len(ys)]))
-        return pulled[len(ys) :]
+        return pull_begin(self.dynamics, self.start(), self.attached, cotangents)
 
     def step(self, inner: Tree, state: Any, at: At) -> tuple[Tree, Any]:
         """One step of the dynamics, without a graph.
@@ -266,30 +275,27 @@ class Oracles:
 
     def inner_gradient_in_outer(self, inner: Tree, steps: int) -> tuple[Tensor, PartialLeaves]:
         """g and dg/dx at a fixed solution (None where x does not enter g)."""
-        step = max(steps - 1, 0)
-        shared = isinstance(self._shared, Embedding)
-        batch = self._shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
-        return self._in_outer(spans.INNER_GRADIENT, self.inner, inner, batch)
+        return partials.in_outer(spans.INNER_GRADIENT, self.inner, inner, self.attached, self._last_batch(steps))
 
     def inner_gradients(
-        self, inner: Tree, step: int, weights: Tensor | None = None
+        self, inner: Tree, steps: int, *, weights: Tensor | None = None, apart: bool = False
     ) -> tuple[Tensor, PartialLeaves, PartialLeaves]:
-        """g at a step's batch of derivatives, dg/dy and dg/dx in one backward (None where there is no path); with
-        `weights`, one for each task, those of the weighted sum of the tasks' losses.
+        """g, dg/dy and dg/dx at a point, on the batch of the last of `steps` steps (None where they do not enter).
+
+        `weights`: those of the sum of the tasks' losses; `apart`: on the batch for curvature.
         """
-        shared = self.batches.curvature is None and isinstance(self._shared, Embedding)
-        given = self.batches.curvature_at(step)
-        batch = self._shared.again() if shared else self.evaluation.embed(self.attached, given)
-        with spans.span(spans.INNER_GRADIENT):
-            y = tree.attach(inner)
-            value = self.inner(y, self.attached, batch)
-            ys = tree.tensors(y)
-            found = autodiff.grad(
-                [value],
-                [*ys, *tree.tensors(self.attached)],
-                [torch.ones_like(value) if weights is None else weights.to(value.dtype)],
-            )
-            return value.detach(), used(found[: len(ys)]), found[len(ys) :]
+        batch = self._last_batch(steps, apart=apart)
+        loss, in_y, in_x = partials.in_both(
+            spans.INNER_GRADIENT, self.inner, inner, self.attached, batch, weights=weights
+        )
+        return loss, used(in_y), in_x
+
+    def _last_batch(self, steps: int, *, apart: bool = False) -> Any:
+        """The embedded batch of the last of `steps` steps, with its graph in the attached x."""
+        if isinstance(self._shared, Embedding) and (self.batches.curvature is None or not apart):
+            return self._shared.again()
+        at = self.batches.curvature_at if apart else self.batches.inner_at
+        return self.evaluation.embed(self.attached, at(max(steps - 1, 0)))
 
     # --- the outer loss
 
@@ -329,7 +335,8 @@ class Oracles:
 
     def outer_gradient_in_outer(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
         """f and df/dx at a fixed y (None where x does not enter f directly)."""
-        return self._in_outer(spans.OUTER_GRADIENT, self.evaluation.outer, inner, self._outer_batch(graph=True))
+        batch = self._outer_batch(graph=True)
+        return partials.in_outer(spans.OUTER_GRADIENT, self.evaluation.outer, inner, self.attached, batch)
 
     def _outer_batch(self, *, graph: bool) -> Any:
         return self._embedded(self.evaluation, self.batches.outer, graph=graph)
@@ -338,11 +345,6 @@ class Oracles:
         if graph or evaluation.problem.features is None:
             return evaluation.embed(self.attached, batch)
         return evaluation.without_graph(evaluation.embed, self.x, batch)
-
-    def _in_outer(self, name: str, loss: Any, inner: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
-        with spans.span(name):
-            value = loss(tree.detach(inner), self.attached, batch)
-            return value.detach(), autodiff.grad([value.sum()], tree.tensors(self.attached))
 
     # --- second order
 

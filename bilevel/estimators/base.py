@@ -5,7 +5,7 @@ import dataclasses
 import enum
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +17,11 @@ from bilevel.engine.base import Derivatives
 from bilevel.engine.oracles import Oracles
 from bilevel.engine.point import At
 from bilevel.engine.refusals import restless
+from bilevel.engine.replay import State as Random
 from bilevel.estimators.state import State, checked
 from bilevel.inner.base import InnerSolver
 from bilevel.inner.loop import Ended, Moving, Visit, run
+from bilevel.linear.base import LinearSolver
 from bilevel.outcome import Solution, Status, code_if, worst
 from bilevel.problem import Problem
 from bilevel.space import tree
@@ -40,11 +42,29 @@ class Path(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
+class Known:
+    """A solve that was made before: of which instance, what it found, and the generators' states where its steps began
+    and ended.
+    """
+
+    instance: "Instance"
+    solution: Solution
+    began: Random
+    ended: Random
+
+    def of(self, instance: "Instance") -> bool:
+        """Whether it is that of an instance: of the same objects in all that its inner loop looks at."""
+        pairs = zip(_inside(self.instance), _inside(instance), strict=True)
+        return all(one is other for one, other in pairs)
+
+
+@dataclasses.dataclass(frozen=True)
 class Instance:
     """One bilevel problem with its data: what `hypergradient` was given, checked and detached.
 
     `posed` is the problem and the outer batch whose outer loss the dynamics sees, where an estimator has put another
-    one in the place of f.
+    one in the place of f. `constant` are the outer tensors, by position, that nobody differentiates in, and `known` is
+    what `solve` found before.
     """
 
     problem: Problem
@@ -55,6 +75,8 @@ class Instance:
     tasks: int | None = None
     engine: Derivatives | None = None
     posed: tuple[Problem, Any] | None = None
+    constant: frozenset[int] = frozenset()
+    known: Known | None = None
 
     @functools.cached_property
     def oracles(self) -> Oracles:
@@ -68,7 +90,17 @@ class Instance:
             tasks=self.tasks,
             engine=self.engine,
             posed=self.posed,
+            constant=self.constant,
         )
+
+    def facing(self, outer: Any, known: Known | None, engine: Derivatives | None) -> "Instance":
+        """The same with another outer batch, and a solution that is known: its start and its shared features are not
+        made again.
+        """
+        batches = dataclasses.replace(self.batches, outer=outer)
+        other = dataclasses.replace(self, batches=batches, known=known, engine=engine)
+        vars(other)["oracles"] = self.oracles.facing(batches, engine)
+        return other
 
     def solve(
         self,
@@ -81,8 +113,12 @@ class Instance:
         masks: Sequence[Tensor] | None = None,
         ended: Ended | None = None,
     ) -> Solution:
-        """Run the inner solver; keeps no trajectory unless `visit` does."""
+        """Run the inner solver, unless that was done before; keeps no trajectory unless `visit` does."""
         oracles = self.oracles
+        plain = all(each is None for each in (start, solver, at, visit, moving, masks, ended))
+        if self.known is not None and plain and self.known.of(self):
+            oracles.generators.set(self.known.ended)
+            return self.known.solution
         with spans.span(spans.INNER):
             y = oracles.start() if start is None else start
             before = oracles.generators.peek()
@@ -113,15 +149,16 @@ class Instance:
 
     def require_rest(self, estimator: "Estimator") -> None:
         """Raise ValueError unless the inner loop is an optimizer that says where it rests."""
-        update = self.solver.dynamics.update
+        oracles = self.oracles
+        update = oracles.dynamics.update
         if update is None:
             raise ValueError(
                 f"{type(estimator).__name__} perturbs the inner loss, and {type(self.solver.dynamics).__name__} need "
                 f"not follow its gradient. Use Unrolled(), or Implicit with a linear solver for systems that are not "
                 f"symmetric"
             )
-        start = self.oracles.start()
-        if update.stationarity(start, start, self.oracles.x) is None:
+        start = oracles.start()
+        if update.stationarity(start, start, oracles.x) is None:
             raise ValueError(restless(self.solver.dynamics, type(estimator).__name__))
 
     def finish(
@@ -182,6 +219,13 @@ class Instance:
             idle = (gained < _GAINED * found.promised) & (found.promised > _NOTABLE * size + 10 * rounding)
             codes.append(code_if(idle, Status.INNER_UNSTABLE))
         return worst(*codes)
+
+
+def _inside(instance: Instance) -> tuple[Any, ...]:
+    """What an inner loop looks at."""
+    problem = instance.problem
+    functions = problem.inner_loss, problem.init, problem.features
+    return (*functions, instance.outer, instance.inner, instance.batches.inner, instance.solver, instance.tasks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +310,31 @@ class Estimator(Strategy):
         """Whether it only hands parts of the instance to another estimator, each of which is checked by itself."""
         return False
 
+    @property
+    def unlike_a_layer(self) -> str:
+        """Why the estimate is no product of df/dy with the derivative of the returned y, as the backward of
+        `bilevel.solution` must be: a clause; "" where it is one.
+        """
+        return ""
+
+    @property
+    def adjoint_solver(self) -> LinearSolver | None:
+        """The solver of (H + damping I)' v = df/dy, where the estimate is df/dx - M v and nothing else: then it can be
+        differentiated once more.
+        """
+        return None
+
+    def recorded(self, instance: Instance) -> "Recorded | None":
+        """The inner loop, run once and kept for estimates at several outer losses; None where its solution is all that
+        they need, or where they run it themselves.
+        """
+        return None
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether `TaskMean` must take one task after another: the gradient in x of each is needed by itself."""
+        return False
+
     def missed(self, acts: str) -> str:
         """What to say where it returned None for outer tensors that act, which `acts` names with their paths; "" for
         the library's own words.
@@ -287,6 +356,21 @@ class Estimator(Strategy):
     @abc.abstractmethod
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         """The estimate; `state` is what the last call returned as its state, or None."""
+
+
+class Recorded(Protocol):
+    """An inner loop that was run, with what an estimator keeps of it."""
+
+    @property
+    def solution(self) -> Solution:
+        """What it found."""
+
+    @property
+    def graph(self) -> tuple[Tree, Tree] | None:
+        """y at its end with its graph, and the attached x where that begins; None where no graph is kept."""
+
+    def estimate(self, instance: Instance) -> Estimate:
+        """The estimate of the same instance with the outer batch of this one; may be asked for several times."""
 
 
 AT_SOLUTION = frozenset({Path.INNER_LOSS, Path.OUTER_LOSS, Path.STATIONARITY})

@@ -80,9 +80,15 @@ def _ours(update: Optimizer | None) -> bool:
 def _soon(dynamics: Dynamics) -> bool:
     """Whether x does by the second step all that it ever does: in dynamics of the library without a user's function."""
     if dynamics.update is not None:
-        return _ours(dynamics.update)
+        return _prompt(dynamics.update)
     fields = tree.flatten(vars(dynamics))[0] if type(dynamics).__module__.startswith("bilevel.inner") else [_soon]
-    return not any(map(callable, fields)) and all(map(_ours, held(dynamics)))
+    return not any(map(callable, fields)) and all(map(_prompt, held(dynamics)))
+
+
+def _prompt(update: Optimizer) -> bool:
+    """Whether it, and all that it holds, are optimizers of the library that do so."""
+    ours = type(update).__module__.startswith("bilevel.optim") and not update.foreign
+    return ours and not update.late and all(map(_prompt, held(update)))
 
 
 def check_unreached(estimator: Estimator, instance: Instance, missed: frozenset[int]) -> None:
@@ -137,7 +143,13 @@ def of(instance: Instance) -> Paths | None:
     remembered = instance.problem.memo.setdefault("paths", {})
     # Momentum acts from the second step on; a user's own schedule may do so at any.
     steps = min(2 if _soon(instance.solver.dynamics) else _MANY, instance.solver.max_steps)
-    signature = tuple(tree.names(instance.outer)), instance.inner is None, instance.tasks is None, steps
+    signature = (
+        tuple(tree.names(instance.outer)),
+        instance.inner is None,
+        instance.tasks is None,
+        steps,
+        instance.constant,
+    )
     dynamics = instance.solver.dynamics
     for seen, found in remembered.get(signature, ()):
         if seen is dynamics or (type(seen) is type(dynamics) and _same(seen, dynamics)):

@@ -1,6 +1,7 @@
 """How the inner problem is solved: a dynamics that moves it, under a rule that says when to stop."""
 
 from bilevel.inner.aggregated import Aggregated as Aggregated
+from bilevel.inner.averaged import Averaged as Averaged
 from bilevel.inner.base import InnerSolver as InnerSolver
 from bilevel.inner.converge import Converge as Converge
 from bilevel.inner.descent import Descent as Descent

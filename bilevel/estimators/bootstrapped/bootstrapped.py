@@ -118,6 +118,10 @@ class Bootstrapped(Estimator):
         own = "the gradient of the matching loss mu(z, y_K(x)) with the target z held fixed, not that of F"
         return f"{own}; {self.estimator.bias}" if self.estimator.bias else own
 
+    @property
+    def unlike_a_layer(self) -> str:
+        return "its estimate is the gradient of a distance to a target"
+
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         oracles = instance.oracles
         before = oracles.generators.peek()  # first of all: an init_state may draw the start

@@ -68,6 +68,10 @@ class Implicit(Estimator):
     def bias(self) -> str:
         return "exact at the inner solution; before it, off by |y_K - y*| and by the linear residual"
 
+    @property
+    def adjoint_solver(self) -> LinearSolver:
+        return self.linear
+
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         found = instance.solve()
         with spans.span(spans.HYPERGRADIENT):

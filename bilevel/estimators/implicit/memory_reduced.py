@@ -105,6 +105,10 @@ class MemoryReduced(Estimator):
     def _warm(self) -> bool:
         return self.warm_inner or self.warm_adjoint
 
+    @property
+    def adjoint_solver(self) -> CG:
+        return CG(self.steps, self.tol, self.damping)
+
     def estimate(self, instance: Instance, state: WarmStart | None) -> Estimate:
         if not self.cache_features and instance.problem.features is not None:
             instance = dataclasses.replace(instance, problem=_without_features(instance.problem))
@@ -112,8 +116,7 @@ class MemoryReduced(Estimator):
         v0 = tuple(tree.tensors(state.adjoint)) if state is not None and self.warm_adjoint else None
         found = instance.solve(y0)
         with spans.span(spans.HYPERGRADIENT):
-            linear = CG(self.steps, self.tol, self.damping)
-            at = adjoint(instance.oracles, found.inner, found.steps, linear, v0)
+            at = adjoint(instance.oracles, found.inner, found.steps, self.adjoint_solver, v0)
             v = tree.like(found.inner, at.linear.value)
             return instance.finish(
                 found,

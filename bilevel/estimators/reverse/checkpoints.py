@@ -12,6 +12,7 @@ snapshots pile up), which needs sqrt(2 K) iterates at once instead of 2 sqrt(K),
 Offloaded, what is kept waits on the host: of the S numbers an iterate the device holds those of two.
 """
 
+import copy
 import functools
 import itertools
 import math
@@ -23,6 +24,7 @@ from bilevel.batches import PerStep
 from bilevel.engine.cotangents import Cotangents, floating
 from bilevel.engine.embedding import Embedding
 from bilevel.engine.offload import Store
+from bilevel.engine.oracles import Oracles
 from bilevel.engine.replay import State
 from bilevel.estimators.base import Instance
 from bilevel.estimators.reverse.growth import Growth
@@ -117,6 +119,13 @@ class Checkpoints:
 
     def _put(self, inner: Tree, state: Any, random: State, *, needed_next: bool) -> _Kept:
         return _Kept(self._store, inner, state, random, self._changed, stays=needed_next)
+
+    def facing(self, oracles: Oracles, terms: Terms) -> "Checkpoints":
+        """The same iterates under another outer loss; a pull leaves them where they are."""
+        other = copy.copy(self)
+        other._oracles, other._terms, other._curvature = oracles, terms, None
+        other._kept, other._snapshots = list(self._kept), list(self._snapshots)
+        return other
 
     def pull(self, *, to_start: bool) -> tuple[PartialLeaves, Growth]:
         """The cotangents of the outer loss's terms to one of x, along the steps and the start. The iterates are freed.

@@ -34,7 +34,8 @@ from torch import Tensor
 
 from bilevel.batches import PerStep
 from bilevel.engine import spans
-from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance, Path
+from bilevel.engine.oracles import Oracles
+from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance, Path, Recorded
 from bilevel.estimators.reverse import auto
 from bilevel.estimators.reverse.checkpoints import Checkpoints, shrinking
 from bilevel.estimators.reverse.tape import Tape
@@ -42,6 +43,7 @@ from bilevel.estimators.reverse.terms import Terms
 from bilevel.inner.descent import Descent
 from bilevel.outcome import Solution
 from bilevel.space import tree
+from bilevel.space.tree import Tree
 
 _KEEPS = ("graph", "iterates", "segments", "auto")
 
@@ -193,11 +195,25 @@ class Unrolled(Estimator):
             clauses.append("the derivatives of the steps are sampled anew, on Batches.curvature")
         return "; ".join(clauses)
 
+    @property
+    def unlike_a_layer(self) -> str:
+        return "" if self.step_weights is None else "with step_weights its outer loss is a sum over the iterates"
+
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         self._check(instance)
         if self.keep == "auto":
             assert self.budget is not None
             return auto.within(self._ways(instance), auto.parsed(self.budget), instance)
+        return self._run(instance).estimate(instance)
+
+    def recorded(self, instance: Instance) -> Recorded | None:
+        if self.keep == "auto":
+            return None
+        self._check(instance)
+        return self._run(instance)
+
+    def _run(self, instance: Instance) -> "_Run":
+        """The inner loop, with what `keep` says."""
         oracles, dynamics, steps = instance.oracles, instance.solver.dynamics, instance.solver.max_steps
         learned: Solution | None = None
         masks: list[Tensor] | None = None
@@ -229,13 +245,7 @@ class Unrolled(Estimator):
         if learned is not None:
             found = dataclasses.replace(found, code=learned.code, residual=learned.residual)
             forgets = learned.code if instance.problem.init is None else None
-            del learned
-        with spans.span(spans.HYPERGRADIENT):
-            indirect, growth = forward.pull(to_start=forgets is not None)
-            grad, stats = tree.accumulate(terms.direct, indirect), dict[str, Any](growth.figures())
-            if self.step_weights is not None:
-                stats |= {"final_outer_loss": terms.final}
-            return instance.finish(found, grad, terms.loss, codes=[growth.code(forgets=forgets)], stats=stats)
+        return _Run(oracles, forward, terms, found, forgets, weighted=self.step_weights is not None)
 
     def _ways(self, instance: Instance) -> dict[str, auto.Way]:
         """The choices of keep="auto", with their compute by the table above."""
@@ -296,6 +306,37 @@ class Unrolled(Estimator):
         if self.segment is not None:
             return list(range(first, steps, self.segment))
         return list(itertools.accumulate(shrinking(count)[:-1], initial=first))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """An inner loop that was run. `forgets` is the code of a solver that must have forgotten its start, else None."""
+
+    oracles: Oracles
+    forward: Tape | Checkpoints
+    terms: Terms
+    solution: Solution
+    forgets: Tensor | int | None
+    weighted: bool
+
+    @property
+    def graph(self) -> tuple[Tree, Tree] | None:
+        eager = not self.oracles.engine.pure
+        return (self.forward.end, self.oracles.attached) if isinstance(self.forward, Tape) and eager else None
+
+    def estimate(self, instance: Instance) -> Estimate:
+        """The estimate at the outer loss of the instance: that of the run, once, or another, any number of times."""
+        forward, terms = self.forward, self.terms
+        if instance.oracles is not self.oracles:
+            terms = terms.facing(instance.oracles)
+            forward = forward.facing(instance.oracles, terms)
+        with spans.span(spans.HYPERGRADIENT):
+            indirect, growth = forward.pull(to_start=self.forgets is not None)
+            grad, stats = tree.accumulate(terms.direct, indirect), dict[str, Any](growth.figures())
+            if self.weighted:
+                stats |= {"final_outer_loss": terms.final}
+            codes = [growth.code(forgets=self.forgets)]
+            return instance.finish(self.solution, grad, terms.loss, codes=codes, stats=stats)
 
 
 def _checked(weights: Sequence[float]) -> tuple[float, ...]:

@@ -199,7 +199,7 @@ def _products(oracles: Oracles, y: Tree, v: Leaves, width: float) -> tuple[Leave
         generators.set(before)
         side = tree.like(y, space.axpy(sign * step, v, leaves))
         # x is everyone's, and each task has a step of its own: so its weight goes into the backward.
-        loss, in_y, in_x = oracles.inner_gradients(side, 0, 0.5 / step)
+        loss, in_y, in_x = oracles.inner_gradients(side, 1, weights=0.5 / step, apart=True)
         own = tree.like(y, [None if leaf is None else space.scaled(2 * step, [leaf])[0] for leaf in in_y])
         with torch.no_grad():
             rest = oracles.dynamics.stationarity(side, oracles.x, oracles.point(0).told(side, loss, own))
