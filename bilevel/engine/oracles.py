@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | step | the dynamics' own: 1 gradient of g for an optimizer | one graph, freed |
 | outer_gradient | 1 gradient of f, in y and x at once | one graph, freed |
+| inner_gradients | 1 gradient of g, in y and x at once | one graph, freed |
 | linearize | 1 gradient of g | its graph, kept while the object lives |
 | Linearization.matvec | 1 product H v | P |
 | Linearization.mixed | 1 product (H v, M v) in one sweep | P + Q |
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bilevel.batches import Batches, PerStep
-from bilevel.engine import autodiff, spans, twice
+from bilevel.engine import autodiff, partials, spans, twice
 from bilevel.engine.base import Derivatives, Losses
 from bilevel.engine.cotangents import Cotangents
 from bilevel.engine.eager import Eager
@@ -33,7 +34,7 @@ from bilevel.engine.linearization import Linearization
 from bilevel.engine.point import At
 from bilevel.engine.refusals import check_step, restless, step_of, used
 from bilevel.engine.replay import Generators, State
-from bilevel.engine.step_back import StepBack
+from bilevel.engine.step_back import StepBack, pull_begin
 from bilevel.engine.step_forward import Pushed, StepForward
 from bilevel.inner.dynamics import Dynamics
 from bilevel.problem import Problem, Pulled, distance
@@ -204,19 +205,7 @@ class Oracles:
 
     def begin_vjp(self, cotangents: Cotangents) -> PartialLeaves:
         """Pull cotangents of the first state back to x, and add what reaches y_0 to those of y_0."""
-        y = tree.attach(self.start())
-        leaves = tree.flatten(self.dynamics.init(y, self.attached))[0]
-        pairs = [
-            (leaf, weight)
-            for leaf, weight in zip(leaves, cotangents.state or (), strict=True)
-            if weight is not None and leaf.requires_grad
-        ]
-        cotangents.state, ys = None, tree.tensors(y)
-        if not pairs:
-            return (None,) * len(tree.tensors(self.attached))
-        pulled = autodiff.grad([leaf for leaf, _ in pairs], [*ys, *tree.tensors(self.attached)], [w for _, w in pairs])
-        cotangents.inner = list(tree.accumulate(tuple(cotangents.inner), pulled[: len(ys)]))
-        return pulled[len(ys) :]
+        return pull_begin(self.dynamics, self.start(), self.attached, cotangents)
 
     def step(self, inner: Tree, state: Any, at: At) -> tuple[Tree, Any]:
         """One step of the dynamics, without a graph.
@@ -291,21 +280,27 @@ class Oracles:
 
     def inner_gradient_in_outer(self, inner: Tree, steps: int) -> tuple[Tensor, PartialLeaves]:
         """g and dg/dx at a fixed solution (None where x does not enter g)."""
-        step = max(steps - 1, 0)
-        shared = isinstance(self._shared, Embedding)
-        batch = self._shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
-        return self._in_outer(spans.INNER_GRADIENT, self.inner, inner, batch)
+        return partials.in_outer(spans.INNER_GRADIENT, self.inner, inner, self.attached, self._last_batch(steps))
 
-    def inner_gradients(self, inner: Tree, steps: int) -> tuple[Tensor, PartialLeaves, PartialLeaves]:
-        """g, dg/dy and dg/dx at a point, on the batch of the last of `steps` steps (None where they do not enter)."""
-        step = max(steps - 1, 0)
-        shared = isinstance(self._shared, Embedding)
-        batch = self._shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
-        with spans.span(spans.INNER_GRADIENT):
-            y = tree.attach(inner)
-            value, ys = self.inner(y, self.attached, batch), tree.tensors(y)
-            found = autodiff.grad([value.sum()], [*ys, *tree.tensors(self.attached)])
-            return value.detach(), used(found[: len(ys)]), found[len(ys) :]
+    def inner_gradients(
+        self, inner: Tree, steps: int, *, weights: Tensor | None = None, apart: bool = False
+    ) -> tuple[Tensor, PartialLeaves, PartialLeaves]:
+        """g, dg/dy and dg/dx at a point, on the batch of the last of `steps` steps (None where they do not enter).
+
+        `weights`: those of the sum of the tasks' losses; `apart`: on the batch for curvature.
+        """
+        batch = self._last_batch(steps, apart=apart)
+        loss, in_y, in_x = partials.in_both(
+            spans.INNER_GRADIENT, self.inner, inner, self.attached, batch, weights=weights
+        )
+        return loss, used(in_y), in_x
+
+    def _last_batch(self, steps: int, *, apart: bool = False) -> Any:
+        """The embedded batch of the last of `steps` steps, with its graph in the attached x."""
+        if isinstance(self._shared, Embedding) and (self.batches.curvature is None or not apart):
+            return self._shared.again()
+        at = self.batches.curvature_at if apart else self.batches.inner_at
+        return self.evaluation.embed(self.attached, at(max(steps - 1, 0)))
 
     # --- the outer loss
 
@@ -345,7 +340,8 @@ class Oracles:
 
     def outer_gradient_in_outer(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
         """f and df/dx at a fixed y (None where x does not enter f directly)."""
-        return self._in_outer(spans.OUTER_GRADIENT, self.evaluation.outer, inner, self._outer_batch(graph=True))
+        batch = self._outer_batch(graph=True)
+        return partials.in_outer(spans.OUTER_GRADIENT, self.evaluation.outer, inner, self.attached, batch)
 
     def _outer_batch(self, *, graph: bool) -> Any:
         return self._embedded(self.evaluation, self.batches.outer, graph=graph)
@@ -355,16 +351,11 @@ class Oracles:
             return evaluation.embed(self.attached, batch)
         return evaluation.without_graph(evaluation.embed, self.x, batch)
 
-    def _in_outer(self, name: str, loss: Any, inner: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
-        with spans.span(name):
-            value = loss(tree.detach(inner), self.attached, batch)
-            return value.detach(), autodiff.grad([value.sum()], tree.tensors(self.attached))
-
     # --- second order
 
-    def linearize(self, inner: Tree, steps: int) -> Linearization:
-        """The stationarity condition at a solution found after `steps` steps."""
-        step = max(steps - 1, 0)
+    def linearize(self, inner: Tree, steps: int, *, keep: bool = False) -> Linearization:
+        """The stationarity condition at a solution found after `steps` steps; `keep`: and dg/dy there."""
+        step, taken = max(steps - 1, 0), list[Tree]()
         apart = self.batches.curvature is not None
         embedding = Embedding(self.source, self.batches.curvature_at(step)) if apart else self.embedding(step)
 
@@ -373,10 +364,13 @@ class Oracles:
             value = self.dynamics.stationarity(y, x, at)
             if value is None:
                 raise ValueError(restless(self.dynamics, "an estimator at the solution"))
+            if keep and at.last is not None and at.last[0] is y:
+                taken[:] = [tree.detach(at.last[1])]
             return at.loss, tree.ordered(value, y)
 
         with_graph = self.engine.linearize(condition, inner, self.attached, embedding.value, embedding.leaves)
-        return Linearization(with_graph, embedding, tuple(tree.tensors(inner)), symmetric=self.dynamics.symmetric)
+        point, gradient = tuple(tree.tensors(inner)), taken[0] if taken else None
+        return Linearization(with_graph, embedding, point, symmetric=self.dynamics.symmetric, gradient=gradient)
 
     def step_vjp(
         self,

@@ -49,6 +49,26 @@ class At:
         self._last = (inner, found)
         return found
 
+    @property
+    def last(self) -> tuple[Tree, Tree] | None:
+        """Where the last gradient was taken, and what it was."""
+        return self._last
+
+    def told(self, inner: Tree, loss: Tensor | None, gradient: Tree) -> "At":
+        """This point, which knows dg/dy at `inner` from elsewhere and need not take it."""
+        self.loss = loss if self.loss is None else self.loss
+        self._last = (inner, gradient)
+        return self
+
+    def shifted(self, by: PartialLeaves) -> "At":
+        """The same point with constants added to its gradient; its losses stay as they are."""
+
+        def gradient(inner: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
+            loss, found = self._gradient(inner, batch)
+            return loss, tree.accumulate(found, by)
+
+        return At(self.step, self.batch, gradient, self._value, self._along, self._outer)
+
     def value(self, inner: Tree) -> Tensor:
         """The inner loss at `inner`."""
         with torch.enable_grad():
