@@ -128,7 +128,8 @@ LIBRARY = House(
     at_import={"": {"torch"}},
     users={"problems", "testing", "integrations"},
     alternatives={"optim", "linear", "inner", "estimators", "tasks", "outer"},
-    shared={"estimators.implicit.adjoint", "linear.operator"},
+    # (Armijo is what Newton's method does without being told.)
+    shared={"estimators.implicit.adjoint", "linear.operator", "inner.history", "inner.search.armijo"},
     # A byte budget is kept by a forecast; which is asked for inside a function, so that the library does without it.
     excepted={"estimators.reverse.auto": {"bilevel_profiling"}},
 )
