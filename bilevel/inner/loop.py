@@ -107,7 +107,7 @@ def run(
                     None if point.reported else first,
                     point.shown,
                     residual,
-                    *_motion(rise, first, point.shown, state, None),
+                    *_motion(rise, first, point.shown, state, _remains(point, first, point.shown)),
                     grown=torch.where(live, residual / torch.where(entered > 0, entered, 1.0), 0.0),
                 )
         if moving is not None and live is not None:
@@ -133,7 +133,7 @@ def run(
             first, last = loss if first is None else first, loss
             code = _rose(point, first, last) if steady else 0
             if point.vanishing and solver.fixed:
-                residual = (2 * loss).sqrt()
+                residual, moving_on = (2 * loss).sqrt(), _remains(point, first, last)
                 if steady and step == solver.max_steps - 1 >= _PATIENCE:
                     code = worst(code, _stuck(moves.space, first, last, y))
         del point, moved, next_state, loss
@@ -155,6 +155,11 @@ def _rose(point: Seen, first: Tensor | None, last: Tensor | None) -> Tensor | in
     if not point.reported or first is None or last is None:
         return 0
     return code_if(last > first + first.abs(), Status.INNER_ROSE)
+
+
+def _remains(point: Seen, first: Tensor | None, last: Tensor | None) -> Tensor | None:
+    """Where a residual that is to vanish has not: one that has may have gone up on the way."""
+    return None if not point.vanishing or first is None or last is None else ~(last < _VANISHED * first)
 
 
 def _stuck(space: Space, first: Tensor, last: Tensor, inner: Tree) -> Tensor:
@@ -229,6 +234,7 @@ def _motion(
 
 # Held against convergent and divergent loops in tests/bilevel/test_wrong_numbers_stability.py.
 _PLAIN_RISE, _MOTION = 0.1, 0.05
+_VANISHED = 0.01
 _PATIENCE, _STUCK, _ROUNDING = 10, 0.81, 1e3
 """Steps after which a residual that is to vanish must have lost a tenth, or be this many rounding errors of y."""
 _IN_PLACE, _TURNS, _STILL = 5.0, 2.0, 1e-5
