@@ -119,7 +119,8 @@ class Jacobian(LinearOperator):
 
 
 class Hessian(LinearOperator):
-    """d2g/dy2 from a gradient with a graph.
+    """d2g/dy2 from a gradient with a graph; the identity in tensors that the loss does not use, so that a solver leaves
+    them alone where it might call the whole singular.
 
     Args:
         inner: the tensors that the gradient was taken in.
@@ -137,7 +138,8 @@ class Hessian(LinearOperator):
         outputs, weights = [leaf for leaf, _ in pairs], [d for _, d in pairs]
         with torch.enable_grad(), spans.span(spans.HVP):
             found = autodiff.grad(outputs, self._inner, weights, create_graph=self._graph, retain_graph=True)
-            return autodiff.filled(found, self._inner)
+        images = autodiff.filled(found, self._inner)
+        return tuple(d if g is None else image for g, d, image in zip(self._gradient, v, images, strict=True))
 
 
 def _leaf(leaf: Any) -> Any:
