@@ -68,7 +68,9 @@ def check(estimator: Estimator, instance: Instance) -> None:
 def _impossible(instance: Instance) -> frozenset[Path]:
     """Paths that need not be looked for: no init, no hyper-parameter that is a function of x."""
     update = instance.solver.dynamics.update
+    dynamics = instance.solver.dynamics
     constant = _ours(update) and not any(map(callable, tree.flatten(vars(update))[0]))
+    constant = constant or (type(dynamics).__module__.startswith("bilevel.inner") and not dynamics.reads_outer)
     without_init = frozenset() if instance.problem.init else frozenset({Path.START})
     return without_init | (frozenset({Path.HYPERPARAMETER, Path.STATIONARITY}) if constant else frozenset())
 

@@ -138,6 +138,11 @@ class Dynamics(Strategy):
         """Whether a step's number changes nothing but through the state: two steps then show how x acts."""
         return False
 
+    @property
+    def reads_outer(self) -> bool:
+        """Whether x enters the step or the stationarity otherwise than by the inner loss."""
+        return True
+
     def init(self, inner: Tree, outer: Tree) -> Any:
         """The state before the first step: a pytree of tensors and plain numbers."""
         return None

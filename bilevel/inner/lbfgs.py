@@ -91,6 +91,10 @@ class LBFGS(Dynamics):
     def autonomous(self) -> bool:
         return True
 
+    @property
+    def reads_outer(self) -> bool:
+        return callable(self.lr)
+
     def init(self, inner: Tree, outer: Tree) -> Any:
         y = tree.tensors(inner)
         zeros = tuple(torch.zeros_like(leaf) for leaf in y)

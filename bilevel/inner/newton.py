@@ -78,6 +78,10 @@ class Newton(Dynamics):
     def autonomous(self) -> bool:
         return True
 
+    @property
+    def reads_outer(self) -> bool:
+        return False
+
     def step(self, inner: Tree, state: Any, outer: Tree, at: Point) -> tuple[Tree, Any]:
         y, space = tree.tensors(inner), at.space
         products = at.hessian(inner)

@@ -1,6 +1,7 @@
 """Inner dynamics that are no gradient step, with an inner loss, a number of steps and what they hold."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,12 @@ def outer_loss(y, x, batch):
     return (y["w"] - 1).square().sum() + (y["c"] * x["t"]).sum().sin() + y["c"].square().sum()
 
 
+@functools.cache
+def posed(loss):
+    """One problem for each loss: it remembers how x acts."""
+    return bl.Problem(loss, outer_loss)
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """`symmetric`: whether conjugate gradients will do; `third`: whether unrolling takes third derivatives."""
@@ -63,7 +70,7 @@ class Case:
 
     @property
     def problem(self) -> bl.Problem:
-        return bl.Problem(self.loss, outer_loss)
+        return posed(self.loss)
 
 
 def prox(operator: proximal.Prox, *, accelerated: bool = False) -> Case:
@@ -79,7 +86,7 @@ CASES = {
     "LBFGS, learned lr": Case(smooth, bl.inner.LBFGS(memory=2, lr=lambda x: x["s"]), 4),
     "LBFGS with Armijo": Case(smooth, bl.inner.LBFGS(memory=3, search=bl.inner.Armijo()), 6),
     "LBFGS with Wolfe": Case(smooth, bl.inner.LBFGS(memory=3, search=bl.inner.Wolfe()), 6),
-    "Newton-CG": Case(smooth, bl.inner.Newton(bl.CG(20, 1e-12)), 2, third=True),
+    "Newton-CG": Case(smooth, bl.inner.Newton(bl.CG(8, 1e-12)), 2, third=True),
     "Newton-CG, inexact": Case(smooth, bl.inner.Newton(bl.CG(2, 1e-12)), 3, third=True),
     "plain Newton": Case(smooth, bl.inner.Newton(bl.Dense(), search=None), 2, third=True),
     "LeastSquares": Case(quadratic, bl.inner.LeastSquares(residuals), 1),

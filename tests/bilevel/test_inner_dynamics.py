@@ -73,7 +73,7 @@ def test_estimators_that_follow_the_gradient_of_g_refuse(case):
             run(case, estimator)
 
 
-FEW = ("LBFGS with Wolfe", "Newton-CG, inexact", "Ridge", "accelerated L1", "FixedPoint, Anderson", "Root, Newton")
+FEW = ("LBFGS with Armijo", "Newton-CG, inexact", "Ridge", "accelerated L1", "FixedPoint, Anderson", "Root, Newton")
 
 
 @pytest.mark.parametrize("case", [CASES[name] for name in FEW], ids=FEW)
@@ -93,7 +93,7 @@ def cast(value, dtype):
     return {name: leaf.to(dtype) for name, leaf in value.items()}
 
 
-TASKED = (*FEW, "LBFGS with Armijo", "GroupLasso", "Box", "Simplex", "FixedPoint, Broyden", "plain Newton")
+TASKED = (*FEW, "LBFGS with Wolfe", "GroupLasso", "Simplex", "FixedPoint, Broyden")
 
 
 @pytest.mark.parametrize("case", [CASES[name] for name in TASKED], ids=TASKED)
@@ -104,7 +104,7 @@ def test_tasks_at_once_are_tasks_one_after_another(case):
     # (Converge freezes tasks that rest while the others go on.)
     for estimator, solver in (
         (bl.Unrolled("iterates"), bl.Descent(case.dynamics, min(case.steps, 3))),
-        (bl.Implicit(bl.Dense()), bl.Converge(case.dynamics, 1e-3, 300)),
+        (bl.Implicit(bl.Dense()), bl.Converge(case.dynamics, 1e-2, 100)),
     ):
         together, apart = (
             bl.hypergradient(case.problem, X, start, batches, solver=solver, estimator=bl.TaskMean(estimator, chunk))
