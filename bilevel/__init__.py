@@ -54,6 +54,7 @@ from bilevel.outer import OptimisticSGD as OptimisticSGD
 from bilevel.problem import Problem as Problem
 from bilevel.problem import proximal as proximal
 from bilevel.rematerialize import rematerialize as rematerialize
+from bilevel.solution import solution as solution
 from bilevel.tasks import GivenWeights as GivenWeights
 from bilevel.tasks import GradientSimilarity as GradientSimilarity
 from bilevel.tasks import TaskMean as TaskMean

@@ -70,7 +70,7 @@ def hypergradient(
         {'target': tensor([1., 1.])}
     """
     check_arguments("hypergradient", problem, outer, inner, batches, solver)
-    _check_kind("hypergradient", "estimator", estimator, Estimator, "bilevel.Implicit(bilevel.CG(max_steps=10))")
+    check_kind("hypergradient", "estimator", estimator, Estimator, "bilevel.Implicit(bilevel.CG(max_steps=10))")
     derivatives = opened("hypergradient", engine)
     start = None if inner is None else tree.detach(inner)
     instance = Instance(problem, tree.detach(outer), start, batches, solver, engine=derivatives)
@@ -102,14 +102,14 @@ def hypergradient(
             **{name: value for name, value in estimate.stats.items() if value is not None},
             **({"engine": report} if report else {}),
         },
-        code=_most_telling(estimate.code, code_if(~sound, Status.NONFINITE)),
+        code=most_telling(estimate.code, code_if(~sound, Status.NONFINITE)),
     )
 
 
 def opened(who: str, engine: Engine | None) -> Derivatives:
     """The derivatives of one call, as the engine computes them; raise TypeError unless it is one."""
     if engine is not None:
-        _check_kind(who, "engine", engine, Engine, "bilevel.Eager() or bilevel.Compiled()")
+        check_kind(who, "engine", engine, Engine, "bilevel.Eager() or bilevel.Compiled()")
     if engine is not None and not isinstance(engine, Eager):
         with spans.span(spans.HIDDEN):
             pass
@@ -216,7 +216,7 @@ def check_movable(outer: Tree) -> None:
             )
 
 
-def _most_telling(code: Tensor | int, nonfinite: Tensor) -> Tensor:
+def most_telling(code: Tensor | int, nonfinite: Tensor) -> Tensor:
     """The estimator's own failure explains a non-finite result better than NONFINITE does."""
     code = torch.as_tensor(code, device=nonfinite.device)
     return torch.where(code >= Status.NOT_CONTRACTIVE.code, code, worst(code, nonfinite))
@@ -226,9 +226,9 @@ def check_arguments(who: str, problem: Any, outer: Tree, inner: Tree | None, bat
     """Raise TypeError or ValueError unless these arguments describe a bilevel problem that can be solved."""
     if torch.is_inference_mode_enabled():
         raise ValueError(f"{who}() was called under torch.inference_mode(), where nothing has a gradient. Leave it out")
-    _check_kind(who, "problem", problem, Problem, "bilevel.Problem(inner_loss, outer_loss)")
-    _check_kind(who, "batches", batches, Batches, "bilevel.Batches(inner=..., outer=...)")
-    _check_kind(who, "solver", solver, InnerSolver, "bilevel.Descent(bilevel.SGD(lr=0.1), steps=20)")
+    check_kind(who, "problem", problem, Problem, "bilevel.Problem(inner_loss, outer_loss)")
+    check_kind(who, "batches", batches, Batches, "bilevel.Batches(inner=..., outer=...)")
+    check_kind(who, "solver", solver, InnerSolver, "bilevel.Descent(bilevel.SGD(lr=0.1), steps=20)")
     _check_variables(who, outer, inner, problem)
     for name, batch in (("Batches.inner", batches.inner), ("Batches.outer", batches.outer)):
         if any(leaf.is_inference() for leaf in tree.tensors(batch)):
@@ -242,7 +242,8 @@ _INFERENCE = (
 )
 
 
-def _check_kind(who: str, name: str, value: Any, kind: type, write: str) -> None:
+def check_kind(who: str, name: str, value: Any, kind: type, write: str) -> None:
+    """Raise TypeError unless `value` is a `kind`; `write` says what to write instead."""
     if not isinstance(value, kind):
         given = f"the class {value.__name__} itself" if isinstance(value, type) else f"a {type(value).__name__}"
         raise TypeError(f"{who}() was given {given} as {name}; {write} was needed")

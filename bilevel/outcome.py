@@ -47,6 +47,10 @@ class Status(enum.Enum):
         "of the "
         "inner optimizer, take fewer steps, or compute in float64."
     )
+    DIGITS_LOST = (
+        "Moving the arguments by a few roundings moved the hypergradient by more than a hundredth: fewer than two of "
+        "its digits mean anything. Compute in float64, take fewer inner steps, or (difference quotients) a larger nu."
+    )
     INNER_ROSE = (
         "The inner loss ended at more than twice its starting value: the inner loop is moving away from a solution. "
         "Lower the step size of the inner optimizer, or take fewer steps."
@@ -59,15 +63,22 @@ class Status(enum.Enum):
         "The inner solver used all its steps before the gradient norm met its tolerance: see stats['inner_residual']. "
         "Give Converge more max_steps, a larger tol or a better step size."
     )
+    ROUNDED = (
+        "A finite difference is lost in rounding: its two sides differ in less than one digit of theirs, so the "
+        "hypergradient is approximate: see stats['difference_digits']. Give the estimator a larger radius, or compute "
+        "in float64."
+    )
     NOT_CONTRACTIVE = (
         "The Neumann series does not contract: its residual grew. Its step_size must lie below 2 / (largest eigenvalue "
-        "of the inner Hessian). Lower step_size, or use CG."
+        "of the inner Hessian). Lower step_size, or use CG. Of Chebyshev: an eigenvalue lies outside of lowest and "
+        "highest; linear.spectrum finds them."
     )
     NEGATIVE_CURVATURE = (
         "Conjugate gradients met a direction of non-positive curvature: the inner Hessian is not positive definite "
         "there, so y is not a minimizer and the implicit hypergradient is not defined. The solver stopped at its last "
-        "safe iterate. Take more inner steps, add damping or a proximal term, or use Unrolled or FirstOrderCorrected, "
-        "which do not need a definite Hessian."
+        "safe iterate. Take more inner steps, add damping (linear.LevenbergMarquardt chooses it) or a proximal term, "
+        "or use Unrolled or FirstOrderCorrected, which do not need a definite Hessian. If the system of a saddle point "
+        "is meant, linear.MINRES and linear.GMRES solve it."
     )
     STOPPED_EARLY = (
         "The inner solver stopped after so few steps that backpropagating through them does not see how the solution "
@@ -79,10 +90,26 @@ class Status(enum.Enum):
         "minimum near "
         "it. Lower nu below the curvature of g over that of f, or make g more convex (a proximal term, weight decay)."
     )
-    BREAKDOWN = "The linear system is singular to working precision. Add damping, or a regularizer to the inner loss."
+    FLAT_STEP = (
+        "The step of the inner optimizer does not change with its gradient, so the estimate sees nothing of the inner "
+        "loss: a first step of Adam has the length lr whatever the gradient is, and a sign has no derivative. Take "
+        "more inner steps, or use T1T2, Darts or Unrolled."
+    )
+    BREAKDOWN = (
+        "The linear system is singular to working precision and its right-hand side not in its range, or the solver's "
+        "recursion broke down or stood still (BiCGSTAB: take linear.GMRES; GMRES: raise restart; a preconditioner must "
+        "be positive definite). Add damping, or a regularizer to the inner loss; where least squares are meant, take "
+        "linear.LSMR or NormalCG with least_squares=True."
+    )
     UNSOLVED = (
         "The linear solver ended with a residual above that of v = 0, so its best earlier iterate, or v = 0, was used "
-        "instead. Give it more steps, add damping, or (Neumann) lower the step size."
+        "instead. Give it more steps, add damping, or (Neumann) lower the step size, (Nystrom) raise the rank or use "
+        "NystromPreconditioner in CG."
+    )
+    IRREVERSIBLE = (
+        "The inner loop did not run backwards to its start bit by bit, so the hypergradient belongs to other steps: "
+        "the inner gradient is not deterministic (torch.use_deterministic_algorithms(True) makes most so), or a "
+        "number left the range of Reversible (lower its bits). Or use Revolve, which keeps snapshots."
     )
     NONFINITE = (
         "The hypergradient or a loss is not finite although the inner variable is. Look at the losses first (log of 0, "
@@ -176,7 +203,8 @@ class LinearSolution:
 
     `residual` is |b - A v| / |b| (per task), the true one when it comes from `LinearSolver.solve`; `steps`
     counts products with A that moved v (the largest over tasks). `sure` says that a solver's own residual is the true
-    one, to a few percent, so that no product need be spent on it.
+    one, to a few percent, so that no product need be spent on it. `damping` is what was added to A (per task), where
+    the solver chose it.
     """
 
     value: Leaves
@@ -184,6 +212,7 @@ class LinearSolution:
     steps: Tensor | int
     code: Tensor | int
     sure: bool = False
+    damping: Tensor | None = None
 
     @property
     def status(self) -> Status:
@@ -221,6 +250,13 @@ class Hypergradient:
     def status(self) -> Status:
         """How the computation ended; waits for the GPU."""
         return status_of(self.code)
+
+    @property
+    def digits(self) -> Any:
+        """The decimal digits that rounding leaves of `grad`, a 0-dim tensor: measured by `estimators.Probed`, an upper
+        bound by the growth of cotangents for `Unrolled`; None where nothing was looked at.
+        """
+        return self.stats.get("digits")
 
     def raise_if_failed(self, *, strict: bool = False) -> None:
         """Raise if the hypergradient must not be used.

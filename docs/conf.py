@@ -1,8 +1,13 @@
 """Sphinx: python -m sphinx -W --keep-going -b html docs docs/_build/html."""
 
 import re
+import sys
+from pathlib import Path
 
 import bilevel
+
+sys.path.insert(0, str(Path(__file__).parent))
+import estimator_pages
 
 project, author, copyright = "bilevel", "The bilevel developers", "2026, the bilevel developers"
 version = release = bilevel.__version__
@@ -48,6 +53,7 @@ def plain(app, what, name, obj, options, lines):
 
 
 def setup(app):
+    estimator_pages.write()
     app.connect("autodoc-process-docstring", plain, priority=100)
     app.add_html_math_renderer(
         "drawn", inline_renderers=(inline_formula, None), block_renderers=(displayed_formula, None)

@@ -12,6 +12,7 @@ import io
 import itertools
 import pathlib
 import re
+import sys
 
 import bilevel_profiling
 import pytest
@@ -105,6 +106,23 @@ def test_a_block_needs_a_library_that_is_known():
     needs = [block[3] for page in PAGES for block in blocks(page) if block[3]]
     assert set(needs) <= set(OTHERS)
     assert len(needs) == sum(page.read_text(encoding="utf-8").count("<!-- needs:") for page in PAGES)
+
+
+def test_every_estimator_has_a_page_that_says_when_it_wins_and_fails():
+    spec = importlib.util.spec_from_file_location("estimator_pages", ROOT / "docs" / "estimator_pages.py")
+    made = importlib.util.module_from_spec(spec)
+    sys.modules["estimator_pages"] = made
+    spec.loader.exec_module(made)
+    kinds = {value for value in vars(bl.estimators).values() if isinstance(value, type)}
+    public = {kind for kind in kinds if issubclass(kind, bl.Estimator) and kind is not bl.Estimator}
+    pages = made.pages()
+    assert {page.kind for page in pages} == public, "the catalogue, and the namespace bl.estimators"
+    for page in pages:
+        text = page.text()
+        for part in ("**Wins:**", "**Fails:**", "**Reference", "| inner gradients |", "| variant | target |"):
+            assert part in text, f"{page.name}: no {part} in the docstring of its module"
+        assert re.search(r"^    \S", text, re.MULTILINE), f"{page.name}: no equation"
+        assert ">>> " in page.kind.__doc__, f"{page.name}: no example"
 
 
 def test_every_status_is_explained():

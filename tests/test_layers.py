@@ -86,20 +86,23 @@ LIBRARY = House(
             "problem",
             "functional",
         },
-        {"optim", "linear", "outer", "engine.eager", "engine.twice", "engine.evaluation"},
+        {"optim", "linear", "outer", "engine.layer", "engine.eager", "engine.twice", "engine.evaluation"},
         {"engine.along", "engine.compiled"},
         {"inner.dynamics", "engine.embedding"},
         {"inner.gradient", "engine.linearization", "engine.point"},
         {"inner.base"},
         {"inner", "engine.refusals"},
-        {"engine.step_back"},
+        {"engine.step_back", "engine.step_forward"},
         {"engine.oracles"},
-        {"estimators.state"},
+        {"engine.maps", "engine.gauss_newton"},
+        {"engine.implied", "estimators.state"},
         {"estimators.base"},
         {
             "estimators.paths",
             "estimators.admission",
+            "estimators.reverse.fixed_point",
             "estimators.reverse.growth",
+            "estimators.reverse.plans",
             "estimators.reverse.terms",
             "estimators.bootstrapped.base",
             "estimators.penalty.perturbation",
@@ -109,12 +112,15 @@ LIBRARY = House(
             "estimators.reverse.auto",
             "estimators.reverse.tape",
             "estimators.reverse.checkpoints",
+            "estimators.reverse.sweep",
+            "estimators.forward.base",
             "estimators.bootstrapped.targets",
             "estimators.bootstrapped.matchings",
         },
         {"estimators"},
         {"tasks", "hypergradient"},
-        {"iterate", "adapt"},
+        {"iterate", "adapt", "layer"},
+        {"solution"},
         {"data"},
         {"meta"},
         {"problems", "testing", "integrations"},
@@ -128,8 +134,17 @@ LIBRARY = House(
     at_import={"": {"torch"}},
     users={"problems", "testing", "integrations"},
     alternatives={"optim", "linear", "inner", "estimators", "tasks", "outer"},
-    # (Armijo is what Newton's method does without being told.)
-    shared={"estimators.implicit.adjoint", "linear.operator", "inner.history", "inner.search.armijo"},
+    shared={
+        "estimators.implicit.adjoint",
+        "inner.history",
+        "inner.search.armijo",  # what Newton's method does without being told
+        "linear.operator",
+        "linear.preconditioned",
+        "linear.sketch",
+        "linear.system",
+        "optim.entrywise",
+        "optim.trial",
+    },
     # A byte budget is kept by a forecast; which is asked for inside a function, so that the library does without it.
     excepted={"estimators.reverse.auto": {"bilevel_profiling"}},
 )
@@ -168,13 +183,13 @@ PROFILER = House(
     free_of={"records": {"torch", "bilevel", "rich", "matplotlib", "numpy"}, "report": {"torch", "bilevel"}},
     excepted={"report.tensorboard": {"torch"}},  # torch.utils.tensorboard writes the files
 )
-# What the profiler knows of the library besides its public names: it listens to spans, walks trees, and says that
-# tensors on the CPU stand for those of a device, which may be offloaded.
-PROFILER_SEES = {"engine.spans", "engine.offload", "space.tree", "problems", "integrations"}
+# What the profiler knows of the library besides its public names: it listens to spans, walks trees, asks the catalogue
+# for all estimators, and says that tensors on the CPU stand for those of a device, which may be offloaded.
+PROFILER_SEES = {"engine.spans", "engine.offload", "space.tree", "problems", "integrations", "testing"}
 
 # Who may call which part of torch's differentiation machinery.
 DIFFERENTIATION = {
-    # (The second and the third look at graphs, and derive through the others.)
+    # (The second and the third look at graphs, "layer" and "implied" make nodes; they derive through the first.)
     "torch.autograd": {
         "engine.autodiff",
         "engine.twice",
@@ -182,14 +197,24 @@ DIFFERENTIATION = {
         "engine.rematerialize",
         "engine.block",
         "engine.lean",
+        "engine.compiled.linear",
+        "engine.layer",
+        "engine.implied",
         "engine.compiled.engine",
     },
-    "torch.func": {"engine.evaluation", "engine.jacobian", "engine.rematerialize", "engine.compiled.tracing"},
+    "torch.func": {
+        "engine.layer",
+        "engine.evaluation",
+        "engine.jacobian",
+        "engine.rematerialize",
+        "engine.compiled.tracing",
+    },
     "torch.vmap": set(),
     "torch._functorch": {"engine.compiled.graphs"},
 }
 FUNC_NAMES = {
     "engine.rematerialize": {"torch.func.vmap"},
+    "engine.layer": {"torch.func.vmap"},
     "engine.evaluation": {"torch.func.vmap"},
     "engine.jacobian": {"torch.func.vmap", "torch.func.vjp"},
     "engine.compiled.tracing": {"torch.func.functionalize"},

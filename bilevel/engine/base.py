@@ -27,6 +27,9 @@ class Linearized(Protocol):
     def transposed(self, v: Leaves) -> Leaves:
         """(d condition / d inner)' v."""
 
+    def product(self, v: Leaves) -> Leaves:
+        """(d condition / d inner) v."""
+
     def last(self, v: Leaves) -> tuple[Leaves, PartialLeaves, PartialLeaves]:
         """The transposed products with v in inner, in outer and in the batch, in one sweep that frees the graph."""
 

@@ -22,11 +22,18 @@ class Cotangents:
     state: list[Tensor | None] | None
 
     def take(self, inner: Tree, state: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs of a step that have a cotangent, and those cotangents, which are let go of here."""
+        """Outputs of a step that have a cotangent, and those cotangents, which are let go of here.
+
+        A state that is dropped at a step (a sum that starts anew) takes those of tasks at rest with it.
+        """
         leaves, weights = tree.flatten(inner)[0], self.inner
         if self.state is not None:
             leaves, weights = [*leaves, *tree.flatten(state)[0]], [*weights, *self.state]
-        pairs = [(leaf, weight) for leaf, weight in zip(leaves, weights, strict=True) if weight is not None]
+        pairs = [
+            (leaf, weight)
+            for leaf, weight in zip(leaves, weights, strict=True)
+            if weight is not None and isinstance(leaf, Tensor)
+        ]
         self.inner, self.state = [], None
         return [leaf for leaf, _ in pairs], [weight for _, weight in pairs]
 

@@ -5,6 +5,7 @@
 | gradient | 1 gradient | one graph, freed |
 | linearize | 1 gradient | its graph, kept while the object lives |
 | transposed, last | 1 product each | P; P + Q |
+| product | 1 product each, the first one 2 | P, and from the first one on the graph of a product |
 | outside | the part of a product that leads to x: 0.4 of one where x weighs the examples' losses | Q |
 """
 
@@ -12,6 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bilevel.engine import autodiff
@@ -75,6 +77,7 @@ class Graph:
         self._roots: list[autodiff.Root | None] | None = [
             None if leaf is None else autodiff.root(leaf) for leaf in tree.flatten(value)[0]
         ]
+        self._turned: tuple[list[Tensor], PartialLeaves] | None = None
 
     def _products(self, v: Leaves, inputs: list[Tensor], *, last: bool) -> PartialLeaves:
         assert self._roots is not None, "the graph was freed by last()"
@@ -84,6 +87,19 @@ class Graph:
     def transposed(self, v: Leaves) -> Leaves:
         """(d condition / d inner)' v."""
         return autodiff.filled(self._products(v, self._ys, last=False), self._ys)
+
+    def product(self, v: Leaves) -> Leaves:
+        """(d condition / d inner) v: the derivative of the transposed product, which is linear, in its weights."""
+        assert self._roots is not None, "the graph was freed by last()"
+        if self._turned is None:
+            weights = [torch.zeros_like(y, requires_grad=True) for y in self._ys]
+            pairs = [(root, w) for root, w in zip(self._roots, weights, strict=True) if root is not None]
+            roots, known = [root for root, _ in pairs], [w for _, w in pairs]
+            self._turned = weights, autodiff.grad(roots, self._ys, known, create_graph=True)
+        weights, pulled = self._turned
+        there = [(image, w) for image, w in zip(pulled, v, strict=True) if image is not None]
+        found = autodiff.grad([image for image, _ in there], weights, [w for _, w in there], retain_graph=True)
+        return autodiff.filled(found, weights)
 
     def last(self, v: Leaves) -> tuple[Leaves, PartialLeaves, PartialLeaves]:
         """The transposed products with v in inner, in outer and in the batch, in one sweep that frees the graph."""
@@ -95,7 +111,7 @@ class Graph:
     def outside(self, v: Leaves) -> tuple[PartialLeaves, PartialLeaves]:
         """The same without that in inner, which is most of the work."""
         found = self._products(v, [*self._xs, *self._batch], last=True)
-        self._roots = None
+        self._roots = self._turned = None
         return found[: len(self._xs)], found[len(self._xs) :]
 
 

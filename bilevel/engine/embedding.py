@@ -1,5 +1,6 @@
 """The inner batch as the losses receive it, and the way of its cotangents back to x."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -58,6 +59,12 @@ class Embedding:
     def again(self) -> Any:
         """The embedded batch with its graph in the attached x, from the same random numbers."""
         return self._source.replayed(self._before, self._source.evaluation.embed, self._batch)
+
+    def moved(self, source: Source) -> "Embedding":
+        """The same embedding, whose way back leads to another attached x."""
+        other = copy.copy(self)
+        other._source = source
+        return other
 
     def pull(self, cotangents: PartialLeaves) -> PartialLeaves:
         """Cotangents of `leaves` to cotangents of x, replaying the features' random numbers."""

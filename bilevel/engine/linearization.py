@@ -1,5 +1,7 @@
 """The stationarity condition at one point, as a linear operator with a mixed product."""
 
+from typing import Any
+
 from bilevel.engine import spans
 from bilevel.engine.base import Linearized
 from bilevel.engine.embedding import Embedding
@@ -9,20 +11,37 @@ from bilevel.space.tree import Leaves, PartialLeaves
 
 
 class Linearization(LinearOperator):
-    """The stationarity condition at one point: the operator v -> (d stationarity / dy)' v, and the mixed product.
+    """The stationarity condition at one point: the operator v -> (d stationarity / dy)' v, its transpose, and the mixed
+    product.
 
     With `Problem.features` the graph holds the losses' part only; the mixed product goes through the features as a
     plain first-order backward.
     """
 
-    def __init__(self, condition: Linearized, embedding: Embedding, *, symmetric: bool) -> None:
+    def __init__(self, condition: Linearized, embedding: Embedding, point: Leaves, *, symmetric: bool) -> None:
         self._condition, self._embedding, self.symmetric = condition, embedding, symmetric
+        self._point = point
         self.loss = condition.loss
+
+    @property
+    def batch(self) -> Any:
+        """The batch as the losses receive it."""
+        return self._embedding.value
+
+    @property
+    def point(self) -> Leaves:
+        """The y where the condition was linearized."""
+        return self._point
 
     def matvec(self, v: Leaves) -> Leaves:
         """H' v: H v where the condition is the gradient of a loss."""
         with spans.span(spans.HVP):
             return self._condition.transposed(v)
+
+    def rmatvec(self, v: Leaves) -> Leaves:
+        """H v: the transposed product of the adjoint system. The first one costs two, and keeps the graph of one."""
+        with spans.span(spans.HVP):
+            return self._condition.transposed(v) if self.symmetric else self._condition.product(v)
 
     def mixed(self, v: Leaves) -> tuple[Leaves, PartialLeaves]:
         """(H' v, M v) in one sweep; frees the graph, so it is the last product."""

@@ -9,11 +9,13 @@
 | Linearization.mixed | 1 product (H v, M v) in one sweep | P + Q |
 | Linearization.mixed_alone | the part of that product that leads to x | Q |
 | step_vjp | 1 gradient of g and 1 product (H w, M w) | one graph, freed |
+| step_forward | 1 gradient of g in y and x; then 1 product H z + M' e a push | its graph, kept while the object lives |
 
 H = d stationarity / dy (d2g/dy2 for gradient methods), M v = d/dx <stationarity, v>. One object per hypergradient holds
 x, attached once, the batches as the losses receive them, and the engine that computes.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +35,7 @@ from bilevel.engine.point import At
 from bilevel.engine.refusals import check_step, restless, step_of, used
 from bilevel.engine.replay import Generators, State
 from bilevel.engine.step_back import StepBack
+from bilevel.engine.step_forward import Pushed, StepForward
 from bilevel.inner.dynamics import Dynamics
 from bilevel.problem import Problem, Pulled, distance
 from bilevel.space import tree
@@ -53,6 +56,7 @@ class Oracles:
         engine: how derivatives are computed.
         posed: the problem and the outer batch whose outer loss a dynamics sees, where an estimator has put another one
             in the place of f; None for the same.
+        constant: the outer tensors, by position, that nobody differentiates in.
     """
 
     def __init__(
@@ -66,9 +70,11 @@ class Oracles:
         tasks: int | None = None,
         engine: Derivatives | None = None,
         posed: tuple[Problem, Any] | None = None,
+        constant: frozenset[int] = frozenset(),
     ) -> None:
-        self.problem, self.batches, self.dynamics, self.space = problem, batches, dynamics, Space(tasks)
-        self.x, self.attached = tree.detach(outer), tree.attach(outer)
+        self.problem, self.batches, self.space = problem, batches, Space(tasks)
+        self.dynamics = dynamics if tasks is None else dynamics.over(tasks)
+        self.x, self.attached = tree.detach(outer), tree.attach(outer, constant)
         self.evaluation, self.engine = Evaluation(problem, tasks), engine or Eager().open()
         self._posed = (self.evaluation, batches.outer) if posed is None else (Evaluation(posed[0], tasks), posed[1])
         self.generators = Generators(tree.tensors(outer)[0].device)
@@ -77,6 +83,23 @@ class Oracles:
         self._shared: Any = None if isinstance(batches.inner, PerStep) else Unset
         self._start: Tree | None = inner
         self._before_start: State | None = None
+
+    # --- the same instance, seen once more
+
+    def facing(self, batches: Batches, engine: Derivatives | None) -> "Oracles":
+        """The same with other data of the outer loss: what was drawn and made at the start stays."""
+        other = copy.copy(self)
+        other.batches, other.engine = batches, engine or Eager().open()
+        return other
+
+    def connected(self, attached: Tree) -> "Oracles":
+        """The same with `attached`, which may have a graph, in the place of the attached x; eager."""
+        other = copy.copy(self)
+        other.attached, other.engine = attached, Eager().open()
+        other.source = Source(self.evaluation, self.generators, self.x, attached)
+        if isinstance(self._shared, Embedding):
+            other._shared = self._shared.moved(other.source)
+        return other
 
     # --- where y begins
 
@@ -157,9 +180,12 @@ class Oracles:
 
     def point(self, step: int) -> At:
         """The inner problem of a step, for steps without a graph."""
+        return self._point(step, self.embedding(step))
+
+    def _point(self, step: int, embedding: Embedding) -> At:
         return At(
             step,
-            self.embedding(step).value,
+            embedding.value,
             self._gradient,
             self.inner_value,
             self.source.along(graph=False),
@@ -291,6 +317,17 @@ class Oracles:
         batch = self._shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
         return self._in_outer(spans.INNER_GRADIENT, self.inner, inner, batch)
 
+    def inner_gradients(self, inner: Tree, steps: int) -> tuple[Tensor, PartialLeaves, PartialLeaves]:
+        """g, dg/dy and dg/dx at a point, on the batch of the last of `steps` steps (None where they do not enter)."""
+        step = max(steps - 1, 0)
+        shared = isinstance(self._shared, Embedding)
+        batch = self._shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
+        with spans.span(spans.INNER_GRADIENT):
+            y = tree.attach(inner)
+            value, ys = self.inner(y, self.attached, batch), tree.tensors(y)
+            found = autodiff.grad([value.sum()], [*ys, *tree.tensors(self.attached)])
+            return value.detach(), used(found[: len(ys)]), found[len(ys) :]
+
     # --- the outer loss
 
     def outer_loss(self, inner: Tree) -> Tensor:
@@ -360,7 +397,7 @@ class Oracles:
             return at.loss, tree.ordered(value, y)
 
         with_graph = self.engine.linearize(condition, inner, self.attached, embedding.value, embedding.leaves)
-        return Linearization(with_graph, embedding, symmetric=self.dynamics.symmetric)
+        return Linearization(with_graph, embedding, tuple(tree.tensors(inner)), symmetric=self.dynamics.symmetric)
 
     def step_vjp(
         self,
@@ -389,3 +426,23 @@ class Oracles:
     def differentiable_value(self, inner: Tree, embedded: Any) -> Tensor:
         """g of an attached x, with its graph."""
         return self.inner(inner, self.attached, embedded)
+
+    def step_forward(self, inner: Tree, state: Any, step: int, embedded: Any, drawn: State | None) -> Pushed:
+        """One step with its derivative, on a batch of `differentiable_embedding`; `drawn` is the generators' state
+        before that was made. Raises ValueError where products forward and backward disagree.
+        """
+        known, made = self.problem.memo.setdefault("forward", []), self._shared
+        if not isinstance(made, Embedding):
+            made = Embedding(self.source, self.batches.inner_at(step), (drawn, tree.detach(embedded)))
+        return StepForward(self, known).step(inner, state, self._point(step, made), embedded, made)
+
+    def gradients(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves, PartialLeaves]:
+        """g, dg/dy and dg/dx of arguments as they come, with a graph."""
+
+        def at_both(both: tuple[Tree, Tree], _: Tree, batch: Any) -> Tensor:
+            return self._twice(*both, batch)
+
+        with spans.span(spans.INNER_GRADIENT):
+            both, count = (inner, self.attached), len(tree.tensors(inner))
+            loss, found = self.engine.differentiable_gradient(at_both, both, (), embedded)
+            return loss, used(found[:count]), found[count:]

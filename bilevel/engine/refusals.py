@@ -84,9 +84,9 @@ def restless(dynamics: Dynamics, who: str) -> str:
     name = type(dynamics.update or dynamics).__name__
     return (
         f"{who} needs to know where the inner loop comes to rest, and {name} does not say. Its stationarity() returns "
-        f"None: with decoupled weight decay (AdamW) that point depends on the moments, not on the losses alone, and "
-        f"the optimizers of a Scheduled must agree on it (one weight decay). Use "
-        f"Unrolled(), or an optimizer that says: SGD and Adam with weight_decay, or AdamW(weight_decay=0) with the "
-        f"decay "
-        f"written into inner_loss; an optimizer of your own defines stationarity(grad, inner, outer)"
+        f"None: with decoupled weight decay (AdamW) that point depends on the moments, not on the losses alone; the "
+        f"optimizers of a Scheduled must agree on it (one weight decay); a clipped gradient balances a weight decay "
+        f"elsewhere than the gradient does. Use Unrolled(), or an optimizer that says: SGD and Adam with weight_decay, "
+        f"or AdamW(weight_decay=0) with the decay written into inner_loss; an optimizer of your own defines "
+        f"stationarity(grad, inner, outer)"
     )

@@ -4,7 +4,9 @@ A generator's state is read where a step may be rebuilt, and kept with what is n
 the one before is shared, so a loss without randomness costs one state in all.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -51,6 +53,13 @@ class Generators:
         """Whether nothing was drawn between two states."""
         with _disable_current_modes():
             return all(torch.equal(a, b) for a, b in zip(one.numbers, other.numbers, strict=True))
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """What is drawn in this block moves no stream."""
+        before = self.peek()
+        yield
+        self.set(before)
 
     def set(self, state: State) -> None:
         """Go back to a state."""

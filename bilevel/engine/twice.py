@@ -21,6 +21,8 @@ from bilevel.space.tree import PartialLeaves, Tree
 _DOUBTFUL = ("WeightNormInterface", "NativeLayerNormBackwardBackward", "NativeBatchNormBackwardBackward")
 """Operators of torch 2.13 whose second derivative was seen to be wrong: torch._weight_norm; and the derivative of layer
 and batch normalization, which is in a loss that takes a gradient through them."""
+_KNOWN = ("BilevelSolutionBackward", "_SolvedBackward", "_InsideBackward")
+"""The nodes of the library's own layers, which refuse in words what they cannot differentiate again."""
 _KINK_FREE = 0.02
 """Two step sizes must give the same difference this closely: between kinks they do, across kinks they do not."""
 _MISSING = 1e-3
@@ -71,6 +73,8 @@ def _custom(values: list[Tensor], outside: set[object]) -> set[str]:
             del made
             continue
         name = node.name()
+        if name in _KNOWN:
+            continue
         compiled = name.startswith("CompiledFunction")
         if compiled or isinstance(node, BackwardCFunction) or "CppNode" in name or name.startswith(_DOUBTFUL):
             custom.add(name)

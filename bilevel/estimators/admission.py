@@ -6,7 +6,7 @@ number without a word.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 from bilevel.batches import Batches, PerStep
 from bilevel.engine.replay import State
 from bilevel.estimators.base import Estimator, Instance, Path
-from bilevel.inner.dynamics import Dynamics
-from bilevel.optim.base import Optimizer, held
+from bilevel.optim.base import Optimizer, held, trusted
+from bilevel.optim.groups import Groups
 from bilevel.space import tree
 from bilevel.space.tree import Tree
 
@@ -31,7 +31,7 @@ def check(estimator: Estimator, instance: Instance) -> None:
         return  # (the functions of one task cannot be called on a batch of many)
     dynamics = instance.solver.dynamics
     update = dynamics.update
-    if type(update or dynamics).__module__.startswith("bilevel.") and not _wraps(update or dynamics):
+    if trusted(update or dynamics):
         return  # (functions that a dynamics of ours was given are mapped over tasks, and so cannot mix them)
     key = ("admitted", instance.tasks is None, bool(estimator.sees & {Path.STATIONARITY, Path.INNER_LOSS}))
     if any(seen is (update or dynamics) for seen in instance.problem.memo.get(key, ())):
@@ -47,21 +47,32 @@ def check(estimator: Estimator, instance: Instance) -> None:
             _, gradient = oracles.engine.gradient(oracles.inner, y, oracles.x, oracles.embedding(0).value)
         with torch.no_grad():
             g = tree.like(y, gradient)
-            # A schedule of ours makes its first step with one of those that it holds; what a user's does with them is
-            # not known.
-            for each in (update, *(held(update) if type(update).__module__.startswith("bilevel.") else ())):
-                _check_purity(each, g, y, oracles.x)
+            whole = update if instance.tasks is None else update.over(instance.tasks)
+            for each, slope, at in _looked_at(whole, g, y):
+                _check_purity(each, slope, at, oracles.x)
                 if Path.HYPERPARAMETER not in estimator.sees:
-                    _check_rest(each, g, _elsewhere(y), oracles.x)
+                    _check_rest(each, slope, _elsewhere(at), oracles.x)
     if instance.tasks is not None and instance.tasks > 1:
         _check_tasks(instance, before)
     generators.set(before)
     instance.problem.memo.setdefault(key, []).append(update or dynamics)
 
 
-def _wraps(update: Optimizer | Dynamics) -> bool:
-    """Whether an optimizer or a dynamics of the library holds an optimizer that is not."""
-    return any(not type(each).__module__.startswith("bilevel.") for each in held(update))
+def _looked_at(update: Optimizer, gradient: Tree, y: Tree) -> Iterator[tuple[Optimizer, Tree, Tree]]:
+    """An optimizer, and those that ours hold, with what each is given: one that a schedule or an accumulation holds may
+    move nothing at the first step. What a user's optimizer does with those that it holds is not known.
+    """
+    if trusted(update):
+        return
+    yield update, gradient, y
+    if not type(update).__module__.startswith("bilevel."):
+        return
+    if isinstance(update, Groups):
+        for part in update.parts(gradient, y):
+            yield from _looked_at(*part)
+    else:
+        for each in held(update):
+            yield from _looked_at(each, gradient, y)
 
 
 def _check_purity(update: Optimizer, gradient: Tree, y: Tree, x: Tree) -> None:
@@ -138,7 +149,8 @@ def _check_tasks(instance: Instance, before: State) -> None:
         raise ValueError(
             f"{name}.step() mixes tasks: the steps of a task depend on the others (a norm over the whole of y, where "
             f"y has "
-            f"a leading task dimension). Write TaskMean(estimator, chunk=1), which takes one task after another"
+            f"a leading task dimension). Write TaskMean(estimator, chunk=1), which takes one task after "
+            f"another, or let over(tasks) of an optimizer return one that mixes none"
         )
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import enum
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +17,12 @@ from bilevel.engine.base import Derivatives
 from bilevel.engine.oracles import Oracles
 from bilevel.engine.point import At
 from bilevel.engine.refusals import restless
+from bilevel.engine.replay import State as Random
 from bilevel.estimators.state import State, checked
 from bilevel.inner.base import InnerSolver
-from bilevel.inner.loop import Moving, Visit, run
+from bilevel.inner.descent import Descent
+from bilevel.inner.loop import Ended, Moving, Visit, run
+from bilevel.linear.base import LinearSolver
 from bilevel.outcome import Solution, Status, code_if, worst
 from bilevel.problem import Problem
 from bilevel.space import tree
@@ -40,11 +43,29 @@ class Path(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
+class Known:
+    """A solve that was made before: of which instance, what it found, and the generators' states where its steps began
+    and ended.
+    """
+
+    instance: "Instance"
+    solution: Solution
+    began: Random
+    ended: Random
+
+    def of(self, instance: "Instance") -> bool:
+        """Whether it is that of an instance: of the same objects in all that its inner loop looks at."""
+        pairs = zip(_inside(self.instance), _inside(instance), strict=True)
+        return all(one is other for one, other in pairs)
+
+
+@dataclasses.dataclass(frozen=True)
 class Instance:
     """One bilevel problem with its data: what `hypergradient` was given, checked and detached.
 
     `posed` is the problem and the outer batch whose outer loss the dynamics sees, where an estimator has put another
-    one in the place of f.
+    one in the place of f. `constant` are the outer tensors, by position, that nobody differentiates in, and `known` is
+    what `solve` found before.
     """
 
     problem: Problem
@@ -55,6 +76,8 @@ class Instance:
     tasks: int | None = None
     engine: Derivatives | None = None
     posed: tuple[Problem, Any] | None = None
+    constant: frozenset[int] = frozenset()
+    known: Known | None = None
 
     @functools.cached_property
     def oracles(self) -> Oracles:
@@ -68,7 +91,17 @@ class Instance:
             tasks=self.tasks,
             engine=self.engine,
             posed=self.posed,
+            constant=self.constant,
         )
+
+    def facing(self, outer: Any, known: Known | None, engine: Derivatives | None) -> "Instance":
+        """The same with another outer batch, and a solution that is known: its start and its shared features are not
+        made again.
+        """
+        batches = dataclasses.replace(self.batches, outer=outer)
+        other = dataclasses.replace(self, batches=batches, known=known, engine=engine)
+        vars(other)["oracles"] = self.oracles.facing(batches, engine)
+        return other
 
     def solve(
         self,
@@ -79,15 +112,34 @@ class Instance:
         visit: Visit | None = None,
         moving: Moving | None = None,
         masks: Sequence[Tensor] | None = None,
+        ended: Ended | None = None,
     ) -> Solution:
-        """Run the inner solver; keeps no trajectory unless `visit` does."""
+        """Run the inner solver, unless that was done before; keeps no trajectory unless `visit` does."""
         oracles = self.oracles
+        plain = all(each is None for each in (start, solver, at, visit, moving, masks, ended))
+        if self.known is not None and plain and self.known.of(self):
+            oracles.generators.set(self.known.ended)
+            return self.known.solution
         with spans.span(spans.INNER):
             y = oracles.start() if start is None else start
             before = oracles.generators.peek()
             rule, at, steady = solver or self.solver, at or oracles.point, self.steady
-            found = run(rule, oracles, y, at, visit=visit, moving=moving, masks=masks, steady=steady)
+            found = run(rule, oracles, y, at, visit=visit, moving=moving, masks=masks, steady=steady, ended=ended)
             return self.seen(found, drew=not oracles.generators.same(before, oracles.generators.peek()))
+
+    def program(self) -> "Program":
+        """The K steps that are taken: those of a solver that stops by itself are learned by running it."""
+        oracles, solver = self.oracles, self.solver
+        if solver.fixed:
+            return Program(Descent(solver.dynamics, solver.max_steps))
+        oracles.start()
+        if not isinstance(self.batches.inner, PerStep):
+            oracles.embedding(0)
+        before, moving = oracles.generators.peek(), list[Tensor]()
+        learned = self.solve(moving=moving.append)
+        oracles.generators.set(before)
+        masks = moving if self.tasks is not None else None
+        return Program(Descent(solver.dynamics, learned.steps), masks, learned.code, learned.residual)
 
     @property
     def steady(self) -> bool:
@@ -112,15 +164,16 @@ class Instance:
 
     def require_rest(self, estimator: "Estimator") -> None:
         """Raise ValueError unless the inner loop is an optimizer that says where it rests."""
-        update = self.solver.dynamics.update
+        oracles = self.oracles
+        update = oracles.dynamics.update
         if update is None:
             raise ValueError(
                 f"{type(estimator).__name__} perturbs the inner loss, and {type(self.solver.dynamics).__name__} need "
                 f"not follow its gradient. Use Unrolled(), or Implicit with a linear solver for systems that are not "
                 f"symmetric"
             )
-        start = self.oracles.start()
-        if update.stationarity(start, start, self.oracles.x) is None:
+        start = oracles.start()
+        if update.stationarity(start, start, oracles.x) is None:
             raise ValueError(restless(self.solver.dynamics, type(estimator).__name__))
 
     def finish(
@@ -183,6 +236,31 @@ class Instance:
         return worst(*codes)
 
 
+def _inside(instance: Instance) -> tuple[Any, ...]:
+    """What an inner loop looks at."""
+    problem = instance.problem
+    functions = problem.inner_loss, problem.init, problem.features
+    return (*functions, instance.outer, instance.inner, instance.batches.inner, instance.solver, instance.tasks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A fixed number of steps, with what a solver that stops by itself said of them: the tasks that each step moves
+    (None for all), its code and its residual (None where the number was fixed).
+    """
+
+    solver: Descent
+    masks: list[Tensor] | None = None
+    code: Tensor | int | None = None
+    residual: Tensor | None = None
+
+    def ended(self, found: Solution) -> Solution:
+        """What was found by running it, with what the solver said of its end."""
+        if self.code is None:
+            return found
+        return dataclasses.replace(found, code=self.code, residual=self.residual)
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """What an estimator returns; best made by `Instance.finish`.
@@ -243,6 +321,10 @@ class Estimator(Strategy):
         """The paths that are followed through at most `steps` inner steps."""
         return self.sees
 
+    def sees_in(self, instance: Instance) -> frozenset[Path]:
+        """The paths that are followed on this instance."""
+        return self.sees_after(instance.solver.max_steps)
+
     @property
     def memory_growth(self) -> str:
         """How peak memory grows with the inner steps K: "constant", "sqrt" or "linear"; "" promises nothing.
@@ -259,6 +341,31 @@ class Estimator(Strategy):
     @property
     def delegates(self) -> bool:
         """Whether it only hands parts of the instance to another estimator, each of which is checked by itself."""
+        return False
+
+    @property
+    def unlike_a_layer(self) -> str:
+        """Why the estimate is no product of df/dy with the derivative of the returned y, as the backward of
+        `bilevel.solution` must be: a clause; "" where it is one.
+        """
+        return ""
+
+    @property
+    def adjoint_solver(self) -> LinearSolver | None:
+        """The solver of (H + damping I)' v = df/dy, where the estimate is df/dx - M v and nothing else: then it can be
+        differentiated once more.
+        """
+        return None
+
+    def recorded(self, instance: Instance) -> "Recorded | None":
+        """The inner loop, run once and kept for estimates at several outer losses; None where its solution is all that
+        they need, or where they run it themselves.
+        """
+        return None
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether `TaskMean` must take one task after another: the gradient in x of each is needed by itself."""
         return False
 
     def missed(self, acts: str) -> str:
@@ -282,6 +389,21 @@ class Estimator(Strategy):
     @abc.abstractmethod
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         """The estimate; `state` is what the last call returned as its state, or None."""
+
+
+class Recorded(Protocol):
+    """An inner loop that was run, with what an estimator keeps of it."""
+
+    @property
+    def solution(self) -> Solution:
+        """What it found."""
+
+    @property
+    def graph(self) -> tuple[Tree, Tree] | None:
+        """y at its end with its graph, and the attached x where that begins; None where no graph is kept."""
+
+    def estimate(self, instance: Instance) -> Estimate:
+        """The estimate of the same instance with the outer batch of this one; may be asked for several times."""
 
 
 AT_SOLUTION = frozenset({Path.INNER_LOSS, Path.OUTER_LOSS, Path.STATIONARITY})

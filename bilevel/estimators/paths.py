@@ -48,7 +48,7 @@ def check(estimator: Estimator, instance: Instance) -> None:
         TypeError: `sees` is no set of paths.
         ValueError: naming the tensors, the paths, what the estimator sees, and the remedy.
     """
-    sees = estimator.sees_after(instance.solver.max_steps)
+    sees = estimator.sees_in(instance)
     if not isinstance(sees, frozenset) or not all(isinstance(path, Path) for path in sees):
         raise TypeError(f"{type(estimator).__name__}.sees is {sees!r}; a frozenset of bilevel.Path was needed")
     if frozenset(Path) - sees <= _impossible(instance):
@@ -83,19 +83,23 @@ def _ours(update: Optimizer | None) -> bool:
 def _soon(dynamics: Dynamics) -> bool:
     """Whether x does by the second step all that it ever does: in dynamics of the library without a user's function."""
     if dynamics.update is not None:
-        return _ours(dynamics.update)
+        return _prompt(dynamics.update)
     if dynamics.autonomous:
         return True
     fields = tree.flatten(vars(dynamics))[0] if type(dynamics).__module__.startswith("bilevel.inner") else [_soon]
-    return not any(map(callable, fields)) and all(map(_ours, held(dynamics)))
+    return not any(map(callable, fields)) and all(map(_prompt, held(dynamics)))
+
+
+def _prompt(update: Optimizer) -> bool:
+    """Whether it, and all that it holds, are optimizers of the library that do so."""
+    ours = type(update).__module__.startswith("bilevel.optim") and not update.foreign
+    return ours and not update.late and all(map(_prompt, held(update)))
 
 
 def check_unreached(estimator: Estimator, instance: Instance, missed: frozenset[int]) -> None:
     """Raise if an outer tensor for which the estimator returned nothing does act on the problem."""
     names = tree.names(instance.outer)
-    if estimator.sees_after(instance.solver.max_steps) >= frozenset(Path) and type(estimator).__module__.startswith(
-        "bilevel."
-    ):
+    if estimator.sees_in(instance) >= frozenset(Path) and type(estimator).__module__.startswith("bilevel."):
         return  # what followed every path and arrived nowhere is on none
     taken = _at_any_step(instance)
     if taken is None:
@@ -103,7 +107,7 @@ def check_unreached(estimator: Estimator, instance: Instance, missed: frozenset[
     blind = [f"{names[i]} through {path.value}" for i in sorted(missed) for path in Path if path in taken[i]]
     if blind and (instance.solver.max_steps or Path.START not in estimator.sees):
         said = estimator.missed(f"x enters as {'; '.join(blind)}")
-        raise ValueError(said or _refusal(estimator, estimator.sees_after(instance.solver.max_steps), blind))
+        raise ValueError(said or _refusal(estimator, estimator.sees_in(instance), blind))
 
 
 def _refusal(estimator: Estimator, sees: frozenset[Path], blind: Sequence[str]) -> str:
@@ -144,7 +148,13 @@ def of(instance: Instance) -> Paths | None:
     remembered = instance.problem.memo.setdefault("paths", {})
     # Momentum acts from the second step on; a user's own schedule may do so at any.
     steps = min(2 if _soon(instance.solver.dynamics) else _MANY, instance.solver.max_steps)
-    signature = tuple(tree.names(instance.outer)), instance.inner is None, instance.tasks is None, steps
+    signature = (
+        tuple(tree.names(instance.outer)),
+        instance.inner is None,
+        instance.tasks is None,
+        steps,
+        instance.constant,
+    )
     dynamics = instance.solver.dynamics
     for seen, found in remembered.get(signature, ()):
         if seen is dynamics or (type(seen) is type(dynamics) and _same(seen, dynamics)):

@@ -19,7 +19,15 @@ def estimated(estimator: Estimator, instance: Instance, carried: Any) -> Estimat
     admission.check(estimator, instance)
     if carried is not None:
         carried = estimator.admit_state(instance, carried)
-    found = estimator.estimate(instance, carried)
+    return looked_at(estimator, instance, estimator.estimate(instance, carried))
+
+
+def looked_at(estimator: Estimator, instance: Instance, found: Any) -> Estimate:
+    """What an estimator returned on one instance, checked.
+
+    Raises:
+        TypeError, ValueError: as `estimated`.
+    """
     if not isinstance(found, Estimate):
         raise TypeError(
             f"{type(estimator).__name__}.estimate() returned a {type(found).__name__}; an Estimate was needed: end it "

@@ -3,6 +3,7 @@
 from bilevel.inner import proximal as proximal
 from bilevel.inner import root as root
 from bilevel.inner.aggregated import Aggregated as Aggregated
+from bilevel.inner.averaged import Averaged as Averaged
 from bilevel.inner.base import InnerSolver as InnerSolver
 from bilevel.inner.closed_form import ClosedForm as ClosedForm
 from bilevel.inner.closed_form import KernelRidge as KernelRidge

@@ -60,7 +60,7 @@ def check_limit(owner: str, dynamics: Dynamics, steps: int) -> None:
         raise ValueError(
             f"{owner} was given {steps} steps of a {type(dynamics.update).__name__} that is made for {limit}; one "
             f"optimizer per step was needed. Give it more, take fewer steps, or write Scheduled(optimizers, "
-            f"hold=True), with which the last one goes on"
+            f"hold=True) (Tabulated(values, hold=True)), with which the last one goes on"
         )
 
 

@@ -9,12 +9,12 @@ move by itself.
 
 import abc
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from torch import Tensor
 
 from bilevel._strategy import Strategy
-from bilevel.optim.base import Optimizer
+from bilevel.optim.base import Optimizer, over_held
 from bilevel.space.inner_product import Space
 from bilevel.space.tree import Tree
 
@@ -142,6 +142,10 @@ class Dynamics(Strategy):
     def reads_outer(self) -> bool:
         """Whether x enters the step or the stationarity otherwise than by the inner loss."""
         return True
+
+    def over(self, tasks: int) -> Self:
+        """The same dynamics for y with a leading dimension of tasks: with the optimizers it holds made for that."""
+        return over_held(self, tasks)
 
     def init(self, inner: Tree, outer: Tree) -> Any:
         """The state before the first step: a pytree of tensors and plain numbers."""

@@ -59,6 +59,8 @@ Visit = Callable[[int, Tree, Any], None]
 """Called with (step, y, state) before anything of a step is computed, also of the one at which a rule stops."""
 Moving = Callable[[Tensor], None]
 """Called with the tasks that a step moves, where a rule lets tasks rest."""
+Ended = Callable[[Tree, Any], None]
+"""Called with (y, state) at the end."""
 
 
 def run(
@@ -71,6 +73,7 @@ def run(
     moving: Moving | None = None,
     masks: Sequence[Tensor] | None = None,
     steady: bool = True,
+    ended: Ended | None = None,
 ) -> Solution:
     """Move y from `start` until the rule is content.
 
@@ -82,6 +85,7 @@ def run(
         visit: sees every iterate before it is moved.
         moving: sees which tasks are moved.
         masks: the tasks that each step moves, where an earlier pass has found them out.
+        ended: sees the last iterate and the state that belongs to it.
         steady: whether the losses of all steps are of one batch, so that they say how the loop moves; else nobody asks.
     """
     y, state = start, moves.begin(start)
@@ -100,6 +104,8 @@ def run(
             entered = residual if entered is None else entered
             if step == solver.max_steps or (step % every == 0 and settled(live)):
                 code = code_if(live, Status.INNER_MAX_STEPS)
+                if ended is not None:
+                    ended(y, state)
                 return Solution(
                     y,
                     step,
@@ -137,6 +143,8 @@ def run(
                 if steady and step == solver.max_steps - 1 >= _PATIENCE:
                     code = worst(code, _stuck(moves.space, first, last, y))
         del point, moved, next_state, loss
+    if ended is not None:
+        ended(y, state)
     return Solution(
         y,
         solver.max_steps,

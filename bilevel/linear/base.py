@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel._strategy import Strategy
-from bilevel.linear.operator import LinearOperator, Shifted, as_operator
+from bilevel.linear.operator import LinearOperator, Rectangular, Shifted, as_operator
 from bilevel.outcome import LinearSolution, Status, code_if, worst
 from bilevel.space.inner_product import PLAIN, Leaves, Space
 
@@ -45,6 +45,8 @@ class LinearSolver(Strategy):
 
     damping: float
     tol: float
+    least_squares: bool = False
+    """Whether a residual that no v can reduce is accepted: the solver's own verdict then stands."""
     worse_than_zero: ClassVar[Status] = Status.UNSOLVED
     """What it means when the residual is above that of v = 0."""
 
@@ -95,24 +97,33 @@ class LinearSolver(Strategy):
         Where the true residual is above 1 or not finite, v = 0 is returned in place of v, and the status is a failed
         one. `accepted` says where that is, for callers that have computed something else from v.
         """
-        return self.judged(found, self.true_residual(found.value, image, b, space), b, space)
+        return self.judged(found, self.true_residual(found.value, image, b, space, found.damping), b, space)
+
+    def seen(self, x: Leaves, space: Space) -> Leaves:
+        """The part of a vector that the system is about: all of it, but for a solver of some of the variables."""
+        return x
 
     def judged(self, found: LinearSolution, relative: Tensor, b: Leaves, space: Space) -> LinearSolution:
         """The same, given the true residual."""
         accepted = self.accepted(relative, b)
         finite = torch.isfinite(relative)
-        unmet = code_if(~self.met(relative, b), Status.MAX_STEPS)
+        unmet = code_if(~self.met(relative, b) & (not self.least_squares), Status.MAX_STEPS)
         worse = code_if(finite & ~accepted, self.worse_than_zero)
         broken = code_if(~finite, Status.NONFINITE)
         value = space.where(accepted, found.value)
         # (v = 0 has the residual 1; that of a right-hand side that is not finite stays NaN.)
-        residual = torch.where(accepted | ~torch.isfinite(space.norm(b)), relative, 1.0)
-        return LinearSolution(value, residual, found.steps, worst(found.code, unmet, worse, broken))
+        residual = torch.where(accepted | ~torch.isfinite(space.norm(self.seen(b, space))), relative, 1.0)
+        code = worst(found.code, unmet, worse, broken)
+        return LinearSolution(value, residual, found.steps, code, damping=found.damping)
 
-    def true_residual(self, value: Leaves, image: Leaves, b: Leaves, space: Space) -> Tensor:
-        """|b - (A + damping I) v| / |b| per task, given image = A v."""
-        residual = space.axpy(-1.0, space.axpy(self.damping, value, image) if self.damping else image, b)
-        scale = space.norm(b)
+    def true_residual(
+        self, value: Leaves, image: Leaves, b: Leaves, space: Space, damping: Tensor | float | None = None
+    ) -> Tensor:
+        """|b - (A + damping I) v| / |b| per task, given image = A v; the solver's damping, if no other was taken."""
+        damping = self.damping if damping is None else damping
+        shifted = image if isinstance(damping, float | int) and not damping else space.axpy(damping, value, image)
+        residual = self.seen(space.axpy(-1.0, shifted, b), space)
+        scale = space.norm(self.seen(b, space))
         return space.norm(residual) / torch.where(scale > 0, scale, 1.0)
 
     def accepted(self, residual: Tensor, b: Leaves) -> Tensor:
@@ -139,20 +150,38 @@ def rounding(leaves: Sequence[Tensor]) -> float:
 
 
 def bound(
-    solver: str, operator: LinearOperator | Callable[[Leaves], Leaves], *, symmetric: bool = False
+    solver: str,
+    operator: LinearOperator | Callable[[Leaves], Leaves],
+    *,
+    symmetric: bool = False,
+    transposed: bool = False,
+    rectangular: bool = False,
 ) -> LinearOperator:
-    """`operator` as a LinearOperator, refused if the solver needs a symmetric one and it is not.
+    """`operator` as a LinearOperator, refused if the solver needs a symmetric one, one with its transposed product, or
+    a square one, and it is not.
 
     Raises:
         TypeError: neither an operator nor a function.
-        ValueError: not symmetric.
+        ValueError: not symmetric, without its transposed product, or between two spaces.
     """
     found = as_operator(operator)
+    if isinstance(found, Rectangular) and not rectangular:
+        raise ValueError(
+            f"{solver} was given Rectangular, a map between two spaces; a square system was needed. Use "
+            f"bilevel.linear.LSMR(...) or NormalCG(...), or Product(..., symmetric=False) where v and b have one shape"
+        )
     if symmetric and not found.symmetric:
         raise ValueError(
             f"{solver} was given {type(found).__name__}, an operator with symmetric=False; a symmetric one was needed. "
-            f"Use Neumann(...) or Dense(), which solve systems that are not symmetric, or set symmetric=True if A "
-            f"equals its transpose"
+            f"Use Neumann(...) or Dense(), which solve systems that are not symmetric, as bilevel.linear.GMRES(...), "
+            f"BiCGSTAB(...) and, with a transposed product, LSMR(...) do, or set symmetric=True if A equals its "
+            f"transpose"
+        )
+    if transposed and not found.transposable:
+        raise ValueError(
+            f"{solver} was given {type(found).__name__}, an operator with symmetric=False and without rmatvec(v), its "
+            f"transposed product, which {solver} needs; define rmatvec(v), or use bilevel.linear.GMRES(...) or "
+            f"BiCGSTAB(...), which need A v alone"
         )
     return found
 
@@ -167,6 +196,21 @@ def check_positive(owner: str, name: str, value: object) -> None:
     """Raise ValueError unless `value` is a positive finite number."""
     if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise ValueError(f"{owner} was given {name}={value!r}; a positive number was needed")
+
+
+def check_columns(owner: str, columns: object, rank: int) -> None:
+    """Raise ValueError unless `columns` is None or a tuple of `rank` different column numbers."""
+    if columns is None:
+        return
+    if (
+        not isinstance(columns, tuple)
+        or not all(isinstance(each, int) and each >= 0 for each in columns)
+        or len(set(columns)) != len(columns)
+        or len(columns) != rank
+    ):
+        raise ValueError(
+            f"{owner} was given columns={columns!r}; a tuple of rank={rank} different column numbers from 0 was needed"
+        )
 
 
 def check_steps(owner: str, name: str, value: object) -> None:

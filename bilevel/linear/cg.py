@@ -27,6 +27,9 @@ from torch import Tensor
 
 from bilevel.linear.base import LinearSolver, Prepared, bound, check_number, check_steps, epsilon, rounding
 from bilevel.linear.operator import LinearOperator
+from bilevel.linear.preconditioned import PreparedPreconditionedCG
+from bilevel.linear.preconditioners.base import Preconditioning, as_preconditioner
+from bilevel.linear.system import power_of_two
 from bilevel.outcome import LinearSolution, Status, readable, settled
 from bilevel.space.inner_product import NARROW, PLAIN, Leaves, Space
 
@@ -40,6 +43,8 @@ class CG(LinearSolver):
         tol: on |b - A v| / |b|. Not met within max_steps: Status.MAX_STEPS (the answer is approximate, not failed). On
             the GPU and under vmap all max_steps products are made; on the CPU it stops early.
         damping: solves (A + damping I) v = b. Biases a direction of curvature h by h / (h + damping).
+        preconditioner: M near the inverse of A, symmetric and positive definite: a `Preconditioner`, or a function
+            r -> M r. Memory is then 6 P, and M.
 
     Failures, all with the last iterate that is no worse than v = 0 (on the GPU, where finding it again would have to
     wait for the device, v = 0 itself): NEGATIVE_CURVATURE, BREAKDOWN (A is singular to working precision and b not in
@@ -58,14 +63,19 @@ class CG(LinearSolver):
     max_steps: int = 10
     tol: float = 1e-6
     damping: float = 0.0
+    preconditioner: Preconditioning | None = None
 
     def __post_init__(self) -> None:
         check_steps("CG", "max_steps", self.max_steps)
         check_number("CG", "tol", self.tol, 0.0)
         check_number("CG", "damping", self.damping, 0.0)
+        as_preconditioner("CG", self.preconditioner)
 
-    def prepare(self, operator: LinearOperator | Callable[[Leaves], Leaves], space: Space = PLAIN) -> "PreparedCG":
-        return PreparedCG(self, bound("CG", operator, symmetric=True), space)
+    def prepare(self, operator: LinearOperator | Callable[[Leaves], Leaves], space: Space = PLAIN) -> Prepared:
+        matrix = bound("CG", operator, symmetric=True)
+        if self.preconditioner is None:
+            return PreparedCG(self, matrix, space)
+        return PreparedPreconditionedCG(self, matrix, space, self.preconditioner, self.max_steps)
 
 
 @dataclasses.dataclass
@@ -105,7 +115,7 @@ class PreparedCG(Prepared):
     def iterate(self, b: Leaves, start: Leaves | None = None) -> LinearSolution:
         # Solved for b over a power of two near max|b|: squares then neither overflow nor vanish, and scaling rounds
         # nothing.
-        scale = _power_of_two(self.space.largest(b))
+        scale = power_of_two(self.space.largest(b))
         run = self._run(b, start, scale, None)
         residual = (run.squared / run.norm).sqrt()
         done = self.solver.met(residual, b)
@@ -262,12 +272,3 @@ def _curvature_floor(b: Leaves) -> float:
     A product is off by a few eps |A|; of 16 bits by one rounding, since they are summed up in float32.
     """
     return epsilon(b) if any(leaf.dtype in NARROW for leaf in b) else 10 * epsilon(b)
-
-
-def _power_of_two(largest: Tensor) -> Tensor:
-    """The power of two at or just below a positive finite number; 1 for any other. Its reciprocal does not overflow."""
-    wide = largest.float() if largest.dtype in NARROW else largest
-    usable = (wide > 0) & torch.isfinite(wide)
-    half = wide / 2
-    down = half / torch.frexp(torch.where(usable, half, 1.0)).mantissa
-    return torch.where(usable, down.clamp_min(torch.finfo(wide.dtype).tiny), 1.0)

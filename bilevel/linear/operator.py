@@ -4,6 +4,8 @@ import abc
 import dataclasses
 from collections.abc import Callable
 
+from torch import Tensor
+
 from bilevel.space.inner_product import PLAIN, Leaves, Space
 
 
@@ -49,6 +51,16 @@ class LinearOperator(abc.ABC):
         """The diagonal of A, for preconditioners; None where it is not known."""
         return None
 
+    @property
+    def transposable(self) -> bool:
+        """Whether `rmatvec` is there: A is symmetric, or the operator defines it."""
+        return self.symmetric or type(self).rmatvec is not LinearOperator.rmatvec
+
+    @property
+    def point(self) -> Leaves | None:
+        """The y at which A is the Hessian of a loss, for preconditioners made there; None where it is not known."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class Product(LinearOperator):
@@ -57,28 +69,79 @@ class Product(LinearOperator):
     Args:
         function: v -> A v, linear.
         symmetric: whether A equals its transpose, as Hessians do.
+        transposed: v -> A' v, where A is not symmetric and a solver needs it.
+        known_diagonal: the diagonal of A, for preconditioners.
     """
 
     function: Callable[[Leaves], Leaves]
     symmetric: bool = True
+    transposed: Callable[[Leaves], Leaves] | None = None
+    known_diagonal: Leaves | None = None
 
     def matvec(self, v: Leaves) -> Leaves:
-        image = self.function(v)
-        given = [tuple(leaf.shape) for leaf in image] if isinstance(image, (tuple, list)) else type(image).__name__
-        if given != [tuple(leaf.shape) for leaf in v]:
-            raise ValueError(
-                f"the function v -> A v returned {given}; a tuple of tensors like v, with the shapes "
-                f"{[tuple(leaf.shape) for leaf in v]}, was needed. Write (A @ v[0],) with the comma"
-            )
-        return image
+        return _like("A v", self.function(v), v)
+
+    def rmatvec(self, v: Leaves) -> Leaves:
+        if self.transposed is not None:
+            return _like("A' v", self.transposed(v), v)
+        if self.symmetric:
+            return self.matvec(v)
+        raise NotImplementedError(
+            "Product was asked for a product with its transpose, which it was not given; write "
+            "Product(function, symmetric=False, transposed=function_of_the_transpose), or symmetric=True if A equals "
+            "its transpose"
+        )
+
+    def diagonal(self) -> Leaves | None:
+        return self.known_diagonal
+
+    @property
+    def transposable(self) -> bool:
+        return self.symmetric or self.transposed is not None
+
+
+def _like(name: str, image: Leaves, v: Leaves) -> Leaves:
+    given = [tuple(leaf.shape) for leaf in image] if isinstance(image, (tuple, list)) else type(image).__name__
+    if given != [tuple(leaf.shape) for leaf in v]:
+        raise ValueError(
+            f"the function v -> {name} returned {given}; a tuple of tensors like v, with the shapes "
+            f"{[tuple(leaf.shape) for leaf in v]}, was needed. Write (A @ v[0],) with the comma"
+        )
+    return image
+
+
+@dataclasses.dataclass(frozen=True)
+class Rectangular(LinearOperator):
+    """A map between two spaces, for LSMR and NormalCG: v and b need not have one shape.
+
+    Args:
+        function: v -> A v, linear.
+        transpose: u -> A' u, on tensors shaped like b; their image has the shapes of v.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> A = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> operator = bl.linear.Rectangular(lambda v: (A @ v[0],), lambda u: (A.T @ u[0],))
+        >>> bl.linear.LSMR(least_squares=True).solve(operator, (torch.ones(3),)).value[0].round(decimals=4)
+        tensor([1.0000, 0.5000])
+    """
+
+    function: Callable[[Leaves], Leaves]
+    transpose: Callable[[Leaves], Leaves]
+
+    def matvec(self, v: Leaves) -> Leaves:
+        return self.function(v)
+
+    def rmatvec(self, v: Leaves) -> Leaves:
+        return self.transpose(v)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shifted(LinearOperator):
-    """A + shift I."""
+    """A + shift I; the shift is a number, or one number per task."""
 
     operator: LinearOperator
-    shift: float
+    shift: float | Tensor
     space: Space = PLAIN
 
     @property
@@ -86,14 +149,33 @@ class Shifted(LinearOperator):
         return self.operator.symmetric
 
     def matvec(self, v: Leaves) -> Leaves:
-        return self.space.axpy(self.shift, v, self.operator.matvec(v))
+        return self._shifted(v, self.operator.matvec(v))
 
     def rmatvec(self, v: Leaves) -> Leaves:
-        return self.space.axpy(self.shift, v, self.operator.rmatvec(v))
+        return self._shifted(v, self.operator.rmatvec(v))
+
+    def _shifted(self, v: Leaves, image: Leaves) -> Leaves:
+        if [leaf.shape for leaf in image] != [leaf.shape for leaf in v]:
+            raise ValueError(
+                f"A + damping I was asked for with damping={self.shift}, but A maps tensors of the shapes "
+                f"{[tuple(leaf.shape) for leaf in v]} to {[tuple(leaf.shape) for leaf in image]}: only a square A can "
+                f"be damped. Write damping=0, and append the damping's root as rows of A"
+            )
+        return self.space.axpy(self.shift, v, image)
 
     def diagonal(self) -> Leaves | None:
         known = self.operator.diagonal()
-        return None if known is None else tuple(leaf + self.shift for leaf in known)
+        if known is None or not isinstance(self.shift, Tensor):
+            return None if known is None else tuple(leaf + self.shift for leaf in known)
+        return tuple(leaf + self.space.per_task(self.shift, leaf).to(leaf.dtype) for leaf in known)
+
+    @property
+    def transposable(self) -> bool:
+        return self.operator.transposable
+
+    @property
+    def point(self) -> Leaves | None:
+        return self.operator.point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +196,14 @@ class Transposed(LinearOperator):
 
     def diagonal(self) -> Leaves | None:
         return self.operator.diagonal()
+
+    @property
+    def transposable(self) -> bool:
+        return True
+
+    @property
+    def point(self) -> Leaves | None:
+        return self.operator.point
 
 
 def as_operator(given: LinearOperator | Callable[[Leaves], Leaves]) -> LinearOperator:

@@ -17,6 +17,7 @@ from bilevel.engine import spans
 from bilevel.engine.oracles import Oracles
 from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance, Path
 from bilevel.estimators.reverse.checkpoints import Checkpoints
+from bilevel.estimators.reverse.plans import Segments
 from bilevel.estimators.reverse.tape import Tape
 from bilevel.estimators.reverse.terms import Terms
 from bilevel.estimators.state import State, per_task
@@ -96,7 +97,7 @@ class MovingAverage(Estimator):
         forward = (
             Tape(instance, program, 0, None, terms)
             if instance.batches.curvature is None
-            else Checkpoints(instance, program, [0], None, terms, resampled=True)
+            else Checkpoints(instance, program, Segments((0,)), None, terms, resampled=True)
         )
         with spans.span(spans.HYPERGRADIENT):
             indirect, growth = forward.pull(to_start=False)

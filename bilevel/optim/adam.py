@@ -19,9 +19,6 @@ clamped at the smallest normal number before the root, which changes no step and
 import dataclasses
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from bilevel.optim.base import (
     Hyper,
     Optimizer,
@@ -35,6 +32,7 @@ from bilevel.optim.base import (
     spread,
     value_of,
 )
+from bilevel.optim.entrywise import check_betas, minus_quotient, plus_square, root
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
 
@@ -59,38 +57,21 @@ def _adam_step(
             continue
         m, v, beta1, beta2 = first[i], second[i], betas1[i], betas2[i]
         m = first[i] = fresh1[i] * g if m is None else plus(beta1 * m, fresh1[i], g)
-        v = second[i] = fresh2[i] * (g * g) if v is None else _plus_square(beta2 * v, fresh2[i], g)
+        v = second[i] = fresh2[i] * (g * g) if v is None else plus_square(beta2 * v, fresh2[i], g)
         count = counts[i] = counts[i] + 1
         # Nearly always one pair for all tensors.
         key = (count, id(beta1), id(beta2))
         if key not in corrections:
             corrections[key] = 1 - beta1**count, (1 - beta2**count) ** 0.5
         correction1, correction2 = corrections[key]
-        # float16 ends at 6e-8, below its smallest normal number, and a second moment is often there.
-        floor = 6e-8 if v.dtype == torch.float16 else torch.finfo(v.dtype).tiny
-        root = v.clamp_min(floor).sqrt()
-        moved[i] = _minus_quotient(moved[i], rates[i] / correction1, m, root / correction2 + eps[i])
+        moved[i] = minus_quotient(moved[i], rates[i] / correction1, m, root(v) / correction2 + eps[i])
     return tree.like(inner, moved), {"step": counts, "first": first, "second": second}
 
 
-def _plus_square(v: Tensor, share: Any, g: Tensor) -> Tensor:
-    """v + share g^2, in one operator where the share is a number."""
-    return v + share * (g * g) if isinstance(share, Tensor) else torch.addcmul(v, g, g, value=share)
-
-
-def _minus_quotient(y: Tensor, rate: Any, m: Tensor, root: Tensor) -> Tensor:
-    """y - rate m / root, likewise."""
-    return y - rate * (m / root) if isinstance(rate, Tensor) else torch.addcdiv(y, m, root, value=-rate)
-
-
 def _check(owner: str, optimizer: "Adam | AdamW") -> None:
-    betas = optimizer.betas
-    if not isinstance(betas, tuple) or len(betas) != 2:
-        raise ValueError(f"{owner} was given betas={betas!r}; a pair was needed, such as betas=(0.9, 0.999)")
+    check_betas(owner, optimizer.betas)
     for name in ("lr", "eps", "weight_decay"):
         check_hyper(owner, name, getattr(optimizer, name), 0.0)
-    check_hyper(owner, "betas[0]", betas[0], 0.0, 1.0)
-    check_hyper(owner, "betas[1]", betas[1], 0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

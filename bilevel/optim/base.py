@@ -1,9 +1,10 @@
 """The contract of an inner optimizer: a pure pair (init, step), and where it rests."""
 
 import abc
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,12 +22,20 @@ Numbers and trees are checked when the optimizer is made. What a function return
 range: to look at a tensor's value at every step would stop a GPU."""
 
 
+Owner = TypeVar("Owner")
+
+
 class Optimizer(Strategy):
     """How a gradient moves the inner variable.
 
     A step is a differentiable function of gradient, state, inner and outer, computed out of place, so that an estimator
     may backpropagate through it or not.
     """
+
+    foreign: ClassVar[bool] = False
+    """Whether others wrote the step, so that it is looked at as a user's is before it is trusted."""
+    late: ClassVar[bool] = False
+    """Whether x may begin to act through it after its second step."""
 
     @abc.abstractmethod
     def init(self, inner: Tree) -> Any:
@@ -73,10 +82,49 @@ class Optimizer(Strategy):
         """The most steps it can make, where it is made for a number of them; None for any number."""
         return None
 
+    def over(self, tasks: int) -> Self:
+        """The same optimizer where every tensor of `inner` has a leading dimension of that many tasks.
+
+        Itself where a step treats every entry by itself. One that mixes the entries of a task (a norm, a matrix
+        product) returns one that mixes no tasks. This base passes the question on to the optimizers held in fields.
+        """
+        return over_held(self, tasks)
+
 
 def held(owner: object) -> list[Optimizer]:
     """The optimizers that an optimizer or a dynamics holds in its fields."""
     return [value for value in tree.flatten(getattr(owner, "__dict__", {}))[0] if isinstance(value, Optimizer)]
+
+
+def over_held(owner: Owner, tasks: int) -> Owner:
+    """A dataclass with the optimizers in its fields made for tasks; itself where that changes none of them."""
+    if not dataclasses.is_dataclass(owner) or isinstance(owner, type):
+        return owner
+    changed = {}
+    for field in dataclasses.fields(owner):
+        value = getattr(owner, field.name)
+        leaves, structure = tree.flatten(value)
+        made = [leaf.over(tasks) if isinstance(leaf, Optimizer) else leaf for leaf in leaves]
+        if any(a is not b for a, b in zip(made, leaves, strict=True)):
+            changed[field.name] = tree.unflatten(made, structure)
+    return dataclasses.replace(owner, **changed) if changed else owner
+
+
+def trusted(owner: object) -> bool:
+    """Whether the library wrote the steps of an optimizer or a dynamics, and of all optimizers that it holds."""
+    ours = type(owner).__module__.startswith("bilevel.") and not getattr(owner, "foreign", False)
+    return ours and all(map(trusted, held(owner)))
+
+
+def same_rest(rest: Tree | None, grad: Tree) -> Tree | None:
+    """The rest of an optimizer whose gradient was changed on the way, where that is at gradient zero; else None.
+
+    What is added to a clipped gradient balances another one than what is added to the gradient itself.
+    """
+    if rest is None:
+        return None
+    pairs = zip(tree.flatten(rest)[0], tree.flatten(grad)[0], strict=True)
+    return rest if all(a is b for a, b in pairs) else None
 
 
 def value_of(hyper: Hyper, outer: Tree) -> Any:
@@ -97,6 +145,12 @@ def gradients(grad: Tree, inner: Tree) -> PartialLeaves:
             raise ValueError(
                 f"an inner optimizer was given a gradient of {len(leaves)} leaves for an inner variable of {count}; "
                 f"one per tensor was needed, None where the loss does not use it"
+            )
+    for leaf in leaves:
+        if leaf is not None and leaf.is_complex():
+            raise ValueError(
+                f"an inner optimizer was given a gradient of dtype {leaf.dtype}; real tensors were needed: let "
+                f"inner_loss take torch.view_as_real(z) as its inner variable"
             )
     return tuple(leaves)
 

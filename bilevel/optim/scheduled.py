@@ -12,9 +12,9 @@ Per-layer per-step learning rates are SGD(lr=a function of outer) at each step: 
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
-from bilevel.optim.base import Optimizer
+from bilevel.optim.base import Optimizer, held
 from bilevel.space import tree
 from bilevel.space.tree import Tree
 
@@ -52,6 +52,8 @@ class Scheduled(Optimizer):
 
     optimizers: tuple[Optimizer, ...]
     hold: bool = False
+
+    late: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         write = "write Scheduled([SGD(lr=0.1), SGD(lr=0.05)]), one per step"
@@ -122,9 +124,9 @@ class Scheduled(Optimizer):
 def _agree(one: Optimizer, other: Optimizer) -> bool:
     """Whether two optimizers of one class rest at the same points, where both say.
 
-    Of ours only the weight decay says where; of a user's optimizer nothing is known.
+    Of ours only the weight decay says where; of those that hold others, and of a user's, nothing is known.
     """
-    if type(one).__module__.startswith("bilevel.optim."):
+    if type(one).__module__.startswith("bilevel.optim.") and not one.foreign and not held(one):
         return _equal(getattr(one, "weight_decay", None), getattr(other, "weight_decay", None))
     return _equal(one, other)
 

@@ -9,6 +9,8 @@
 | `language` | a transformer | a weight for each sequence | Python's own library as text, half of it noise |
 | `fewshot` | a convolutional network for each task | its initialization | characters drawn from fonts (matplotlib) |
 
+`logarithmic` makes, of a homogeneous problem, that of its logarithm.
+
 The networks stand alone: `conv4` is that of `fewshot`, `transformer` that of `language`. The data are in
 `bilevel.data`; the parts of the few-shot ones can be imported from here as well.
 """
@@ -21,6 +23,7 @@ from bilevel.problems import conv4 as conv4
 from bilevel.problems import fewshot as fewshot
 from bilevel.problems import hypercleaning as hypercleaning
 from bilevel.problems import language as language
+from bilevel.problems import logarithmic as logarithmic
 from bilevel.problems import quadratic as quadratic
 from bilevel.problems import ridge as ridge
 from bilevel.problems import step_size as step_size

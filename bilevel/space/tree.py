@@ -4,7 +4,7 @@ User functions see pytrees (dicts, lists, tuples, a bare tensor). Between them t
 leaves: `Leaves`. Dot products, norms and linear combinations of leaves are `Space`'s.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -84,8 +84,12 @@ def detach(tree: Tree) -> Tree:
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def attach(tree: Tree) -> Tree:
-    """The same storage as fresh graph leaves that require grad; integer tensors and other leaves pass through."""
+def attach(tree: Tree, constant: Collection[int] = ()) -> Tree:
+    """The same storage as fresh graph leaves that require grad; integer tensors and other leaves pass through, and the
+    tensors at the positions `constant` have no graph.
+    """
+    if constant:
+        return like(tree, [leaf.detach() if i in constant else attach(leaf) for i, leaf in enumerate(tensors(tree))])
     return tree_map(
         lambda leaf: leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
         tree,

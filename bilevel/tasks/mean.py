@@ -43,7 +43,8 @@ class TaskMean(Estimator):
     Args:
         estimator: how the hypergradient of one task is estimated.
         chunk: tasks at once: vmap within a chunk, a loop over chunks. None for all at once; 1 for a plain loop without
-            vmap, which works for losses that vmap cannot map. With `weights`, always one task after another.
+            vmap, which works for losses that vmap cannot map. With `weights`, and for an estimator that asks for it
+            (`one_by_one`), always one task after another.
         weights: how tasks are weighted, such as GradientSimilarity(); None for the plain mean. Weights are constants,
             and reported: `stats["task_weights"]` of shape (T,), in the order of the tasks, and
             `stats["effective_tasks"]`, 1 / sum w^2. `outer_loss` and `inner_loss` of the result are plain means.
@@ -120,11 +121,29 @@ class TaskMean(Estimator):
             )
         return state
 
+    def parts(self, instance: Instance) -> list[Instance]:
+        """The instance, chunk by chunk: each one problem without a task dimension, or of several tasks."""
+        tasks = _count(instance, None)
+        size = tasks if self.chunk is None else min(self.chunk, tasks)
+        return [
+            _Rows(slice(low, min(low + size, tasks)), single=size == 1).of_instance(instance, tasks)
+            for low in range(0, tasks, size)
+        ]
+
+    def joined(self, parts: list[Instance], trees: list[Tree]) -> Tree:
+        """Trees of the parts, such as their inner variables, as one with a leading task dimension."""
+        return _join(trees, single=parts[0].tasks is None)
+
+    @property
+    def unlike_a_layer(self) -> str:
+        own = "its weights are of the tasks' losses, and a layer returns the variables of all tasks"
+        return self.estimator.unlike_a_layer if self.weights is None else own
+
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         ids = _ids(instance.batches)
         state = state.rows_of(ids) if isinstance(state, ByTask) else state
         tasks = _count(instance, state)
-        chunk = self.chunk if self.weights is None else 1
+        chunk = 1 if self.weights is not None or self.estimator.one_by_one else self.chunk
         size = tasks if chunk is None else min(chunk, tasks)
         total: PartialLeaves = (None,) * len(tree.tensors(instance.outer))
         parts: list[Estimate] = []

@@ -347,18 +347,19 @@ class _Arguments:
 
 
 def _separable(dtype: torch.dtype, estimator: bl.Estimator) -> Probe:
-    """A problem with enough numbers for a kept iterate to be seen, that the estimator can see."""
-    x = torch.linspace(-1, 1, 256, dtype=dtype)
-    batches = bl.Batches(0.5 + x.sigmoid(), x.flip(0))
+    """A problem on which a kept iterate shows, and that the estimator can see."""
+    y = torch.linspace(-1, 1, 256, dtype=dtype)
+    batches = bl.Batches(0.5 + y.sigmoid(), y.flip(0))
     started = bl.Path.INNER_LOSS not in estimator.sees
+    x = y if started else y[::32].clone()  # (few: forward mode takes a product for each)
     problem = bl.Problem(
-        lambda y, x, b: 0.5 * (b * (y if started else y - x).square()).sum(),
+        lambda y, x, b: 0.5 * (b * (y if started else y - x.repeat(32)).square()).sum(),
         lambda y, x, b: (y - b).square().sum() + x.square().sum(),
         init=(lambda x, b: x + 1) if started and bl.Path.START in estimator.sees else None,
     )
     if problem.init is None and started:
-        return Probe("256 numbers", problem, x, x.cos(), batches, frozenset({bl.Path.OUTER_LOSS}))
-    return Probe("256 numbers", problem, x, None if problem.init else x.cos(), batches, frozenset())
+        return Probe("256 numbers", problem, x, y.cos(), batches, frozenset({bl.Path.OUTER_LOSS}))
+    return Probe("256 numbers", problem, x, None if problem.init else y.cos(), batches, frozenset())
 
 
 def _results(found: bl.Hypergradient) -> Iterator[tuple[str, Tensor]]:

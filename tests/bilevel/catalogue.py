@@ -11,12 +11,20 @@ D = torch.float64
 ENTRIES = {entry.label: entry for entry in testing.ENTRIES}
 EXACT = {label: entry.estimator for label, entry in ENTRIES.items() if entry.exact}
 """The gradient of the K-step program."""
-AT_SOLUTION = {label: entry.estimator for label, entry in ENTRIES.items() if entry.target == "solution"}
-"""Estimates of the hypergradient at the inner solution, with accurate linear solves."""
+AT_SOLUTION = {
+    label: entry.estimator
+    for label, entry in ENTRIES.items()
+    if entry.target == "solution" and entry.settles == 1 and entry.on_quadratic is None
+}
+"""Estimates of the hypergradient at the inner solution, with accurate linear solves, in one call."""
+RANDOM = {label: entry.estimator for label, entry in ENTRIES.items() if entry.variance is not None}
+"""Those that draw: another chunk of tasks is another draw."""
 ESTIMATORS = {
     **{label: entry.estimator for label, entry in ENTRIES.items()},
     # The accurate series takes 2,500 products: too many for a matrix of forecasts.
     "implicit neumann": bl.Implicit(bl.Neumann(steps=30, step_size=0.5)),
+    # (Where GMRES stops is not seen without numbers.)
+    "fixed point": bl.estimators.FixedPoint(bl.Neumann(steps=30, step_size=1.0)),
 }
 OPTIMIZERS = {
     "sgd": bl.SGD(0.3),

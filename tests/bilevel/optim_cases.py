@@ -1,11 +1,33 @@
 """What the tests of the inner optimizers share: configurations beside torch.optim's, a start and a loss."""
 
+import contextlib
+
 import torch
 from torch import Tensor
 
 import bilevel as bl
 
 STEPS = 20
+
+
+class LionByHand(torch.optim.Optimizer):
+    """Algorithm 2 of arXiv 2302.06675, in place; torch has none."""
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                direction = (beta1 * m + (1 - beta1) * p.grad).sign()
+                p -= lr * (direction + group["weight_decay"] * p)
+                m.mul_(beta2).add_((1 - beta2) * p.grad)
+
 
 CONFIGURATIONS = {
     "sgd": (bl.SGD, torch.optim.SGD, {"lr": 0.1}),
@@ -27,6 +49,54 @@ CONFIGURATIONS = {
     "adamw": (bl.AdamW, torch.optim.AdamW, {"lr": 0.1}),
     "adamw-all": (bl.AdamW, torch.optim.AdamW, {"lr": 0.1, "betas": (0.5, 0.8), "eps": 0.3, "weight_decay": 0.5}),
     "adamw-no-decay": (bl.AdamW, torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.0}),
+    "rmsprop": (bl.optim.RMSprop, torch.optim.RMSprop, {"lr": 0.01}),
+    "rmsprop-all": (
+        bl.optim.RMSprop,
+        torch.optim.RMSprop,
+        {"lr": 0.02, "alpha": 0.8, "eps": 0.01, "weight_decay": 0.1, "momentum": 0.7, "centered": True},
+    ),
+    "adagrad": (bl.optim.Adagrad, torch.optim.Adagrad, {"lr": 0.1}),
+    "adagrad-all": (
+        bl.optim.Adagrad,
+        torch.optim.Adagrad,
+        {"lr": 0.3, "lr_decay": 0.1, "weight_decay": 0.2, "initial_accumulator_value": 0.5, "eps": 0.1},
+    ),
+    "adadelta": (bl.optim.Adadelta, torch.optim.Adadelta, {"lr": 1.0}),
+    "adadelta-all": (
+        bl.optim.Adadelta,
+        torch.optim.Adadelta,
+        {"lr": 0.7, "rho": 0.6, "eps": 0.01, "weight_decay": 0.2},
+    ),
+    "adamax": (bl.optim.Adamax, torch.optim.Adamax, {"lr": 0.1}),
+    "adamax-all": (
+        bl.optim.Adamax,
+        torch.optim.Adamax,
+        {"lr": 0.1, "betas": (0.5, 0.8), "eps": 0.1, "weight_decay": 0.2},
+    ),
+    "nadam": (bl.optim.NAdam, torch.optim.NAdam, {"lr": 0.05}),
+    "nadam-all": (
+        bl.optim.NAdam,
+        torch.optim.NAdam,
+        {"lr": 0.05, "betas": (0.6, 0.9), "eps": 0.1, "weight_decay": 0.2, "momentum_decay": 0.3},
+    ),
+    "nadam-decoupled": (
+        bl.optim.NAdam,
+        torch.optim.NAdam,
+        {"lr": 0.05, "weight_decay": 0.2, "decoupled_weight_decay": True},
+    ),
+    "radam": (bl.optim.RAdam, torch.optim.RAdam, {"lr": 0.1}),
+    "radam-all": (
+        bl.optim.RAdam,
+        torch.optim.RAdam,
+        {"lr": 0.1, "betas": (0.5, 0.8), "eps": 0.1, "weight_decay": 0.2},
+    ),
+    "radam-decoupled": (
+        bl.optim.RAdam,
+        torch.optim.RAdam,
+        {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.2, "decoupled_weight_decay": True},
+    ),
+    "lion": (bl.optim.Lion, LionByHand, {"lr": 0.05}),
+    "lion-all": (bl.optim.Lion, LionByHand, {"lr": 0.05, "betas": (0.6, 0.8), "weight_decay": 0.3}),
 }
 
 
@@ -61,6 +131,17 @@ def ours(optimizer: bl.Optimizer, outer: object) -> list[dict[str, Tensor]]:
     return path
 
 
+@contextlib.contextmanager
+def numbers_in_float64():
+    """torch.optim keeps numbers that belong to no entry (NAdam's product) in the default dtype, float32 elsewhere."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@numbers_in_float64()
 def theirs(kind: type[torch.optim.Optimizer], arguments: dict) -> list[dict[str, Tensor]]:
     y, path = {name: leaf.clone().requires_grad_() for name, leaf in start().items()}, []
     optimizer = kind(list(y.values()), **arguments)
@@ -85,7 +166,7 @@ def as_functions(arguments: dict) -> tuple[dict, dict[str, Tensor]]:
     """The same hyper-parameters as functions of an outer variable that holds them."""
     outer, functions = {}, {}
     for name, value in arguments.items():
-        if name == "nesterov":
+        if isinstance(value, bool):
             functions[name] = value
         elif name == "betas":
             outer |= {
@@ -99,4 +180,4 @@ def as_functions(arguments: dict) -> tuple[dict, dict[str, Tensor]]:
     return functions, outer
 
 
-TORCH = {bl.SGD: torch.optim.SGD, bl.Adam: torch.optim.Adam, bl.AdamW: torch.optim.AdamW}
+TORCH = {ours: reference for ours, reference, _ in CONFIGURATIONS.values()}

@@ -119,8 +119,26 @@ def small():
     return bl.Problem(loss, lambda y, x, rows: loss(y, x.detach(), rows)), torch.zeros(40), torch.zeros(40)
 
 
+def few():
+    """The same net with two outer numbers, for what takes a product of every step for each."""
+    problem, _, y = cleaning()
+    ones = torch.zeros(ROWS)
+    return (
+        bl.Problem(
+            lambda y, x, rows: (
+                problem.inner_loss(y, ones, rows) + x[0].exp() * y["a"].square().sum() + x[1] * y["d"].sum()
+            ),
+            problem.outer_loss,
+        ),
+        torch.tensor([-6.0, 0.01]),
+        y,
+    )
+
+
 def setup_of(entry):
     """A problem that the estimator of an entry can see and hold."""
+    if entry.linear_in_outer:
+        return few
     if entry.quadratic_in_inner:
         return small
     return cleaning if bl.Path.INNER_LOSS in entry.sees else maml

@@ -1,26 +1,29 @@
 """Inner optimizers: hyper-parameters per tensor and per entry, and those that are refused."""
 
+import dataclasses
+
 import pytest
 import torch
-from optim_cases import STEPS, TORCH, gradient_of, loss_of, ours, start
+from optim_cases import STEPS, TORCH, gradient_of, loss_of, numbers_in_float64, ours, start
 
 import bilevel as bl
 
 PER_TENSOR = {"w": 0.3, "b": 0.0, "scale": 0.7}
-HYPERS = {
-    "lr": [bl.SGD, bl.Adam, bl.AdamW],
-    "momentum": [bl.SGD],
-    "dampening": [bl.SGD],
-    "weight_decay": [bl.SGD, bl.Adam, bl.AdamW],
-    "beta1": [bl.Adam, bl.AdamW],
-    "beta2": [bl.Adam, bl.AdamW],
-    "eps": [bl.Adam, bl.AdamW],
-}
-CASES = [(name, kind) for name, kinds in HYPERS.items() for kind in kinds]
+# (torch's Adagrad has one initial value for all groups.)
+FLAGS = ("nesterov", "centered", "decoupled_weight_decay", "smooth", "initial_accumulator_value")
+
+
+def names_of(kind: type) -> list[str]:
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in FLAGS]
+    return [each for name in names for each in (("beta1", "beta2") if name == "betas" else (name,))]
+
+
+CASES = [(name, kind) for kind in TORCH for name in names_of(kind)]
+WITH_MOMENTUM = {bl.SGD: {"momentum": 0.9}, bl.optim.RMSprop: {"momentum": 0.3, "alpha": 0.5}}
 
 
 def arguments_with(kind: type, name: str, value: object) -> dict:
-    arguments = {"lr": 0.1, "momentum": 0.9} if kind is bl.SGD else {"lr": 0.1}
+    arguments = {"lr": 0.1, **WITH_MOMENTUM.get(kind, {})}
     if name.startswith("beta"):
         return arguments | {"betas": (value, 0.99) if name == "beta1" else (0.8, value)}
     return arguments | {name: value}
@@ -40,8 +43,15 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("name", "kind"), CASES)
+IN_EVERY_FORM = (bl.SGD, bl.Adam, bl.AdamW)  # the others read their hyper-parameters by the same lines
+FEW_FORMS = ("mixed", "a function of tensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "form"),
+    [(*case, form) for case in CASES for form in (FORMS if case[1] in IN_EVERY_FORM else FEW_FORMS)],
+)
+@numbers_in_float64()
 def test_every_hyper_parameter_may_be_a_tree_like_inner_as_torch_optim_has_groups(name, kind, form):
     path = ours(kind(**arguments_with(kind, name, FORMS[form](PER_TENSOR))), None)
     y = {key: leaf.clone().requires_grad_() for key, leaf in start().items()}

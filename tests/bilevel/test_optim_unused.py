@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from optim_cases import CONFIGURATIONS, STEPS, as_functions, start
+from optim_cases import CONFIGURATIONS, STEPS, as_functions, numbers_in_float64, start
 from torch import Tensor
 
 import bilevel as bl
@@ -30,6 +30,7 @@ def heads_loss(y: dict[str, Tensor], used: tuple[int, ...], x: Tensor | float = 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", CONFIGURATIONS)
+@numbers_in_float64()
 def test_tensors_that_a_step_does_not_use_are_left_alone_as_torch_optim_does(name, schedule):
     kind, reference, arguments = CONFIGURATIONS[name]
     optimizer, y = kind(**arguments), two_heads()
@@ -51,7 +52,19 @@ def test_tensors_that_a_step_does_not_use_are_left_alone_as_torch_optim_does(nam
     assert (y["head1"] - two_heads()["head1"]).abs().max() > 1e-2, "the reference did not move"
 
 
-@pytest.mark.parametrize("name", ["sgd-all", "sgd-nesterov-decay", "adam-betas", "adam-decay", "adamw-all"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sgd-all",
+        "sgd-nesterov-decay",
+        "adam-betas",
+        "adam-decay",
+        "adamw-all",
+        "rmsprop-all",
+        "nadam-all",
+        "radam-all",
+    ],
+)
 def test_derivatives_through_steps_that_leave_tensors_out_pass_gradcheck_state_by_state(name):
     """The cotangents of (y', s') pulled back step by step, matched by their place in the flattened state, are those of
     the whole path."""

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from optim_cases import TORCH, gradient_of, loss_of, start
+from optim_cases import TORCH, gradient_of, loss_of, numbers_in_float64, start
 from torch import Tensor
 
 import bilevel as bl
@@ -168,17 +168,18 @@ TREES = {
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", TREES)
-@pytest.mark.parametrize("kind", [bl.SGD, bl.Adam, bl.AdamW])
+@pytest.mark.parametrize("kind", TORCH)
+@numbers_in_float64()
 def test_steps_keep_dtype_and_structure_and_equal_torch_optim_in_every_dtype(kind, shape, dtype):
     generator = torch.Generator().manual_seed(5)
     y = TREES[shape](lambda *size: torch.randn(size, generator=generator, dtype=torch.float64).to(dtype))
     leaves, structure = torch.utils._pytree.tree_flatten(y)
     # A learned rate in float64: it widens a 0-dim tensor unless it is cast.
     rate = torch.tensor(0.05, dtype=torch.float64)
-    optimizer = kind(lr=lambda outer: outer, **({"momentum": 0.5} if kind is bl.SGD else {"eps": 1e-3}))
+    arguments = {bl.SGD: {"momentum": 0.5}, bl.optim.Lion: {}}.get(kind, {"eps": 1e-3})
+    optimizer = kind(lr=lambda outer: outer, **arguments)
     others = [leaf.clone().requires_grad_() for leaf in leaves]
-    arguments = {"momentum": 0.5} if kind is bl.SGD else {"eps": 1e-3}
-    other = TORCH[kind](others, lr=0.05, foreach=False, **arguments)
+    other = TORCH[kind](others, lr=0.05, **({} if kind is bl.optim.Lion else {"foreach": False}), **arguments)
     state = optimizer.init(y)
     for _ in range(5):
         gradient = [(leaf * 2).detach() for leaf in others]
@@ -195,7 +196,7 @@ def test_steps_keep_dtype_and_structure_and_equal_torch_optim_in_every_dtype(kin
     assert all(leaf.dtype == dtype for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, Tensor))
 
 
-@pytest.mark.parametrize("kind", [bl.SGD, bl.Adam, bl.AdamW])
+@pytest.mark.parametrize("kind", TORCH)
 def test_element_wise_step_sizes_in_a_wider_dtype_do_not_widen_the_inner_variable(kind):
     y = torch.ones(3, dtype=torch.float32)
     optimizer = kind(lr=lambda outer: outer)

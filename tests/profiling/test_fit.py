@@ -681,3 +681,33 @@ def test_any_solver_is_fitted_over_its_limit_of_steps():
     found = fit(dataclasses.replace(case(), solver=solver, estimator=bl.Unrolled()), "1 MiB", at_most=8)
     assert found.value == found.at_most == 8
     assert found.forecasts[8].inner_steps == 8
+
+
+def test_what_the_problem_lacks_comes_last_and_is_said():
+    from bilevel.testing import Need
+
+    plain = recommend(case(), "1GiB", estimators=ESTIMATORS)
+    assert not any(advice.unmet for advice in plain)
+    found = recommend(case(), "1GiB", estimators=ESTIMATORS, lacks={Need.SOLUTION})
+    unmet = [bool(advice.unmet) for advice in found if advice.fits]
+    assert unmet == sorted(unmet)
+    assert any(unmet)
+    assert not all(unmet)
+    for advice in found:
+        assert ("needs inner steps that reach the solution" in advice.sentence) == bool(advice.unmet)
+        assert bool(advice.unmet) == isinstance(
+            advice.estimator, (bl.Implicit, bl.MemoryReduced, bl.FirstOrderCorrected)
+        )
+
+
+def test_all_estimators_of_the_library_are_recommended_or_refuse():
+    from bilevel.testing import ENTRIES, Need
+
+    found = recommend(case(), "1GiB", estimators="all", lacks={Need.SECOND_DERIVATIVES})
+    kinds = {type(advice.estimator) for advice in found}
+    assert kinds == {type(entry.estimator) for entry in ENTRIES}
+    assert all(advice.sentence for advice in found)
+    first = next(advice for advice in found if advice.fits)
+    assert isinstance(first.estimator, bl.FirstOrderCorrected) or not first.unmet
+    with pytest.raises(ValueError, match="'all' was needed"):
+        recommend(case(), "1GiB", estimators="some")

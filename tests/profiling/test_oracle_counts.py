@@ -10,12 +10,12 @@ from bilevel_profiling.meters.oracles import Oracles
 import bilevel as bl
 from bilevel.estimators.reverse.checkpoints import shrinking
 from bilevel.problems import quadratic
-from bilevel.testing.catalogue import ENTRIES, counts, unrolled
+from bilevel.testing.catalogue import ENTRIES, counts, once, unrolled
 
 M = 3
 """Products of the iterative linear solvers: fewer than the P = 6 after which conjugate gradients would be done and stop
 by themselves."""
-P = 6
+P, Q = 6, quadratic.setup()[1].numel()
 STEPS = (0, 1, 5, 12)
 RATE = 0.3
 
@@ -35,7 +35,8 @@ FORMULAS = {
 
 def formula(name, steps):
     """What the entry of that name promises of so many steps."""
-    return FORMULAS[name].calls(steps, P if FORMULAS[name].quadratic_in_inner else M)
+    entry = FORMULAS[name]
+    return entry.calls(steps, P if entry.quadratic_in_inner else Q if entry.linear_in_outer else M)
 
 
 def run(estimator, solver, state=None, problem=None):
@@ -58,10 +59,10 @@ def descent(steps):
 def test_of_a_fixed_number_of_steps(name, steps):
     found, phases, _ = run(FORMULAS[name].at(M), descent(steps))
     assert found == formula(name, steps)
-    if "corrected" not in name:
-        # The inner phase runs the inner solver and nothing else; a target ahead runs it once more, and further.
-        solved = 2 * steps + 3 if name == "bootstrapped" else steps
-        assert phases.get("inner", {"calls": {}})["calls"] == ({"inner_gradient": solved} if solved else {})
+    inner = phases.get("inner", {"calls": {}})["calls"]
+    assert inner.get("inner_gradient", 0) == FORMULAS[name].solves(steps)
+    # The inner phase runs the inner solver and nothing else, but for those that perturb the inner loss by f.
+    assert set(inner) <= {"inner_gradient"} or "corrected" in name or name == "f2sa"
 
 
 @pytest.mark.parametrize("steps", [100, 200, 1000])
@@ -91,7 +92,11 @@ def test_conjugate_gradients_stop_when_they_are_done():
     assert found["hvp"] == hg.stats["linear_steps"]
 
 
-@pytest.mark.parametrize("name", FORMULAS)
+ONE_PROGRAM = [name for name, entry in FORMULAS.items() if entry.solves is once]
+SIDES = [name for name in FORMULAS if "corrected" in name]
+
+
+@pytest.mark.parametrize("name", [*ONE_PROGRAM, *SIDES, "bootstrapped"])
 def test_of_a_solver_that_stops_by_itself(name):
     """It looks at K + 1 gradients to take K steps. Implicit estimators go on from there; those that go back through the
     program then run its K steps again."""
@@ -109,7 +114,8 @@ def test_of_a_solver_that_stops_by_itself(name):
             assert found["outer_gradient"] == steps + 2 * sides
         return
     expected = formula(name, steps)
-    expected["inner_gradient"] += steps + 1 if isinstance(entry.estimator, (bl.Unrolled, bl.Bootstrapped)) else 1
+    twice = not isinstance(entry.estimator, bl.FirstOrder) and entry.target == "program"
+    expected["inner_gradient"] += steps + 1 if twice else 1
     expected["inner_gradient"] += name == "bootstrapped"  # the way to its target stops by itself too
     assert found == expected
 

@@ -14,7 +14,7 @@ system) gets them from one explicit function.
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,14 +25,15 @@ from bilevel.engine.compiled import inductor
 from bilevel.engine.compiled.blocks import Blocks
 from bilevel.engine.compiled.closure import ambience, surroundings
 from bilevel.engine.compiled.functions import Arguments, Functions
+from bilevel.engine.compiled.linear import Bound, Gradient, Linear, Use
 from bilevel.engine.compiled.piece import Compile, Piece
 from bilevel.engine.eager import Graph, Operators
 from bilevel.engine.evaluation import Pure
 from bilevel.engine.rematerialize import compiled_by
-from bilevel.engine.replay import Generators, State
+from bilevel.engine.replay import State
 from bilevel.outcome import EngineMismatchError
 from bilevel.space import tree
-from bilevel.space.tree import Leaves, PartialLeaves, Tree
+from bilevel.space.tree import PartialLeaves, Tree
 
 _VARIANTS = 8
 """How often what surrounds a loss may change before tracing it again is refused."""
@@ -76,13 +77,6 @@ class Compiled(Engine):
         return Session(self, "compiled", inductor.make(self.backend), check=self.check)
 
 
-class Bound(NamedTuple):
-    """Compiled functions and the loss that they are held against. (They hold no loss: it holds the problem.)"""
-
-    functions: Functions
-    loss: Pure
-
-
 Variants = list[tuple[list[Any], Functions]]
 """The functions of one loss at one structure: one for each state of its surroundings."""
 
@@ -115,7 +109,7 @@ class Session(Derivatives):
         self._used_blocks: dict[int, tuple[Blocks, dict[int, int]]] = {}
         self._notes: dict[str, None] = {}
         self._around: dict[Any, tuple[Pure, list[Any]]] = {}
-        self._repeated = self._inner_only = False
+        self._repeated = self._inner_only = self.turns = False
 
     @property
     def pure(self) -> bool:
@@ -156,8 +150,8 @@ class Session(Derivatives):
         if bound is None or bound.functions.has_blocks:
             with self._blocks(bound):
                 return self._eager.differentiable_gradient(loss, inner, outer, batch)
-        use = _Use(self, bound, numbers=numbers, repeated=self._repeated)
-        value, *found = _Gradient.apply(use, *given)
+        use = Use(self, bound, numbers=numbers, repeated=self._repeated)
+        value, *found = Gradient.apply(use, *given)
         rest = iter(found)
         return value, tuple(next(rest) if there else None for there in use.there)
 
@@ -178,6 +172,16 @@ class Session(Derivatives):
             yield
         finally:
             self._inner_only = False
+
+    @contextmanager
+    def turned(self) -> Iterator[None]:
+        """Within it products in y are wanted, and theirs: a product is linear in its weights, by a symmetric map."""
+        self.turns = True
+        try:
+            with self.inner_only():
+                yield
+        finally:
+            self.turns = False
 
     # --- the functions
 
@@ -308,90 +312,3 @@ def _row(name: str, pieces: Sequence[Piece], before: Sequence[int]) -> dict[str,
 
 
 _TENSORS = (Tensor, torch.nn.Parameter, torch._subclasses.FakeTensor)
-
-
-class Linear:
-    """A linearized condition: between its products what they need of the compiled gradient is kept."""
-
-    def __init__(self, session: Session, graph: Graph) -> None:
-        self._session, self._graph, self.loss = session, graph, graph.loss
-
-    def transposed(self, v: Leaves) -> Leaves:
-        """(d condition / d inner)' v."""
-        with self._session.inner_only():
-            return self._graph.transposed(v)
-
-    def last(self, v: Leaves) -> tuple[Leaves, PartialLeaves, PartialLeaves]:
-        """The transposed products with v in inner, in outer and in the batch, in one sweep that frees the graph."""
-        return self._graph.last(v)
-
-    def outside(self, v: Leaves) -> tuple[PartialLeaves, PartialLeaves]:
-        """The same without that in inner."""
-        return self._graph.outside(v)
-
-
-class _Use:
-    """One gradient with a graph: what its backward needs besides tensors."""
-
-    def __init__(self, session: Session, bound: Bound, *, numbers: bool, repeated: bool) -> None:
-        self._session, self._bound, self._repeated = session, bound, repeated
-        known = bound.functions.pieces.get("gradient")
-        self.there: list[bool] = [] if known is None else list(known.there[1:])
-        # Where the numbers of the gradient are not asked for, its place in the graph is enough.
-        self._drawn = numbers or repeated or known is None
-        self._kept: list[Tensor] = []
-        self._before: State | None = None
-
-    def forward(self, given: tuple[Tensor, ...]) -> list[Tensor]:
-        """The loss, and the gradients that there are."""
-        before, pieces = Generators(given[0].device).peek(), self._bound.functions.pieces
-        if self._repeated:
-            found, self._kept = self._session.prepare(self._bound, given)
-        elif self._drawn:
-            found = self._session.run(self._bound, "gradient", given)
-        if pieces["prepared" if self._repeated else "gradient"].draws:
-            self._before = before
-        if not self._repeated and not self._drawn:
-            nowhere = given[0].new_zeros(())
-            leaves = zip(given[: len(self.there)], self.there, strict=True)
-            return [nowhere, *(nowhere.expand(leaf.shape) for leaf, there in leaves if there)]
-        self.there = [each is not None for each in found[1:]]
-        return [each for each in found if each is not None]
-
-    def pull(self, given: tuple[Tensor, ...], weights: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The products with weights, in y, x and z; random numbers are those of the forward."""
-        rest = iter(weights)
-        leaves = zip(given[: len(self.there)], self.there, strict=True)
-        every = [next(rest) if there else None for _, there in leaves]
-        full = [torch.zeros_like(y) if w is None else w for y, w in zip(given, every, strict=False)]
-        generators = Generators(given[0].device)
-        now = generators.peek()
-        if self._repeated:
-            return self._session.pull(self._bound, self._kept, given, full, self._before or now)
-        if self._before is not None:
-            generators.set(self._before)
-        found = self._session.run(self._bound, "products", [*given, *full])[1:]
-        if self._before is not None and self._drawn:
-            generators.set(now)
-        return found
-
-
-class _Gradient(torch.autograd.Function):
-    """(y, x, z, other tensors) -> the loss and dg/dy, whose derivative is the compiled products."""
-
-    @staticmethod
-    def forward(ctx: Any, use: _Use, *given: Tensor) -> tuple[Tensor, ...]:
-        found = use.forward(given)
-        ctx.use = use
-        ctx.save_for_backward(*given)
-        ctx.mark_non_differentiable(found[0])
-        ctx.set_materialize_grads(False)
-        return tuple(found)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor | None, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise autodiff.not_twice_differentiable("of a compiled gradient", compiled=True)
-        given = ctx.saved_tensors
-        found = ctx.use.pull(given, weights)
-        return None, *found, *[None] * (len(given) - len(found))

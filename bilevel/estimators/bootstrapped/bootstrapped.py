@@ -15,6 +15,8 @@ papers have no such part.
 The K steps run twice, the first time without a graph, so that any estimator may follow; random numbers are replayed, so
 that z lies ahead of the very y_K that is matched.
 
+Wins: few differentiated steps are to learn what many would do; optimistic targets.
+Fails: as a gradient of F: it is that of a matching loss.
 Reference: Flennerhag et al. 2022, Bootstrapped Meta-Learning, arXiv 2109.04504; 2023, arXiv 2301.03236. Published code
 differs from one another in where the target's last step comes from; here that is the target's choice.
 """
@@ -115,6 +117,10 @@ class Bootstrapped(Estimator):
     def bias(self) -> str:
         own = "the gradient of the matching loss mu(z, y_K(x)) with the target z held fixed, not that of F"
         return f"{own}; {self.estimator.bias}" if self.estimator.bias else own
+
+    @property
+    def unlike_a_layer(self) -> str:
+        return "its estimate is the gradient of a distance to a target"
 
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         oracles = instance.oracles

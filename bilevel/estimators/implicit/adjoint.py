@@ -7,11 +7,14 @@ with H = d c/dy and M v = d/dx <c, v> for the stationarity condition c (dg/dy, a
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bilevel.engine.linearization import Linearization
 from bilevel.engine.oracles import Oracles
+from bilevel.estimators.implicit.base import minus
 from bilevel.linear.base import LinearSolver
 from bilevel.outcome import LinearSolution, Status, code_if, worst
 from bilevel.space import tree
@@ -35,14 +38,25 @@ def adjoint(oracles: Oracles, inner: Tree, steps: int, linear: LinearSolver, sta
     of its residual, the mixed product yields H v as well, and from that the true one.
     """
     outer_loss, b, direct = oracles.outer_gradient(inner)
-    at = oracles.linearize(inner, steps)
+    return solved(oracles, oracles.linearize(inner, steps), (outer_loss, b, direct), linear, start)
+
+
+def solved(
+    oracles: Oracles,
+    at: Linearization,
+    outer: tuple[Tensor, Leaves, PartialLeaves],
+    linear: LinearSolver,
+    start: Leaves | None = None,
+) -> Adjoint:
+    """Solve A' v = b and take the mixed product, for a condition at one point and for (f, b, df/dx)."""
+    outer_loss, b, direct = outer
     found = linear.prepare(at, oracles.space).iterate(b, start)
     if found.sure:
         unmet = code_if(~linear.met(found.residual, b), Status.MAX_STEPS)
         found = dataclasses.replace(found, code=worst(found.code, unmet))
-        return Adjoint(_minus(direct, at.mixed_alone(found.value)), found, outer_loss, at.loss)
+        return Adjoint(minus(direct, at.mixed_alone(found.value)), found, outer_loss, at.loss)
     image, mixed = at.mixed(found.value)
-    relative = linear.true_residual(found.value, image, b, oracles.space)
+    relative = linear.true_residual(found.value, image, b, oracles.space, found.damping)
     del image
     # Where the true residual refuses v (v = 0 comes in its place), what was computed from it goes too.
     accepted = linear.accepted(relative, b).all()
@@ -52,6 +66,7 @@ def adjoint(oracles: Oracles, inner: Tree, steps: int, linear: LinearSolver, sta
     return Adjoint(tree.accumulate(direct, indirect), found, outer_loss, at.loss)
 
 
-def _minus(direct: PartialLeaves, indirect: PartialLeaves) -> PartialLeaves:
-    """The difference, where None is zero."""
-    return tuple(a if b is None else -b if a is None else a - b for a, b in zip(direct, indirect, strict=True))
+def linear_stats(found: LinearSolution) -> dict[str, Any]:
+    """What a linear solve says of itself, for `hg.stats`."""
+    chosen = {} if found.damping is None else {"linear_damping": found.damping}
+    return {"linear_residual": found.residual, "linear_steps": found.steps, **chosen}

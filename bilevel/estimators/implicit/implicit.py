@@ -6,6 +6,8 @@
 | --- | --- | --- | --- | --- |
 | Implicit(linear) | K + 1 | m, the solver's products | 1 | the solver's vectors + one graph; independent of K |
 
+Wins: g is strongly convex in y and K reaches the solution; memory is flat in K.
+Fails: K stops far from the solution, or the Hessian is singular or indefinite there: see the status.
 References: Bengio 2000; Lorraine et al. 2020, arXiv 1911.02590; iMAML, arXiv 1909.04630, is `proximal(problem,
 strength)` with this estimator.
 Differences from peers: the residual is the true one, and an indefinite Hessian is a status. (The mixed product yields
@@ -17,7 +19,7 @@ from typing import Any
 
 from bilevel.engine import spans
 from bilevel.estimators.base import AT_SOLUTION, Estimate, Estimator, Instance
-from bilevel.estimators.implicit.adjoint import adjoint
+from bilevel.estimators.implicit.adjoint import adjoint, linear_stats
 from bilevel.linear.base import LinearSolver
 
 
@@ -29,7 +31,7 @@ class Implicit(Estimator):
         strongly convex inner loss.
 
     Args:
-        linear: solver of the adjoint system: CG, Neumann, Dense.
+        linear: solver of the adjoint system: CG, Neumann, Dense, or one of bilevel.linear.
 
     Memory: independent of K and of the number of products; P-sized vectors of the solver (CG 4 P), one graph, Q for the
         result; linear in T.
@@ -66,6 +68,10 @@ class Implicit(Estimator):
     def bias(self) -> str:
         return "exact at the inner solution; before it, off by |y_K - y*| and by the linear residual"
 
+    @property
+    def adjoint_solver(self) -> LinearSolver:
+        return self.linear
+
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         found = instance.solve()
         with spans.span(spans.HYPERGRADIENT):
@@ -76,5 +82,5 @@ class Implicit(Estimator):
                 at.outer_loss,
                 inner_loss=at.inner_loss if instance.batches.curvature is None else None,
                 codes=[at.linear.code],
-                stats={"linear_residual": at.linear.residual, "linear_steps": at.linear.steps},
+                stats=linear_stats(at.linear),
             )

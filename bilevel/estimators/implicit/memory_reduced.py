@@ -7,6 +7,8 @@
 | --- | --- | --- | --- | --- |
 | MemoryReduced(steps=m) | K + 1 | at most m (warm v: m + 1) | 1 | y, v, r, p, Hp: 5 P + one graph; independent of K |
 
+Wins: a feature extractor is x and a head is y (`Problem.features`); slowly moving x with warm starts.
+Fails: as Implicit: far from the solution, or an indefinite Hessian.
 Reference: Yang, Ma and Yu 2024, arXiv 2412.12030. Differences from the released code: features that do not involve y
 are computed once and without a graph when the problem declares them (`Problem.features`), and the mixed product passes
 them as one plain backward; the code re-runs the extractor with a graph at every inner step, also in its baselines. Warm
@@ -103,6 +105,10 @@ class MemoryReduced(Estimator):
     def _warm(self) -> bool:
         return self.warm_inner or self.warm_adjoint
 
+    @property
+    def adjoint_solver(self) -> CG:
+        return CG(self.steps, self.tol, self.damping)
+
     def estimate(self, instance: Instance, state: WarmStart | None) -> Estimate:
         if not self.cache_features and instance.problem.features is not None:
             instance = dataclasses.replace(instance, problem=_without_features(instance.problem))
@@ -110,8 +116,7 @@ class MemoryReduced(Estimator):
         v0 = tuple(tree.tensors(state.adjoint)) if state is not None and self.warm_adjoint else None
         found = instance.solve(y0)
         with spans.span(spans.HYPERGRADIENT):
-            linear = CG(self.steps, self.tol, self.damping)
-            at = adjoint(instance.oracles, found.inner, found.steps, linear, v0)
+            at = adjoint(instance.oracles, found.inner, found.steps, self.adjoint_solver, v0)
             v = tree.like(found.inner, at.linear.value)
             return instance.finish(
                 found,

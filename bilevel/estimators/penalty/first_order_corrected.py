@@ -22,29 +22,27 @@ What is divided by nu is a sum of differences to one of the sides. A difference 
 of two of each other is exact in any precision, so that a wider type would gain nothing; tests/bilevel/test_stencils.py
 measures it.
 
+Wins: no second derivative is at hand (fused kernels), or there is no memory for one; K reaches the solution.
+Fails: sides that do not come to rest (delta / nu); 16-bit losses leave few digits of a difference.
 References: Chayti and Jaggi 2024, arXiv 2409.03682 (proximal MAML, in which case this is strength (y_-nu - y_nu) /
 (2 nu)); the general form and p > 2 after Chen et al., Faster Gradient Methods for Highly-Smooth Stochastic Bilevel
 Optimization; F2SA is Kwon et al. 2023, A Fully First-Order Method for Stochastic Bilevel Optimization.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel.batches import PerStep
 from bilevel.engine import spans
-from bilevel.engine.oracles import Oracles
-from bilevel.engine.point import At
 from bilevel.estimators.base import Estimate, Estimator, Instance, Path
+from bilevel.estimators.penalty.base import perturbed, plus, times, unbounded
 from bilevel.estimators.penalty.perturbation import Stencil, default_nu, order_of, stencil_of
 from bilevel.estimators.state import State, per_task
 from bilevel.inner.base import InnerSolver
-from bilevel.outcome import Solution, Status, code_if
+from bilevel.outcome import Solution
 from bilevel.space import tree
-from bilevel.space.inner_product import Space
 from bilevel.space.tree import PartialLeaves, Tree
 
 
@@ -142,19 +140,21 @@ class FirstOrderCorrected(Estimator):
         first = _side(instance, solver, stencil.nodes[0] * nu, starts[0])
         inner, sides, steps = first.found.inner, [first.found.inner], first.found.steps
         codes: list[Tensor | int] = [_health(instance, first)]
-        grad = _scaled(stencil.nodes[0] * stencil.weights[0], first.f_x)
+        grad = times(stencil.nodes[0] * stencil.weights[0], first.f_x)
         calm = first.found.grown if stencil.nodes[0] else None  # of the side +nu
         for node, weight, share, begin in zip(*stencil.others, starts[1:], strict=True):
             oracles.generators.set(before)
             side = _side(instance, solver, node * nu, begin)
             with spans.span(spans.HYPERGRADIENT):
                 # The weights sum to 0, the shares to 1: so all is a sum of differences to the first side.
-                apart = tuple(_plus(-1.0, a, b) for a, b in zip(first.g_x, side.g_x, strict=True))
-                grad = tree.accumulate(grad, _scaled(weight / nu, apart))
-                grad = tree.accumulate(grad, _scaled(node * weight, side.f_x))
+                apart = tuple(plus(-1.0, a, b) for a, b in zip(first.g_x, side.g_x, strict=True))
+                grad = tree.accumulate(grad, times(weight / nu, apart))
+                grad = tree.accumulate(grad, times(node * weight, side.f_x))
                 inner = _toward(inner, share, first.found.inner, side.found.inner)
                 codes += [side.found.code, _health(instance, side)]
-                codes.append(_unbounded(oracles.space, first, side, (starts[0], begin), calm))
+                codes.append(
+                    unbounded(oracles.space, first.found, side.found, (starts[0], begin), calm, warm=state is not None)
+                )
                 calm = side.found.grown if calm is None else calm
                 steps += side.found.steps
                 if self.warm_sides:
@@ -190,7 +190,7 @@ def _side(instance: Instance, solver: InnerSolver, nu: float, start: Tree) -> _S
     """Minimize g + nu f from `start` and take both partial derivatives in x there."""
     oracles = instance.oracles
     # (The loss after the last step is that of g alone, which says nothing about what the step on g + nu f gained.)
-    found = dataclasses.replace(instance.solve(start, solver=solver, at=_perturbed(oracles, nu)), promised=None)
+    found = dataclasses.replace(instance.solve(start, solver=solver, at=perturbed(oracles, nu)), promised=None)
     with spans.span(spans.HYPERGRADIENT):
         _, g_x = oracles.inner_gradient_in_outer(found.inner, found.steps)
         _, f_x = oracles.outer_gradient_in_outer(found.inner)
@@ -199,71 +199,6 @@ def _side(instance: Instance, solver: InnerSolver, nu: float, start: Tree) -> _S
 
 def _health(instance: Instance, side: _Side) -> Tensor:
     return instance.health(side.found, side.found.inner, side.found.last_loss)
-
-
-def _unbounded(space: Space, one: _Side, other: _Side, starts: tuple[Tree, Tree], calm: Tensor | None) -> Tensor | int:
-    """UNBOUNDED where a side's gradient has grown while the sides went apart: then it is nu that drove them.
-
-    A side that has a minimum near comes to rest, and its gradient shrinks; in a loop whose steps are too long both
-    sides run away alike. Where nu just cancels the curvature, the gradient neither grows nor shrinks, while that of
-    the side +nu, `calm`, shrinks.
-    """
-
-    def distance(a: Tree, b: Tree) -> Tensor:
-        return space.norm([x - y for x, y in zip(tree.tensors(a), tree.tensors(b), strict=True)])
-
-    if one.found.grown is None or other.found.grown is None:
-        return 0
-    between = distance(one.found.inner, other.found.inner)
-    moved = [distance(side.found.inner, start) for side, start in zip((one, other), starts, strict=True)]
-    apart = between > 0.5 * torch.maximum(*moved)
-    # Beyond rounding: a loop that starts at rest has a gradient of nothing.
-    size = space.norm(tree.tensors(one.found.inner))
-    away = torch.maximum(one.found.grown, other.found.grown) > _RUNAWAY
-    if calm is not None:
-        away = away | ((other.found.grown > _RESTLESS) & (other.found.grown > _ALONE * calm))
-    return code_if(away & apart & (between > 1e-3 * size), Status.UNBOUNDED)
-
-
-_RUNAWAY = 2.0
-"""How many times its first norm the gradient of a perturbed loss must have for its loop to have run away."""
-_RESTLESS, _ALONE = 0.3, 10.0
-"""The part of its first norm that is left of the gradient of a loop that gets nowhere, and how many times the part of
-the side +nu that must be."""
-
-
-def _perturbed(oracles: Oracles, nu: float) -> Callable[[int], At]:
-    """The inner problem of g + nu f."""
-
-    def at(step: int) -> At:
-        def gradient(inner: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
-            loss, g = oracles.inner_gradient(inner, step)
-            if nu == 0:
-                return loss, g
-            # Two graphs one after the other, not one over both losses: the peak stays that of one gradient.
-            # f draws without moving the stream, so that g's draws are those of a side that needs no f.
-            after = oracles.generators.peek()
-            f_loss, f = oracles.outer_gradient_in_inner(inner)
-            oracles.generators.set(after)
-            return loss + nu * f_loss, tuple(_plus(nu, a, b) for a, b in zip(f, g, strict=True))
-
-        def value(inner: Tree, batch: Any) -> Tensor:
-            return oracles.inner_value(inner, batch) + nu * oracles.outer_loss(inner)
-
-        return At(step, oracles.embedding(step).value, gradient, value, oracles.source.along(graph=False))
-
-    return at
-
-
-def _plus(nu: float, f: Tensor | None, g: Tensor | None) -> Tensor | None:
-    """g + nu f, where None is a tensor that a loss does not use."""
-    if f is None:
-        return g
-    return nu * f if g is None else torch.add(g, f, alpha=nu)
-
-
-def _scaled(weight: float, leaves: PartialLeaves) -> PartialLeaves:
-    return tuple(None if leaf is None or weight == 0 else weight * leaf for leaf in leaves)
 
 
 def _toward(total: Tree, share: float, here: Tree, there: Tree) -> Tree:

@@ -4,17 +4,18 @@
 | --- | --- | --- | --- |
 | every iterate | 2 K | K | K S + one tape |
 | segments of shrinking length | about 3 K - sqrt(2 K) | K | sqrt(2 K) S + one tape |
+| c snapshots | K + 1 + t(K, c) | K | (c + 1) S + one tape |
 
-An iterate is kept with the state of the random number generators before its step, so a rebuilt step draws what the
-first pass drew. References: Chen et al. 2016, arXiv 1604.06174. Segments shrink towards the end of the loop (as
-snapshots pile up), which needs sqrt(2 K) iterates at once instead of 2 sqrt(K), and the last one is never recomputed.
+Which ones is a plan's to say (bilevel.estimators.reverse.plans). An iterate is kept with the state of the random number
+generators before its step, so a rebuilt step draws what the first pass drew. References: Chen et al. 2016, arXiv
+1604.06174. Segments shrink towards the end of the loop (as snapshots pile up), which needs sqrt(2 K) iterates at once
+instead of 2 sqrt(K), and the last one is never recomputed.
 
 Offloaded, what is kept waits on the host: of the S numbers an iterate the device holds those of two.
 """
 
+import copy
 import functools
-import itertools
-import math
 from typing import Any
 
 from torch import Tensor
@@ -23,9 +24,12 @@ from bilevel.batches import PerStep
 from bilevel.engine.cotangents import Cotangents, floating
 from bilevel.engine.embedding import Embedding
 from bilevel.engine.offload import Store
+from bilevel.engine.oracles import Oracles
 from bilevel.engine.replay import State
 from bilevel.estimators.base import Instance
 from bilevel.estimators.reverse.growth import Growth
+from bilevel.estimators.reverse.plans import Plan
+from bilevel.estimators.reverse.plans import shrinking as shrinking
 from bilevel.estimators.reverse.terms import Terms
 from bilevel.inner.descent import Descent
 from bilevel.inner.loop import where
@@ -71,8 +75,7 @@ class Checkpoints:
     Args:
         instance: what is solved.
         solver: how many steps of what.
-        starts: the steps at which a segment begins; all of the last segment is kept. Steps before the first are not
-            followed.
+        plan: which iterates are kept.
         masks: the tasks that each step moves; None for all.
         terms: the terms of the outer loss.
         resampled: whether the gradient of each step is differentiated at `Batches.curvature_at` of it.
@@ -83,7 +86,7 @@ class Checkpoints:
         self,
         instance: Instance,
         solver: Descent,
-        starts: list[int],
+        plan: Plan,
         masks: list[Tensor] | None,
         terms: Terms,
         *,
@@ -91,10 +94,10 @@ class Checkpoints:
         offload: bool = False,
     ) -> None:
         oracles = instance.oracles
-        self._oracles, self._starts, self._steps, self._live = oracles, starts, solver.steps, masks
+        self._oracles, self._plan, self._steps, self._live = oracles, plan, solver.steps, masks
         self._terms, self._resampled = terms, resampled
         self._curvature: Embedding | None = None
-        self._snapshots, self._kept = list[_Kept](), list[_Kept]()
+        self._kept, self._wanted = list[tuple[int, _Kept]](), plan.at_first(solver.steps)
         self._initial: list[Tensor] = []
         self._store = Store(leaves=offload)
         self._changed = _IN_PLACE.format(name=type(oracles.dynamics.update or oracles.dynamics).__name__)
@@ -108,15 +111,25 @@ class Checkpoints:
         self._terms.passed(step, inner)
         if step == 0:
             self._initial = floating(state)
-        if step >= self._starts[-1] or step in self._starts:
-            past = self._kept or self._snapshots
-            random = self._oracles.generators.state(past[-1].random if past else None)
+        if step in self._wanted:
+            random = self._oracles.generators.state(self._kept[-1][1].random if self._kept else None)
             # (A user's step may go on with the same dict; the tensors in it are checked to be as they were.)
-            kept = self._put(inner, state, random, needed_next=step == self._steps - 1)
-            (self._kept if step >= self._starts[-1] else self._snapshots).append(kept)
+            self._put(step, inner, state, random, needed_next=step == self._steps - 1)
 
-    def _put(self, inner: Tree, state: Any, random: State, *, needed_next: bool) -> _Kept:
-        return _Kept(self._store, inner, state, random, self._changed, stays=needed_next)
+    def _put(self, step: int, inner: Tree, state: Any, random: State, *, needed_next: bool) -> None:
+        self._kept.append((step, _Kept(self._store, inner, state, random, self._changed, stays=needed_next)))
+
+    @property
+    def end(self) -> None:
+        """No graph leads to its end."""
+        return None
+
+    def facing(self, oracles: Oracles, terms: Terms) -> "Checkpoints":
+        """The same iterates under another outer loss; a pull leaves them where they are."""
+        other = copy.copy(self)
+        other._oracles, other._terms, other._curvature = oracles, terms, None
+        other._kept = list(self._kept)
+        return other
 
     def pull(self, *, to_start: bool) -> tuple[PartialLeaves, Growth]:
         """The cotangents of the outer loss's terms to one of x, along the steps and the start. The iterates are freed.
@@ -124,7 +137,7 @@ class Checkpoints:
         Args:
             to_start: follow it to a start without an init, too, for the figures of `Growth`.
         """
-        oracles, first, terms = self._oracles, self._starts[0], self._terms
+        oracles, first, terms = self._oracles, self._plan.first, self._terms
         growth, cotangents = Growth(oracles.space, self._steps - first), Cotangents([], None)
         if terms.followed(self._steps):
             cotangents.inner = terms.enter(self._steps, self.solution.inner)
@@ -135,51 +148,45 @@ class Checkpoints:
         total: PartialLeaves = (None,) * len(tree.tensors(oracles.attached))
         to_state = first == 0 and bool(self._initial)
         through_init, embedding, pending = oracles.problem.init is not None and first == 0, None, None
-        for begin, stop in reversed(list(itertools.pairwise([*self._starts, self._steps]))):
-            if begin > terms.top:
-                if self._kept:
-                    self._kept.clear()
-                else:
-                    self._snapshots.pop()
+        for step in reversed(range(first, self._steps)):
+            if step > terms.top:
+                if self._kept[-1][0] == step:
+                    self._kept.pop()
                 continue
-            if begin < stop and not self._kept:
-                self._kept = self._recomputed(self._snapshots.pop(), begin, stop)
-            for step in reversed(range(begin, stop)):
-                random, (inner, state) = self._kept[-1].random, self._kept.pop().take()
-                self._fetch_next()
-                if step < terms.top:
-                    oracles.generators.set(random)
-                    made_with = None
-                    if self._resampled:
-                        made_with = self._made_with(inner, step)
-                        oracles.generators.set(fresh)
-                    embedding = self._fresh_embedding(step) if self._resampled else oracles.embedding(step)
-                    cotangents, in_outer, in_batch = self._step_back(
-                        inner,
-                        state,
-                        step,
-                        embedding,
-                        cotangents,
-                        to_inner=step > first or through_init or to_start or to_state,
-                        made_with=made_with,
-                    )
-                    fresh = oracles.generators.peek() if self._resampled else fresh
-                    total = tree.accumulate(total, in_outer)
-                    if shared:
-                        pending = in_batch if pending is None else tree.accumulate(pending, in_batch)
-                    else:
-                        total = tree.accumulate(total, embedding.pull(in_batch))
-                if terms.followed(step):
+            random, inner, state = self._taken(step)
+            if step < terms.top:
+                oracles.generators.set(random)
+                made_with = None
+                if self._resampled:
+                    made_with = self._made_with(inner, step)
                     oracles.generators.set(fresh)
-                    entering = terms.enter(step, inner)
-                    fresh = oracles.generators.peek()
-                    growth.enter(step - first, entering)
-                    known = tuple(cotangents.inner) or (None,) * len(entering)
-                    cotangents.inner = list(tree.accumulate(known, tuple(entering)))
-                    del entering, known
-                del inner, state
-                if growth.wanted(step - first):
-                    growth.look(step - first, cotangents.inner)
+                embedding = self._fresh_embedding(step) if self._resampled else oracles.embedding(step)
+                cotangents, in_outer, in_batch = self._step_back(
+                    inner,
+                    state,
+                    step,
+                    embedding,
+                    cotangents,
+                    to_inner=step > first or through_init or to_start or to_state,
+                    made_with=made_with,
+                )
+                fresh = oracles.generators.peek() if self._resampled else fresh
+                total = tree.accumulate(total, in_outer)
+                if shared:
+                    pending = in_batch if pending is None else tree.accumulate(pending, in_batch)
+                else:
+                    total = tree.accumulate(total, embedding.pull(in_batch))
+            if terms.followed(step):
+                oracles.generators.set(fresh)
+                entering = terms.enter(step, inner)
+                fresh = oracles.generators.peek()
+                growth.enter(step - first, entering)
+                known = tuple(cotangents.inner) or (None,) * len(entering)
+                cotangents.inner = list(tree.accumulate(known, tuple(entering)))
+                del entering, known
+            del inner, state
+            if growth.wanted(step - first):
+                growth.look(step - first, cotangents.inner)
         if pending is not None and embedding is not None:
             total = tree.accumulate(total, embedding.pull(pending))
         if to_state and cotangents.state is not None:
@@ -189,11 +196,15 @@ class Checkpoints:
         oracles.generators.set(fresh)
         return total, growth
 
-    def _fetch_next(self) -> None:
-        """The next to be used begins its way back."""
-        waiting = self._kept or self._snapshots
-        if waiting:
-            waiting[-1].fetch()
+    def _taken(self, step: int) -> tuple[State, Tree, Any]:
+        """What an iterate's step is rebuilt from, and the iterate and the state; no longer kept."""
+        if self._kept[-1][0] != step:
+            self._run_again(step)
+        _, kept = self._kept.pop()
+        inner, state = kept.take()
+        if self._kept:
+            self._kept[-1][1].fetch()  # the next to be used begins its way back
+        return kept.random, inner, state
 
     def _made_with(self, inner: Tree, step: int) -> PartialLeaves | None:
         """The gradient that a step was made with, for an optimizer whose algebra asks what it was."""
@@ -250,34 +261,18 @@ class Checkpoints:
             for leaf in cotangents
         ]
 
-    def _recomputed(self, snapshot: _Kept, begin: int, stop: int) -> list[_Kept]:
-        """The iterates of a segment, from its first."""
-        oracles, kept = self._oracles, [snapshot]
-        oracles.generators.set(snapshot.random)
+    def _run_again(self, stop: int) -> None:
+        """Keep the iterate of a step, and those that the plan wants on the way to it from the last kept one."""
+        oracles, (begin, snapshot) = self._oracles, self._kept[-1]
+        wanted, random = self._plan.again(begin, stop, len(self._kept)), snapshot.random
+        oracles.generators.set(random)
         y, s = snapshot.take()
-        for step in range(begin, stop - 1):
+        for step in range(begin, stop):
             moved, state = oracles.step(y, tree.tree_map(lambda leaf: leaf, s), oracles.point(step))
             if self._live:
                 moved = where(oracles.space, self._live[step], moved, y)
                 state = state if step == 0 else where(oracles.space, self._live[step], state, s)
             y, s = moved, state
-            kept.append(self._put(y, s, oracles.generators.state(kept[-1].random), needed_next=step == stop - 2))
-        return kept
-
-
-def shrinking(count: int) -> list[int]:
-    """Segment lengths M, M-1, ... that add up to `count`, with M as small as possible.
-
-    When segment j is recomputed, j + 1 snapshots and its own iterates are alive: j + (M - j) = M throughout, with M =
-    sqrt(2 count).
-
-    Example:
-        >>> shrinking(10), shrinking(12)
-        ([4, 3, 2, 1], [5, 4, 3])
-    """
-    longest = math.ceil((math.sqrt(8 * count + 1) - 1) / 2)
-    lengths: list[int] = []
-    while count > 0:
-        lengths.append(min(longest - len(lengths), count))
-        count -= lengths[-1]
-    return lengths
+            if step + 1 == stop or step + 1 in wanted:
+                random = oracles.generators.state(random)
+                self._put(step + 1, y, s, random, needed_next=step + 1 == stop)

@@ -6,6 +6,8 @@
 | --- | --- | --- | --- | --- |
 | FirstOrder() | K | 1 | 0 | 2 P + one graph, independent of K |
 
+Wins: a baseline at the cost of plain training; x is the start and steps are few and short.
+Fails: x acts through the inner loss: it sees none of that, and refuses.
 Reference: Finn et al. 2017, arXiv 1703.03400, section 5.2. The bias does not shrink with K or with the step size of the
 outer loop: it takes every factor I - lr H of the ordered product for I, a relative error of order K lr |H|.
 """

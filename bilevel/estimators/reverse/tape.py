@@ -5,6 +5,7 @@
 | Tape | K | K | K tapes of a differentiable step |
 """
 
+import copy
 from typing import Any
 
 from torch import Tensor
@@ -40,7 +41,7 @@ class Tape:
         oracles = instance.oracles
         self._oracles, self._first, self._terms, self._count = oracles, first, terms, solver.steps - first
         self._path = list[tuple[int, Tree]]()
-        self._watch = Watch(oracles.space, interval(self._count))
+        self._watch, self._retain = Watch(oracles.space, interval(self._count)), False
         with spans.span(spans.INNER):
             start = oracles.start() if first > 0 else oracles.differentiable_start()
             self._start = [] if first > 0 or oracles.problem.init is not None else tree.tensors(start)
@@ -57,8 +58,21 @@ class Tape:
         if self._terms.followed(step):
             self._path.append((step, inner))
 
+    @property
+    def end(self) -> Tree:
+        """y_K with its graph."""
+        return self._path[-1][1]
+
+    def facing(self, oracles: Oracles, terms: Terms) -> "Tape":
+        """The same tape under another outer loss; a pull leaves it whole."""
+        other = copy.copy(self)
+        other._oracles, other._terms, other._retain, other._path = oracles, terms, True, list(self._path)
+        self._watch.squares.clear()
+        return other
+
     def pull(self, *, to_start: bool) -> tuple[PartialLeaves, Growth]:
-        """The cotangents of the outer loss's terms to one of x, along the steps and the start. The tape is freed.
+        """The cotangents of the outer loss's terms to one of x, along the steps and the start. The tape is freed,
+        unless it is another's.
 
         Args:
             to_start: follow it to a start without an init, too, for the figures of `Growth`.
@@ -75,7 +89,7 @@ class Tape:
         xs = tree.tensors(self._oracles.attached)
         start = self._start if to_start else []
         with spans.span(spans.HVP, count=self._terms.top - self._first):
-            pulled = autodiff.grad(ends, [*xs, *start], weights)
+            pulled = autodiff.grad(ends, [*xs, *start], weights, retain_graph=self._retain or None)
         del ends, self._start
         growth.look_at_all(self._watch)
         if start:

@@ -9,6 +9,7 @@ A sweep back through the steps adds w_k df/dy(y_k) to the cotangent when it pass
 | each term with w_k not 0 | 1 | one graph, freed |
 """
 
+import copy
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -38,6 +39,13 @@ class Terms:
         self.direct: PartialLeaves = (None,) * len(tree.tensors(oracles.attached))
         self.final: Tensor | None = None
         self._loss: Tensor | None = None
+
+    def facing(self, oracles: Oracles) -> "Terms":
+        """The same terms of another outer loss, of which none was evaluated yet."""
+        other = copy.copy(self)
+        other._oracles, other.final, other._loss = oracles, None, None
+        other.direct = (None,) * len(tree.tensors(oracles.attached))
+        return other
 
     @property
     def loss(self) -> Tensor:

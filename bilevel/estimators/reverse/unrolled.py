@@ -15,6 +15,8 @@ df/dx likewise. With `resampled` a step's VJP takes the derivatives of dg/dy at 
 
 One outer gradient, or one per weight that is not 0 (with keep="graph" each holds its P numbers until the sweep).
 
+Wins: x is the start or a step size, K is far from a solution, or no bias is allowed; "segments" for long loops.
+Fails: memory grows with K; where cotangents grow (an unstable loop), digits are lost, and the status says so.
 References: Maclaurin et al. 2015, arXiv 1502.03492; Franceschi et al. 2017, arXiv 1703.01785; multi-step MAML, arXiv
 2002.07836 (the ordered product of I - alpha H, and its resampling case); MAML++, Antoniou et al. 2019, arXiv 1810.09502
 (the multi-step loss). Differences from peers: one step is split into the
@@ -31,15 +33,15 @@ from typing import Any
 from torch import Tensor
 
 from bilevel.batches import PerStep
-from bilevel.engine import spans
-from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance, Path
+from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance, Path, Recorded
 from bilevel.estimators.reverse import auto
-from bilevel.estimators.reverse.checkpoints import Checkpoints, shrinking
+from bilevel.estimators.reverse.checkpoints import Checkpoints
+from bilevel.estimators.reverse.plans import Segments
+from bilevel.estimators.reverse.plans import shrinking as shrinking
+from bilevel.estimators.reverse.sweep import run
 from bilevel.estimators.reverse.tape import Tape
 from bilevel.estimators.reverse.terms import Terms
 from bilevel.inner.descent import Descent
-from bilevel.outcome import Solution
-from bilevel.space import tree
 
 _KEEPS = ("graph", "iterates", "segments", "auto")
 
@@ -191,49 +193,33 @@ class Unrolled(Estimator):
             clauses.append("the derivatives of the steps are sampled anew, on Batches.curvature")
         return "; ".join(clauses)
 
+    @property
+    def unlike_a_layer(self) -> str:
+        return "" if self.step_weights is None else "with step_weights its outer loss is a sum over the iterates"
+
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         self._check(instance)
         if self.keep == "auto":
             assert self.budget is not None
             return auto.within(self._ways(instance), auto.parsed(self.budget), instance)
-        oracles, dynamics, steps = instance.oracles, instance.solver.dynamics, instance.solver.max_steps
-        learned: Solution | None = None
-        masks: list[Tensor] | None = None
-        if not instance.solver.fixed:
-            # A solver that stops by itself runs once to learn K; then the program is known, whichever way it is kept.
-            oracles.start()
-            if not isinstance(instance.batches.inner, PerStep):
-                oracles.embedding(0)
-            before, moving = oracles.generators.peek(), list[Tensor]()
-            learned = instance.solve(moving=moving.append)
-            steps, masks = learned.steps, moving if instance.tasks is not None else None
-            oracles.generators.set(before)
-        first, program = 0 if self.last is None else max(steps - self.last, 0), Descent(dynamics, steps)
-        terms = Terms(oracles, self.step_weights, steps, first)
-        forward = (
-            Tape(instance, program, first, masks, terms)
-            if self.keep == "graph"
-            else Checkpoints(
-                instance,
-                program,
-                self._starts(first, steps),
-                masks,
-                terms,
-                resampled=self.resampled,
-                offload=self.offload,
-            )
-        )
-        found, forgets = forward.solution, None
-        if learned is not None:
-            found = dataclasses.replace(found, code=learned.code, residual=learned.residual)
-            forgets = learned.code if instance.problem.init is None else None
-            del learned
-        with spans.span(spans.HYPERGRADIENT):
-            indirect, growth = forward.pull(to_start=forgets is not None)
-            grad, stats = tree.accumulate(terms.direct, indirect), dict[str, Any](growth.figures())
-            if self.step_weights is not None:
-                stats |= {"final_outer_loss": terms.final}
-            return instance.finish(found, grad, terms.loss, codes=[growth.code(forgets=forgets)], stats=stats)
+        return self._run(instance).estimate(instance)
+
+    def recorded(self, instance: Instance) -> Recorded | None:
+        if self.keep == "auto":
+            return None
+        self._check(instance)
+        return self._run(instance)
+
+    def _run(self, instance: Instance) -> Recorded:
+        return run(instance, self._trajectory, last=self.last, step_weights=self.step_weights)
+
+    def _trajectory(
+        self, instance: Instance, program: Descent, first: int, masks: list[Tensor] | None, terms: Terms
+    ) -> Tape | Checkpoints:
+        if self.keep == "graph":
+            return Tape(instance, program, first, masks, terms)
+        plan = Segments(tuple(self._starts(first, program.steps)))
+        return Checkpoints(instance, program, plan, masks, terms, resampled=self.resampled, offload=self.offload)
 
     def _ways(self, instance: Instance) -> dict[str, auto.Way]:
         """The choices of keep="auto", with their compute by the table above."""

@@ -88,6 +88,10 @@ class Covariance(Estimator):
     def bias(self) -> str:
         return "of the expectation of f: Monte Carlo noise, and O(step_size) of the chain"
 
+    @property
+    def unlike_a_layer(self) -> str:
+        return "its outer loss is a mean over many iterates"
+
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         temperature = chain_of(self, instance).temperature
         if temperature == 0:

@@ -125,6 +125,10 @@ class Pathwise(Estimator):
         closure = "" if self.closure == "exact" else f", and that of the closure {self.closure!r}"
         return f"of the expectation of f: Monte Carlo noise, O(step_size) of the chain{closure}"
 
+    @property
+    def unlike_a_layer(self) -> str:
+        return "its outer loss is a mean over many iterates"
+
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         dynamics, oracles, steps = chain_of(self, instance), instance.oracles, instance.solver.max_steps
         kept = kept_of("Pathwise", steps, self.burn_in, self.thinning, least=1)

@@ -4,13 +4,24 @@ The conformance matrix, the memory contracts, the oracle counts, the forecasts a
 from here, so a new estimator is one entry. Counts are hand-written: they do not ask the estimator.
 """
 
-from bilevel.testing.catalogue import bootstrapped, forward, implicit, penalty, reverse, single_loop, zeroth_order
+from bilevel.testing.catalogue import (
+    bootstrapped,
+    forward,
+    implicit,
+    penalty,
+    probed,
+    reverse,
+    single_loop,
+    zeroth_order,
+)
 from bilevel.testing.catalogue.entry import GROWTHS as GROWTHS
 from bilevel.testing.catalogue.entry import TARGETS as TARGETS
 from bilevel.testing.catalogue.entry import Calls as Calls
 from bilevel.testing.catalogue.entry import Entry as Entry
+from bilevel.testing.catalogue.entry import Need as Need
 from bilevel.testing.catalogue.entry import Slope as Slope
 from bilevel.testing.catalogue.entry import counts as counts
+from bilevel.testing.catalogue.entry import once as once
 from bilevel.testing.catalogue.quadratic import Quadratic as Quadratic
 from bilevel.testing.catalogue.reverse import unrolled as unrolled
 
@@ -22,6 +33,7 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
     "single loop": single_loop.ENTRIES,
     "zeroth order": zeroth_order.ENTRIES,
     "bootstrapped": bootstrapped.ENTRIES,
+    "probed": probed.ENTRIES,
 }
 """Entries by family, in the order of the docs."""
 ENTRIES = tuple(entry for entries in FAMILIES.values() for entry in entries)

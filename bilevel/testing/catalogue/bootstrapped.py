@@ -22,6 +22,7 @@ ENTRIES = (
         target="program",
         # K + 3 steps to the target, K differentiated ones, and f once more for its direct part.
         calls=lambda steps, products: counts(2 * steps + 3, 2, steps, 0),
+        solves=lambda steps: 2 * steps + 3,
         memory="linear",
         sees=EVERYWHERE,
         bias="the gradient of the matching loss, not of F",

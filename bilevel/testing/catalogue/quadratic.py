@@ -46,44 +46,70 @@ class Quadratic:
 
     @classmethod
     def example(
-        cls, steps: int, *, eigenvalues: tuple[float, ...] = (0.5, 0.8, 1.3, 2.0), seed: int = 0
+        cls,
+        steps: int,
+        *,
+        eigenvalues: tuple[float, ...] = (0.5, 0.8, 1.3, 2.0),
+        outer: int = 3,
+        rate: float = 0.8,
+        seed: int = 0,
     ) -> "Quadratic":
-        """One with the given eigenvalues of H and three outer numbers."""
+        """One with the given eigenvalues of H. Where one is 0, all vectors lie in the range of H."""
         generator, size = torch.Generator().manual_seed(seed), len(eigenvalues)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
         basis = torch.linalg.qr(normal(size, size)).Q
-        H = basis @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ basis.T
-        return cls(H, normal(size, 3), normal(size), normal(3), normal(3), normal(size), 0.4, steps)
+        values = torch.tensor(eigenvalues, dtype=torch.float64)
+        kept = basis @ torch.diag((values != 0).double()) @ basis.T
+        H = basis @ torch.diag(values) @ basis.T
+        C, t, start = kept @ normal(size, outer), kept @ normal(size), kept @ normal(size)
+        return cls(H, C, t, normal(outer), normal(outer), start, rate, steps)
 
-    def posed(self, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-        """The arguments of `bilevel.hypergradient` but for the estimator: trees of several tensors."""
-        H, C, t, d = (each.to(dtype) for each in (self.H, self.C, self.t, self.d))
+    def posed(self, dtype: torch.dtype = torch.float64, tasks: int | None = None) -> dict[str, Any]:
+        """The arguments of `bilevel.hypergradient` but for the estimator: trees of several tensors.
+
+        With tasks, task i is `of_task(i)`.
+        """
+        H, C, d = (each.to(dtype) for each in (self.H, self.C, self.d))
 
         def joined(tree: dict[str, Tensor]) -> Tensor:
-            return torch.cat([tree["a"].reshape(-1), tree["b"]])
+            return torch.cat([leaf.reshape(-1) for leaf in tree.values()])
+
+        def split(vector: Tensor) -> dict[str, Tensor]:
+            parts = {"a": vector[:2].reshape(-1, 1).to(dtype), "b": vector[2:].to(dtype)}
+            return {name: part for name, part in parts.items() if part.numel()}
 
         def inner_loss(y: Any, x: Any, batch: Any) -> Tensor:
             z = joined(y)
             return z @ H @ z / 2 - z @ C @ joined(x)
 
         def outer_loss(y: Any, x: Any, batch: Any) -> Tensor:
-            return (joined(y) - t).square().sum() / 2 + d @ joined(x)
+            return (joined(y) - batch).square().sum() / 2 + d @ joined(x)
 
+        targets, start = self.t.to(dtype), split(self.start)
+        marker = torch.zeros((), dtype=dtype)
+        if tasks is not None:
+            targets = torch.stack([self.of_task(i).t for i in range(tasks)]).to(dtype)
+            start = {name: leaf.expand(tasks, *leaf.shape) for name, leaf in start.items()}
+            marker = marker.expand(tasks)
         return {
             "problem": bl.Problem(inner_loss, outer_loss),
-            "outer": {"a": self.x[:1].to(dtype), "b": self.x[1:].to(dtype)},
-            "inner": {"a": self.start[:2].reshape(2, 1).to(dtype), "b": self.start[2:].to(dtype)},
-            "batches": bl.Batches(None, None),
+            "outer": split(self.x),
+            "inner": start,
+            "batches": bl.Batches(marker, targets),
             "solver": bl.Descent(bl.SGD(self.rate), self.steps),
         }
+
+    def of_task(self, task: int) -> "Quadratic":
+        """The same with another target."""
+        return dataclasses.replace(self, t=(1 + task) * self.t)
 
     @functools.cached_property
     def solution(self) -> Tensor:
         """y*."""
-        return torch.linalg.solve(self.H, self.C @ self.x)
+        return torch.linalg.pinv(self.H) @ self.C @ self.x
 
     @functools.cached_property
     def last(self) -> Tensor:
@@ -110,7 +136,7 @@ class Quadratic:
 
     def implicit(self, y: Tensor) -> Tensor:
         """The implicit hypergradient at y."""
-        return self.gradient(torch.linalg.inv(self.H), y)
+        return self.gradient(torch.linalg.pinv(self.H), y)
 
     def mapped(self, function: Any) -> Tensor:
         """function(h) of H's eigenvalues, as a matrix: a bias that scales each direction of curvature."""

@@ -1,7 +1,7 @@
 """Reverse mode through the steps that were taken."""
 
 import bilevel as bl
-from bilevel.estimators.reverse.checkpoints import shrinking
+from bilevel.estimators.reverse.plans import advances, shrinking
 from bilevel.testing.catalogue.entry import EVERYWHERE, Calls, Entry, counts
 
 
@@ -50,6 +50,14 @@ ENTRIES = (
     unrolled("segments", "segments"),
     unrolled("segments of 3", "segments", segment=3),
     unrolled("segments last 4", "segments", last=4),
+    Entry(
+        "revolve",
+        bl.estimators.Revolve(snapshots=8),
+        target="program",
+        calls=lambda steps, products: counts(advances(steps, 8) + bool(steps) + steps, 1, steps, 0),
+        memory="constant",
+        sees=EVERYWHERE,
+    ),
     Entry(
         "first order",
         bl.FirstOrder(),

@@ -34,6 +34,7 @@ import bilevel as bl
 from bilevel_profiling.baselines.baseline import Baseline, Function
 from bilevel_profiling.cases import builtin as cases
 from bilevel_profiling.cases import engines as named_engines
+from bilevel_profiling.cases import library
 from bilevel_profiling.cases.case import OuterOptimizer, Setup, adam, name_of
 
 MOVES: tuple[type, ...] = (bl.Optimizer, bl.InnerSolver, *filter(None, [getattr(bl.inner, "Dynamics", None)]))
@@ -215,12 +216,14 @@ def load(source: str) -> Definition:
 
 def given(setup: Setup | str, **overrides: Any) -> Definition:
     """The case of a `setup` function, or of a name or path, with what the caller wants otherwise; `baselines` come
-    beside the case's own, `engines` may be names.
+    beside the case's own, `engines` may be names, `estimators` may be "all": the case's own and the library's.
     """
     known = {name: value for name, value in overrides.items() if value is not None}
     case = load(setup) if isinstance(setup, str) else None
     if isinstance(known.get("engines"), (list, tuple)):
         known["engines"] = named_engines.named(known["engines"], {} if case is None else case.engines)
+    if known.get("estimators") == library.ALL:
+        known["estimators"] = library.every(default_estimators() if case is None else case.estimators)
     if not isinstance(setup, str):
         return Definition(**{"name": name_of(setup), "setup": setup, **known})
     assert case is not None, "a name or a path was loaded"

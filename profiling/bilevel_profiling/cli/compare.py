@@ -32,7 +32,8 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
         "--estimators",
         type=types.labels,
         metavar="A,B",
-        help="only these, by their labels in the case, separated by commas; default: all",
+        help="only these, by their labels in the case, separated by commas; 'all': its own and every estimator of the "
+        "library; default: its own",
     )
     add(
         "--baselines",
@@ -133,6 +134,7 @@ def run(options: argparse.Namespace) -> int:
     """Do it."""
     # Here and not above: torch takes seconds to load, and --help and show do without it.
     from bilevel_profiling.baselines import packages
+    from bilevel_profiling.cases import library
     from bilevel_profiling.comparison.plan import Plan, Settings
     from bilevel_profiling.comparison.work import Comparison
 
@@ -146,7 +148,10 @@ def run(options: argparse.Namespace) -> int:
             command=options.command,
             **{name: getattr(options, name) for name in _SETTINGS},
         )
-        plans = [Plan(case, known, options.estimators) for case in options.cases]
+        labels = options.estimators
+        if labels == [library.ALL]:
+            known["estimators"], labels = library.ALL, None
+        plans = [Plan(case, known, labels) for case in options.cases]
         comparison = Comparison(plans, options.out, settings, progress.chosen())
     except (ValueError, TypeError, ImportError) as error:
         return wrong(str(error))

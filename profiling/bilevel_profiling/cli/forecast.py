@@ -15,6 +15,7 @@ from bilevel_profiling.comparison import progress
 from bilevel_profiling.records.record import Record
 
 if TYPE_CHECKING:
+    from bilevel.testing import Need
     from bilevel_profiling.cases.case import Case
     from bilevel_profiling.cases.case_file import Definition
     from bilevel_profiling.forecasting import Fit
@@ -112,10 +113,19 @@ def add_case(parser: argparse.ArgumentParser) -> None:
         help="a parameter of the case's setup(), such as width=2048",
     )
     add(
+        "--lacks",
+        type=lacking,
+        default=(),
+        metavar="A,B",
+        help="with --budget: what the problem does not have: second-derivatives, solution (the inner steps do not "
+        "reach it), definite (a positive definite inner Hessian)",
+    )
+    add(
         "--estimators",
         type=types.labels,
         metavar="A,B",
-        help="only these, by their labels in the case, separated by commas; default: all",
+        help="only these, by their labels in the case, separated by commas; 'all': its own and every estimator of the "
+        "library; default: its own",
     )
     add(
         "--engine",
@@ -134,6 +144,17 @@ def add_case(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="given to the case's setup() (default 0)")
 
 
+def lacking(text: str) -> "tuple[Need, ...]":
+    """What a problem lacks, by the names of `bilevel.testing.Need` in lower case."""
+    from bilevel.testing import Need
+
+    known = {need.name.lower().replace("_", "-"): need for need in Need}
+    asked = types.labels(text)
+    if unknown := [name for name in asked if name not in known]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is none of {', '.join(known)}")
+    return tuple(known[name] for name in asked)
+
+
 def defined(options: argparse.Namespace) -> "Definition":
     """The case as the options want it.
 
@@ -142,6 +163,7 @@ def defined(options: argparse.Namespace) -> "Definition":
     """
     import inspect
 
+    from bilevel_profiling.cases import library
     from bilevel_profiling.cases.case_file import CaseError, load
     from bilevel_profiling.cases.engines import named
 
@@ -156,12 +178,15 @@ def defined(options: argparse.Namespace) -> "Definition":
             raise CaseError(f"case {found.name} has no parameter {name!r}: {has}")
     if found.baselines:
         say(f"baselines are left out, because they need real numbers: {', '.join(found.baselines)}")
-    unknown = [label for label in options.estimators or () if label not in found.estimators]
+    asked = options.estimators
+    if asked == [library.ALL]:
+        found, asked = dataclasses.replace(found, estimators=library.every(found.estimators)), None
+    unknown = [label for label in asked or () if label not in found.estimators]
     if unknown:
         raise CaseError(
             f"there is no estimator {' or '.join(map(repr, unknown))}: {found.name} has {', '.join(found.estimators)}"
         )
-    labels = options.estimators or list(found.estimators)
+    labels = asked or list(found.estimators)
     try:
         engines = found.engines if options.engine is None else named(options.engine, found.engines)
     except ValueError as error:
@@ -288,7 +313,9 @@ def _print_budget(
     print_rows(
         f"largest K in {sizes.text(options.budget)}", ["estimator", "largest K", ""], largest, stderr=options.json
     )
-    chosen = recommend(cases[-1], options.budget, estimators=definition.estimators, on=options.on or "a100")
+    chosen = recommend(
+        cases[-1], options.budget, estimators=definition.estimators, lacks=options.lacks, on=options.on or "a100"
+    )
     advice = [[str(place), each.label, each.sentence] for place, each in enumerate(chosen, start=1)]
     steps = cases[-1].solver.max_steps
     engine = f", engine {cases[-1].engine_name}" if cases[-1].engine_name else ""

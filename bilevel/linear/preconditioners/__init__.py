@@ -1,0 +1,1 @@
+"""Maps near the inverse of an operator, for CG and MINRES."""
