@@ -17,6 +17,9 @@ ZERO = torch.zeros(6, dtype=D)
 BACKWARD = {
     "Dense": bl.Implicit(bl.Dense()),
     "Neumann": bl.Implicit(bl.Neumann(600, step_size=1.0)),
+    "GMRES": bl.Implicit(bl.linear.GMRES(tol=1e-10)),
+    "BiCGSTAB": bl.Implicit(bl.linear.BiCGSTAB(50, tol=1e-10)),
+    "NormalCG": bl.Implicit(bl.linear.NormalCG(50, tol=1e-10)),
     "Unrolled": bl.Unrolled("segments"),
 }
 
