@@ -145,6 +145,8 @@ LIBRARY = House(
     alternatives={"optim", "linear", "inner", "estimators", "tasks", "outer"},
     shared={
         "estimators.implicit.adjoint",
+        "inner.history",
+        "inner.search.armijo",  # what Newton's method does without being told
         "linear.operator",
         "linear.preconditioned",
         "linear.sketch",

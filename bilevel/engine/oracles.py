@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bilevel.batches import Batches, PerStep
 from bilevel.engine import autodiff, partials, spans, twice
+from bilevel.engine.along import Hessian
 from bilevel.engine.base import Derivatives, Losses
 from bilevel.engine.cotangents import Cotangents
 from bilevel.engine.eager import Eager
@@ -190,6 +191,7 @@ class Oracles:
             self.inner_value,
             self.source.along(graph=False),
             self._outer_numbers,
+            self._curvature,
         )
 
     def differentiable_point(self, step: int, embedded: Any) -> At:
@@ -201,6 +203,7 @@ class Oracles:
             self.differentiable_value,
             self.source.along(graph=True),
             self._outer_direction,
+            self._differentiable_curvature,
         )
 
     def begin_vjp(self, cotangents: Cotangents) -> PartialLeaves:
@@ -255,6 +258,24 @@ class Oracles:
                 self.generators.set(before)
             loss, gradient = self.engine.differentiable_gradient(function, inner, self.attached, batch, numbers=numbers)
             return loss, used(gradient)
+
+    def _curvature(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves, Hessian]:
+        """g, dg/dy and the products with d2g/dy2, without a graph."""
+        y = tree.attach(inner)
+        loss, gradient = self.differentiable_gradient(y, embedded)
+        numbers = tuple(None if leaf is None else leaf.detach() for leaf in gradient)
+        return loss, numbers, Hessian(tree.tensors(y), gradient, graph=False)
+
+    def _differentiable_curvature(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves, Hessian]:
+        """The same of arguments as they come, with a graph: third derivatives of g."""
+        if self.engine.pure:
+            raise ValueError(
+                "a step by second derivatives of the inner loss is to be differentiated, which takes third ones, and "
+                "a compiled gradient has no more than two. Take engine=bilevel.Eager(), or Implicit with a linear "
+                "solver, which differentiates the solution"
+            )
+        loss, gradient = self.differentiable_gradient(inner, embedded)
+        return loss, gradient, Hessian(tree.tensors(inner), gradient, graph=True)
 
     def _stated(self, function: Losses, outer: Tree, embedded: Any) -> tuple[Losses, Any]:
         """g and its batch as the engine wants them: for one whose work outlives the call, without anything of it."""
