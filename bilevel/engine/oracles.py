@@ -15,7 +15,6 @@ H = d stationarity / dy (d2g/dy2 for gradient methods), M v = d/dx <stationarity
 x, attached once, the batches as the losses receive them, and the engine that computes.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ from bilevel.engine.linearization import Linearization
 from bilevel.engine.point import At
 from bilevel.engine.refusals import check_step, restless, step_of, used
 from bilevel.engine.replay import Generators, State
-from bilevel.engine.step_back import StepBack
+from bilevel.engine.step_back import StepBack, begin_back
 from bilevel.engine.step_forward import Pushed, StepForward
 from bilevel.inner.dynamics import Dynamics
 from bilevel.problem import Problem, Pulled, distance
@@ -79,26 +78,9 @@ class Oracles:
         self.generators = Generators(tree.tensors(outer)[0].device)
         # (It must not hold an embedding: such a cycle would keep every call's tensors until a collection.)
         self.source = Source(self.evaluation, self.generators, self.x, self.attached)
-        self._shared: Any = None if isinstance(batches.inner, PerStep) else Unset
+        self.shared: Any = None if isinstance(batches.inner, PerStep) else Unset
         self._start: Tree | None = inner
         self._before_start: State | None = None
-
-    # --- the same instance, seen once more
-
-    def facing(self, batches: Batches, engine: Derivatives | None) -> "Oracles":
-        """The same with other data of the outer loss: what was drawn and made at the start stays."""
-        other = copy.copy(self)
-        other.batches, other.engine = batches, engine or Eager().open()
-        return other
-
-    def connected(self, attached: Tree) -> "Oracles":
-        """The same with `attached`, which may have a graph, in the place of the attached x; eager."""
-        other = copy.copy(self)
-        other.attached, other.engine = attached, Eager().open()
-        other.source = Source(self.evaluation, self.generators, self.x, attached)
-        if isinstance(self._shared, Embedding):
-            other._shared = self._shared.moved(other.source)
-        return other
 
     # --- where y begins
 
@@ -154,21 +136,21 @@ class Oracles:
 
     def embedding(self, step: int) -> Embedding:
         """The embedded inner batch of a step: made once when every step sees the same batch."""
-        if isinstance(self._shared, Embedding):
-            return self._shared
+        if isinstance(self.shared, Embedding):
+            return self.shared
         made = Embedding(self.source, self.batches.inner_at(step))
-        self._shared = made if self._shared is Unset else None
+        self.shared = made if self.shared is Unset else None
         return made
 
     def differentiable_embedding(self, step: int) -> Any:
         """The embedded inner batch of a step with its graph in the attached x; shared likewise."""
         batch = self.batches.inner_at(step)
-        if isinstance(self._shared, Embedding):
-            return self._shared.again()
+        if isinstance(self.shared, Embedding):
+            return self.shared.again()
         before = self.generators.peek() if self.problem.features is not None else None
         value = self.evaluation.embed(self.attached, batch)
-        if self._shared is Unset:
-            self._shared = Embedding(self.source, batch, made=(before, tree.detach(value)))
+        if self.shared is Unset:
+            self.shared = Embedding(self.source, batch, made=(before, tree.detach(value)))
         return value
 
     # --- the inner problem
@@ -204,19 +186,7 @@ class Oracles:
 
     def begin_vjp(self, cotangents: Cotangents) -> PartialLeaves:
         """Pull cotangents of the first state back to x, and add what reaches y_0 to those of y_0."""
-        y = tree.attach(self.start())
-        leaves = tree.flatten(self.dynamics.init(y, self.attached))[0]
-        pairs = [
-            (leaf, weight)
-            for leaf, weight in zip(leaves, cotangents.state or (), strict=True)
-            if weight is not None and leaf.requires_grad
-        ]
-        cotangents.state, ys = None, tree.tensors(y)
-        if not pairs:
-            return (None,) * len(tree.tensors(self.attached))
-        pulled = autodiff.grad([leaf for leaf, _ in pairs], [*ys, *tree.tensors(self.attached)], [w for _, w in pairs])
-        cotangents.inner = list(tree.accumulate(tuple(cotangents.inner), pulled[: len(ys)]))
-        return pulled[len(ys) :]
+        return begin_back(self.dynamics, self.start(), self.attached, cotangents)
 
     def step(self, inner: Tree, state: Any, at: At) -> tuple[Tree, Any]:
         """One step of the dynamics, without a graph.
@@ -292,15 +262,15 @@ class Oracles:
     def inner_gradient_in_outer(self, inner: Tree, steps: int) -> tuple[Tensor, PartialLeaves]:
         """g and dg/dx at a fixed solution (None where x does not enter g)."""
         step = max(steps - 1, 0)
-        shared = isinstance(self._shared, Embedding)
-        batch = self._shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
+        shared = isinstance(self.shared, Embedding)
+        batch = self.shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
         return self._in_outer(spans.INNER_GRADIENT, self.inner, inner, batch)
 
     def inner_gradients(self, inner: Tree, steps: int) -> tuple[Tensor, PartialLeaves, PartialLeaves]:
         """g, dg/dy and dg/dx at a point, on the batch of the last of `steps` steps (None where they do not enter)."""
         step = max(steps - 1, 0)
-        shared = isinstance(self._shared, Embedding)
-        batch = self._shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
+        shared = isinstance(self.shared, Embedding)
+        batch = self.shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
         with spans.span(spans.INNER_GRADIENT):
             y = tree.attach(inner)
             value, ys = self.inner(y, self.attached, batch), tree.tensors(y)
@@ -410,7 +380,7 @@ class Oracles:
         """One step with its derivative, on a batch of `differentiable_embedding`; `drawn` is the generators' state
         before that was made. Raises ValueError where products forward and backward disagree.
         """
-        known, made = self.problem.memo.setdefault("forward", []), self._shared
+        known, made = self.problem.memo.setdefault("forward", []), self.shared
         if not isinstance(made, Embedding):
             made = Embedding(self.source, self.batches.inner_at(step), (drawn, tree.detach(embedded)))
         return StepForward(self, known).step(inner, state, self._point(step, made), embedded, made)
