@@ -104,7 +104,8 @@ LIBRARY = House(
         {"engine.step_back", "engine.step_forward"},
         {"engine.oracles"},
         {"engine.maps", "engine.gauss_newton"},
-        {"engine.implied", "estimators.state"},
+        {"engine.again"},
+        {"engine.implied", "estimators.state", "estimators.known"},
         {"estimators.base"},
         {
             "estimators.paths",

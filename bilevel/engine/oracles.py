@@ -16,7 +16,6 @@ H = d stationarity / dy (d2g/dy2 for gradient methods), M v = d/dx <stationarity
 x, attached once, the batches as the losses receive them, and the engine that computes.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,26 +80,9 @@ class Oracles:
         self.generators = Generators(tree.tensors(outer)[0].device)
         # (It must not hold an embedding: such a cycle would keep every call's tensors until a collection.)
         self.source = Source(self.evaluation, self.generators, self.x, self.attached)
-        self._shared: Any = None if isinstance(batches.inner, PerStep) else Unset
+        self.shared: Any = None if isinstance(batches.inner, PerStep) else Unset
         self._start: Tree | None = inner
         self._before_start: State | None = None
-
-    # --- the same instance, seen once more
-
-    def facing(self, batches: Batches, engine: Derivatives | None) -> "Oracles":
-        """The same with other data of the outer loss: what was drawn and made at the start stays."""
-        other = copy.copy(self)
-        other.batches, other.engine = batches, engine or Eager().open()
-        return other
-
-    def connected(self, attached: Tree) -> "Oracles":
-        """The same with `attached`, which may have a graph, in the place of the attached x; eager."""
-        other = copy.copy(self)
-        other.attached, other.engine = attached, Eager().open()
-        other.source = Source(self.evaluation, self.generators, self.x, attached)
-        if isinstance(self._shared, Embedding):
-            other._shared = self._shared.moved(other.source)
-        return other
 
     # --- where y begins
 
@@ -156,21 +138,21 @@ class Oracles:
 
     def embedding(self, step: int) -> Embedding:
         """The embedded inner batch of a step: made once when every step sees the same batch."""
-        if isinstance(self._shared, Embedding):
-            return self._shared
+        if isinstance(self.shared, Embedding):
+            return self.shared
         made = Embedding(self.source, self.batches.inner_at(step))
-        self._shared = made if self._shared is Unset else None
+        self.shared = made if self.shared is Unset else None
         return made
 
     def differentiable_embedding(self, step: int) -> Any:
         """The embedded inner batch of a step with its graph in the attached x; shared likewise."""
         batch = self.batches.inner_at(step)
-        if isinstance(self._shared, Embedding):
-            return self._shared.again()
+        if isinstance(self.shared, Embedding):
+            return self.shared.again()
         before = self.generators.peek() if self.problem.features is not None else None
         value = self.evaluation.embed(self.attached, batch)
-        if self._shared is Unset:
-            self._shared = Embedding(self.source, batch, made=(before, tree.detach(value)))
+        if self.shared is Unset:
+            self.shared = Embedding(self.source, batch, made=(before, tree.detach(value)))
         return value
 
     # --- the inner problem
@@ -318,8 +300,8 @@ class Oracles:
 
     def _last_batch(self, steps: int, *, apart: bool = False) -> Any:
         """The embedded batch of the last of `steps` steps, with its graph in the attached x."""
-        if isinstance(self._shared, Embedding) and (self.batches.curvature is None or not apart):
-            return self._shared.again()
+        if isinstance(self.shared, Embedding) and (self.batches.curvature is None or not apart):
+            return self.shared.again()
         at = self.batches.curvature_at if apart else self.batches.inner_at
         return self.evaluation.embed(self.attached, at(max(steps - 1, 0)))
 
@@ -425,7 +407,7 @@ class Oracles:
         """One step with its derivative, on a batch of `differentiable_embedding`; `drawn` is the generators' state
         before that was made. Raises ValueError where products forward and backward disagree.
         """
-        known, made = self.problem.memo.setdefault("forward", []), self._shared
+        known, made = self.problem.memo.setdefault("forward", []), self.shared
         if not isinstance(made, Embedding):
             made = Embedding(self.source, self.batches.inner_at(step), (drawn, tree.detach(embedded)))
         return StepForward(self, known).step(inner, state, self._point(step, made), embedded, made)
