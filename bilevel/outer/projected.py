@@ -58,7 +58,7 @@ class Projected(torch.optim.Optimizer):
     # (torch's base class sets these, and reads them everywhere.)
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """Those of the optimizer."""
         return self.optimizer.param_groups
 

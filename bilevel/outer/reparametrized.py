@@ -224,7 +224,12 @@ class _Through:
 def _wrapped(function: Any, maps: Maps, place: int) -> Any:
     if function is None:
         return None
-    if dataclasses.is_dataclass(function) and hasattr(function, "inner_loss") and hasattr(function, "init"):
+    if (
+        dataclasses.is_dataclass(function)
+        and not isinstance(function, type)
+        and hasattr(function, "inner_loss")
+        and hasattr(function, "init")
+    ):
         # What `proximal` made of an inner loss: the oracles know it, and evaluate its start themselves.
         parts = {"inner_loss": _Through(function.inner_loss, maps, 1), "init": _Through(function.init, maps, 0)}
         return dataclasses.replace(function, **parts)
