@@ -254,7 +254,8 @@ class Transposed:
         difference, size = torch.stack(differences), torch.stack(sizes)
         # (What cancels to rounding in one of them is as large as rounding of the others.)
         allowed = min(0.3, 50 * eps**0.5) * size + 1e3 * eps * size.sum()
-        return not readable(difference) or not bool((difference > allowed).any())
+        apart = (difference > allowed).any()
+        return not readable(apart) or not bool(apart)
 
 
 def _dot(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> Tensor:

@@ -137,7 +137,7 @@ def few():
 
 def setup_of(entry):
     """A problem that the estimator of an entry can see and hold."""
-    if entry.linear_in_outer:
+    if entry.few_outer:
         return few
     if entry.quadratic_in_inner:
         return small

@@ -36,7 +36,7 @@ FORMULAS = {
 def formula(name, steps):
     """What the entry of that name promises of so many steps."""
     entry = FORMULAS[name]
-    return entry.calls(steps, P if entry.quadratic_in_inner else Q if entry.linear_in_outer else M)
+    return entry.calls(steps, P if entry.quadratic_in_inner else Q if entry.few_outer else M)
 
 
 def run(estimator, solver, state=None, problem=None):

@@ -177,10 +177,11 @@ class _Carrying:
             return Tangent(z, states([*z, *e]))
 
         if self._watched:
-            seed, no = torch.Generator(device="cpu").manual_seed(0), [None] * len(xs)
+            seed, no, before = torch.Generator(device="cpu").manual_seed(0), [None] * len(xs), oracles.generators.peek()
             z: list[Tensor | None] = [
                 torch.randn(leaf.shape, generator=seed, dtype=torch.float64).to(leaf) for leaf in tree.tensors(inner)
             ]
+            oracles.generators.set(before)  # (without data, torch draws from the global generator all the same)
             self.growth.enter(self._steps, z)
             self._probe = begun(z, list(no))
         if self._carried is not None:
