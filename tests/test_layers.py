@@ -83,6 +83,7 @@ LIBRARY = House(
             "engine.lookup",
             "engine.base",
             "engine.cotangents",
+            "engine.starts",
             "problem",
             "functional",
         },

@@ -165,3 +165,18 @@ def _floating(function: Callable[..., Any]) -> Callable[..., list[Tensor]]:
 
 def _name(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", type(function).__name__)
+
+
+def curvature(
+    gradient: Callable[[Tree], tuple[Tensor, PartialLeaves]], inner: Tree
+) -> tuple[Tensor, PartialLeaves, Hessian]:
+    """A loss, its gradient and the products with its Hessian at a point, without a graph, of a differentiable
+    gradient.
+    """
+    y = tree.attach(inner)
+    loss, found = gradient(y)
+    return (
+        loss,
+        tuple(None if leaf is None else leaf.detach() for leaf in found),
+        Hessian(tree.tensors(y), found, graph=False),
+    )

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from bilevel.batches import Batches, PerStep
-from bilevel.engine import autodiff, partials, spans, twice
-from bilevel.engine.along import Hessian
+from bilevel.engine import autodiff, partials, spans, starts, twice
+from bilevel.engine.along import Hessian, curvature
 from bilevel.engine.base import Derivatives, Losses
 from bilevel.engine.cotangents import Cotangents
 from bilevel.engine.eager import Eager
@@ -32,7 +32,7 @@ from bilevel.engine.embedding import Embedding, Source, Unset
 from bilevel.engine.evaluation import Evaluation, Pure
 from bilevel.engine.linearization import Linearization
 from bilevel.engine.point import At
-from bilevel.engine.refusals import check_step, restless, step_of, used
+from bilevel.engine.refusals import THIRD, check_step, restless, step_of, used
 from bilevel.engine.replay import Generators, State
 from bilevel.engine.step_back import StepBack, pull_begin
 from bilevel.engine.step_forward import Pushed, StepForward
@@ -91,33 +91,21 @@ class Oracles:
         if self._start is None:
             self._before_start = self.generators.peek()
             batch = self.batches.inner_at(0)
-            self._start = self._dense(self.evaluation.without_graph(self.evaluation.start, self.x, batch))
+            self._start = self.evaluation.without_graph(self.evaluation.start, self.x, batch)
+            self._start = starts.dense(self._start) if self.engine.pure else self._start
         return self._start
-
-    def _dense(self, start: Tree) -> Tree:
-        """A start that is x for every task is one tensor expanded: for an engine that compiles, other code than that
-        for the next steps.
-        """
-        if not self.engine.pure:
-            return start
-        return tree.tree_map(lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf, start)
 
     def differentiable_start(self) -> Tree:
         """y_0 with its graph in the attached x, or as a graph leaf where there is no init."""
         if self.problem.init is None:
             return tree.attach(self.start())
         self.start()
-        start = self._dense(self._replayed_start())
-        # init may return x itself, or one tensor twice: every leaf gets a node of its own.
-        return tree.tree_map(
-            lambda leaf: leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_(), start
-        )
+        start = self._replayed_start()
+        return starts.with_nodes(starts.dense(start) if self.engine.pure else start)
 
     def start_vjp(self, cotangents: Sequence[Tensor | None]) -> PartialLeaves:
         """d<y_0(x), cotangents>/dx; None where x does not enter init. Draws what the start drew."""
-        leaves = tree.tensors(self._replayed_start())
-        pairs = [(leaf, weight) for leaf, weight in zip(leaves, cotangents, strict=True) if weight is not None]
-        return autodiff.grad([leaf for leaf, _ in pairs], tree.tensors(self.attached), [weight for _, weight in pairs])
+        return starts.pull(self._replayed_start(), cotangents, self.attached)
 
     def _anchor(self, outer: Tree) -> Tree:
         """y_0 as a function of x: what a proximal term pulls to."""
@@ -243,19 +231,12 @@ class Oracles:
 
     def _curvature(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves, Hessian]:
         """g, dg/dy and the products with d2g/dy2, without a graph."""
-        y = tree.attach(inner)
-        loss, gradient = self.differentiable_gradient(y, embedded)
-        numbers = tuple(None if leaf is None else leaf.detach() for leaf in gradient)
-        return loss, numbers, Hessian(tree.tensors(y), gradient, graph=False)
+        return curvature(lambda y: self.differentiable_gradient(y, embedded), inner)
 
     def _differentiable_curvature(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves, Hessian]:
         """The same of arguments as they come, with a graph: third derivatives of g."""
         if self.engine.pure:
-            raise ValueError(
-                "a step by second derivatives of the inner loss is to be differentiated, which takes third ones, and "
-                "a compiled gradient has no more than two. Take engine=bilevel.Eager(), or Implicit with a linear "
-                "solver, which differentiates the solution"
-            )
+            raise ValueError(THIRD)
         loss, gradient = self.differentiable_gradient(inner, embedded)
         return loss, gradient, Hessian(tree.tensors(inner), gradient, graph=True)
 
