@@ -357,9 +357,8 @@ def _separable(dtype: torch.dtype, estimator: bl.Estimator) -> Probe:
         lambda y, x, b: (y - b).square().sum() + x.square().sum(),
         init=(lambda x, b: x + 1) if started and bl.Path.START in estimator.sees else None,
     )
-    if problem.init is None and started:
-        return Probe("256 numbers", problem, x, y.cos(), batches, frozenset({bl.Path.OUTER_LOSS}))
-    return Probe("256 numbers", problem, x, None if problem.init else y.cos(), batches, frozenset())
+    seen = frozenset({bl.Path.OUTER_LOSS}) if problem.init is None and started else frozenset[bl.Path]()
+    return Probe("256 numbers", problem, x, None if problem.init else y.cos(), batches, seen)
 
 
 def _results(found: bl.Hypergradient) -> Iterator[tuple[str, Tensor]]:
