@@ -395,11 +395,5 @@ class Oracles:
 
     def gradients(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves, PartialLeaves]:
         """g, dg/dy and dg/dx of arguments as they come, with a graph."""
-
-        def at_both(both: tuple[Tree, Tree], _: Tree, batch: Any) -> Tensor:
-            return self._twice(*both, batch)
-
-        with spans.span(spans.INNER_GRADIENT):
-            both, count = (inner, self.attached), len(tree.tensors(inner))
-            loss, found = self.engine.differentiable_gradient(at_both, both, (), embedded)
-            return loss, used(found[:count]), found[count:]
+        loss, in_y, in_x = partials.with_graph(self.engine, self._twice, inner, self.attached, embedded)
+        return loss, used(in_y), in_x
