@@ -41,8 +41,8 @@ def central_difference(
         radius: how far y is moved; None for the default.
 
     Returns:
-        M v, None where x does not enter g; how many digits of it rounding leaves, 0-dim (inf where v is zero); ROUNDED
-        where that is less than one.
+        M v, None where x does not enter g; how many digits of it rounding leaves, 0-dim (inf where v is zero);
+        DIGITS_LOST where that is less than one.
     """
     space, ys = oracles.space, tuple(tree.tensors(inner))
     size = space.norm(v)
@@ -58,7 +58,7 @@ def central_difference(
     apart = tuple(None if a is None or b is None else a - b for a, b in zip(ahead, behind, strict=True))
     found = tuple(None if a is None else (_wide(a) * most.to(_wide(a).dtype)).to(a.dtype) for a in apart)
     digits = _digits(ahead, behind, apart, most > 0)
-    return found, digits, code_if(digits < 1, Status.ROUNDED)
+    return found, digits, code_if(digits < 1, Status.DIGITS_LOST)
 
 
 def _in_outer(oracles: Oracles, inner: Tree, steps: int, weights: Tensor) -> PartialLeaves:

@@ -29,8 +29,8 @@ class Darts(Estimator):
     """One virtual gradient step of length xi, differentiated by a finite difference.
 
     Bias: that of one step (a component of curvature h is off by the factor xi * h at the solution), O(radius^2) of the
-        difference, and rounding of order eps / radius: stats["difference_digits"] says what that leaves, and below one
-        digit the status (ROUNDED).
+        difference, and rounding of order eps / radius: stats["digits"] says what that leaves, and below one
+        digit the status (DIGITS_LOST).
 
     Args:
         xi: length of the virtual step. None: the step size of the inner SGD. 0: the first-order form, df/dx at y_K,
@@ -99,5 +99,5 @@ class Darts(Estimator):
                 oracles.outer_loss(y),
                 inner_loss=inner_loss,
                 codes=[rounded],
-                stats={"difference_digits": digits},
+                stats={"digits": digits},
             )
