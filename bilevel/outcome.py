@@ -48,8 +48,8 @@ class Status(enum.Enum):
         "inner optimizer, take fewer steps, or compute in float64."
     )
     DIGITS_LOST = (
-        "Rounding leaves few digits of the hypergradient: moving its arguments by a few roundings moved it by more than "
-        "a hundredth (Probed), or the two sides of a finite difference agree to all but their last digit. See "
+        "Rounding leaves few digits of the hypergradient: moving its arguments by a few roundings moved it by more "
+        "than a hundredth (Probed), or the two sides of a finite difference agree to all but their last digit. See "
         "stats['digits']. Compute in float64, take fewer inner steps, or a larger nu or radius."
     )
     INNER_ROSE = (

@@ -319,7 +319,7 @@ def test_a_difference_that_is_lost_in_rounding_says_so():
     ("estimator", "optimizer", "most"),
     [
         (T1T2(0.1), bl.SGD(1e-5), 3),
-        (Darts(0.1), bl.SGD(1e-5), 5),
+        (Darts(0.1), bl.SGD(1e-5), 4),
         (Sama(), bl.SGD(1e-5), 7),
         (Sama(), bl.Adam(1e-3), 17),
     ],

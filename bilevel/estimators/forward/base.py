@@ -120,7 +120,14 @@ class _Seen:
     def __init__(self, step: int, embedded: Any, drawn: State | None) -> None:
         self.step, self.embedded, self.drawn = step, embedded, drawn
         self.loss: Tensor | None = None
+        self.shown: Tensor | None = None
+        self.reported = self.vanishing = False
         self.made: Pushed | None = None
+
+    def known(self, made: Pushed) -> None:
+        """The step that was made here."""
+        self.made, self.loss = made, made.loss
+        self.shown, self.reported, self.vanishing = made.shown, made.reported, made.vanishing
 
     def gradient(self, inner: Tree) -> Tree:
         assert self.made is not None, "a step was made"
@@ -202,7 +209,8 @@ class _Carrying:
 
     def step(self, inner: Tree, state: Any, at: _Seen) -> tuple[Tree, Any]:
         made = self._oracles.step_forward(inner, state, at.step, at.embedded, at.drawn)
-        at.loss, at.made, self.state = made.loss, made, made.state
+        at.known(made)
+        self.state = made.state
         live = None if self._program.masks is None else self._program.masks[at.step]
         with spans.span(spans.HYPERGRADIENT):
             for i, direction in enumerate(self._directions):
