@@ -50,7 +50,7 @@ class Status(enum.Enum):
     DIGITS_LOST = (
         "Rounding leaves few digits of the hypergradient: moving its arguments by a few roundings moved it by more "
         "than a hundredth (Probed), or the two sides of a finite difference agree to all but their last digit. See "
-        "stats['digits']. Compute in float64, take fewer inner steps, or a larger nu or radius."
+        "stats['digits']. Compute in float64, take fewer inner steps, or a larger nu, radius, std or mu."
     )
     INNER_ROSE = (
         "The inner loss ended at more than twice its starting value: the inner loop is moving away from a solution. "
