@@ -123,7 +123,6 @@ ENTRIES = (
         definite=False,
         spending=lambda products: bl.estimators.FixedPoint(bl.linear.GMRES(products, restart=products, tol=0.0)),
         everyday=bl.estimators.FixedPoint(bl.linear.GMRES(max_steps=10, restart=10)),
-        definite=False,
     ),
     one_step(
         "T1-T2",
