@@ -68,11 +68,19 @@ class Linear:
 
 
 class Pushed(abc.ABC):
-    """A step that was made, and its derivative. `moved`, `state` and `loss` are without a graph."""
+    """A step that was made, and its derivative. `moved`, `state`, `loss` and `shown` are without a graph.
+
+    `shown`, `reported` and `vanishing` are what the loop is judged by (see `bilevel.engine.point.At`).
+    """
 
     moved: Tree
     state: Any
     loss: Tensor | None
+    reported = vanishing = False
+
+    @property
+    def shown(self) -> Tensor | None:
+        return self.loss
 
     @abc.abstractmethod
     def gradient(self) -> Tree:
@@ -171,9 +179,14 @@ class OfDynamics(Pushed):
             stepped, after = step_of(dynamics, y, s, attached, at)
         stepped = check_step(dynamics, inner, stepped)
         self._count, self.loss, self._y, self._at = len(tree.tensors(y)), at.loss, y, at
+        self.reported, self.vanishing = at.reported, at.vanishing
         outputs = [*tree.tensors(stepped), *leaves(after)]
         self._step = Linear(outputs, [*tree.tensors(y), *leaves(s), *tree.tensors(attached)])
         self.moved, self.state = tree.detach(stepped), tree.detach(after)
+
+    @property
+    def shown(self) -> Tensor | None:
+        return self._at.shown
 
     def gradient(self) -> Tree:
         return tree.detach(self._at.gradient(self._y))
