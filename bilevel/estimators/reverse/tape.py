@@ -120,7 +120,10 @@ class _Recorded:
     def step(self, inner: Tree, state: Any, at: At) -> tuple[Tree, Any]:
         if at.step < self._first:
             moved, state = self._oracles.step(inner, state, at)
-            return (tree.attach(moved) if at.step == self._first - 1 else moved), state
+            if at.step == self._first - 1:
+                # (A dynamics may take gradients at what its state holds; an optimizer takes none.)
+                return tree.attach(moved), state if self.dynamics.update is not None else tree.attach(state)
+            return moved, state
         moved, state = step_of(self.dynamics, inner, state, self._oracles.attached, at)
         moved = _own_nodes(check_step(self.dynamics, inner, moved), inner)
         self._watch.iterate(at.step + 1 - self._first, moved)
