@@ -15,6 +15,7 @@ from bilevel.space import tree
 from bilevel.testing import probes
 from bilevel.testing.catalogue import GROWTHS, TARGETS
 from bilevel.testing.probes import PROGRAM_STEPS, Probe
+from bilevel.testing.result_checks import misstated
 from bilevel.testing.storages import Storages
 
 _TOLERANCE = {"program": (1e-10, 1e-4), "solution": (2e-6, 5e-3)}
@@ -40,11 +41,12 @@ def check_estimator(
     under `TaskMean`, a batch for each step, nested trees of variables, a loss with random numbers, and for each `Path`
     one in which x acts only there. Inner Hessians have eigenvalues between 0.5 and 2.
 
-    Checked in each: the value and the status; structure, dtype and ownership of what comes back; that no argument is
-    changed; the same seed, the same answer; that state survives being saved, and that another's is refused; that tasks
-    one by one equal tasks at once and the mean of problems of their own. Besides: a solver that stops by itself, begun
-    at the solution; how peak memory grows with K. A problem may be refused (ValueError) if x acts there along a path
-    that `sees` leaves out.
+    Checked in each: the value and the status; that `inner` is where the inner loop ends, and the losses those there (if
+    there is a target, and no random numbers are in the losses); structure, dtype and ownership of what comes back; that
+    no argument is changed; the same seed, the same answer; that state survives being saved, and that another's is
+    refused; that tasks one by one equal tasks at once and the mean of problems of their own. Besides: a solver that
+    stops by itself, begun at the solution; how peak memory grows with K. A problem may be refused (ValueError) if x
+    acts there along a path that `sees` leaves out.
 
     Args:
         estimator: of one task (it is put into TaskMean here).
@@ -131,6 +133,9 @@ class _Checks:
         self.hold(not arguments.changed(), "changes its arguments", probe, arguments.changed())
         self.value(first, probe)
         self.form(first, probe)
+        if self.target is not None and not probe.random and first.next_inner is None:
+            wrong = misstated(first, probe, steps)
+            self.hold(not wrong, "returns another inner variable or loss than it says", probe, wrong)
         self.repeats(first, probe, steps, after)
         self.state(first, probe, steps)
         if probe.tasks is not None:

@@ -316,7 +316,10 @@ def grew(judgement: Judged, space: Space, at: Slopes, first: Tensor | None, befo
     # (What is left of a v that had settled is rounding.)
     above = size > first * larger + _ROUND * epsilon(at.right) * (space.norm(at.image) + space.norm(at.right))
     # A step on the residual r is r - rate H r, so that it gives r'Hr without a product.
-    bends = space.dot(before, minus(at.residual, before)).to(size.dtype) > _ROUND * epsilon(before) * size.square()
+    bends = (
+        space.dot(before, space.axpy(-1.0, before, at.residual)).to(size.dtype)
+        > _ROUND * epsilon(before) * size.square()
+    )
     codes = (code_if(above & ~bends, Status.NOT_CONTRACTIVE), code_if(above & bends, Status.NEGATIVE_CURVATURE))
     return dataclasses.replace(judgement, codes=(*judgement.codes, *codes))
 
