@@ -65,8 +65,8 @@ class Status(enum.Enum):
     )
     ROUNDED = (
         "A finite difference is lost in rounding: its two sides differ in less than one digit of theirs, so the "
-        "hypergradient is approximate: see stats['difference_digits']. Give the estimator a larger radius (std, mu), or "
-        "compute in float64."
+        "hypergradient is approximate: see stats['difference_digits']. Give the estimator a larger radius, std or mu, "
+        "or compute in float64."
     )
     NOT_CONTRACTIVE = (
         "The Neumann series does not contract: its residual grew. Its step_size must lie below 2 / (largest eigenvalue "

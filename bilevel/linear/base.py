@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel._strategy import Strategy
-from bilevel.linear.operator import LinearOperator, Rectangular, Shifted, as_operator
+from bilevel.linear.operator import LinearOperator, Rectangular, Shifted, Transposed, as_operator, named
 from bilevel.outcome import LinearSolution, Status, code_if, worst
 from bilevel.space.inner_product import PLAIN, Leaves, Space
 
@@ -35,7 +35,14 @@ class Prepared(abc.ABC):
         """
 
     def solve(self, b: Leaves, start: Leaves | None = None) -> LinearSolution:
-        """`iterate` and one product more, for the true residual."""
+        """`iterate` and one product more, for the true residual.
+
+        Raises:
+            TypeError: b or the start is no tuple of floating tensors.
+            ValueError: they do not fit each other, or the tasks.
+        """
+        between = isinstance(self.operator, (Rectangular, Transposed))
+        start = check_vectors(b, start, self.space, alike=not between)
         found = self.iterate(b, start)
         return self.solver.checked(found, self.operator.matvec(found.value), b, self.space)
 
@@ -80,8 +87,8 @@ class LinearSolver(Strategy):
             tasks: number of tasks, when every leaf has a leading task dimension.
 
         Raises:
-            TypeError: `operator` is neither an operator nor a function.
-            ValueError: the solver needs a symmetric A.
+            TypeError: `operator` is neither an operator nor a function; b or the start is no tuple of floating tensors.
+            ValueError: the solver needs a symmetric A; b, the start and the tasks do not fit each other.
 
         Example:
             >>> import torch, bilevel as bl
@@ -172,18 +179,52 @@ def bound(
         )
     if symmetric and not found.symmetric:
         raise ValueError(
-            f"{solver} was given {type(found).__name__}, an operator with symmetric=False; a symmetric one was needed. "
+            f"{solver} was given {named(found)}, an operator with symmetric=False; a symmetric one was needed. "
             f"Use Neumann(...) or Dense(), which solve systems that are not symmetric, as bilevel.linear.GMRES(...), "
             f"BiCGSTAB(...) and, with a transposed product, LSMR(...) do, or set symmetric=True if A equals its "
             f"transpose"
         )
     if transposed and not found.transposable:
         raise ValueError(
-            f"{solver} was given {type(found).__name__}, an operator with symmetric=False and without rmatvec(v), its "
+            f"{solver} was given {named(found)}, an operator with symmetric=False and without rmatvec(v), its "
             f"transposed product, which {solver} needs; define rmatvec(v), or use bilevel.linear.GMRES(...) or "
             f"BiCGSTAB(...), which need A v alone"
         )
     return found
+
+
+def check_vectors(b: object, start: object, space: Space, *, alike: bool) -> Leaves | None:
+    """The start in b's dtypes; with `alike` it must have b's shapes.
+
+    Raises:
+        TypeError, ValueError: as `Prepared.solve`.
+    """
+    for name, given in (("b", b), ("start", start)):
+        if given is None and name == "start":
+            continue
+        if not isinstance(given, (tuple, list)) or not given:
+            raise TypeError(
+                f"a linear solver was given {name}={_said(given)}; a tuple of one floating tensor or more was needed, "
+                f"such as (torch.ones(3),)"
+            )
+        for leaf in given:
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                raise TypeError(f"a linear solver was given {_said(leaf)} in {name}; a floating tensor was needed")
+            if space.tasks is not None and tuple(leaf.shape[:1]) != (space.tasks,):
+                raise ValueError(
+                    f"a linear solver was given tasks={space.tasks} and a tensor of the shape {tuple(leaf.shape)} in "
+                    f"{name}; {space.tasks} was needed as the first dimension of each"
+                )
+    if start is None or not alike:
+        return start  # type: ignore[return-value]
+    shapes, needed = ([tuple(leaf.shape) for leaf in each] for each in (start, b))  # type: ignore[attr-defined]
+    if shapes != needed:
+        raise ValueError(f"a linear solver was given a start of the shapes {shapes}; those of b, {needed}, were needed")
+    return tuple(leaf.to(like.dtype) for leaf, like in zip(start, b, strict=True))  # type: ignore[call-overload]
+
+
+def _said(given: object) -> str:
+    return f"a tensor of {given.dtype}" if isinstance(given, Tensor) else repr(given)[:80]
 
 
 def check_number(owner: str, name: str, value: object, low: float) -> None:
