@@ -85,12 +85,12 @@ class Digits:
         self._apart = torch.maximum(self._apart, _length(apart).to(self._apart))
 
     def left(self, *, still: bool) -> tuple[Tensor, Tensor]:
-        """The digits, 0-dim, and ROUNDED below one; `still` says that what never moved may well rest."""
+        """The digits, 0-dim, and DIGITS_LOST below one; `still` says that what never moved may well rest."""
         # (A difference of nothing, of sides that are something, may be all that rounding has left.)
         counted = (self._terms > 0) & ((self._apart > 0) | (not still))
         digits = torch.where(counted, torch.log10(self._apart / self._terms), float("inf"))
         digits = torch.minimum(self._move, digits.to(self._move)).clamp_min(0.0)
-        return digits, code_if(digits < 1, Status.ROUNDED)
+        return digits, code_if(digits < 1, Status.DIGITS_LOST)
 
 
 def _length(leaves: Sequence[Tensor]) -> Tensor:

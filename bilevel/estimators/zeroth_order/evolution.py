@@ -38,8 +38,8 @@ class EvolutionStrategies(Estimator):
     """Antithetic evolution strategies on the K-step program.
 
     Bias: the mean is the gradient of E F(x + std e), which is that of F up to O(std^2); none where F is quadratic.
-        Rounding of x and of F over std: stats["difference_digits"] says what that leaves, and below one digit the
-        status (ROUNDED).
+        Rounding of x and of F over std: stats["digits"] says what that leaves, and below one digit the
+        status (DIGITS_LOST).
 
     Args:
         std: s, in the units of x.
@@ -103,5 +103,5 @@ class EvolutionStrategies(Estimator):
             narrowed(total, instance),
             here.outer_loss,
             codes=[*codes, rounded],
-            stats={"difference_digits": left},
+            stats={"digits": left},
         )

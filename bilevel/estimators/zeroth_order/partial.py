@@ -41,7 +41,7 @@ class PZOBO(Estimator):
     """Hessian-free: y's response to x by forward differences of the inner loop.
 
     Bias: O(mu) of the curvature of y_K in x, and rounding over mu; none where y_K is linear in x.
-        stats["difference_digits"] says what rounding leaves, and below one digit the status (ROUNDED).
+        stats["digits"] says what rounding leaves, and below one digit the status (DIGITS_LOST).
 
     Args:
         mu: the length of a step in x, in its units; None for eps^(1/3) of its dtype: 6e-6 in float64, 5e-3 in float32.
@@ -109,7 +109,7 @@ class PZOBO(Estimator):
         generators.set(after)
         grad = tree.accumulate(direct, narrowed(total, instance))
         left, rounded = digits.left(still=True)
-        return instance.finish(here.found, grad, loss, codes=[*codes, rounded], stats={"difference_digits": left})
+        return instance.finish(here.found, grad, loss, codes=[*codes, rounded], stats={"digits": left})
 
 
 def default_mu(instance: Instance) -> float:

@@ -59,8 +59,8 @@ class PersistentES(Estimator):
     """One truncation of K steps a call; the sum of the calls of an inner problem is unbiased for its gradient.
 
     Bias: that of smoothing, O(std^2); none by truncation. With `perturbations="single"` one perturbation is kept for a
-        whole inner problem. Rounding of x and of f over std: stats["difference_digits"] says what that leaves, and
-        below one digit the status (ROUNDED).
+        whole inner problem. Rounding of x and of f over std: stats["digits"] says what that leaves, and
+        below one digit the status (DIGITS_LOST).
 
     Args:
         std: s, in the units of x.
@@ -156,7 +156,7 @@ class PersistentES(Estimator):
             narrowed(total, instance),
             here.outer_loss,
             codes=[*codes, rounded],
-            stats={"difference_digits": left},
+            stats={"digits": left},
             state=None if self._ended(count + 1) else Particles(here.inner, *ends, count + 1),
         )
 
