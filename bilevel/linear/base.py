@@ -6,6 +6,7 @@ is replaced by an earlier one, and the status says so.
 """
 
 import abc
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bilevel._strategy import Strategy
-from bilevel.linear.operator import LinearOperator, Rectangular, Shifted, Transposed, as_operator, named
+from bilevel.linear.operator import LinearOperator, Rectangular, Shifted, Transposed, as_operator, named, versions
 from bilevel.outcome import LinearSolution, Status, code_if, worst
 from bilevel.space.inner_product import PLAIN, Leaves, Space
 
@@ -34,6 +35,20 @@ class Prepared(abc.ABC):
         residual: no worse than v = 0.
         """
 
+    def found(self, b: Leaves, start: Leaves | None = None) -> LinearSolution:
+        """`iterate`; what a solver of the user's own returns is looked at.
+
+        Raises:
+            TypeError, ValueError: it is no LinearSolution like b, or b was written to.
+        """
+        if type(self).__module__.startswith("bilevel."):
+            return self.iterate(b, start)
+        name, before = f"{type(self).__name__}.iterate(b, start)", versions(b)
+        found = self.iterate(b, start)
+        if before != versions(b):
+            raise ValueError(f"{name} changed b in place, which the residual is taken from; write to a clone of it")
+        return _looked_at(name, found, b, alike=not isinstance(self.operator, (Rectangular, Transposed)))
+
     def solve(self, b: Leaves, start: Leaves | None = None) -> LinearSolution:
         """`iterate` and one product more, for the true residual.
 
@@ -43,7 +58,7 @@ class Prepared(abc.ABC):
         """
         between = isinstance(self.operator, (Rectangular, Transposed))
         start = check_vectors(b, start, self.space, alike=not between)
-        found = self.iterate(b, start)
+        found = self.found(b, start)
         return self.solver.checked(found, self.operator.matvec(found.value), b, self.space)
 
 
@@ -221,6 +236,26 @@ def check_vectors(b: object, start: object, space: Space, *, alike: bool) -> Lea
     if shapes != needed:
         raise ValueError(f"a linear solver was given a start of the shapes {shapes}; those of b, {needed}, were needed")
     return tuple(leaf.to(like.dtype) for leaf, like in zip(start, b, strict=True))  # type: ignore[call-overload]
+
+
+def _looked_at(name: str, found: object, b: Leaves, *, alike: bool) -> LinearSolution:
+    write = "Write bilevel.LinearSolution(v, residual, steps, bilevel.Status.OK.code)"
+    if not isinstance(found, LinearSolution):
+        raise TypeError(f"{name} returned {_said(found)}; a LinearSolution was needed. {write}")
+    value = found.value
+    if not isinstance(value, (tuple, list)) or not all(isinstance(leaf, Tensor) for leaf in value):
+        raise TypeError(
+            f"{name} returned value={_said(value)}; a tuple of tensors was needed. {write}, with v=(tensor,)"
+        )
+    if isinstance(found.code, Status):
+        raise TypeError(f"{name} returned code={found.code.name}; its integer, Status.code, was needed. {write}")
+    shapes, needed = ([tuple(leaf.shape) for leaf in each] for each in (value, b))
+    if alike and shapes != needed:
+        raise ValueError(f"{name} returned a value of the shapes {shapes}; those of b, {needed}, were needed")
+    if alike:
+        value = tuple(leaf.to(like.dtype) for leaf, like in zip(value, b, strict=True))
+    residual, steps = (torch.as_tensor(each, device=b[0].device) for each in (found.residual, found.steps))
+    return dataclasses.replace(found, value=tuple(value), residual=residual, steps=steps)
 
 
 def _said(given: object) -> str:

@@ -1,9 +1,13 @@
 """Wrong numbers on the shelves (issue 11): linear solvers and operators of users, zeroth order, the logarithm."""
 
+import dataclasses
+from collections.abc import Callable
+
 import pytest
 import torch
 
 import bilevel as bl
+from bilevel.linear.operator import as_operator
 from bilevel.problems.logarithmic import logarithmic, restored
 
 D = torch.float64
@@ -108,6 +112,68 @@ def test_a_block_that_is_no_mask_is_refused_in_words(block):
     """'int' object has no attribute 'dtype'."""
     with pytest.raises(TypeError, match="a tensor of bools, or True or False, was needed"):
         bl.linear.Masked(bl.CG(), blocks=(block,)).solve(lambda v: (A @ v[0],), (torch.ones(2, dtype=D),))
+
+
+class PreparedOwn(bl.linear.Prepared):
+    def iterate(self, b, start=None):
+        return self.solver.answer(b)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnSolver(bl.LinearSolver):
+    """A linear solver of the user's own."""
+
+    answer: Callable
+    tol: float = 1e-3
+    damping: float = 0.0
+
+    def prepare(self, operator, space=None):
+        return PreparedOwn(self, as_operator(operator), space)
+
+
+OK = bl.Status.OK.code
+
+
+def hypergradient(solver):
+    problem = bl.Problem(lambda y, x, b: 0.5 * y @ A @ y - y @ x, lambda y, x, b: (y + 1) @ (y + 1))
+    start = torch.zeros(2, dtype=D)
+    return bl.hypergradient(
+        problem, start, start, NONE, solver=bl.Descent(bl.SGD(0.3), 3), estimator=bl.Implicit(solver)
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda b: None, "returned None; a LinearSolution was needed"),
+        (lambda b: b, "a LinearSolution was needed"),
+        (lambda b: bl.LinearSolution(b[0], torch.tensor(0.0), 1, OK), "value=a tensor of torch.float64"),
+        (lambda b: bl.LinearSolution((b[0][:1],), torch.tensor(0.0), 1, OK), r"shapes \[\(1,\)\]"),
+        (lambda b: bl.LinearSolution(b, torch.tensor(0.0), 1, bl.Status.OK), "code=OK; its integer"),
+        (lambda b: bl.LinearSolution((b[0].mul_(2),), torch.tensor(0.0), 1, OK), "changed b in place"),
+    ],
+)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda s: s.solve(lambda v: (A @ v[0],), (torch.ones(2, dtype=D),)),
+        lambda s: bl.linear.Masked(s).solve(lambda v: (A @ v[0],), (torch.ones(2, dtype=D),)),
+        lambda s: bl.linear.LevenbergMarquardt(s).solve(lambda v: (A @ v[0],), (torch.ones(2, dtype=D),)),
+        hypergradient,
+    ],
+    ids=["solve", "Masked", "LevenbergMarquardt", "Implicit"],
+)
+def test_what_a_solver_of_the_users_own_returns_is_looked_at(answer, words, use):
+    """Torch's errors and attribute errors came out."""
+    with pytest.raises((TypeError, ValueError), match=words):
+        use(OwnSolver(answer))
+
+
+def test_plain_numbers_and_a_narrow_answer_of_a_users_solver_are_taken():
+    solver = OwnSolver(lambda b: bl.LinearSolution((torch.linalg.solve(A, b[0]).float(),), 0.0, 1, OK))
+    b = (torch.ones(2, dtype=D),)
+    for found in (solver, bl.linear.LevenbergMarquardt(solver), bl.linear.Masked(solver)):
+        assert found.solve(lambda v: (A @ v[0],), b).status is bl.Status.OK
 
 
 class OwnDiagonal(Own):
