@@ -131,3 +131,34 @@ def test_own_optimizers_of_sixteen_bits_are_not_refused_for_their_rounding(optim
             solver=bl.Descent(optimizer, 20),
             estimator=bl.TaskMean(estimator),
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e25, 1e38])
+def test_a_ball_holds_numbers_whose_squares_overflow(dtype, size):
+    point = bl.outer.Ball(1.0)(torch.tensor([0.75, 1.0, 0.0], dtype=dtype) * size)
+    close(point.double(), torch.tensor([0.6, 0.8, 0.0], dtype=D), 1e-2)  # it was the center
+
+
+@pytest.mark.parametrize(
+    ("simplex", "x"), [(bl.outer.Simplex(), torch.zeros(0)), (bl.outer.Simplex(dim=1), torch.ones(2))]
+)
+def test_a_simplex_without_numbers_is_refused_in_words(simplex, x):
+    with pytest.raises(ValueError, match="at least one number along it, was needed"):
+        simplex(x)
+
+
+def test_a_simplex_passes_nan_on():
+    rows = torch.tensor([[0.5, float("nan")], [3.0, 1.0]])
+    point = bl.outer.Simplex()(rows)
+    assert point[0].isnan().any()
+    assert point[1].tolist() == [1.0, 0.0]
+
+
+def test_a_simplex_of_many_numbers_is_a_projection():
+    simplex = bl.outer.Simplex(1000.0)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x = simplex(torch.randn(30000, dtype=D)).requires_grad_()
+        assert abs(x.sum().item() - 1000) < 1e-11
+        bl.outer.Projected(torch.optim.SGD([x], lr=0.1), simplex)
