@@ -66,9 +66,11 @@ class Batches:
             derivatives at the solution: one batch, or `PerStep`, of which they take that of the last step. None:
             `inner` itself, or the last batch of `PerStep`, which the solution has seen least of. Others differentiate
             what ran: `Unrolled` the steps, FirstOrderCorrected the loss that it perturbed. Unrolled(resampled=True)
-            takes the derivatives of each step at it: one batch for all, or `PerStep` with one for each.
+            takes the derivatives of each step at it: one batch for all, or `PerStep` with one for each. Of a `PerStep`,
+            AmIGO and StocBiO take one for each product with the Hessian.
         index: the identity of the batch (rows of a data set, an epoch and a position, ...): any object, handed on to
-            whoever needs it; losses do not see it.
+            whoever needs it (SABA, which keeps a table: the numbers of the inner and of the outer batch); losses do
+            not see it.
         task_ids: with `TaskMean`, the identity of each task: a tensor or list of length T, sliced with the tasks.
 
     Example:

@@ -48,8 +48,9 @@ class Status(enum.Enum):
         "inner optimizer, take fewer steps, or compute in float64."
     )
     DIGITS_LOST = (
-        "Moving the arguments by a few roundings moved the hypergradient by more than a hundredth: fewer than two of "
-        "its digits mean anything. Compute in float64, take fewer inner steps, or (difference quotients) a larger nu."
+        "Rounding leaves few digits of the hypergradient: moving its arguments by a few roundings moved it by more "
+        "than a hundredth (Probed), or the two sides of a finite difference agree to all but their last digit. See "
+        "stats['digits']. Compute in float64, take fewer inner steps, or a larger nu, radius, std or mu."
     )
     INNER_ROSE = (
         "The inner loss ended at more than twice its starting value: the inner loop is moving away from a solution. "
@@ -63,14 +64,10 @@ class Status(enum.Enum):
         "The inner solver used all its steps before the gradient norm met its tolerance: see stats['inner_residual']. "
         "Give Converge more max_steps, a larger tol or a better step size."
     )
-    ROUNDED = (
-        "A finite difference is lost in rounding: its two sides differ in less than one digit of theirs, so the "
-        "hypergradient is approximate: see stats['difference_digits']. Give the estimator a larger radius, or compute "
-        "in float64."
-    )
     NOT_CONTRACTIVE = (
-        "The Neumann series does not contract: its residual grew. Its step_size must lie below 2 / (largest eigenvalue "
-        "of the inner Hessian). Lower step_size, or use CG. Of Chebyshev: an eigenvalue lies outside of lowest and "
+        "The Neumann series does not contract: its residual grew. Its step_size (the rate of a single loop) must lie "
+        "below 2 / (largest eigenvalue of the inner Hessian), and no eigenvalue may be negative. Lower it, add "
+        "damping, or use CG, which tells the two apart. Of Chebyshev: an eigenvalue lies outside of lowest and "
         "highest; linear.spectrum finds them."
     )
     NEGATIVE_CURVATURE = (

@@ -11,7 +11,8 @@ from bilevel.batches import Batches, PerStep
 from bilevel.engine import layer, spans
 from bilevel.engine.base import Derivatives, Engine
 from bilevel.estimators import admission, paths
-from bilevel.estimators.base import Estimator, Instance, Known
+from bilevel.estimators.base import Estimator, Instance
+from bilevel.estimators.known import Known
 from bilevel.hypergradient import Owned, check_arguments, check_kind, given_in, opened, prepared
 from bilevel.inner.base import InnerSolver
 from bilevel.layer.backward import Backward, Cotangent, posed

@@ -86,7 +86,17 @@ LIBRARY = House(
             "problem",
             "functional",
         },
-        {"optim", "linear", "outer", "engine.layer", "engine.eager", "engine.twice", "engine.evaluation"},
+        {
+            "optim",
+            "linear",
+            "outer",
+            "engine.layer",
+            "engine.eager",
+            "engine.partials",
+            "engine.starts",
+            "engine.twice",
+            "engine.evaluation",
+        },
         {"engine.along", "engine.compiled"},
         {"inner.dynamics", "engine.embedding"},
         {"inner.gradient", "engine.linearization", "engine.point"},
@@ -95,7 +105,8 @@ LIBRARY = House(
         {"engine.step_back", "engine.step_forward"},
         {"engine.oracles"},
         {"engine.maps", "engine.gauss_newton"},
-        {"engine.implied", "estimators.state"},
+        {"engine.again"},
+        {"engine.implied", "estimators.state", "estimators.known"},
         {"estimators.base"},
         {
             "estimators.paths",
@@ -136,6 +147,8 @@ LIBRARY = House(
     alternatives={"optim", "linear", "inner", "estimators", "tasks", "outer"},
     shared={
         "estimators.implicit.adjoint",
+        "inner.history",
+        "inner.search.armijo",  # what Newton's method does without being told
         "linear.operator",
         "linear.preconditioned",
         "linear.sketch",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bilevel.engine import autodiff, spans
+from bilevel.engine.again import connected
 from bilevel.engine.oracles import Oracles
 from bilevel.engine.refusals import restless
 from bilevel.engine.replay import State
@@ -55,7 +56,7 @@ class Condition:
     def __call__(self, ys: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
         """c with its graph in y and x; zeros where nothing enters."""
         generators, inner = self.oracles.generators, tree.like(self.inner, ys)
-        oracles = self.oracles.connected(tree.like(self.oracles.x, xs))
+        oracles = connected(self.oracles, tree.like(self.oracles.x, xs))
         step, now = max(self.steps - 1, 0), generators.peek()
         apart, batch = oracles.batches.curvature is not None, oracles.batches.curvature_at(step)
         generators.set(self.random)

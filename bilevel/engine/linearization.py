@@ -7,7 +7,7 @@ from bilevel.engine.base import Linearized
 from bilevel.engine.embedding import Embedding
 from bilevel.linear.operator import LinearOperator
 from bilevel.space import tree
-from bilevel.space.tree import Leaves, PartialLeaves
+from bilevel.space.tree import Leaves, PartialLeaves, Tree
 
 
 class Linearization(LinearOperator):
@@ -16,12 +16,24 @@ class Linearization(LinearOperator):
 
     With `Problem.features` the graph holds the losses' part only; the mixed product goes through the features as a
     plain first-order backward.
+
+    Attributes:
+        loss: g at the point, where the condition takes a gradient of it.
+        gradient: dg/dy at the point without its graph, where it was asked for and the condition takes it there.
     """
 
-    def __init__(self, condition: Linearized, embedding: Embedding, point: Leaves, *, symmetric: bool) -> None:
+    def __init__(
+        self,
+        condition: Linearized,
+        embedding: Embedding,
+        point: Leaves,
+        *,
+        symmetric: bool,
+        gradient: Tree | None = None,
+    ) -> None:
         self._condition, self._embedding, self.symmetric = condition, embedding, symmetric
         self._point = point
-        self.loss = condition.loss
+        self.loss, self.gradient = condition.loss, gradient
 
     @property
     def batch(self) -> Any:

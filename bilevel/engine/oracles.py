@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | step | the dynamics' own: 1 gradient of g for an optimizer | one graph, freed |
 | outer_gradient | 1 gradient of f, in y and x at once | one graph, freed |
+| inner_gradients | 1 gradient of g, in y and x at once | one graph, freed |
 | linearize | 1 gradient of g | its graph, kept while the object lives |
 | Linearization.matvec | 1 product H v | P |
 | Linearization.mixed | 1 product (H v, M v) in one sweep | P + Q |
@@ -15,7 +16,6 @@ H = d stationarity / dy (d2g/dy2 for gradient methods), M v = d/dx <stationarity
 x, attached once, the batches as the losses receive them, and the engine that computes.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from bilevel.batches import Batches, PerStep
-from bilevel.engine import autodiff, spans, twice
+from bilevel.engine import autodiff, partials, spans, starts, twice
+from bilevel.engine.along import Hessian, curvature
 from bilevel.engine.base import Derivatives, Losses
 from bilevel.engine.cotangents import Cotangents
 from bilevel.engine.eager import Eager
@@ -31,9 +32,9 @@ from bilevel.engine.embedding import Embedding, Source, Unset
 from bilevel.engine.evaluation import Evaluation, Pure
 from bilevel.engine.linearization import Linearization
 from bilevel.engine.point import At
-from bilevel.engine.refusals import check_step, restless, step_of, used
+from bilevel.engine.refusals import THIRD, check_step, restless, step_of, used
 from bilevel.engine.replay import Generators, State
-from bilevel.engine.step_back import StepBack
+from bilevel.engine.step_back import StepBack, pull_begin
 from bilevel.engine.step_forward import Pushed, StepForward
 from bilevel.inner.dynamics import Dynamics
 from bilevel.problem import Problem, Pulled, distance
@@ -79,26 +80,9 @@ class Oracles:
         self.generators = Generators(tree.tensors(outer)[0].device)
         # (It must not hold an embedding: such a cycle would keep every call's tensors until a collection.)
         self.source = Source(self.evaluation, self.generators, self.x, self.attached)
-        self._shared: Any = None if isinstance(batches.inner, PerStep) else Unset
+        self.shared: Any = None if isinstance(batches.inner, PerStep) else Unset
         self._start: Tree | None = inner
         self._before_start: State | None = None
-
-    # --- the same instance, seen once more
-
-    def facing(self, batches: Batches, engine: Derivatives | None) -> "Oracles":
-        """The same with other data of the outer loss: what was drawn and made at the start stays."""
-        other = copy.copy(self)
-        other.batches, other.engine = batches, engine or Eager().open()
-        return other
-
-    def connected(self, attached: Tree) -> "Oracles":
-        """The same with `attached`, which may have a graph, in the place of the attached x; eager."""
-        other = copy.copy(self)
-        other.attached, other.engine = attached, Eager().open()
-        other.source = Source(self.evaluation, self.generators, self.x, attached)
-        if isinstance(self._shared, Embedding):
-            other._shared = self._shared.moved(other.source)
-        return other
 
     # --- where y begins
 
@@ -107,33 +91,21 @@ class Oracles:
         if self._start is None:
             self._before_start = self.generators.peek()
             batch = self.batches.inner_at(0)
-            self._start = self._dense(self.evaluation.without_graph(self.evaluation.start, self.x, batch))
+            self._start = self.evaluation.without_graph(self.evaluation.start, self.x, batch)
+            self._start = starts.dense(self._start) if self.engine.pure else self._start
         return self._start
-
-    def _dense(self, start: Tree) -> Tree:
-        """A start that is x for every task is one tensor expanded: for an engine that compiles, other code than that
-        for the next steps.
-        """
-        if not self.engine.pure:
-            return start
-        return tree.tree_map(lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf, start)
 
     def differentiable_start(self) -> Tree:
         """y_0 with its graph in the attached x, or as a graph leaf where there is no init."""
         if self.problem.init is None:
             return tree.attach(self.start())
         self.start()
-        start = self._dense(self._replayed_start())
-        # init may return x itself, or one tensor twice: every leaf gets a node of its own.
-        return tree.tree_map(
-            lambda leaf: leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_(), start
-        )
+        start = self._replayed_start()
+        return starts.with_nodes(starts.dense(start) if self.engine.pure else start)
 
     def start_vjp(self, cotangents: Sequence[Tensor | None]) -> PartialLeaves:
         """d<y_0(x), cotangents>/dx; None where x does not enter init. Draws what the start drew."""
-        leaves = tree.tensors(self._replayed_start())
-        pairs = [(leaf, weight) for leaf, weight in zip(leaves, cotangents, strict=True) if weight is not None]
-        return autodiff.grad([leaf for leaf, _ in pairs], tree.tensors(self.attached), [weight for _, weight in pairs])
+        return starts.pull(self._replayed_start(), cotangents, self.attached)
 
     def _anchor(self, outer: Tree) -> Tree:
         """y_0 as a function of x: what a proximal term pulls to."""
@@ -154,21 +126,21 @@ class Oracles:
 
     def embedding(self, step: int) -> Embedding:
         """The embedded inner batch of a step: made once when every step sees the same batch."""
-        if isinstance(self._shared, Embedding):
-            return self._shared
+        if isinstance(self.shared, Embedding):
+            return self.shared
         made = Embedding(self.source, self.batches.inner_at(step))
-        self._shared = made if self._shared is Unset else None
+        self.shared = made if self.shared is Unset else None
         return made
 
     def differentiable_embedding(self, step: int) -> Any:
         """The embedded inner batch of a step with its graph in the attached x; shared likewise."""
         batch = self.batches.inner_at(step)
-        if isinstance(self._shared, Embedding):
-            return self._shared.again()
+        if isinstance(self.shared, Embedding):
+            return self.shared.again()
         before = self.generators.peek() if self.problem.features is not None else None
         value = self.evaluation.embed(self.attached, batch)
-        if self._shared is Unset:
-            self._shared = Embedding(self.source, batch, made=(before, tree.detach(value)))
+        if self.shared is Unset:
+            self.shared = Embedding(self.source, batch, made=(before, tree.detach(value)))
         return value
 
     # --- the inner problem
@@ -189,6 +161,7 @@ class Oracles:
             self.inner_value,
             self.source.along(graph=False),
             self._outer_numbers,
+            self._curvature,
         )
 
     def differentiable_point(self, step: int, embedded: Any) -> At:
@@ -200,23 +173,12 @@ class Oracles:
             self.differentiable_value,
             self.source.along(graph=True),
             self._outer_direction,
+            self._differentiable_curvature,
         )
 
     def begin_vjp(self, cotangents: Cotangents) -> PartialLeaves:
         """Pull cotangents of the first state back to x, and add what reaches y_0 to those of y_0."""
-        y = tree.attach(self.start())
-        leaves = tree.flatten(self.dynamics.init(y, self.attached))[0]
-        pairs = [
-            (leaf, weight)
-            for leaf, weight in zip(leaves, cotangents.state or (), strict=True)
-            if weight is not None and leaf.requires_grad
-        ]
-        cotangents.state, ys = None, tree.tensors(y)
-        if not pairs:
-            return (None,) * len(tree.tensors(self.attached))
-        pulled = autodiff.grad([leaf for leaf, _ in pairs], [*ys, *tree.tensors(self.attached)], [w for _, w in pairs])
-        cotangents.inner = list(tree.accumulate(tuple(cotangents.inner), pulled[: len(ys)]))
-        return pulled[len(ys) :]
+        return pull_begin(self.dynamics, self.start(), self.attached, cotangents)
 
     def step(self, inner: Tree, state: Any, at: At) -> tuple[Tree, Any]:
         """One step of the dynamics, without a graph.
@@ -267,6 +229,17 @@ class Oracles:
             loss, gradient = self.engine.differentiable_gradient(function, inner, self.attached, batch, numbers=numbers)
             return loss, used(gradient)
 
+    def _curvature(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves, Hessian]:
+        """g, dg/dy and the products with d2g/dy2, without a graph."""
+        return curvature(lambda y: self.differentiable_gradient(y, embedded), inner)
+
+    def _differentiable_curvature(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves, Hessian]:
+        """The same of arguments as they come, with a graph: third derivatives of g."""
+        if self.engine.pure:
+            raise ValueError(THIRD)
+        loss, gradient = self.differentiable_gradient(inner, embedded)
+        return loss, gradient, Hessian(tree.tensors(inner), gradient, graph=True)
+
     def _stated(self, function: Losses, outer: Tree, embedded: Any) -> tuple[Losses, Any]:
         """g and its batch as the engine wants them: for one whose work outlives the call, without anything of it."""
         if not self.engine.pure:
@@ -291,21 +264,27 @@ class Oracles:
 
     def inner_gradient_in_outer(self, inner: Tree, steps: int) -> tuple[Tensor, PartialLeaves]:
         """g and dg/dx at a fixed solution (None where x does not enter g)."""
-        step = max(steps - 1, 0)
-        shared = isinstance(self._shared, Embedding)
-        batch = self._shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
-        return self._in_outer(spans.INNER_GRADIENT, self.inner, inner, batch)
+        return partials.in_outer(spans.INNER_GRADIENT, self.inner, inner, self.attached, self._last_batch(steps))
 
-    def inner_gradients(self, inner: Tree, steps: int) -> tuple[Tensor, PartialLeaves, PartialLeaves]:
-        """g, dg/dy and dg/dx at a point, on the batch of the last of `steps` steps (None where they do not enter)."""
-        step = max(steps - 1, 0)
-        shared = isinstance(self._shared, Embedding)
-        batch = self._shared.again() if shared else self.evaluation.embed(self.attached, self.batches.inner_at(step))
-        with spans.span(spans.INNER_GRADIENT):
-            y = tree.attach(inner)
-            value, ys = self.inner(y, self.attached, batch), tree.tensors(y)
-            found = autodiff.grad([value.sum()], [*ys, *tree.tensors(self.attached)])
-            return value.detach(), used(found[: len(ys)]), found[len(ys) :]
+    def inner_gradients(
+        self, inner: Tree, steps: int, *, weights: Tensor | None = None, apart: bool = False
+    ) -> tuple[Tensor, PartialLeaves, PartialLeaves]:
+        """g, dg/dy and dg/dx at a point, on the batch of the last of `steps` steps (None where they do not enter).
+
+        `weights`: those of the sum of the tasks' losses; `apart`: on the batch for curvature.
+        """
+        batch = self._last_batch(steps, apart=apart)
+        loss, in_y, in_x = partials.in_both(
+            spans.INNER_GRADIENT, self.inner, inner, self.attached, batch, weights=weights
+        )
+        return loss, used(in_y), in_x
+
+    def _last_batch(self, steps: int, *, apart: bool = False) -> Any:
+        """The embedded batch of the last of `steps` steps, with its graph in the attached x."""
+        if isinstance(self.shared, Embedding) and (self.batches.curvature is None or not apart):
+            return self.shared.again()
+        at = self.batches.curvature_at if apart else self.batches.inner_at
+        return self.evaluation.embed(self.attached, at(max(steps - 1, 0)))
 
     # --- the outer loss
 
@@ -345,7 +324,8 @@ class Oracles:
 
     def outer_gradient_in_outer(self, inner: Tree) -> tuple[Tensor, PartialLeaves]:
         """f and df/dx at a fixed y (None where x does not enter f directly)."""
-        return self._in_outer(spans.OUTER_GRADIENT, self.evaluation.outer, inner, self._outer_batch(graph=True))
+        batch = self._outer_batch(graph=True)
+        return partials.in_outer(spans.OUTER_GRADIENT, self.evaluation.outer, inner, self.attached, batch)
 
     def _outer_batch(self, *, graph: bool) -> Any:
         return self._embedded(self.evaluation, self.batches.outer, graph=graph)
@@ -355,16 +335,11 @@ class Oracles:
             return evaluation.embed(self.attached, batch)
         return evaluation.without_graph(evaluation.embed, self.x, batch)
 
-    def _in_outer(self, name: str, loss: Any, inner: Tree, batch: Any) -> tuple[Tensor, PartialLeaves]:
-        with spans.span(name):
-            value = loss(tree.detach(inner), self.attached, batch)
-            return value.detach(), autodiff.grad([value.sum()], tree.tensors(self.attached))
-
     # --- second order
 
-    def linearize(self, inner: Tree, steps: int) -> Linearization:
-        """The stationarity condition at a solution found after `steps` steps."""
-        step = max(steps - 1, 0)
+    def linearize(self, inner: Tree, steps: int, *, keep: bool = False) -> Linearization:
+        """The stationarity condition at a solution found after `steps` steps; `keep`: and dg/dy there."""
+        step, taken = max(steps - 1, 0), list[Tree]()
         apart = self.batches.curvature is not None
         embedding = Embedding(self.source, self.batches.curvature_at(step)) if apart else self.embedding(step)
 
@@ -373,10 +348,13 @@ class Oracles:
             value = self.dynamics.stationarity(y, x, at)
             if value is None:
                 raise ValueError(restless(self.dynamics, "an estimator at the solution"))
+            if keep and at.last is not None and at.last[0] is y:
+                taken[:] = [tree.detach(at.last[1])]
             return at.loss, tree.ordered(value, y)
 
         with_graph = self.engine.linearize(condition, inner, self.attached, embedding.value, embedding.leaves)
-        return Linearization(with_graph, embedding, tuple(tree.tensors(inner)), symmetric=self.dynamics.symmetric)
+        point, gradient = tuple(tree.tensors(inner)), taken[0] if taken else None
+        return Linearization(with_graph, embedding, point, symmetric=self.dynamics.symmetric, gradient=gradient)
 
     def step_vjp(
         self,
@@ -410,18 +388,12 @@ class Oracles:
         """One step with its derivative, on a batch of `differentiable_embedding`; `drawn` is the generators' state
         before that was made. Raises ValueError where products forward and backward disagree.
         """
-        known, made = self.problem.memo.setdefault("forward", []), self._shared
+        known, made = self.problem.memo.setdefault("forward", []), self.shared
         if not isinstance(made, Embedding):
             made = Embedding(self.source, self.batches.inner_at(step), (drawn, tree.detach(embedded)))
         return StepForward(self, known).step(inner, state, self._point(step, made), embedded, made)
 
     def gradients(self, inner: Tree, embedded: Any) -> tuple[Tensor, PartialLeaves, PartialLeaves]:
         """g, dg/dy and dg/dx of arguments as they come, with a graph."""
-
-        def at_both(both: tuple[Tree, Tree], _: Tree, batch: Any) -> Tensor:
-            return self._twice(*both, batch)
-
-        with spans.span(spans.INNER_GRADIENT):
-            both, count = (inner, self.attached), len(tree.tensors(inner))
-            loss, found = self.engine.differentiable_gradient(at_both, both, (), embedded)
-            return loss, used(found[:count]), found[count:]
+        loss, in_y, in_x = partials.with_graph(self.engine, self._twice, inner, self.attached, embedded)
+        return loss, used(in_y), in_x

@@ -90,3 +90,10 @@ def restless(dynamics: Dynamics, who: str) -> str:
         f"or AdamW(weight_decay=0) with the decay written into inner_loss; an optimizer of your own defines "
         f"stationarity(grad, inner, outer)"
     )
+
+
+THIRD = (
+    "a step by second derivatives of the inner loss is to be differentiated, which takes third ones, and a compiled "
+    "gradient has no more than two. Take engine=bilevel.Eager(), or Implicit with a linear solver, which "
+    "differentiates the solution"
+)

@@ -170,3 +170,20 @@ class StepBack:
             Cotangents.of(y, s, back) if to_inner else Cotangents([], None),
             pulled[len(given) + len(start) :],
         )
+
+
+def pull_begin(dynamics: Dynamics, start: Tree, attached: Tree, cotangents: Cotangents) -> PartialLeaves:
+    """Pull cotangents of the first state back to an attached x, and add what reaches y_0 to those of y_0."""
+    y = tree.attach(start)
+    leaves = tree.flatten(dynamics.init(y, attached))[0]
+    pairs = [
+        (leaf, weight)
+        for leaf, weight in zip(leaves, cotangents.state or (), strict=True)
+        if weight is not None and leaf.requires_grad
+    ]
+    cotangents.state, ys = None, tree.tensors(y)
+    if not pairs:
+        return (None,) * len(tree.tensors(attached))
+    pulled = autodiff.grad([leaf for leaf, _ in pairs], [*ys, *tree.tensors(attached)], [w for _, w in pairs])
+    cotangents.inner = list(tree.accumulate(tuple(cotangents.inner), pulled[: len(ys)]))
+    return pulled[len(ys) :]

@@ -68,11 +68,15 @@ class Linear:
 
 
 class Pushed(abc.ABC):
-    """A step that was made, and its derivative. `moved`, `state` and `loss` are without a graph."""
+    """A step that was made, and its derivative. `moved`, `state` and `loss` are without a graph; `shown` is what the
+    loop is judged by, see `bilevel.engine.point.At`.
+    """
 
     moved: Tree
     state: Any
     loss: Tensor | None
+    shown: Tensor | None
+    reported = vanishing = False
 
     @abc.abstractmethod
     def gradient(self) -> Tree:
@@ -111,6 +115,7 @@ class OfOptimizer(Pushed):
         assert optimizer is not None, "a dynamics without an optimizer is pushed as a whole"
         self._ys, self._xs, self._symmetric = tree.tensors(y), tree.tensors(attached), symmetric
         self.loss, self._in_inner, self._in_outer = gradients(y, embedded)
+        self.shown = self.loss
         numbers = [None if leaf is None else leaf.detach() for leaf in self._in_inner]
         self._numbers = tree.like(inner, numbers)
         self._slope = None if symmetric else Linear(self._in_inner, [*self._ys, *self._xs])
@@ -171,6 +176,7 @@ class OfDynamics(Pushed):
             stepped, after = step_of(dynamics, y, s, attached, at)
         stepped = check_step(dynamics, inner, stepped)
         self._count, self.loss, self._y, self._at = len(tree.tensors(y)), at.loss, y, at
+        self.shown, self.reported, self.vanishing = at.shown, at.reported, at.vanishing
         outputs = [*tree.tensors(stepped), *leaves(after)]
         self._step = Linear(outputs, [*tree.tensors(y), *leaves(s), *tree.tensors(attached)])
         self.moved, self.state = tree.detach(stepped), tree.detach(after)
@@ -254,7 +260,8 @@ class Transposed:
         difference, size = torch.stack(differences), torch.stack(sizes)
         # (What cancels to rounding in one of them is as large as rounding of the others.)
         allowed = min(0.3, 50 * eps**0.5) * size + 1e3 * eps * size.sum()
-        return not readable(difference) or not bool((difference > allowed).any())
+        apart = (difference > allowed).any()
+        return not readable(apart) or not bool(apart)
 
 
 def _dot(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> Tensor:

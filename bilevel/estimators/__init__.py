@@ -47,6 +47,13 @@ from bilevel.estimators.reverse.first_order import FirstOrder as FirstOrder
 from bilevel.estimators.reverse.reversible import Reversible as Reversible
 from bilevel.estimators.reverse.revolve import Revolve as Revolve
 from bilevel.estimators.reverse.unrolled import Unrolled as Unrolled
+from bilevel.estimators.single_loop.amigo import AmIGO as AmIGO
+from bilevel.estimators.single_loop.fdehbo import FdeHBO as FdeHBO
+from bilevel.estimators.single_loop.fsla import FSLA as FSLA
+from bilevel.estimators.single_loop.masoba import MASOBA as MASOBA
+from bilevel.estimators.single_loop.saba import SABA as SABA
+from bilevel.estimators.single_loop.soba import SOBA as SOBA
+from bilevel.estimators.single_loop.stocbio import StocBiO as StocBiO
 from bilevel.estimators.state import State as State
 from bilevel.estimators.state import per_task as per_task
 from bilevel.estimators.zeroth_order.evolution import EvolutionStrategies as EvolutionStrategies

@@ -13,11 +13,12 @@ from torch import Tensor
 from bilevel._strategy import Strategy
 from bilevel.batches import Batches, PerStep
 from bilevel.engine import spans
+from bilevel.engine.again import facing
 from bilevel.engine.base import Derivatives
 from bilevel.engine.oracles import Oracles
 from bilevel.engine.point import At
 from bilevel.engine.refusals import restless
-from bilevel.engine.replay import State as Random
+from bilevel.estimators.known import Known
 from bilevel.estimators.state import State, checked
 from bilevel.inner.base import InnerSolver
 from bilevel.inner.descent import Descent
@@ -40,23 +41,6 @@ class Path(enum.Enum):
     START = "the start of the inner loop (Problem.init)"
     HYPERPARAMETER = "a hyper-parameter of the inner optimizer"
     STATIONARITY = "a term that the inner optimizer adds to the inner gradient (weight decay)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Known:
-    """A solve that was made before: of which instance, what it found, and the generators' states where its steps began
-    and ended.
-    """
-
-    instance: "Instance"
-    solution: Solution
-    began: Random
-    ended: Random
-
-    def of(self, instance: "Instance") -> bool:
-        """Whether it is that of an instance: of the same objects in all that its inner loop looks at."""
-        pairs = zip(_inside(self.instance), _inside(instance), strict=True)
-        return all(one is other for one, other in pairs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +84,7 @@ class Instance:
         """
         batches = dataclasses.replace(self.batches, outer=outer)
         other = dataclasses.replace(self, batches=batches, known=known, engine=engine)
-        vars(other)["oracles"] = self.oracles.facing(batches, engine)
+        vars(other)["oracles"] = facing(self.oracles, batches, engine)
         return other
 
     def solve(
@@ -234,13 +218,6 @@ class Instance:
             idle = (gained < _GAINED * found.promised) & (found.promised > _NOTABLE * size + 10 * rounding)
             codes.append(code_if(idle, Status.INNER_UNSTABLE))
         return worst(*codes)
-
-
-def _inside(instance: Instance) -> tuple[Any, ...]:
-    """What an inner loop looks at."""
-    problem = instance.problem
-    functions = problem.inner_loss, problem.init, problem.features
-    return (*functions, instance.outer, instance.inner, instance.batches.inner, instance.solver, instance.tasks)
 
 
 @dataclasses.dataclass(frozen=True)

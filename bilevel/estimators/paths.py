@@ -23,6 +23,7 @@ from bilevel.engine.point import At
 from bilevel.engine.refusals import step_of
 from bilevel.estimators.base import Estimator, Instance, Path
 from bilevel.inner.dynamics import Dynamics
+from bilevel.linear.operator import LinearOperator, Product
 from bilevel.optim.base import Optimizer, held
 from bilevel.outcome import NotTwiceDifferentiableError
 from bilevel.space import tree
@@ -67,7 +68,9 @@ def check(estimator: Estimator, instance: Instance) -> None:
 def _impossible(instance: Instance) -> frozenset[Path]:
     """Paths that need not be looked for: no init, no hyper-parameter that is a function of x."""
     update = instance.solver.dynamics.update
+    dynamics = instance.solver.dynamics
     constant = _ours(update) and not any(map(callable, tree.flatten(vars(update))[0]))
+    constant = constant or (type(dynamics).__module__.startswith("bilevel.inner") and not dynamics.reads_outer)
     without_init = frozenset() if instance.problem.init else frozenset({Path.START})
     return without_init | (frozenset({Path.HYPERPARAMETER, Path.STATIONARITY}) if constant else frozenset())
 
@@ -81,6 +84,8 @@ def _soon(dynamics: Dynamics) -> bool:
     """Whether x does by the second step all that it ever does: in dynamics of the library without a user's function."""
     if dynamics.update is not None:
         return _prompt(dynamics.update)
+    if dynamics.autonomous:
+        return True
     fields = tree.flatten(vars(dynamics))[0] if type(dynamics).__module__.startswith("bilevel.inner") else [_soon]
     return not any(map(callable, fields)) and all(map(_prompt, held(dynamics)))
 
@@ -243,14 +248,15 @@ def _through_steps(oracles: Oracles, y: Tree, embedded: Any, xs: Sequence[Tensor
     state = oracles.dynamics.init(moved, oracles.attached)
     outputs: list[Tensor] = []
     for step in range(steps):
-        at = At(step, embedded, _constant, oracles.differentiable_value, oracles.source.along(graph=True), _no_outer)
+        value, along = oracles.differentiable_value, oracles.source.along(graph=True)
+        at = At(step, embedded, _constant, value, along, _no_outer, _flat)
         moved, state = step_of(oracles.dynamics, moved, state, oracles.attached, at)
         outputs += tree.tensors(moved)
     return _reached(outputs, xs)
 
 
 def _through_stationarity(oracles: Oracles, y: Tree, embedded: Any, xs: Sequence[Tensor]) -> frozenset[int]:
-    at = At(0, embedded, _constant, oracles.differentiable_value, oracles.source.along(graph=True), _no_outer)
+    at = At(0, embedded, _constant, oracles.differentiable_value, oracles.source.along(graph=True), _no_outer, _flat)
     condition = oracles.dynamics.stationarity(y, oracles.attached, at)
     return frozenset() if condition is None else _reached(tree.tensors(condition), xs)
 
@@ -270,3 +276,8 @@ def _reached(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> frozenset[i
 
 def _no_outer(inner: Tree) -> tuple[Tensor, PartialLeaves]:
     return _constant(inner, None)
+
+
+def _flat(inner: Tree, embedded: Any) -> tuple[Tensor, tuple[Tensor, ...], LinearOperator]:
+    """A curvature that no x enters, for a gradient that is held fixed."""
+    return *_constant(inner, embedded), Product(lambda v: v)

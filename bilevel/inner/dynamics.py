@@ -19,6 +19,38 @@ from bilevel.space.inner_product import Space
 from bilevel.space.tree import Tree
 
 
+class Products(Protocol):
+    """A linear map by its products; vectors are tuples of tensors, like the inner variable's."""
+
+    def matvec(self, v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A v."""
+
+    def rmatvec(self, v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A' v."""
+
+
+class Solved(Protocol):
+    """What a linear solver answers."""
+
+    @property
+    def value(self) -> tuple[Tensor, ...]:
+        """v with A v = b, as far as it got."""
+
+
+class Bound(Protocol):
+    """A linear solver bound to one map."""
+
+    def iterate(self, b: tuple[Tensor, ...]) -> Solved:
+        """Solve A v = b."""
+
+
+class Solves(Protocol):
+    """What a dynamics asks of a linear solver: those of `bilevel.linear` have it."""
+
+    def prepare(self, operator: Any, space: Space) -> Bound:
+        """Bind to a linear map."""
+
+
 class Point(Protocol):
     """The inner problem at one step, as a dynamics sees it."""
 
@@ -48,8 +80,27 @@ class Point(Protocol):
         for each task. Costs one call and two backwards. Differentiable likewise.
         """
 
+    def hessian(self, inner: Tree) -> Products:
+        """d2g/dy2 at `inner`, as what `bilevel.linear` solvers take. Costs one gradient, which a `gradient(inner)` that
+        follows does not cost again, and each product one backward. Differentiable likewise.
+        """
+
+    def jacobian(self, function: Callable[..., Any], inner: Tree) -> Products:
+        """The derivative in inner of function(inner, outer, batch), written for one task, which returns a tree like
+        inner. Costs one call and one backward, and each product one backward. Differentiable likewise.
+        """
+
     def outer_gradient(self, inner: Tree) -> Tree:
         """df/dy at `inner` on the outer batch; None for tensors that f does not use. Differentiable likewise."""
+
+    @property
+    def loss(self) -> Tensor | None:
+        """g at the first gradient taken, per task and without a graph; None before."""
+
+    def report(self, shown: Tensor | None, *, vanishing: bool = False) -> None:
+        """What the loop is to be judged by at this step in the place of g, per task: a number that a sound loop makes
+        smaller, and, if `vanishing`, half the square of a residual that is zero where it rests. None for nothing.
+        """
 
 
 class Dynamics(Strategy):
@@ -81,6 +132,16 @@ class Dynamics(Strategy):
     def update(self) -> Optimizer | None:
         """The optimizer, when a step is `optimizer.step(dg/dy, s, y, x)` and nothing else; else None."""
         return None
+
+    @property
+    def autonomous(self) -> bool:
+        """Whether a step's number changes nothing but through the state: two steps then show how x acts."""
+        return False
+
+    @property
+    def reads_outer(self) -> bool:
+        """Whether x enters the step or the stationarity otherwise than by the inner loss."""
+        return True
 
     def over(self, tasks: int) -> Self:
         """The same dynamics for y with a leading dimension of tasks: with the optimizers it holds made for that."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bilevel.inner.base import InnerSolver
 from bilevel.inner.dynamics import Dynamics, Point
-from bilevel.outcome import Solution, Status, code_if, settled
+from bilevel.outcome import Solution, Status, code_if, settled, worst
 from bilevel.space import tree
 from bilevel.space.inner_product import NARROW, Space
 from bilevel.space.tree import Tree
@@ -40,11 +40,19 @@ class Moves(Protocol):
 
 
 class Seen(Point, Protocol):
-    """A point that remembers the loss at the first gradient taken there."""
+    """A point that remembers what a loop is judged by there."""
 
     @property
-    def loss(self) -> Tensor | None:
-        """The loss, per task and without a graph; None before a gradient was taken."""
+    def shown(self) -> Tensor | None:
+        """What was reported, else the loss at the first gradient taken, per task and without a graph; None before."""
+
+    @property
+    def reported(self) -> bool:
+        """Whether that is another number than the loss."""
+
+    @property
+    def vanishing(self) -> bool:
+        """Whether it is half the square of a residual that is zero where the loop rests."""
 
 
 Visit = Callable[[int, Tree, Any], None]
@@ -83,6 +91,8 @@ def run(
     y, state = start, moves.begin(start)
     every = _CHECK_EVERY_ON_GPU if tree.tensors(start)[0].is_cuda else 1
     first = last = rise = residual = promised = entered = left = moving_on = None
+    code: Tensor | int = 0
+    reported = False
     for step in range(solver.max_steps + (0 if solver.fixed else 1)):
         if visit is not None:
             visit(step, y, state)
@@ -90,7 +100,7 @@ def run(
         if not solver.fixed:
             residual = moves.space.norm(moves.stationarity(y, point)).detach()
             live = ~torch.as_tensor(solver.solved(residual), device=residual.device)
-            first = point.loss if first is None else first
+            first = point.shown if first is None else first
             entered = residual if entered is None else entered
             if step == solver.max_steps or (step % every == 0 and settled(live)):
                 code = code_if(live, Status.INNER_MAX_STEPS)
@@ -99,11 +109,11 @@ def run(
                 return Solution(
                     y,
                     step,
-                    code,
-                    first,
-                    point.loss,
+                    worst(code, _rose(point, first, point.shown) if steady else 0),
+                    None if point.reported else first,
+                    point.shown,
                     residual,
-                    *_motion(rise, first, point.loss, state, None),
+                    *_motion(rise, first, point.shown, state, _remains(point, first, point.shown)),
                     grown=torch.where(live, residual / torch.where(entered > 0, entered, 1.0), 0.0),
                 )
         if moving is not None and live is not None:
@@ -113,33 +123,58 @@ def run(
         if live is not None and moves.space.tasks is not None:
             moved = where(moves.space, live, moved, y)
             next_state = next_state if step == 0 else where(moves.space, live, next_state, state)
-        if solver.fixed and point.loss is not None and step == 0:
+        sloped = solver.fixed and point.loss is not None and not point.reported
+        if sloped and step == 0:
             entered = _slope(moves, point, y)
-        if solver.fixed and point.loss is not None and step == solver.max_steps - 1:
+        if sloped and step == solver.max_steps - 1:
             left = entered if step == 0 and entered is not None else _slope(moves, point, y)
             if steady and last is not None:  # of one step, nothing below asks for it
                 moving_on = _moves_on(moves, left, y, moved)
                 promised = _promised(moves, left, moving_on)
-        y, state, loss = moved, next_state, point.loss
+        y, state, loss, reported = moved, next_state, point.shown, point.reported
         if loss is not None:
             if steady and last is not None:
                 up = (loss - last).clamp_min(0)
                 rise = up if rise is None else rise + up
             first, last = loss if first is None else first, loss
+            code = _rose(point, first, last) if steady else 0
+            if point.vanishing and solver.fixed:
+                residual, moving_on = (2 * loss).sqrt(), _remains(point, first, last)
+                if steady and step == solver.max_steps - 1 >= _PATIENCE:
+                    code = worst(code, _stuck(moves.space, first, last, y))
         del point, moved, next_state, loss
     if ended is not None:
         ended(y, state)
     return Solution(
         y,
         solver.max_steps,
-        0,
-        first,
+        code,
+        None if reported else first,
         last,
         residual,
         *_motion(rise, first, last, state, moving_on),
         promised,
         _grown(entered, left),
     )
+
+
+def _rose(point: Seen, first: Tensor | None, last: Tensor | None) -> Tensor | int:
+    """INNER_ROSE where what a dynamics reports has more than doubled. (Of the loss itself, `health` says so.)"""
+    if not point.reported or first is None or last is None:
+        return 0
+    return code_if(last > first + first.abs(), Status.INNER_ROSE)
+
+
+def _remains(point: Seen, first: Tensor | None, last: Tensor | None) -> Tensor | None:
+    """Where a residual that is to vanish has not: one that has may have gone up on the way."""
+    return None if not point.vanishing or first is None or last is None else ~(last < _VANISHED * first)
+
+
+def _stuck(space: Space, first: Tensor, last: Tensor, inner: Tree) -> Tensor:
+    """INNER_UNSTABLE where a residual that is to vanish did not shrink, and is no rounding error."""
+    leaves = _numbers(inner)
+    noise = _ROUNDING * max(torch.finfo(leaf.dtype).eps for leaf in leaves) * space.norm(leaves)
+    return code_if(~(last < _STUCK * first) & ~(2 * last <= noise.square()), Status.INNER_UNSTABLE)
 
 
 def _slope(moves: Moves, point: Seen, inner: Tree) -> Tensor:
@@ -207,6 +242,9 @@ def _motion(
 
 # Held against convergent and divergent loops in tests/bilevel/test_wrong_numbers_stability.py.
 _PLAIN_RISE, _MOTION = 0.1, 0.05
+_VANISHED = 0.01
+_PATIENCE, _STUCK, _ROUNDING = 10, 0.81, 1e3
+"""Steps after which a residual that is to vanish must have lost a tenth, or be this many rounding errors of y."""
 _IN_PLACE, _TURNS, _STILL = 5.0, 2.0, 1e-5
 
 

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from bilevel.engine import implied, layer, spans
 from bilevel.engine.base import Derivatives
-from bilevel.estimators.base import Estimator, Instance, Known, Recorded
+from bilevel.estimators.base import Estimator, Instance, Recorded
+from bilevel.estimators.known import Known
 from bilevel.estimators.run import estimated, looked_at
 from bilevel.hypergradient import most_telling, prepared
 from bilevel.layer.report import Report, Teller

@@ -15,6 +15,7 @@ from bilevel.space import tree
 from bilevel.testing import probes
 from bilevel.testing.catalogue import GROWTHS, TARGETS
 from bilevel.testing.probes import PROGRAM_STEPS, Probe
+from bilevel.testing.result_checks import misstated
 from bilevel.testing.storages import Storages
 
 _TOLERANCE = {"program": (1e-10, 1e-4), "solution": (2e-6, 5e-3)}
@@ -40,11 +41,12 @@ def check_estimator(
     under `TaskMean`, a batch for each step, nested trees of variables, a loss with random numbers, and for each `Path`
     one in which x acts only there. Inner Hessians have eigenvalues between 0.5 and 2.
 
-    Checked in each: the value and the status; structure, dtype and ownership of what comes back; that no argument is
-    changed; the same seed, the same answer; that state survives being saved, and that another's is refused; that tasks
-    one by one equal tasks at once and the mean of problems of their own. Besides: a solver that stops by itself, begun
-    at the solution; how peak memory grows with K. A problem may be refused (ValueError) if x acts there along a path
-    that `sees` leaves out.
+    Checked in each: the value and the status; that `inner` is where the inner loop ends, and the losses those there (if
+    there is a target, and no random numbers are in the losses); structure, dtype and ownership of what comes back; that
+    no argument is changed; the same seed, the same answer; that state survives being saved, and that another's is
+    refused; that tasks one by one equal tasks at once and the mean of problems of their own. Besides: a solver that
+    stops by itself, begun at the solution; how peak memory grows with K. A problem may be refused (ValueError) if x
+    acts there along a path that `sees` leaves out.
 
     Args:
         estimator: of one task (it is put into TaskMean here).
@@ -131,6 +133,9 @@ class _Checks:
         self.hold(not arguments.changed(), "changes its arguments", probe, arguments.changed())
         self.value(first, probe)
         self.form(first, probe)
+        if self.target is not None and not probe.random and first.next_inner is None:
+            wrong = misstated(first, probe, steps)
+            self.hold(not wrong, "returns another inner variable or loss than it says", probe, wrong)
         self.repeats(first, probe, steps, after)
         self.state(first, probe, steps)
         if probe.tasks is not None:
@@ -278,7 +283,7 @@ class _Checks:
 
     def memory(self, growth: str, dtype: torch.dtype) -> None:
         """Peak bytes against K."""
-        probe = _separable(dtype, self.estimator)
+        probe = probes.separable(dtype, self.estimator)
         self.run(probe, PROGRAM_STEPS)  # what is looked at once per problem, is
         peaks = []
         for steps in _MEMORY_STEPS:
@@ -344,22 +349,6 @@ class _Arguments:
             if leaf._version != version or leaf.requires_grad != required or leaf.grad is not None:
                 return f"{name} was written to, or given a .grad"
         return ""
-
-
-def _separable(dtype: torch.dtype, estimator: bl.Estimator) -> Probe:
-    """A problem on which a kept iterate shows, and that the estimator can see."""
-    y = torch.linspace(-1, 1, 256, dtype=dtype)
-    batches = bl.Batches(0.5 + y.sigmoid(), y.flip(0))
-    started = bl.Path.INNER_LOSS not in estimator.sees
-    x = y if started else y[::32].clone()  # (few: forward mode takes a product for each)
-    problem = bl.Problem(
-        lambda y, x, b: 0.5 * (b * (y if started else y - x.repeat(32)).square()).sum(),
-        lambda y, x, b: (y - b).square().sum() + x.square().sum(),
-        init=(lambda x, b: x + 1) if started and bl.Path.START in estimator.sees else None,
-    )
-    if problem.init is None and started:
-        return Probe("256 numbers", problem, x, y.cos(), batches, frozenset({bl.Path.OUTER_LOSS}))
-    return Probe("256 numbers", problem, x, None if problem.init else y.cos(), batches, frozenset())
 
 
 def _results(found: bl.Hypergradient) -> Iterator[tuple[str, Tensor]]:

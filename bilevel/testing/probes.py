@@ -299,3 +299,18 @@ def _single_paths(dtype: torch.dtype) -> list[Probe]:
         made(bl.Path.HYPERPARAMETER, bl.Problem(alone, apart), number, rate=lambda x: x.exp()),
         made(bl.Path.STATIONARITY, bl.Problem(alone, apart), number, decay=lambda x: x.exp()),
     ]
+
+
+def separable(dtype: torch.dtype, estimator: bl.Estimator) -> Probe:
+    """A problem on which a kept iterate shows, and that the estimator can see."""
+    y = torch.linspace(-1, 1, 256, dtype=dtype)
+    batches = bl.Batches(0.5 + y.sigmoid(), y.flip(0))
+    started = bl.Path.INNER_LOSS not in estimator.sees
+    x = y if started else y[::32].clone()  # (few: forward mode takes a product for each)
+    problem = bl.Problem(
+        lambda y, x, b: 0.5 * (b * (y if started else y - x.repeat(32)).square()).sum(),
+        lambda y, x, b: (y - b).square().sum() + x.square().sum(),
+        init=(lambda x, b: x + 1) if started and bl.Path.START in estimator.sees else None,
+    )
+    seen = frozenset({bl.Path.OUTER_LOSS}) if problem.init is None and started else frozenset[bl.Path]()
+    return Probe("256 numbers", problem, x, None if problem.init else y.cos(), batches, seen)

@@ -17,6 +17,8 @@ AT_SOLUTION = {
     if entry.target == "solution" and entry.settles == 1 and entry.on_quadratic is None
 }
 """Estimates of the hypergradient at the inner solution, with accurate linear solves, in one call."""
+BY_ROUNDS = {label for label, entry in ENTRIES.items() if entry.settles > 1}
+"""Those that carry what others solve for: at the first round v is 0 and the estimate that of f alone."""
 RANDOM = {label: entry.estimator for label, entry in ENTRIES.items() if entry.variance is not None}
 """Those that draw: another chunk of tasks is another draw."""
 ESTIMATORS = {

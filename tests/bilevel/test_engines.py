@@ -78,7 +78,7 @@ def test_every_optimizer(optimizer, estimator):
 
 @ESTIMATOR
 def test_dropout_draws_the_same_numbers(estimator):
-    if estimator == "first order":
+    if estimator == "first order" or estimator in catalogue.BY_ROUNDS - {"amigo"}:
         pytest.skip("x enters through the inner loss")
     p, outer, inner, batches = dropped()
     found = same(p, outer, inner, batches, estimator=catalogue.ESTIMATORS[estimator], seed=3)

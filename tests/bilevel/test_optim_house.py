@@ -359,7 +359,7 @@ def test_coupled_decay_is_part_of_the_rest_and_a_step_rests_there(kind):
         o.ClippedByNorm(o.Groups({"a": Hidden()}), 100.0),
         o.FromTorch(torch.optim.SGD, lr=0.1, weight_decay=0.5, stationary=lambda g, y, x: g),
     ],
-    ids=str,
+    ids=["accumulated", "groups", "accumulated in a group", "clipped groups", "from torch"],
 )
 def test_what_a_users_optimizer_hides_is_found_in_every_wrapper(wrapped):
     x, y = torch.tensor([1.0, 2.0, 3.0], dtype=D), {"a": torch.zeros(3, dtype=D)}

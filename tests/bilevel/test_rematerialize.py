@@ -718,7 +718,7 @@ def from_start(**options):
     )
 
 
-def numbers(setup, estimator, steps=4, **options):
+def numbers(setup, estimator, steps=4, momentum=0.5, **options):
     problem, outer, inner = setup(**options)
     batch = tensor(6, 3, seed=3).detach(), tensor(6, 2, seed=4).detach()
     torch.manual_seed(0)
@@ -727,7 +727,7 @@ def numbers(setup, estimator, steps=4, **options):
         outer,
         inner,
         bl.Batches(batch, batch),
-        solver=bl.Descent(bl.SGD(lr=0.1, momentum=0.5), steps),
+        solver=bl.Descent(bl.SGD(lr=0.1, momentum=momentum), steps),
         estimator=estimator,
     )
     return [*hg.grad.values(), *hg.inner.values(), hg.outer_loss, hg.inner_loss], torch.get_rng_state(), hg.status
@@ -736,8 +736,9 @@ def numbers(setup, estimator, steps=4, **options):
 @pytest.mark.parametrize("entry", catalogue.ENTRIES, ids=lambda entry: entry.label)
 def test_every_estimator_has_the_same_numbers(entry):
     setup = weighted if bl.Path.INNER_LOSS in entry.sees else from_start
-    theirs, after, status = numbers(setup, entry.at(6))
-    ours, state, found = numbers(setup, entry.at(6), rematerialize=Residual)
+    momentum = 0.0 if isinstance(entry.estimator, bl.estimators.GammaDecay) else 0.5  # (which it refuses)
+    theirs, after, status = numbers(setup, entry.at(6), momentum=momentum)
+    ours, state, found = numbers(setup, entry.at(6), momentum=momentum, rematerialize=Residual)
     assert found == status
     assert torch.equal(state, after)
     close(ours, theirs, tol=1e-10)

@@ -120,7 +120,14 @@ class _Seen:
     def __init__(self, step: int, embedded: Any, drawn: State | None) -> None:
         self.step, self.embedded, self.drawn = step, embedded, drawn
         self.loss: Tensor | None = None
+        self.shown: Tensor | None = None
+        self.reported = self.vanishing = False
         self.made: Pushed | None = None
+
+    def known(self, made: Pushed) -> None:
+        """The step that was made here."""
+        self.made, self.loss = made, made.loss
+        self.shown, self.reported, self.vanishing = made.shown, made.reported, made.vanishing
 
     def gradient(self, inner: Tree) -> Tree:
         assert self.made is not None, "a step was made"
@@ -177,10 +184,11 @@ class _Carrying:
             return Tangent(z, states([*z, *e]))
 
         if self._watched:
-            seed, no = torch.Generator(device="cpu").manual_seed(0), [None] * len(xs)
+            seed, no, before = torch.Generator(device="cpu").manual_seed(0), [None] * len(xs), oracles.generators.peek()
             z: list[Tensor | None] = [
                 torch.randn(leaf.shape, generator=seed, dtype=torch.float64).to(leaf) for leaf in tree.tensors(inner)
             ]
+            oracles.generators.set(before)  # (without data, torch draws from the global generator all the same)
             self.growth.enter(self._steps, z)
             self._probe = begun(z, list(no))
         if self._carried is not None:
@@ -201,7 +209,8 @@ class _Carrying:
 
     def step(self, inner: Tree, state: Any, at: _Seen) -> tuple[Tree, Any]:
         made = self._oracles.step_forward(inner, state, at.step, at.embedded, at.drawn)
-        at.loss, at.made, self.state = made.loss, made, made.state
+        at.known(made)
+        self.state = made.state
         live = None if self._program.masks is None else self._program.masks[at.step]
         with spans.span(spans.HYPERGRADIENT):
             for i, direction in enumerate(self._directions):

@@ -43,8 +43,8 @@ class Sama(Estimator):
     Where a rule stops the inner loop (`Converge`), the step is the one that would come next.
 
     Bias: that of one step (of SGD, a component of curvature h is off by the factor lr * h), which no budget removes;
-        O(radius^2) of the difference, and rounding of order eps / radius: stats["difference_digits"] says what that
-        leaves, and below one digit the status (ROUNDED).
+        O(radius^2) of the difference, and rounding of order eps / radius: stats["digits"] says what that
+        leaves, and below one digit the status (DIGITS_LOST).
 
     Args:
         scale: multiplies v; one over the step size makes v = df/dy of SGD.
@@ -110,7 +110,7 @@ class Sama(Estimator):
                 minus(direct, indirect),
                 outer_loss,
                 codes=[code, rounded],
-                stats={"difference_digits": digits},
+                stats={"digits": digits},
             )
 
 

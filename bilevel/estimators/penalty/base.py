@@ -264,7 +264,7 @@ def decay_value(instance: Instance, inner: Tree) -> Tensor | float:
 
 def digits_left(weight: Tensor | float, part: PartialLeaves, grad: PartialLeaves) -> tuple[Tensor | None, Tensor | int]:
     """The decimal digits that rounding leaves of an estimate that holds `weight` times a difference to `part`, and
-    INNER_UNSTABLE where there are none.
+    DIGITS_LOST where there are none.
     """
     parts, whole = present(part), present(grad)
     if not parts or not whole:
@@ -274,7 +274,7 @@ def digits_left(weight: Tensor | float, part: PartialLeaves, grad: PartialLeaves
     share = torch.where(noise > 0, size / torch.where(noise > 0, noise, 1.0), 1 / eps)
     digits = torch.log10(share.clamp(1.0, 1 / eps))
     # (A gradient that an outer loop has brought to zero is below rounding as well: a small weight is no cause of that.)
-    return digits, code_if((digits < _DIGITS) & torch.as_tensor(eps * weight > _EATEN), Status.INNER_UNSTABLE)
+    return digits, code_if((digits < _DIGITS) & torch.as_tensor(eps * weight > _EATEN), Status.DIGITS_LOST)
 
 
 _DIGITS, _EATEN = 0.5, 1e-6

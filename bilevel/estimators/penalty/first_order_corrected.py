@@ -37,7 +37,7 @@ from torch import Tensor
 from bilevel.batches import PerStep
 from bilevel.engine import spans
 from bilevel.estimators.base import Estimate, Estimator, Instance, Path
-from bilevel.estimators.penalty.base import perturbed, plus, times, unbounded
+from bilevel.estimators.penalty.base import digits_left, perturbed, plus, times, unbounded
 from bilevel.estimators.penalty.perturbation import Stencil, default_nu, order_of, stencil_of
 from bilevel.estimators.state import State, per_task
 from bilevel.inner.base import InnerSolver
@@ -161,15 +161,22 @@ class FirstOrderCorrected(Estimator):
                     sides.append(side.found.inner)
             del side, apart
         with spans.span(spans.HYPERGRADIENT):
+            digits, rounded = digits_left(max(map(abs, stencil.weights)) / nu, first.g_x, grad)
+            # (With a nu of a sensible size it is an outer loop that has brought the gradient to zero.)
+            codes.append(rounded if nu * _SENSIBLE < torch.finfo(dtype).eps else 0)
             return instance.finish(
                 dataclasses.replace(first.found, first_loss=None),
                 grad,
                 oracles.outer_loss(inner),
                 inner=inner,
                 codes=codes,
-                stats={"inner_steps": steps, "nu": nu},
+                stats={"inner_steps": steps, "nu": nu, "digits": digits},
                 state=Sides(sides, stencil.nodes) if self.warm_sides else None,
             )
+
+
+_SENSIBLE = 1e-3
+"""The least part of nu that one rounding may be for it to be the cause of lost digits."""
 
 
 def _precision(leaf: Tensor) -> torch.dtype:

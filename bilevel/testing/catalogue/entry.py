@@ -67,12 +67,11 @@ class Entry:
         memory: how peak memory grows with K at most: "constant", "sqrt" or "linear".
         sees: the paths of the outer variable that it follows; equals `estimator.sees`.
         definite: whether it needs a positive definite Hessian; None for those at the solution that make products.
-        few_outer: whether its cost grows with Q.
+        few_outer: whether its cost grows with Q, which `calls` then is given as its products.
         everyday: the same with the budgets of everyday use, for comparisons; None for the estimator itself.
         bias: what separates it from its target, as an order; None for nothing but rounding and unfinished solves.
         spending: the same variant with exactly so many products of its linear solver; None where it has none.
         quadratic_in_inner: whether it holds P x P numbers.
-        linear_in_outer: whether it takes a product of every step for each number of x: `products` is then Q.
         on_quadratic: the closed form of what it returns on a quadratic, bias included (the mean, where it draws); None
             for that of its target.
         slope: how its bias falls.
@@ -99,7 +98,6 @@ class Entry:
     bias: str | None = None
     spending: Callable[[int], bl.Estimator] | None = None
     quadratic_in_inner: bool = False
-    linear_in_outer: bool = False
     on_quadratic: Callable[[Quadratic], Tensor] | None = None
     slope: Slope | None = None
     solves: Callable[[int], int] = once

@@ -52,7 +52,6 @@ ENTRIES: tuple[Entry, ...] = (
         calls=lambda steps, outer: counts(steps, 1, steps * (outer + 1), 0),
         memory="constant",
         sees=EVERYWHERE,
-        linear_in_outer=True,
     ),
     _drawn("forward gradient", bl.estimators.ForwardGradient(2), -1),
     _drawn("forward gradient, normal", bl.estimators.ForwardGradient(2, normal=True), +1),

@@ -14,7 +14,7 @@ OK = "OK"
 ERROR, CRASHED, TIMEOUT, OUT_OF_MEMORY = "ERROR", "CRASHED", "TIMEOUT", "OUT_OF_MEMORY"
 FAILURES = frozenset({ERROR, CRASHED, TIMEOUT, OUT_OF_MEMORY})
 """How a run can fail; all other statuses are a hypergradient's own."""
-_LESS_ACCURATE = frozenset({"INNER_ROSE", "INNER_UNSTABLE", "MAX_STEPS", "INNER_MAX_STEPS", "ROUNDED", "DIGITS_LOST"})
+_LESS_ACCURATE = frozenset({"INNER_ROSE", "INNER_UNSTABLE", "MAX_STEPS", "INNER_MAX_STEPS", "DIGITS_LOST"})
 """The names of the library's statuses with `Status.failed` False, OK apart: an answer is there, and less accurate."""
 
 
