@@ -70,12 +70,13 @@ class Linear:
 class Pushed(abc.ABC):
     """A step that was made, and its derivative. `moved`, `state`, `loss` and `shown` are without a graph.
 
-    `shown`, `reported` and `vanishing` are what the loop is judged by (see `bilevel.engine.point.At`).
+    `shown`, `reported`, `vanishing` and `code` are what the loop is judged by (see `bilevel.engine.point.At`).
     """
 
     moved: Tree
     state: Any
     loss: Tensor | None
+    code: Tensor | int = 0
     reported = vanishing = False
 
     @property
@@ -179,7 +180,7 @@ class OfDynamics(Pushed):
             stepped, after = step_of(dynamics, y, s, attached, at)
         stepped = check_step(dynamics, inner, stepped)
         self._count, self.loss, self._y, self._at = len(tree.tensors(y)), at.loss, y, at
-        self.reported, self.vanishing = at.reported, at.vanishing
+        self.reported, self.vanishing, self.code = at.reported, at.vanishing, at.code
         outputs = [*tree.tensors(stepped), *leaves(after)]
         self._step = Linear(outputs, [*tree.tensors(y), *leaves(s), *tree.tensors(attached)])
         self.moved, self.state = tree.detach(stepped), tree.detach(after)

@@ -36,8 +36,38 @@ class Prepared(abc.ABC):
 
     def solve(self, b: Leaves, start: Leaves | None = None) -> LinearSolution:
         """`iterate` and one product more, for the true residual."""
-        found = self.iterate(b, start)
+        found = self.answer(b, start)
         return self.solver.checked(found, self.operator.matvec(found.value), b, self.space)
+
+    def answer(self, b: Leaves, start: Leaves | None = None) -> LinearSolution:
+        """`iterate`, held to its contract.
+
+        Raises:
+            TypeError: it returned something else than a LinearSolution of tensors like b.
+            ValueError: it changed b or start in place.
+        """
+        given = [*b, *(start or ())]
+        before = [leaf._version for leaf in given]
+        found, name = self.iterate(b, start), type(self.solver).__name__
+        if before != [leaf._version for leaf in given]:
+            raise ValueError(
+                f"{name} changed the right-hand side, or its start, in place, and its residual would be that of "
+                f"another system. Write r = r - a * p instead of r.sub_(a * p), or begin with copies"
+            )
+        if not isinstance(found, LinearSolution) or not isinstance(found.code, int | Tensor):
+            given_code = isinstance(found, LinearSolution)
+            what = f"the code {found.code!r}" if given_code else f"a {type(found).__name__}"
+            raise TypeError(
+                f"{name}: iterate() returned {what}; a LinearSolution(value, residual, steps, code) was needed, with "
+                f"code a number such as bilevel.Status.OK.code"
+            )
+        shapes = [[tuple(leaf.shape) for leaf in leaves] for leaves in (found.value, b)]
+        if shapes[0] != shapes[1]:
+            raise TypeError(
+                f"{name}: iterate() returned a value of the shapes {shapes[0]}; those of the right-hand side, "
+                f"{shapes[1]}, were needed"
+            )
+        return found
 
 
 class LinearSolver(Strategy):

@@ -123,7 +123,7 @@ class PreparedMasked(Prepared):
     def iterate(self, b: Leaves, start: Leaves | None = None) -> LinearSolution:
         keep = self.solver.seen
         guess = None if start is None else keep(start, self.space)
-        found = self._within.iterate(keep(b, self.space), guess)
+        found = self._within.answer(keep(b, self.space), guess)
         return dataclasses.replace(found, value=keep(found.value, self.space))
 
 

@@ -46,9 +46,7 @@ def misstated(found: bl.Hypergradient, probe: Probe, steps: int) -> str:
 
 def _evaluated(probe: Probe, problem: bl.Problem, inner: tree.Tree, batches: bl.Batches, steps: int) -> bl.Adapted:
     torch.manual_seed(0)
-    return bl.adapt(
-        problem, probe.outer, inner, batches, solver=probe.solver(steps), tasks=probe.tasks is not None
-    )
+    return bl.adapt(problem, probe.outer, inner, batches, solver=probe.solver(steps), tasks=probe.tasks is not None)
 
 
 def _norm(leaves: Sequence[Tensor]) -> float:

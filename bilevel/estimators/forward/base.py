@@ -121,6 +121,7 @@ class _Seen:
         self.step, self.embedded, self.drawn = step, embedded, drawn
         self.loss: Tensor | None = None
         self.shown: Tensor | None = None
+        self.code: Tensor | int = 0
         self.reported = self.vanishing = False
         self.made: Pushed | None = None
 
@@ -205,7 +206,7 @@ class _Carrying:
     def step(self, inner: Tree, state: Any, at: _Seen) -> tuple[Tree, Any]:
         made = self._oracles.step_forward(inner, state, at.step, at.embedded, at.drawn)
         at.loss, at.made, self.state = made.loss, made, made.state
-        at.shown, at.reported, at.vanishing = made.shown, made.reported, made.vanishing
+        at.shown, at.reported, at.vanishing, at.code = made.shown, made.reported, made.vanishing, made.code
         live = None if self._program.masks is None else self._program.masks[at.step]
         with spans.span(spans.HYPERGRADIENT):
             for i, direction in enumerate(self._directions):
