@@ -48,9 +48,9 @@ class Status(enum.Enum):
         "inner optimizer, take fewer steps, or compute in float64."
     )
     DIGITS_LOST = (
-        "Rounding leaves few digits of the hypergradient: moving its arguments by a few roundings moved it by more than "
-        "a hundredth (Probed), or the two sides of a finite difference agree to all but their last digit. See "
-        "stats['digits']. Compute in float64, take fewer inner steps, or a larger nu or radius."
+        "Rounding leaves few digits of the hypergradient: moving its arguments by a few roundings moved it by more "
+        "than a hundredth (Probed), or the two sides of a finite difference agree to all but their last digit. See "
+        "stats['digits']. Compute in float64, take fewer inner steps, or a larger nu, radius, std or mu."
     )
     INNER_ROSE = (
         "The inner loss ended at more than twice its starting value: the inner loop is moving away from a solution. "
@@ -65,8 +65,9 @@ class Status(enum.Enum):
         "Give Converge more max_steps, a larger tol or a better step size."
     )
     NOT_CONTRACTIVE = (
-        "The Neumann series does not contract: its residual grew. Its step_size must lie below 2 / (largest eigenvalue "
-        "of the inner Hessian). Lower step_size, or use CG. Of Chebyshev: an eigenvalue lies outside of lowest and "
+        "The Neumann series does not contract: its residual grew. Its step_size (the rate of a single loop) must lie "
+        "below 2 / (largest eigenvalue of the inner Hessian), and no eigenvalue may be negative. Lower it, add "
+        "damping, or use CG, which tells the two apart. Of Chebyshev: an eigenvalue lies outside of lowest and "
         "highest; linear.spectrum finds them."
     )
     NEGATIVE_CURVATURE = (

@@ -68,20 +68,16 @@ class Linear:
 
 
 class Pushed(abc.ABC):
-    """A step that was made, and its derivative. `moved`, `state`, `loss` and `shown` are without a graph.
-
-    `shown`, `reported`, `vanishing` and `code` are what the loop is judged by (see `bilevel.engine.point.At`).
+    """A step that was made, and its derivative. `moved`, `state` and `loss` are without a graph; `shown` and `code` are
+    what the loop is judged by, see `bilevel.engine.point.At`.
     """
 
     moved: Tree
     state: Any
     loss: Tensor | None
+    shown: Tensor | None
     code: Tensor | int = 0
     reported = vanishing = False
-
-    @property
-    def shown(self) -> Tensor | None:
-        return self.loss
 
     @abc.abstractmethod
     def gradient(self) -> Tree:
@@ -120,6 +116,7 @@ class OfOptimizer(Pushed):
         assert optimizer is not None, "a dynamics without an optimizer is pushed as a whole"
         self._ys, self._xs, self._symmetric = tree.tensors(y), tree.tensors(attached), symmetric
         self.loss, self._in_inner, self._in_outer = gradients(y, embedded)
+        self.shown = self.loss
         numbers = [None if leaf is None else leaf.detach() for leaf in self._in_inner]
         self._numbers = tree.like(inner, numbers)
         self._slope = None if symmetric else Linear(self._in_inner, [*self._ys, *self._xs])
@@ -180,14 +177,10 @@ class OfDynamics(Pushed):
             stepped, after = step_of(dynamics, y, s, attached, at)
         stepped = check_step(dynamics, inner, stepped)
         self._count, self.loss, self._y, self._at = len(tree.tensors(y)), at.loss, y, at
-        self.reported, self.vanishing, self.code = at.reported, at.vanishing, at.code
+        self.shown, self.reported, self.vanishing, self.code = at.shown, at.reported, at.vanishing, at.code
         outputs = [*tree.tensors(stepped), *leaves(after)]
         self._step = Linear(outputs, [*tree.tensors(y), *leaves(s), *tree.tensors(attached)])
         self.moved, self.state = tree.detach(stepped), tree.detach(after)
-
-    @property
-    def shown(self) -> Tensor | None:
-        return self._at.shown
 
     def gradient(self) -> Tree:
         return tree.detach(self._at.gradient(self._y))

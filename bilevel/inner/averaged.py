@@ -96,4 +96,5 @@ class Averaged(Dynamics):
 
 
 def _mean(past: Tensor, now: Tensor, kept: Any) -> Tensor:
-    return now + kept * (past - now)
+    # The derivative along z is (1 - kept). In now + kept (past - now) it is a difference that 16 bits round to 0.
+    return past + (1 - kept) * (now - past)

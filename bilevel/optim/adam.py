@@ -32,7 +32,7 @@ from bilevel.optim.base import (
     spread,
     value_of,
 )
-from bilevel.optim.entrywise import check_betas, minus_quotient, plus_square, root
+from bilevel.optim.entrywise import check_betas, in_float32, is_narrow, minus_quotient, plus_square, root
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
 
@@ -110,6 +110,8 @@ class Adam(Optimizer):
         return _init(inner)
 
     def step(self, grad: Tree, state: Any, inner: Tree, outer: Tree) -> tuple[Tree, Any]:
+        if is_narrow(inner):
+            return in_float32(lambda g, y: self.step(g, state, y, outer), grad, inner)
         direction = coupled(gradients(grad, inner), value_of(self.weight_decay, outer), inner)
         return _adam_step(self, value_of(self.lr, outer), direction, state, inner, outer)
 
@@ -153,6 +155,8 @@ class AdamW(Optimizer):
         return _init(inner)
 
     def step(self, grad: Tree, state: Any, inner: Tree, outer: Tree) -> tuple[Tree, Any]:
+        if is_narrow(inner):
+            return in_float32(lambda g, y: self.step(g, state, y, outer), grad, inner)
         decay, lr = value_of(self.weight_decay, outer), value_of(self.lr, outer)
         shrunk, direction = inner, gradients(grad, inner)
         if not off(decay):

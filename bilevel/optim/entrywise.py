@@ -2,6 +2,10 @@
 
 A state is a dict: the steps that used a tensor, under "step", and lists of past tensors with one place per tensor of
 the inner variable, None until its first use. So a buffer that comes later moves no other.
+
+16-bit tensors are stepped in float32, and their past is kept in it: float16 ends at 6e-8, above the second moment of a
+gradient of 1e-3, and a step that has forgotten the scale of its gradient has a derivative that is a difference of
+nearly equal numbers, of which eight bits leave nothing.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +16,7 @@ from torch import Tensor
 
 from bilevel.optim.base import Hyper, check_hyper, gradients, off, plus, spread, value_of
 from bilevel.space import tree
+from bilevel.space.inner_product import NARROW
 from bilevel.space.tree import Tree
 
 Update = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any]], Tensor]
@@ -29,6 +34,8 @@ def stepped(
     update: Update, grad: Tree, state: Any, inner: Tree, outer: Tree, hypers: Mapping[str, Hyper]
 ) -> tuple[Tree, Any]:
     """One step, tensor by tensor; those that the loss does not use are left alone with their state."""
+    if is_narrow(inner):
+        return in_float32(lambda g, y: stepped(update, g, state, y, outer, hypers), grad, inner)
     values = {name: spread(value_of(hyper, outer), inner, name) for name, hyper in hypers.items()}
     moved, places = list(tree.tensors(inner)), {name: list(each) for name, each in state.items()}
     for i, g in enumerate(gradients(grad, inner)):
@@ -40,6 +47,23 @@ def stepped(
         for name, value in past.items():
             places[name][i] = value
     return tree.like(inner, moved), places
+
+
+def is_narrow(inner: Tree) -> bool:
+    """Whether a tensor has 16 bits."""
+    return any(leaf.dtype in NARROW for leaf in tree.tensors(inner))
+
+
+def in_float32(step: Callable[[Tree, Tree], tuple[Tree, Any]], grad: Tree, inner: Tree) -> tuple[Tree, Any]:
+    """A step of (grad, inner), made in float32 where these have 16 bits; the moved tensors get their dtypes back."""
+    wide = tree.like(inner, [_wide(leaf) for leaf in tree.tensors(inner)])
+    moved, state = step([None if g is None else _wide(g) for g in gradients(grad, inner)], wide)
+    pairs = zip(tree.tensors(moved), tree.tensors(inner), strict=True)
+    return tree.like(inner, [new.to(old.dtype) for new, old in pairs]), state
+
+
+def _wide(leaf: Tensor) -> Tensor:
+    return leaf.float() if leaf.dtype in NARROW else leaf
 
 
 def decayed(y: Tensor, g: Tensor, decay: Any) -> Tensor:
@@ -78,11 +102,8 @@ def root(v: Tensor) -> Tensor:
 
 
 def floor(dtype: torch.dtype) -> float:
-    """The smallest number that a divisor may have.
-
-    float16 ends at 6e-8, below its smallest normal number, and a second moment is often there.
-    """
-    return 6e-8 if dtype == torch.float16 else torch.finfo(dtype).tiny
+    """The smallest number that a divisor may have."""
+    return torch.finfo(dtype).tiny
 
 
 def check_betas(owner: str, betas: Any) -> None:

@@ -17,8 +17,9 @@ zero for a whole matrix, the derivative of a step is a^ns_steps / eps, 5e9: a lo
 NONFINITE in float32.
 Reference: Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv 2502.16982; equal to
 torch.optim.Muon (torch 2.13) in float64 to 1e-12 where the iteration is in bfloat16, as torch's.
-Differences from peers: the iteration runs in the dtype of y, where torch's always takes bfloat16: a derivative through
-eight bits is worth two digits. Write ns_dtype=torch.bfloat16 for torch's own numbers.
+Differences from peers: the iteration runs in the dtype of y, in float32 where that has 16 bits, where torch's always
+takes bfloat16: a derivative through eight bits is worth two digits, or none where it cancels. Write
+ns_dtype=torch.bfloat16 for torch's own numbers.
 """
 
 import dataclasses
@@ -47,7 +48,8 @@ class Muon(Optimizer):
         eps: the smallest norm that d is divided by.
         ns_steps: Newton-Schulz steps.
         adjust: how lr is scaled by the shape of a matrix, as in torch.optim.Muon.
-        ns_dtype: what the iteration is computed in; None for the dtype of y.
+        ns_dtype: what the iteration is computed in; None for the dtype of y, float32 for one of 16 bits. Within an open
+            autocast, which would make 16 bits of float32, None is float64.
         tasks: whether y has a leading dimension of tasks; `TaskMean` says so, nobody else needs to.
 
     Each of lr, weight_decay and momentum is a number, a tree of numbers like inner, or a function of outer that returns
@@ -127,7 +129,7 @@ class Muon(Optimizer):
     def _orthogonal(self, d: Tensor) -> Tensor:
         a, b, c = self.ns_coefficients
         tall = d.shape[-2] > d.shape[-1]
-        x = d if self.ns_dtype is None else d.to(self.ns_dtype)
+        x = d.to(self.ns_dtype or (torch.float64 if _cast(d) else d.dtype))
         x = x.mT if tall else x
         # One norm a matrix: the first dimension may be that of tasks.
         length = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
@@ -137,3 +139,9 @@ class Muon(Optimizer):
             gram = x @ x.mT
             x = combined(x, combined(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x.mT if tall else x
+
+
+def _cast(d: Tensor) -> bool:
+    """Whether an open autocast would multiply matrices in 16 bits, now or in the backward."""
+    kind = d.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

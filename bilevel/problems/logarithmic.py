@@ -11,6 +11,7 @@ Reference: Wang, Yuan, Wu and Ge 2021, arXiv 2006.16495, for the logarithm and f
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -53,8 +54,7 @@ class Rescaling(bl.inner.Dynamics):
         scale = torch.where(length > 0, length, 1.0)  # what has arrived stays there
 
         def shorter(leaf: Any) -> Any:
-            divided = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0
-            return leaf / at.space.per_task(scale, leaf).to(leaf.dtype) if divided else leaf
+            return leaf / at.space.per_task(scale, leaf).to(leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
         log = inner["log_scale"] + scale.log().to(inner["log_scale"].dtype)
         return {"point": tree.tree_map(shorter, point), "log_scale": log}, tree.tree_map(shorter, state)
@@ -72,8 +72,8 @@ def logarithmic(
     """The problem of log F / K, its start and its solver, to be given to `bilevel.hypergradient` in place of the old.
 
     Args:
-        problem: g homogeneous of degree 2 in y; f homogeneous of `degree` and positive. Both are checked, at y_0 and at
-            twice y_0.
+        problem: g homogeneous of degree 2 in y; f homogeneous of `degree` and positive. Both are checked on their
+            batches, g on that of each step, at y_0 brought to size one, twice that and half.
         outer: as for `hypergradient`.
         inner: y_0, not 0; no task dimension.
         batches: as for `hypergradient`.
@@ -85,7 +85,7 @@ def logarithmic(
 
     Raises:
         TypeError: the solver is no Descent of SGD.
-        ValueError: a loss is not homogeneous, or the problem has init or features.
+        ValueError: a loss is not homogeneous or f not positive, or the problem has init or features.
 
     Example:
         >>> import torch, bilevel as bl
@@ -110,18 +110,17 @@ def logarithmic(
         raise ValueError(
             "logarithmic() was given a problem with init or features; write them into the losses and inner"
         )
-    for name, loss, batch, power in (
-        ("inner_loss", problem.inner_loss, batches.inner_at(0), 2.0),
-        ("outer_loss", problem.outer_loss, batches.outer, degree),
-    ):
-        _check_homogeneous(name, loss, outer, inner, batch, power)
+    size = _size(inner)
+    point = tree.tree_map(lambda leaf: leaf.detach() / size.to(leaf.dtype), inner)
+    for step in range(solver.max_steps if isinstance(batches.inner, bl.PerStep) else 1):
+        _check_homogeneous("inner_loss", problem.inner_loss, outer, point, batches.inner_at(step), 2.0)
+    _check_homogeneous("outer_loss", problem.outer_loss, outer, point, batches.outer, degree, positive=True)
     outer_loss, steps = problem.outer_loss, solver.max_steps
 
     def scaled(y: Any, x: Any, batch: Any) -> Tensor:
         return (outer_loss(y["point"], x, batch).log() + degree * y["log_scale"]) / steps
 
-    like = tree.tensors(inner)[0]
-    start = {"point": inner, "log_scale": torch.zeros((), dtype=like.dtype, device=like.device)}
+    start = {"point": point, "log_scale": size.log().to(tree.tensors(inner)[0].dtype)}
     inner_loss = problem.inner_loss
     made = bl.Problem(lambda y, x, batch: inner_loss(y["point"], x, batch), scaled)
     return made, start, bl.Descent(Rescaling(optimizer), steps)
@@ -132,15 +131,34 @@ def restored(inner: Scaled) -> Tree:
     return tree.tree_map(lambda leaf: leaf * inner["log_scale"].exp(), inner["point"])
 
 
-def _check_homogeneous(name: str, loss: Any, outer: Tree, inner: Tree, batch: Any, degree: float) -> None:
+def _size(inner: Tree) -> Tensor:
+    """The largest number of y_0, which is in range where its square is not; ValueError where y_0 has no length."""
+    leaves = [leaf.detach().abs().amax().double() for leaf in tree.tensors(inner) if leaf.numel() > 0]
+    size = torch.stack(leaves).amax() if leaves else torch.zeros((), dtype=torch.double)
+    if not 0 < float(size) < math.inf:
+        raise ValueError(
+            f"logarithmic() was given a y_0 whose largest number is {float(size):g}; one of finite length was needed: "
+            f"a start of 0 shows nothing"
+        )
+    return size
+
+
+def _check_homogeneous(
+    name: str, loss: Any, outer: Tree, point: Tree, batch: Any, degree: float, *, positive: bool = False
+) -> None:
     with torch.no_grad():
-        found = [loss(tree.tree_map(lambda leaf, c=c: c * leaf, inner), outer, batch).double() for c in (1.0, 2.0, 0.5)]
-    tolerance = 100 * torch.finfo(tree.tensors(inner)[0].dtype).eps
+        found = [loss(tree.tree_map(lambda leaf, c=c: c * leaf, point), outer, batch).double() for c in (1.0, 2.0, 0.5)]
+    tolerance = 100 * torch.finfo(tree.tensors(point)[0].dtype).eps
     for factor, value in zip((2.0, 0.5), found[1:], strict=True):
         expected = factor**degree * found[0]
         if not bool((value - expected).abs() <= tolerance * expected.abs()) or not bool(found[0] != 0):
             raise ValueError(
                 f"logarithmic() was given a problem whose {name} is not homogeneous of degree {degree:g} in y: it is "
-                f"{float(found[0]):.6g} at y_0 and {float(value):.6g} at {factor:g} y_0, where {float(expected):.6g} "
-                f"was needed. Quadratics around 0 are of degree 2; a start of 0 shows nothing"
+                f"{float(found[0]):.6g} at v, y_0 brought to size one, and {float(value):.6g} at {factor:g} v, where "
+                f"{float(expected):.6g} was needed. Quadratics around 0 are of degree 2; a loss of 0 shows nothing"
             )
+    if positive and not bool(found[0] > 0):
+        raise ValueError(
+            f"logarithmic() was given a problem whose {name} is {float(found[0]):.6g} at y_0 brought to size one; a "
+            f"positive one was needed, which has a logarithm"
+        )

@@ -42,8 +42,8 @@ def check_estimator(
     one in which x acts only there. Inner Hessians have eigenvalues between 0.5 and 2.
 
     Checked in each: the value and the status; that `inner` is where the inner loop ends, and the losses those there (if
-    there is a target, and no random numbers are in the losses); structure, dtype and ownership of what comes back;
-    that no argument is changed; the same seed, the same answer; that state survives being saved, and that another's is
+    there is a target, and no random numbers are in the losses); structure, dtype and ownership of what comes back; that
+    no argument is changed; the same seed, the same answer; that state survives being saved, and that another's is
     refused; that tasks one by one equal tasks at once and the mean of problems of their own. Besides: a solver that
     stops by itself, begun at the solution; how peak memory grows with K. A problem may be refused (ValueError) if x
     acts there along a path that `sees` leaves out.

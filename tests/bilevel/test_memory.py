@@ -20,6 +20,8 @@ from bilevel.estimators import Estimate, Estimator, Instance
 from bilevel.estimators.reverse.unrolled import shrinking
 
 STEPS = (10, 50, 200)
+FLAT = (20, 80)
+"""Sixty steps more: one number of y kept in each would be sixty."""
 PRODUCTS = 10
 """Of linear solvers."""
 FEATURES, HIDDEN, ROWS, BATCH = 196, 75, 1250, 125
@@ -151,7 +153,7 @@ def entries(memory):
 @pytest.mark.parametrize("label", entries("constant"))
 def test_estimators_without_a_trajectory_are_flat_in_the_number_of_steps(label):
     entry = catalogue.ENTRIES[label]
-    peaks = [peak(entry.at(PRODUCTS), steps, setup_of(entry)) for steps in STEPS]
+    peaks = [peak(entry.at(PRODUCTS), steps, setup_of(entry)) for steps in FLAT]
     assert max(peaks) <= 1.01 * min(peaks)
 
 

@@ -193,7 +193,9 @@ def test_steps_keep_dtype_and_structure_and_equal_torch_optim_in_every_dtype(kin
     for a, b in zip(found, others, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a, b.detach(), rtol=bound, atol=bound)
-    assert all(leaf.dtype == dtype for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, Tensor))
+    # What float16 cannot hold, the second moment of a small gradient, is kept in float32.
+    kept = dtype if kind is bl.SGD else torch.promote_types(dtype, torch.float32)
+    assert all(leaf.dtype == kept for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, Tensor))
 
 
 @pytest.mark.parametrize("kind", TORCH)

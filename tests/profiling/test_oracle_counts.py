@@ -114,7 +114,7 @@ def test_of_a_solver_that_stops_by_itself(name):
             assert found["outer_gradient"] == steps + 2 * sides
         return
     expected = formula(name, steps)
-    twice = not isinstance(entry.estimator, bl.FirstOrder) and entry.target == "program"
+    twice = entry.sees == frozenset(bl.Path)  # it goes along the program's steps
     expected["inner_gradient"] += steps + 1 if twice else 1
     expected["inner_gradient"] += name == "bootstrapped"  # the way to its target stops by itself too
     assert found == expected

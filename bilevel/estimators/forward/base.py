@@ -125,6 +125,11 @@ class _Seen:
         self.reported = self.vanishing = False
         self.made: Pushed | None = None
 
+    def known(self, made: Pushed) -> None:
+        """The step that was made here."""
+        self.made, self.loss = made, made.loss
+        self.shown, self.reported, self.vanishing, self.code = made.shown, made.reported, made.vanishing, made.code
+
     def gradient(self, inner: Tree) -> Tree:
         assert self.made is not None, "a step was made"
         return self.made.gradient()
@@ -205,8 +210,8 @@ class _Carrying:
 
     def step(self, inner: Tree, state: Any, at: _Seen) -> tuple[Tree, Any]:
         made = self._oracles.step_forward(inner, state, at.step, at.embedded, at.drawn)
-        at.loss, at.made, self.state = made.loss, made, made.state
-        at.shown, at.reported, at.vanishing, at.code = made.shown, made.reported, made.vanishing, made.code
+        at.known(made)
+        self.state = made.state
         live = None if self._program.masks is None else self._program.masks[at.step]
         with spans.span(spans.HYPERGRADIENT):
             for i, direction in enumerate(self._directions):

@@ -4,7 +4,7 @@
 
 | | inner gradients | memory |
 | --- | --- | --- |
-| central_difference | 2 | P + 2 Q + one graph, freed |
+| central_difference | 2 | P + 2 Q + one graph, freed; v |
 
 Both sides draw the same random numbers and see the same batch. By default y is moved by eps^(1/3) (|y| + |y - y_0|), 1
 in the place of zero: that balances the error of the quotient, of order radius^2, and rounding, of order eps / radius,
@@ -46,15 +46,16 @@ def central_difference(
     """
     space, ys = oracles.space, tuple(tree.tensors(inner))
     size = space.norm(v)
-    direction = _unit(oracles, v, size)
     length = _radius(oracles, ys) if radius is None else torch.full_like(size, radius)
     weights = size / (2 * length)
     most = weights.max()
     share = weights / torch.where(most > 0, most, 1.0)
+    # (No unit vector is made, which would be one more like y.)
+    factor = length / torch.where(size > _LEAST * torch.finfo(size.dtype).tiny, size, float("inf"))
     before = oracles.generators.peek()
-    ahead = _in_outer(oracles, tree.like(inner, _moved(oracles, ys, length, direction)), steps, share)
+    ahead = _in_outer(oracles, tree.like(inner, _moved(oracles, ys, factor, v)), steps, share)
     oracles.generators.set(before)
-    behind = _in_outer(oracles, tree.like(inner, _moved(oracles, ys, -length, direction)), steps, share)
+    behind = _in_outer(oracles, tree.like(inner, _moved(oracles, ys, -factor, v)), steps, share)
     apart = tuple(None if a is None or b is None else a - b for a, b in zip(ahead, behind, strict=True))
     found = tuple(None if a is None else (_wide(a) * most.to(_wide(a).dtype)).to(a.dtype) for a in apart)
     digits = _digits(ahead, behind, apart, most > 0)
@@ -73,17 +74,14 @@ def _in_outer(oracles: Oracles, inner: Tree, steps: int, weights: Tensor) -> Par
         return autodiff.grad([value], tree.tensors(oracles.attached), [weights.to(value.dtype)])
 
 
-def _unit(oracles: Oracles, v: Leaves, size: Tensor) -> Leaves:
-    """v / |v|, wide; zero where v is zero."""
-    tiny = torch.finfo(_wide(v[0]).dtype).tiny
-    inverse = torch.where(size > tiny, size, float("inf"))
-    return tuple(_wide(leaf) / oracles.space.per_task(inverse, leaf).to(_wide(leaf).dtype) for leaf in v)
-
-
-def _moved(oracles: Oracles, ys: Leaves, length: Tensor, direction: Leaves) -> Leaves:
-    """y + length * direction, rounded once."""
-    wide = oracles.space.axpy(length, direction, tuple(_wide(leaf) for leaf in ys))
+def _moved(oracles: Oracles, ys: Leaves, factor: Tensor, v: Leaves) -> Leaves:
+    """y + factor v, rounded once."""
+    wide = oracles.space.axpy(factor, tuple(_wide(leaf) for leaf in v), tuple(_wide(leaf) for leaf in ys))
     return tuple(leaf.to(y.dtype) for leaf, y in zip(wide, ys, strict=True))
+
+
+_LEAST = 1e4
+"""A vector shorter than so many of the smallest normal numbers is none."""
 
 
 def _radius(oracles: Oracles, ys: Leaves) -> Tensor:

@@ -5,7 +5,7 @@
 
 | | inner gradients | outer gradients | HVPs | memory |
 | --- | --- | --- | --- | --- |
-| Darts(xi) | K + 3 | 1 | 0 | 5 P + 2 Q + one graph; independent of K |
+| Darts(xi) | K + 3 | 1 | 0 | 4 P + 2 Q + one graph; independent of K |
 | Darts(xi=0) | K | 1 | 0 | P + one graph |
 
 Wins: no double backward, so fused kernels and torch.compile of the user's model serve; three gradients a call.
@@ -92,6 +92,7 @@ class Darts(Estimator):
             _, v, direct = oracles.outer_gradient(tree.like(y, w))
             del w
             along = autodiff.filled(times(xi, v), tree.tensors(y))
+            del v
             indirect, digits, rounded = central_difference(oracles, y, found.steps, along, self.radius)
             return instance.finish(
                 found,

@@ -5,6 +5,7 @@
 | | inner gradients | HVPs | mixed products | memory |
 | --- | --- | --- | --- | --- |
 | T1T2() | K + 1 | 0 | 1 | 3 P, as plain steps + one graph; independent of K |
+| T1T2(difference=True) | K + 2 | 0 | 0 | 3 P + one first-order graph: what the inner loop itself holds |
 
 Wins: the cheapest look at the inner loss; with scale = the inner step size it is backpropagation through the last step.
 Fails: where the Hessian is far from a multiple of the identity, whose directions of small curvature count too little by
@@ -17,8 +18,8 @@ import dataclasses
 from typing import Any
 
 from bilevel.engine import spans
-from bilevel.estimators.base import AT_SOLUTION, Estimate, Estimator, Instance
-from bilevel.estimators.implicit.base import check_scale, minus, step_sizes, times
+from bilevel.estimators.base import AT_SOLUTION, Estimate, Estimator, Instance, Path
+from bilevel.estimators.implicit.base import central_difference, check_scale, minus, step_sizes, times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,12 @@ class T1T2(Estimator):
             tree, or a function of outer), with which it equals `Unrolled(last=1)` up to where the product is taken, at
             y_K instead of y_{K-1}.
 
-    Memory: independent of K; P for v, one graph, Q for the result; linear in T.
+        difference: take the mixed product by a central difference of dg/dx, as `Darts` does: two gradients more, no
+            second derivative, the memory of the inner loop alone. Then O(radius^2) is added to the bias, rounding is in
+            stats["digits"], and weight decay that depends on x is not seen.
+
+    Memory: independent of K; P for v, one graph, Q for the result (with `difference` P more, and a first-order graph);
+        linear in T.
 
     Raises:
         ValueError: `scale` is not positive; (when used) x enters only through Problem.init or a hyper-parameter, the
@@ -48,11 +54,14 @@ class T1T2(Estimator):
     """
 
     scale: float | None = 1.0
+    difference: bool = False
 
     def __post_init__(self) -> None:
         check_scale("T1T2", "scale", self.scale)
 
-    sees = AT_SOLUTION
+    @property
+    def sees(self) -> frozenset[Path]:  # type: ignore[override]
+        return AT_SOLUTION - {Path.STATIONARITY} if self.difference else AT_SOLUTION
 
     @property
     def memory_growth(self) -> str:
@@ -68,9 +77,15 @@ class T1T2(Estimator):
         found = instance.solve()
         with spans.span(spans.HYPERGRADIENT):
             outer_loss, b, direct = oracles.outer_gradient(found.inner)
-            at = oracles.linearize(found.inner, found.steps)
             scales = [self.scale] * len(b) if rates is None else rates
-            v = tuple(leaf for leaf in times(scales, b) if leaf is not None)
+            v = b if self.scale == 1 else tuple(leaf for leaf in times(scales, b) if leaf is not None)
+            del b
+            if self.difference:
+                instance.require_rest(self)
+                indirect, digits, rounded = central_difference(oracles, found.inner, found.steps, v, None)
+                stats = {"digits": digits}
+                return instance.finish(found, minus(direct, indirect), outer_loss, codes=[rounded], stats=stats)
+            at = oracles.linearize(found.inner, found.steps)
             grad = minus(direct, at.mixed_alone(v))
             return instance.finish(
                 found,

@@ -19,6 +19,7 @@ from bilevel.estimators.base import Instance
 from bilevel.estimators.reverse.growth import Growth, Watch, interval
 from bilevel.estimators.reverse.terms import Terms
 from bilevel.inner.descent import Descent
+from bilevel.inner.gradient import GradientDynamics
 from bilevel.inner.loop import run
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
@@ -120,10 +121,11 @@ class _Recorded:
     def step(self, inner: Tree, state: Any, at: At) -> tuple[Tree, Any]:
         if at.step < self._first:
             moved, state = self._oracles.step(inner, state, at)
-            if at.step == self._first - 1:
-                # (A dynamics may take gradients at what its state holds; an optimizer takes none.)
-                return tree.attach(moved), state if self.dynamics.update is not None else tree.attach(state)
-            return moved, state
+            if at.step < self._first - 1:
+                return moved, state
+            # The loss of another dynamics may be that at a tensor of its state (Averaged).
+            plain = isinstance(self.dynamics, GradientDynamics)
+            return tree.attach(moved), state if plain else tree.attach(state)
         moved, state = step_of(self.dynamics, inner, state, self._oracles.attached, at)
         moved = _own_nodes(check_step(self.dynamics, inner, moved), inner)
         self._watch.iterate(at.step + 1 - self._first, moved)

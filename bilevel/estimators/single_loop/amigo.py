@@ -114,13 +114,13 @@ class AmIGO(Estimator):
                 residual = tuple(a - b for a, b in zip(image, right, strict=True))
                 first = space.norm(residual) if first is None else first
                 v = moved(space, v, rate, residual)
-            del image, residual
+            del image
             last = at or mixed_oracles(instance).linearize(y, found.steps)
             image, mixed = last.mixed(v)
             loss = last.loss if apart or instance.batches.curvature is None else None
             end = Slopes(loss, None, image, mixed, outer_loss, right, direct, last.symmetric)
             judgement = judged(space, v, end, rate, self.tol)
             if not apart and last.symmetric:
-                judgement = grew(judgement, space, end, first)
+                judgement = grew(judgement, space, end, first, residual)
             carried = Pair(y, tree.like(y, v), counted(instance, state))
             return finished(instance, found, end, end.direction, judgement, carried)

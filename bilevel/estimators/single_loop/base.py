@@ -304,14 +304,24 @@ def judged(
 _ROUND = 10.0
 
 
-def grew(judgement: Judged, space: Space, at: Slopes, first: Tensor | None) -> Judged:
-    """NOT_CONTRACTIVE as well where steps on one and the same system made its residual larger than `first`."""
+def grew(judgement: Judged, space: Space, at: Slopes, first: Tensor | None, before: Leaves) -> Judged:
+    """What it says where steps on one and the same system made its residual larger than `first`.
+
+    NEGATIVE_CURVATURE where the curvature along `before`, the residual at the last step, is negative, for which no rate
+    is short enough; else NOT_CONTRACTIVE.
+    """
     size, larger = space.norm(at.residual), 1 + _ROUND * epsilon(at.right)
     if first is None:
         return judgement
     # (What is left of a v that had settled is rounding.)
     above = size > first * larger + _ROUND * epsilon(at.right) * (space.norm(at.image) + space.norm(at.right))
-    return dataclasses.replace(judgement, codes=(*judgement.codes, code_if(above, Status.NOT_CONTRACTIVE)))
+    # A step on the residual r is r - rate H r, so that it gives r'Hr without a product.
+    bends = (
+        space.dot(before, space.axpy(-1.0, before, at.residual)).to(size.dtype)
+        > _ROUND * epsilon(before) * size.square()
+    )
+    codes = (code_if(above & ~bends, Status.NOT_CONTRACTIVE), code_if(above & bends, Status.NEGATIVE_CURVATURE))
+    return dataclasses.replace(judgement, codes=(*judgement.codes, *codes))
 
 
 def finished(

@@ -123,13 +123,12 @@ class StocBiO(Estimator):
                 r = space.axpy(-rate, image, r)
                 v = space.axpy(rate, r, v)
                 del image
-            del r
             last = at or mixed_oracles(instance).linearize(y, found.steps)
             image, mixed = last.mixed(v)
             loss = last.loss if apart or instance.batches.curvature is None else None
             end = Slopes(loss, None, image, mixed, outer_loss, right, direct, last.symmetric)
             judgement = judged(space, v, end, rate, self.tol)
             if not apart and last.symmetric:
-                judgement = grew(judgement, space, end, space.norm(right))
+                judgement = grew(judgement, space, end, space.norm(right), space.scaled(-1.0, r))
             carried = Warm(y, counted(instance, state))
             return finished(instance, found, end, end.direction, judgement, carried)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from bilevel.space.tree import PartialLeaves, Tree
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An inner program at some x: the solution, f there per task, and the status of both."""
+    """An inner program at some x: the solution, f there per task, the rounding of that, and the status of both."""
 
     found: Solution
     outer_loss: Tensor
+    eps: float
     code: Tensor
 
     @property
@@ -57,7 +59,43 @@ def run_at(instance: Instance, start: Tree | None = None, *, draws: Generator | 
         loss = instance.oracles.outer_loss(found.inner)
         broken = code_if(~torch.isfinite(loss) & tree.finite(found.inner), Status.NONFINITE)
         code = worst(found.code, instance.health(found, found.inner, found.last_loss), broken)
-    return Run(found, wide(loss), code)
+    return Run(found, wide(loss), torch.finfo(loss.dtype).eps, code)
+
+
+class Digits:
+    """What rounding leaves of the moves of x and of the differences that they make: the fewest digits of both."""
+
+    def __init__(self, instance: Instance) -> None:
+        self._instance = instance
+        nothing = torch.zeros((), device=tree.tensors(instance.outer)[0].device)
+        self._move, self._apart, self._terms = nothing + float("inf"), nothing, nothing
+
+    def moved(self, by: float, direction: Tree) -> None:
+        """x was moved by `by * direction`, and rounded: the tensor that keeps the fewest digits counts."""
+        for x, d in zip(tree.tensors(self._instance.outer), tree.tensors(direction), strict=True):
+            if x.numel() > 0:
+                move = by * d
+                error = ((x.detach() + move).to(x.dtype) - x.detach()).to(move.dtype) - move
+                lost = torch.linalg.vector_norm(error) / torch.linalg.vector_norm(move)
+                self._move = torch.minimum(self._move, -torch.log10(lost).float())
+
+    def differed(self, apart: Sequence[Tensor], here: Sequence[Tensor], eps: float) -> None:
+        """A move changed tensors like `here`, of which rounding takes the share eps, by `apart`."""
+        self._terms = eps * _length(here)
+        self._apart = torch.maximum(self._apart, _length(apart).to(self._apart))
+
+    def left(self, *, still: bool) -> tuple[Tensor, Tensor]:
+        """The digits, 0-dim, and DIGITS_LOST below one; `still` says that what never moved may well rest."""
+        # (A difference of nothing, of sides that are something, may be all that rounding has left.)
+        counted = (self._terms > 0) & ((self._apart > 0) | (not still))
+        digits = torch.where(counted, torch.log10(self._apart / self._terms), float("inf"))
+        digits = torch.minimum(self._move, digits.to(self._move)).clamp_min(0.0)
+        return digits, code_if(digits < 1, Status.DIGITS_LOST)
+
+
+def _length(leaves: Sequence[Tensor]) -> Tensor:
+    kept = [torch.linalg.vector_norm(wide(leaf.detach())) for leaf in leaves]
+    return torch.linalg.vector_norm(torch.stack(kept))
 
 
 def wide(leaf: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance
 from bilevel.estimators.zeroth_order.base import (
+    Digits,
     added,
     check_count,
     check_width,
@@ -37,6 +38,8 @@ class EvolutionStrategies(Estimator):
     """Antithetic evolution strategies on the K-step program.
 
     Bias: the mean is the gradient of E F(x + std e), which is that of F up to O(std^2); none where F is quadratic.
+        Rounding of x and of F over std: stats["digits"] says what that leaves, and below one digit the
+        status (DIGITS_LOST).
 
     Args:
         std: s, in the units of x.
@@ -82,13 +85,23 @@ class EvolutionStrategies(Estimator):
         here = run_at(instance)
         after = instance.oracles.generators.peek()
         total: list[Tensor | None] = [None] * len(tree.tensors(instance.outer))
-        codes = [here.code]
+        codes, digits = [here.code], Digits(instance)
         for _ in range(self.pairs):
             instance.oracles.generators.set(after)
             (direction,) = directions(instance, 1)
             after = instance.oracles.generators.peek()
+            digits.moved(self.std, direction)
             above, below = (run_at(shifted(instance, s, direction), draws=drawn) for s in (self.std, -self.std))
             added(total, (above.outer_loss - below.outer_loss) / (2 * self.std * self.pairs), direction)
             codes += [above.code, below.code]
+            for side in (above, below):
+                digits.differed([side.outer_loss - here.outer_loss], [here.outer_loss], here.eps)
         instance.oracles.generators.set(after)
-        return instance.finish(here.found, narrowed(total, instance), here.outer_loss, codes=codes)
+        left, rounded = digits.left(still=False)
+        return instance.finish(
+            here.found,
+            narrowed(total, instance),
+            here.outer_loss,
+            codes=[*codes, rounded],
+            stats={"digits": left},
+        )

@@ -23,6 +23,7 @@ from torch import Tensor
 from bilevel.engine import spans
 from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance
 from bilevel.estimators.zeroth_order.base import (
+    Digits,
     added,
     check_count,
     check_width,
@@ -40,6 +41,7 @@ class PZOBO(Estimator):
     """Hessian-free: y's response to x by forward differences of the inner loop.
 
     Bias: O(mu) of the curvature of y_K in x, and rounding over mu; none where y_K is linear in x.
+        stats["digits"] says what rounding leaves, and below one digit the status (DIGITS_LOST).
 
     Args:
         mu: the length of a step in x, in its units; None for eps^(1/3) of its dtype: 6e-6 in float64, 5e-3 in float32.
@@ -88,12 +90,13 @@ class PZOBO(Estimator):
             loss, gradient, direct = instance.oracles.outer_gradient(here.inner)
         after = generators.peek()
         total: list[Tensor | None] = [None] * len(tree.tensors(instance.outer))
-        codes = [here.code]
+        codes, digits = [here.code], Digits(instance)
         mu = default_mu(instance) if self.mu is None else self.mu
         for _ in range(self.directions):
             generators.set(after)
             (direction,) = directions(instance, 1)
             after = generators.peek()
+            digits.moved(mu, direction)
             there = run_at(shifted(instance, mu, direction), draws=drawn)
             moved = [
                 wide(a) - wide(b) for a, b in zip(tree.tensors(there.inner), tree.tensors(here.inner), strict=True)
@@ -101,9 +104,12 @@ class PZOBO(Estimator):
             response = instance.oracles.space.dot(moved, [wide(leaf) for leaf in gradient])
             added(total, response / (mu * self.directions), direction)
             codes.append(there.code)
+            ys = tree.tensors(here.inner)
+            digits.differed(moved, ys, max(torch.finfo(leaf.dtype).eps for leaf in ys))
         generators.set(after)
         grad = tree.accumulate(direct, narrowed(total, instance))
-        return instance.finish(here.found, grad, loss, codes=codes)
+        left, rounded = digits.left(still=True)
+        return instance.finish(here.found, grad, loss, codes=[*codes, rounded], stats={"digits": left})
 
 
 def default_mu(instance: Instance) -> float:

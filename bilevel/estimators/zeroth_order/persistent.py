@@ -25,7 +25,16 @@ from torch import Tensor
 
 from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance
 from bilevel.estimators.state import State, per_task
-from bilevel.estimators.zeroth_order.base import added, check_count, check_width, directions, narrowed, run_at, shifted
+from bilevel.estimators.zeroth_order.base import (
+    Digits,
+    added,
+    check_count,
+    check_width,
+    directions,
+    narrowed,
+    run_at,
+    shifted,
+)
 from bilevel.outcome import readable
 from bilevel.space import tree
 from bilevel.space.tree import Tree
@@ -50,7 +59,8 @@ class PersistentES(Estimator):
     """One truncation of K steps a call; the sum of the calls of an inner problem is unbiased for its gradient.
 
     Bias: that of smoothing, O(std^2); none by truncation. With `perturbations="single"` one perturbation is kept for a
-        whole inner problem.
+        whole inner problem. Rounding of x and of f over std: stats["digits"] says what that leaves, and
+        below one digit the status (DIGITS_LOST).
 
     Args:
         std: s, in the units of x.
@@ -120,28 +130,33 @@ class PersistentES(Estimator):
         here = run_at(instance, None if state is None else state.here)
         after = generators.peek()
         total: list[Tensor | None] = [None] * len(tree.tensors(instance.outer))
-        codes = [here.code]
+        codes, digits = [here.code], Digits(instance)
         ends: tuple[list[Tree], list[Tree], list[Tree]] = ([], [], [])
         for i in range(self.pairs):
             generators.set(after)
             step, felt = self._perturbation(instance, state, i)
             after = generators.peek()
+            digits.moved(1.0, step)
             sides = []
             for sign, starts in ((1.0, state and state.above), (-1.0, state and state.below)):
                 start = starts[i] if starts else None
                 sides.append(run_at(shifted(instance, sign, step), start, draws=drawn))
             slope = (sides[0].outer_loss - sides[1].outer_loss) / (2 * self.std**2 * self.pairs)
             added(total, slope, felt, tasks=tasks)
-            codes += [side.code for side in sides]
+            for side in sides:
+                codes.append(side.code)
+                digits.differed([side.outer_loss - here.outer_loss], [here.outer_loss], here.eps)
             for held, value in zip(ends, (sides[0].inner, sides[1].inner, felt), strict=True):
                 held.append(value)
         generators.set(after)
+        left, rounded = digits.left(still=False)
         count = self.init_state(instance).round if state is None else state.round
         return instance.finish(
             here.found,
             narrowed(total, instance),
             here.outer_loss,
-            codes=codes,
+            codes=[*codes, rounded],
+            stats={"digits": left},
             state=None if self._ended(count + 1) else Particles(here.inner, *ends, count + 1),
         )
 

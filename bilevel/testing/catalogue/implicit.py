@@ -133,6 +133,13 @@ ENTRIES = (
         on_quadratic=lambda q: q.gradient(_eye(q), q.last),
     ),
     one_step(
+        "T1-T2, by a difference",
+        bl.estimators.T1T2(difference=True),
+        calls=lambda steps, products: counts(steps + 2, 1, 0, 0),
+        bias="scale * h in each direction of curvature h, for 1; radius^2",
+        on_quadratic=lambda q: q.gradient(_eye(q), q.last),
+    ),
+    one_step(
         "T1-T2, half",
         bl.estimators.T1T2(scale=0.5),
         calls=lambda steps, products: counts(steps + 1, 1, 0, 1),
