@@ -39,6 +39,7 @@ class At:
         self.step, self.batch = step, batch
         self.loss: Tensor | None = None
         self.reported = self.vanishing = False
+        self.code: Tensor | int = 0
         self._shown: Tensor | None = None
         self._gradient, self._value, self._along, self._outer, self._hessian = gradient, value, along, outer, hessian
         self._last: tuple[Tree, Tree] | None = None
@@ -82,6 +83,10 @@ class At:
     def report(self, shown: Tensor | None, *, vanishing: bool = False) -> None:
         """What the loop is to be judged by in the place of g."""
         self.reported, self.vanishing, self._shown = True, vanishing, None if shown is None else shown.detach()
+
+    def fail(self, code: Tensor) -> None:
+        """The step is not what it should be; 0 for nothing."""
+        self.code = code.detach()
 
     @property
     def shown(self) -> Tensor | None:

@@ -68,14 +68,15 @@ class Linear:
 
 
 class Pushed(abc.ABC):
-    """A step that was made, and its derivative. `moved`, `state` and `loss` are without a graph; `shown` is what the
-    loop is judged by, see `bilevel.engine.point.At`.
+    """A step that was made, and its derivative. `moved`, `state` and `loss` are without a graph; `shown` and `code` are
+    what the loop is judged by, see `bilevel.engine.point.At`.
     """
 
     moved: Tree
     state: Any
     loss: Tensor | None
     shown: Tensor | None
+    code: Tensor | int = 0
     reported = vanishing = False
 
     @abc.abstractmethod
@@ -176,7 +177,7 @@ class OfDynamics(Pushed):
             stepped, after = step_of(dynamics, y, s, attached, at)
         stepped = check_step(dynamics, inner, stepped)
         self._count, self.loss, self._y, self._at = len(tree.tensors(y)), at.loss, y, at
-        self.shown, self.reported, self.vanishing = at.shown, at.reported, at.vanishing
+        self.shown, self.reported, self.vanishing, self.code = at.shown, at.reported, at.vanishing, at.code
         outputs = [*tree.tensors(stepped), *leaves(after)]
         self._step = Linear(outputs, [*tree.tensors(y), *leaves(s), *tree.tensors(attached)])
         self.moved, self.state = tree.detach(stepped), tree.detach(after)

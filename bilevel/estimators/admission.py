@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel.batches import Batches, PerStep
+from bilevel.engine import spans
 from bilevel.engine.replay import State
 from bilevel.estimators.base import Estimator, Instance, Path
 from bilevel.optim.base import Optimizer, held, trusted
@@ -26,7 +27,7 @@ def check(estimator: Estimator, instance: Instance) -> None:
     """Raise if a user's optimizer does not do what is asked of it on this instance.
 
     Raises:
-        ValueError: it moves y where its stationarity() is zero, or it mixes tasks.
+        ValueError: it moves y where its stationarity() is zero, keeps a state of its own, or mixes tasks.
     """
     if estimator.delegates:
         return  # (the functions of one task cannot be called on a batch of many)
@@ -53,10 +54,47 @@ def check(estimator: Estimator, instance: Instance) -> None:
                 _check_purity(each, slope, at, oracles.x)
                 if Path.HYPERPARAMETER not in estimator.sees:
                     _check_rest(each, slope, _elsewhere(at), oracles.x)
+    _check_repeats(instance, before)
     if instance.tasks is not None and instance.tasks > 1:
         _check_tasks(instance, before)
     generators.set(before)
     instance.problem.memo.setdefault(key, []).append(update or dynamics)
+
+
+def check_rest(estimator: Estimator, instance: Instance, end: Tree) -> None:
+    """Raise if a user's dynamics came to rest where its stationarity() is not zero. (Its steps are known only where the
+    loop went: an optimizer is asked beforehand.)
+
+    Raises:
+        ValueError: it did.
+    """
+    dynamics, (oracles, tried) = instance.solver.dynamics, (instance.oracles, instance.problem.memo)
+    if estimator.delegates or dynamics.update is not None or trusted(dynamics) or not instance.steady:
+        return
+    if Path.STATIONARITY not in estimator.sees or Path.HYPERPARAMETER in estimator.sees:
+        return
+    seen = tried.setdefault("rests", [])
+    start = oracles.start()
+    if sum(each is dynamics for each in seen) >= _LOOKS or type(tree.tensors(start)[0]) is not Tensor:
+        return
+    seen.append(dynamics)
+    before, motions, conditions = oracles.generators.peek(), [], []
+    with spans.unheard(), torch.no_grad():
+        for y in (start, end):
+            point = oracles.point(0)
+            value = dynamics.stationarity(y, oracles.x, point)
+            if value is None:
+                return
+            moved, _ = oracles.step(y, oracles.begin(y), point)
+            motions.append(_distance(moved, y))
+            conditions.append(sum(float(leaf.double().square().sum()) for leaf in tree.tensors(value)) ** 0.5)
+    oracles.generators.set(before)
+    if motions[1] <= 1e-6 * motions[0] and conditions[1] > 1e-2 * conditions[0]:
+        raise ValueError(
+            f"{type(dynamics).__name__}.step() comes to rest where its stationarity() is not zero "
+            f"({conditions[1]:.2g}, after {conditions[0]:.2g} at the start), so an estimator at the solution would "
+            f"differentiate another condition. Let stationarity() return what step() brings to zero, or None, or use Unrolled()"
+        )
 
 
 def _looked_at(update: Optimizer, gradient: Tree, y: Tree) -> Iterator[tuple[Optimizer, Tree, Tree]]:
@@ -124,6 +162,26 @@ def _check_rest(update: Optimizer, gradient: Tree, y: Tree, x: Tree) -> None:
             f"{name}.step() moves y where its stationarity() is zero, so the two do not belong together: an estimator "
             f"at the solution would miss what it adds to the gradient (weight decay, a projection, noise). Let "
             f"stationarity(grad, inner, outer) return what step() adds too, or None, or use Unrolled()"
+        )
+
+
+def _check_repeats(instance: Instance, before: State) -> None:
+    """A step must be a function of what it is given: what is recomputed would be another one."""
+    if not instance.solver.max_steps:
+        return
+    oracles, ends = instance.oracles, []
+    y = oracles.start()
+    with spans.unheard():
+        for _ in range(2):
+            oracles.generators.set(before)
+            ends.append(oracles.step(y, oracles.begin(y), oracles.point(0))[0])
+    one, other = ends
+    if _distance(one, other) > 1e-4 * _distance(one, y) + 1e-7 * _size(y):
+        name = type(instance.solver.dynamics.update or instance.solver.dynamics).__name__
+        raise ValueError(
+            f"{name}.step() gave two answers for the same arguments: it counts, or keeps something, outside of its "
+            f"state, and a step that an estimator computes again would be another one. Keep it in the state that "
+            f"init() makes and step() returns, and draw random numbers from torch's global generator"
         )
 
 

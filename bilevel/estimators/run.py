@@ -19,7 +19,9 @@ def estimated(estimator: Estimator, instance: Instance, carried: Any) -> Estimat
     admission.check(estimator, instance)
     if carried is not None:
         carried = estimator.admit_state(instance, carried)
-    return looked_at(estimator, instance, estimator.estimate(instance, carried))
+    found = looked_at(estimator, instance, estimator.estimate(instance, carried))
+    admission.check_rest(estimator, instance, found.inner)
+    return found
 
 
 def looked_at(estimator: Estimator, instance: Instance, found: Any) -> Estimate:

@@ -36,11 +36,19 @@ class Solved(Protocol):
     def value(self) -> tuple[Tensor, ...]:
         """v with A v = b, as far as it got."""
 
+    @property
+    def residual(self) -> Tensor:
+        """|b - A v| / |b|, per task."""
+
+    @property
+    def code(self) -> Tensor | int:
+        """The code of its status."""
+
 
 class Bound(Protocol):
     """A linear solver bound to one map."""
 
-    def iterate(self, b: tuple[Tensor, ...]) -> Solved:
+    def answer(self, b: tuple[Tensor, ...]) -> Solved:
         """Solve A v = b."""
 
 
@@ -101,6 +109,9 @@ class Point(Protocol):
         """What the loop is to be judged by at this step in the place of g, per task: a number that a sound loop makes
         smaller, and, if `vanishing`, half the square of a residual that is zero where it rests. None for nothing.
         """
+
+    def fail(self, code: Tensor) -> None:
+        """The code of a status (see `bilevel.Status`) that the loop has if this step is its last; 0 for none."""
 
 
 class Dynamics(Strategy):

@@ -54,6 +54,10 @@ class Seen(Point, Protocol):
     def vanishing(self) -> bool:
         """Whether it is half the square of a residual that is zero where the loop rests."""
 
+    @property
+    def code(self) -> Tensor | int:
+        """What the step that was made says of itself."""
+
 
 Visit = Callable[[int, Tree, Any], None]
 """Called with (step, y, state) before anything of a step is computed, also of the one at which a rule stops."""
@@ -92,6 +96,7 @@ def run(
     every = _CHECK_EVERY_ON_GPU if tree.tensors(start)[0].is_cuda else 1
     first = last = rise = residual = promised = entered = left = moving_on = None
     code: Tensor | int = 0
+    said: Tensor | int = 0
     reported = False
     for step in range(solver.max_steps + (0 if solver.fixed else 1)):
         if visit is not None:
@@ -142,13 +147,14 @@ def run(
                 residual, moving_on = (2 * loss).sqrt(), _remains(point, first, last)
                 if steady and step == solver.max_steps - 1 >= _PATIENCE:
                     code = worst(code, _stuck(moves.space, first, last, y))
+        said = point.code
         del point, moved, next_state, loss
     if ended is not None:
         ended(y, state)
     return Solution(
         y,
         solver.max_steps,
-        code,
+        code if isinstance(said, int) else worst(code, said),
         None if reported else first,
         last,
         residual,

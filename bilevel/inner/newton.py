@@ -20,13 +20,18 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from bilevel.inner.dynamics import Dynamics, Point, Solves
+from bilevel.inner.dynamics import Dynamics, Point, Solved, Solves
 from bilevel.inner.search.armijo import Armijo
 from bilevel.inner.search.base import LineSearch
 from bilevel.optim.base import gradients
+from bilevel.outcome import Status
 from bilevel.space import tree
+from bilevel.space.inner_product import Leaves, Space
 from bilevel.space.tree import Tree
+
+_ROUNDING = 1e3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,8 @@ class Newton(Dynamics):
 
     Args:
         linear: any linear solver, such as bilevel.CG(50, tol=1e-8) or bilevel.Dense(); its damping is added to the
-            Hessian. Its status is not looked at: an inexact d is an inexact step, and Converge looks at the gradient.
+            Hessian. An inexact d is an inexact step, and Converge looks at the gradient; without a search, a last
+            step whose solve failed and gained nothing has the status of that solve.
         search: None for t = 1; `Armijo()` or `Wolfe()`, which begin at 1.
 
     Raises:
@@ -89,14 +95,23 @@ class Newton(Dynamics):
             torch.zeros_like(leaf) if slope is None else slope
             for leaf, slope in zip(y, gradients(at.gradient(inner), inner), strict=True)
         )
-        d = self.linear.prepare(products, space).iterate(g).value
+        found = self.linear.prepare(products, space).found(g)
+        d = found.value
         if self.search is None:
+            at.fail(self._stuck(space, found, g, y))
             return tree.like(inner, space.axpy(-1.0, d, y)), state
         descends = space.dot(g, d).detach() > 0
         d = space.where(descends, space.scaled(-1.0, d), space.scaled(-1.0, g))
         slope = space.dot(g, d).detach()
         length = self.search.multiple(inner, d, slope, torch.ones_like(slope), at)
         return tree.like(inner, space.axpy(length, d, y)), state
+
+    def _stuck(self, space: Space, found: Solved, g: Leaves, y: list[Tensor]) -> Tensor:
+        """The code of a solve that failed and gained nothing, where the gradient is more than rounding errors of y."""
+        noise = _ROUNDING * torch.finfo(y[0].dtype).eps * space.norm(y)
+        lost = ~(found.residual.detach() < 1) & (space.norm(g) > noise)
+        code = torch.as_tensor(found.code, device=lost.device)
+        return torch.where(lost.any() & (code >= Status.NOT_CONTRACTIVE.code), code, 0)
 
     def stationarity(self, inner: Tree, outer: Tree, at: Point) -> Tree | None:
         return at.gradient(inner)

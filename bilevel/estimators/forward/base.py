@@ -121,13 +121,14 @@ class _Seen:
         self.step, self.embedded, self.drawn = step, embedded, drawn
         self.loss: Tensor | None = None
         self.shown: Tensor | None = None
+        self.code: Tensor | int = 0
         self.reported = self.vanishing = False
         self.made: Pushed | None = None
 
     def known(self, made: Pushed) -> None:
         """The step that was made here."""
         self.made, self.loss = made, made.loss
-        self.shown, self.reported, self.vanishing = made.shown, made.reported, made.vanishing
+        self.shown, self.reported, self.vanishing, self.code = made.shown, made.reported, made.vanishing, made.code
 
     def gradient(self, inner: Tree) -> Tree:
         assert self.made is not None, "a step was made"
