@@ -67,8 +67,8 @@ class Status(enum.Enum):
     NOT_CONTRACTIVE = (
         "The Neumann series does not contract: its residual grew. Its step_size (the rate of a single loop) must lie "
         "below 2 / (largest eigenvalue of the inner Hessian), and no eigenvalue may be negative. Lower it, add "
-        "damping, or use CG, which tells the two apart. Of Chebyshev: an eigenvalue lies outside of lowest and highest; "
-        "linear.spectrum finds them."
+        "damping, or use CG, which tells the two apart. Of Chebyshev: an eigenvalue lies outside of lowest and "
+        "highest; linear.spectrum finds them."
     )
     NEGATIVE_CURVATURE = (
         "Conjugate gradients met a direction of non-positive curvature: the inner Hessian is not positive definite "
