@@ -426,3 +426,22 @@ def test_tasks_have_their_own_radius():
         problem, x, y[1:], bl.Batches(size[1:], size[1:]), solver=solver, estimator=bl.TaskMean(T1T2(0.2))
     ).grad
     torch.testing.assert_close(alone, exact, rtol=1e-8, atol=0)
+
+
+def test_t1t2_by_a_difference_is_t1t2_in_the_memory_of_the_inner_loop():
+    """To the square of the radius; and a path that a difference of dg/dx does not show is refused."""
+    problem = bl.Problem(
+        lambda y, x, b: (y.exp() * x.sin() + y.square()).sum(), lambda y, x, b: (y - 1).square().sum() + (x * y).sum()
+    )
+    x, y = torch.linspace(0.2, 1, 5, dtype=D), torch.linspace(-1, 1, 5, dtype=D)
+    solver = bl.Descent(bl.SGD(0.1, weight_decay=0.1), 4)
+    one, other = (
+        bl.hypergradient(problem, x, y, bl.Batches(None, None), solver=solver, estimator=T1T2(0.3, difference=each))
+        for each in (False, True)
+    )
+    torch.testing.assert_close(other.grad, one.grad, rtol=1e-9, atol=0)
+    assert other.digits > 8
+    learned = bl.Descent(bl.SGD(0.1, weight_decay=lambda x: x.sum()), 4)
+    bl.hypergradient(problem, x, y, bl.Batches(None, None), solver=learned, estimator=T1T2(0.3))
+    with pytest.raises(ValueError, match="cannot see"):
+        bl.hypergradient(problem, x, y, bl.Batches(None, None), solver=learned, estimator=T1T2(0.3, difference=True))
