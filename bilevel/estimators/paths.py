@@ -99,15 +99,18 @@ def _prompt(update: Optimizer) -> bool:
 def check_unreached(estimator: Estimator, instance: Instance, missed: frozenset[int]) -> None:
     """Raise if an outer tensor for which the estimator returned nothing does act on the problem."""
     names = tree.names(instance.outer)
-    if estimator.sees_in(instance) >= frozenset(Path) and type(estimator).__module__.startswith("bilevel."):
+    sees, ours = estimator.sees_in(instance), type(estimator).__module__.startswith("bilevel.")
+    if ours and sees >= frozenset(Path):
         return  # what followed every path and arrived nowhere is on none
     taken = _at_any_step(instance)
     if taken is None:
         return
-    blind = [f"{names[i]} through {path.value}" for i in sorted(missed) for path in Path if path in taken[i]]
+    # (A loop that stops by itself may have taken no step: then there was nothing to follow, which a status says.)
+    followed = sees if ours and not instance.solver.fixed else frozenset()
+    blind = [f"{names[i]} through {path.value}" for i in sorted(missed) for path in Path if path in taken[i] - followed]
     if blind and (instance.solver.max_steps or Path.START not in estimator.sees):
         said = estimator.missed(f"x enters as {'; '.join(blind)}")
-        raise ValueError(said or _refusal(estimator, estimator.sees_in(instance), blind))
+        raise ValueError(said or _refusal(estimator, sees, blind))
 
 
 def _refusal(estimator: Estimator, sees: frozenset[Path], blind: Sequence[str]) -> str:

@@ -162,8 +162,7 @@ class FirstOrderCorrected(Estimator):
             del side, apart
         with spans.span(spans.HYPERGRADIENT):
             digits, rounded = digits_left(max(map(abs, stencil.weights)) / nu, first.g_x, grad)
-            # (With a nu of a sensible size it is an outer loop that has brought the gradient to zero.)
-            codes.append(rounded if nu * _SENSIBLE < torch.finfo(dtype).eps else 0)
+            codes.append(rounded)
             return instance.finish(
                 dataclasses.replace(first.found, first_loss=None),
                 grad,
@@ -173,10 +172,6 @@ class FirstOrderCorrected(Estimator):
                 stats={"inner_steps": steps, "nu": nu, "digits": digits},
                 state=Sides(sides, stencil.nodes) if self.warm_sides else None,
             )
-
-
-_SENSIBLE = 1e-3
-"""The least part of nu that one rounding may be for it to be the cause of lost digits."""
 
 
 def _precision(leaf: Tensor) -> torch.dtype:
