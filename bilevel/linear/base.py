@@ -43,7 +43,7 @@ class Prepared(abc.ABC):
         """`iterate`, held to its contract.
 
         Raises:
-            TypeError: it returned something else than a LinearSolution of tensors like b.
+            TypeError: it returned no LinearSolution, or one of other shapes than b (of a square A).
             ValueError: it changed b or start in place.
         """
         given = [*b, *(start or ())]
@@ -62,7 +62,7 @@ class Prepared(abc.ABC):
                 f"code a number such as bilevel.Status.OK.code"
             )
         shapes = [[tuple(leaf.shape) for leaf in leaves] for leaves in (found.value, b)]
-        if shapes[0] != shapes[1]:
+        if shapes[0] != shapes[1] and not isinstance(self.operator, Rectangular):
             raise TypeError(
                 f"{name}: iterate() returned a value of the shapes {shapes[0]}; those of the right-hand side, "
                 f"{shapes[1]}, were needed"
