@@ -142,6 +142,7 @@ def _check_rest(update: Optimizer, gradient: Tree, y: Tree, x: Tree) -> None:
     condition = update.stationarity(gradient, y, x)
     if at_zero is None or condition is None:
         return  # it does not say; estimators at the solution refuse it
+    at_zero, condition = tree.ordered(at_zero, y), tree.ordered(condition, y)
     name, loose = type(update).__name__, 4 * _rounding(y)
     for g, added, total in zip(*(tree.flatten(each)[0] for each in (gradient, at_zero, condition)), strict=True):
         if g is None:
@@ -156,6 +157,7 @@ def _check_rest(update: Optimizer, gradient: Tree, y: Tree, x: Tree) -> None:
     rest = tree.tree_map(lambda leaf: None if leaf is None else -leaf, at_zero)
     moved, _ = update.step(rest, update.init(y), y, x)
     free, _ = update.step(gradient, update.init(y), y, x)
+    moved, free = tree.ordered(moved, y), tree.ordered(free, y)
     if _distance(moved, y) > (1e-3 + loose) * _distance(free, y) + (1e-7 + loose) * _size(y):
         raise ValueError(
             f"{name}.step() moves y where its stationarity() is zero, so the two do not belong together: an estimator "

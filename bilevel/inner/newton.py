@@ -95,7 +95,7 @@ class Newton(Dynamics):
             torch.zeros_like(leaf) if slope is None else slope
             for leaf, slope in zip(y, gradients(at.gradient(inner), inner), strict=True)
         )
-        found = self.linear.prepare(products, space).answer(g)
+        found = self.linear.prepare(products, space).found(g)
         d = found.value
         if self.search is None:
             at.fail(self._stuck(space, found, g, y))

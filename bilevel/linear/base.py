@@ -6,6 +6,7 @@ is replaced by an earlier one, and the status says so.
 """
 
 import abc
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bilevel._strategy import Strategy
-from bilevel.linear.operator import LinearOperator, Rectangular, Shifted, as_operator
+from bilevel.linear.operator import LinearOperator, Rectangular, Shifted, Transposed, as_operator, named, versions
 from bilevel.outcome import LinearSolution, Status, code_if, worst
 from bilevel.space.inner_product import PLAIN, Leaves, Space
 
@@ -34,40 +35,31 @@ class Prepared(abc.ABC):
         residual: no worse than v = 0.
         """
 
-    def solve(self, b: Leaves, start: Leaves | None = None) -> LinearSolution:
-        """`iterate` and one product more, for the true residual."""
-        found = self.answer(b, start)
-        return self.solver.checked(found, self.operator.matvec(found.value), b, self.space)
-
-    def answer(self, b: Leaves, start: Leaves | None = None) -> LinearSolution:
-        """`iterate`, held to its contract.
+    def found(self, b: Leaves, start: Leaves | None = None) -> LinearSolution:
+        """`iterate`; what a solver of the user's own returns is looked at.
 
         Raises:
-            TypeError: it returned no LinearSolution, or one of other shapes than b (of a square A).
-            ValueError: it changed b or start in place.
+            TypeError, ValueError: it is no LinearSolution like b, or b was written to.
         """
-        given = [*b, *(start or ())]
-        before = [leaf._version for leaf in given]
-        found, name = self.iterate(b, start), type(self.solver).__name__
-        if before != [leaf._version for leaf in given]:
-            raise ValueError(
-                f"{name} changed the right-hand side, or its start, in place, and its residual would be that of "
-                f"another system. Write r = r - a * p instead of r.sub_(a * p), or begin with copies"
-            )
-        if not isinstance(found, LinearSolution) or not isinstance(found.code, int | Tensor):
-            given_code = isinstance(found, LinearSolution)
-            what = f"the code {found.code!r}" if given_code else f"a {type(found).__name__}"
-            raise TypeError(
-                f"{name}: iterate() returned {what}; a LinearSolution(value, residual, steps, code) was needed, with "
-                f"code a number such as bilevel.Status.OK.code"
-            )
-        shapes = [[tuple(leaf.shape) for leaf in leaves] for leaves in (found.value, b)]
-        if shapes[0] != shapes[1] and not isinstance(self.operator, Rectangular):
-            raise TypeError(
-                f"{name}: iterate() returned a value of the shapes {shapes[0]}; those of the right-hand side, "
-                f"{shapes[1]}, were needed"
-            )
-        return found
+        if type(self).__module__.startswith("bilevel."):
+            return self.iterate(b, start)
+        name, before = f"{type(self).__name__}.iterate(b, start)", versions(b)
+        found = self.iterate(b, start)
+        if before != versions(b):
+            raise ValueError(f"{name} changed b in place, which the residual is taken from; write to a clone of it")
+        return _looked_at(name, found, b, alike=not isinstance(self.operator, (Rectangular, Transposed)))
+
+    def solve(self, b: Leaves, start: Leaves | None = None) -> LinearSolution:
+        """`iterate` and one product more, for the true residual.
+
+        Raises:
+            TypeError: b or the start is no tuple of floating tensors.
+            ValueError: they do not fit each other, or the tasks.
+        """
+        between = isinstance(self.operator, (Rectangular, Transposed))
+        start = check_vectors(b, start, self.space, alike=not between)
+        found = self.found(b, start)
+        return self.solver.checked(found, self.operator.matvec(found.value), b, self.space)
 
 
 class LinearSolver(Strategy):
@@ -110,8 +102,8 @@ class LinearSolver(Strategy):
             tasks: number of tasks, when every leaf has a leading task dimension.
 
         Raises:
-            TypeError: `operator` is neither an operator nor a function.
-            ValueError: the solver needs a symmetric A.
+            TypeError: `operator` is neither an operator nor a function; b or the start is no tuple of floating tensors.
+            ValueError: the solver needs a symmetric A; b, the start and the tasks do not fit each other.
 
         Example:
             >>> import torch, bilevel as bl
@@ -202,18 +194,72 @@ def bound(
         )
     if symmetric and not found.symmetric:
         raise ValueError(
-            f"{solver} was given {type(found).__name__}, an operator with symmetric=False; a symmetric one was needed. "
+            f"{solver} was given {named(found)}, an operator with symmetric=False; a symmetric one was needed. "
             f"Use Neumann(...) or Dense(), which solve systems that are not symmetric, as bilevel.linear.GMRES(...), "
             f"BiCGSTAB(...) and, with a transposed product, LSMR(...) do, or set symmetric=True if A equals its "
             f"transpose"
         )
     if transposed and not found.transposable:
         raise ValueError(
-            f"{solver} was given {type(found).__name__}, an operator with symmetric=False and without rmatvec(v), its "
+            f"{solver} was given {named(found)}, an operator with symmetric=False and without rmatvec(v), its "
             f"transposed product, which {solver} needs; define rmatvec(v), or use bilevel.linear.GMRES(...) or "
             f"BiCGSTAB(...), which need A v alone"
         )
     return found
+
+
+def check_vectors(b: object, start: object, space: Space, *, alike: bool) -> Leaves | None:
+    """The start in b's dtypes; with `alike` it must have b's shapes.
+
+    Raises:
+        TypeError, ValueError: as `Prepared.solve`.
+    """
+    for name, given in (("b", b), ("start", start)):
+        if given is None and name == "start":
+            continue
+        if not isinstance(given, (tuple, list)) or not given:
+            raise TypeError(
+                f"a linear solver was given {name}={_said(given)}; a tuple of one floating tensor or more was needed, "
+                f"such as (torch.ones(3),)"
+            )
+        for leaf in given:
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                raise TypeError(f"a linear solver was given {_said(leaf)} in {name}; a floating tensor was needed")
+            if space.tasks is not None and tuple(leaf.shape[:1]) != (space.tasks,):
+                raise ValueError(
+                    f"a linear solver was given tasks={space.tasks} and a tensor of the shape {tuple(leaf.shape)} in "
+                    f"{name}; {space.tasks} was needed as the first dimension of each"
+                )
+    if start is None or not alike:
+        return start  # type: ignore[return-value]
+    shapes, needed = ([tuple(leaf.shape) for leaf in each] for each in (start, b))  # type: ignore[attr-defined]
+    if shapes != needed:
+        raise ValueError(f"a linear solver was given a start of the shapes {shapes}; those of b, {needed}, were needed")
+    return tuple(leaf.to(like.dtype) for leaf, like in zip(start, b, strict=True))  # type: ignore[call-overload]
+
+
+def _looked_at(name: str, found: object, b: Leaves, *, alike: bool) -> LinearSolution:
+    write = "Write bilevel.LinearSolution(v, residual, steps, bilevel.Status.OK.code)"
+    if not isinstance(found, LinearSolution):
+        raise TypeError(f"{name} returned {_said(found)}; a LinearSolution was needed. {write}")
+    value = found.value
+    if not isinstance(value, (tuple, list)) or not all(isinstance(leaf, Tensor) for leaf in value):
+        raise TypeError(
+            f"{name} returned value={_said(value)}; a tuple of tensors was needed. {write}, with v=(tensor,)"
+        )
+    if isinstance(found.code, Status):
+        raise TypeError(f"{name} returned code={found.code.name}; its integer, Status.code, was needed. {write}")
+    shapes, needed = ([tuple(leaf.shape) for leaf in each] for each in (value, b))
+    if alike and shapes != needed:
+        raise ValueError(f"{name} returned a value of the shapes {shapes}; those of b, {needed}, were needed")
+    if alike:
+        value = tuple(leaf.to(like.dtype) for leaf, like in zip(value, b, strict=True))
+    residual, steps = (torch.as_tensor(each, device=b[0].device) for each in (found.residual, found.steps))
+    return dataclasses.replace(found, value=tuple(value), residual=residual, steps=steps)
+
+
+def _said(given: object) -> str:
+    return f"a tensor of {given.dtype}" if isinstance(given, Tensor) else repr(given)[:80]
 
 
 def check_number(owner: str, name: str, value: object, low: float) -> None:

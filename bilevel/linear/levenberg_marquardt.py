@@ -100,7 +100,7 @@ class PreparedLevenbergMarquardt(Prepared):
         for attempt in range(rule.attempts):
             # (Tasks that are solved are solved again, with the same damping to the same answer.)
             shifted = Shifted(self.operator, shift, space)
-            found = rule.solver.prepare(shifted, space).answer(b, start)
+            found = rule.solver.prepare(shifted, space).found(b, start)
             steps = steps + found.steps
             unmet = ~rule.solver.met(found.residual, b)
             if attempt + 1 == rule.attempts or (_here(unmet) and not bool(unmet.any())):

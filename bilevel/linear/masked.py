@@ -103,6 +103,8 @@ def _kept(leaf: Tensor, mask: bool | Tensor, space: Space) -> Tensor:
     if isinstance(mask, bool):
         return leaf if mask else torch.zeros_like(leaf)
     shape = leaf.shape if space.tasks is None else leaf.shape[1:]
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"Masked was given the block {mask!r}; a tensor of bools, or True or False, was needed")
     if mask.dtype != torch.bool or tuple(mask.shape) != tuple(shape):
         raise ValueError(
             f"Masked was given a block of {mask.dtype} of the shape {tuple(mask.shape)}; bools of the shape "
@@ -123,7 +125,7 @@ class PreparedMasked(Prepared):
     def iterate(self, b: Leaves, start: Leaves | None = None) -> LinearSolution:
         keep = self.solver.seen
         guess = None if start is None else keep(start, self.space)
-        found = self._within.answer(keep(b, self.space), guess)
+        found = self._within.found(keep(b, self.space), guess)
         return dataclasses.replace(found, value=keep(found.value, self.space))
 
 

@@ -4,9 +4,10 @@ import abc
 import dataclasses
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from bilevel.space.inner_product import PLAIN, Leaves, Space
+from bilevel.space.inner_product import NARROW, PLAIN, Leaves, Space
 
 
 class LinearOperator(abc.ABC):
@@ -79,11 +80,11 @@ class Product(LinearOperator):
     known_diagonal: Leaves | None = None
 
     def matvec(self, v: Leaves) -> Leaves:
-        return _like("A v", self.function(v), v)
+        return like_given("the function v -> A v", self.function, v)
 
     def rmatvec(self, v: Leaves) -> Leaves:
         if self.transposed is not None:
-            return _like("A' v", self.transposed(v), v)
+            return like_given("the function v -> A' v", self.transposed, v)
         if self.symmetric:
             return self.matvec(v)
         raise NotImplementedError(
@@ -100,14 +101,71 @@ class Product(LinearOperator):
         return self.symmetric or self.transposed is not None
 
 
-def _like(name: str, image: Leaves, v: Leaves) -> Leaves:
-    given = [tuple(leaf.shape) for leaf in image] if isinstance(image, (tuple, list)) else type(image).__name__
+def like_given(name: str, product: Callable[[Leaves], Leaves], v: Leaves) -> Leaves:
+    """`product(v)`, held against v.
+
+    Raises:
+        ValueError: it is no tuple of tensors like v, or v was written to.
+    """
+    before = versions(v)
+    image = product(v)
+    if before != versions(v):
+        raise ValueError(
+            f"{name} changed v in place, which the solver goes on with; a new tuple of tensors was needed. Write "
+            f"(2 * v[0],), not (v[0].mul_(2),)"
+        )
+    tensors = isinstance(image, (tuple, list)) and all(isinstance(leaf, Tensor) for leaf in image)
+    given = [tuple(leaf.shape) for leaf in image] if tensors else type(image).__name__
     if given != [tuple(leaf.shape) for leaf in v]:
         raise ValueError(
-            f"the function v -> {name} returned {given}; a tuple of tensors like v, with the shapes "
+            f"{name} returned {given}; a tuple of tensors like v, with the shapes "
             f"{[tuple(leaf.shape) for leaf in v]}, was needed. Write (A @ v[0],) with the comma"
         )
+    for leaf, known in zip(image, v, strict=True):
+        if leaf.dtype != known.dtype and not (known.dtype in NARROW and leaf.dtype == torch.float32):
+            raise ValueError(
+                f"{name} returned {leaf.dtype} for a v of {known.dtype}; the dtype of v was needed. Write "
+                f"(A.to(v[0].dtype) @ v[0],)"
+            )
     return image
+
+
+def versions(leaves: Leaves) -> list[int]:
+    """How often each tensor was written to."""
+    return [0 if leaf.is_inference() else leaf._version for leaf in leaves]
+
+
+@dataclasses.dataclass(frozen=True)
+class Held(LinearOperator):
+    """An operator of the user's own, whose products are held against v."""
+
+    operator: LinearOperator
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        return self.operator.symmetric
+
+    def matvec(self, v: Leaves) -> Leaves:
+        return like_given(f"{named(self)}.matvec(v)", self.operator.matvec, v)
+
+    def rmatvec(self, v: Leaves) -> Leaves:
+        return like_given(f"{named(self)}.rmatvec(v)", self.operator.rmatvec, v)
+
+    def diagonal(self) -> Leaves | None:
+        return self.operator.diagonal()
+
+    @property
+    def transposable(self) -> bool:
+        return self.operator.transposable
+
+    @property
+    def point(self) -> Leaves | None:
+        return self.operator.point
+
+
+def named(operator: LinearOperator) -> str:
+    """The name of an operator's class, as its author wrote it."""
+    return type(operator.operator if isinstance(operator, Held) else operator).__name__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +242,9 @@ class Transposed(LinearOperator):
 
     operator: LinearOperator
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "operator", as_operator(self.operator))
+
     @property
     def symmetric(self) -> bool:  # type: ignore[override]
         return self.operator.symmetric
@@ -207,13 +268,13 @@ class Transposed(LinearOperator):
 
 
 def as_operator(given: LinearOperator | Callable[[Leaves], Leaves]) -> LinearOperator:
-    """An operator as it is; a bare function v -> A v as a symmetric `Product`.
+    """An operator, one of the user's own as `Held`; a bare function v -> A v as a symmetric `Product`.
 
     Raises:
         TypeError: neither of both.
     """
     if isinstance(given, LinearOperator):
-        return given
+        return given if type(given).__module__.startswith("bilevel.") else Held(given)
     if callable(given):
         return Product(given)
     raise TypeError(

@@ -93,11 +93,14 @@ class Ball:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The nearest point."""
-        away = x - self.center
-        # (Squares of 16-bit numbers overflow at 256.)
-        norm = torch.linalg.vector_norm(away, dtype=torch.promote_types(x.dtype, torch.float32))
-        scale = (self.radius / norm.clamp_min(self.radius)).to(x.dtype)
-        return torch.where(norm <= self.radius, x, self.center + scale * away)
+        if not x.numel():
+            return x.clone()
+        away = x.to(torch.promote_types(x.dtype, torch.float32)) - self.center
+        # (Squares of 16-bit numbers overflow at 256, those of float32 at 2e19.)
+        largest = away.abs().amax()
+        along = away / torch.where(largest > 0, largest, 1)
+        norm = torch.linalg.vector_norm(along).clamp_min(1)
+        return torch.where(norm * largest <= self.radius, x, (self.center + self.radius / norm * along).to(x.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +130,20 @@ class Simplex:
         """The nearest point."""
         if x.dim() == 0:
             raise ValueError("Simplex was given a 0-dim tensor; a dimension to sum over was needed")
+        if not -x.dim() <= self.dim < x.dim() or not x.shape[self.dim]:
+            raise ValueError(
+                f"Simplex(dim={self.dim}) was given a tensor of shape {tuple(x.shape)}; a dimension that it has, with "
+                f"at least one number along it, was needed"
+            )
         # (Sums of 16-bit numbers have too few digits.)
         v = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(self.dim, -1)
         v = v - v.amax(-1, keepdim=True)  # which changes nothing but the size of the sums
         falling = v.sort(-1, descending=True).values
         sums = falling.cumsum(-1) - self.total
         count = torch.arange(1, v.shape[-1] + 1, device=v.device, dtype=v.dtype)
-        kept = (falling * count > sums).sum(-1, keepdim=True)
+        kept = (falling * count > sums).sum(-1, keepdim=True).clamp_min(1)  # (NaN is kept nowhere, and stays NaN)
         level = sums.gather(-1, kept - 1) / kept
+        # Running sums of many numbers lose digits that their sum has.
+        point = (v - level).clamp_min(0)
+        level = level + (point.sum(-1, keepdim=True) - self.total) / (point > 0).sum(-1, keepdim=True).clamp_min(1)
         return (v - level).clamp_min(0).movedim(-1, self.dim).to(x.dtype)

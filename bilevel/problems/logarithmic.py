@@ -128,7 +128,13 @@ def logarithmic(
 
 def restored(inner: Scaled) -> Tree:
     """exp(log_scale) point: y itself, as far as its dtype reaches."""
-    return tree.tree_map(lambda leaf: leaf * inner["log_scale"].exp(), inner["point"])
+    half = (inner["log_scale"] / 2).exp()  # in range where the whole is not
+
+    def longer(leaf: Tensor) -> Tensor:
+        by = half.reshape(half.shape + (1,) * (leaf.dim() - half.dim()))
+        return torch.where(leaf == 0, leaf, leaf * by * by)
+
+    return tree.tree_map(longer, inner["point"])
 
 
 def _size(inner: Tree) -> Tensor:

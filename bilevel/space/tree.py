@@ -105,21 +105,34 @@ def aligned(tree: Tree, reference: Tree) -> list[Tensor] | None:
     return tensors(tree) if pytree.tree_structure(tree) == pytree.tree_structure(reference) else None
 
 
-def ordered(value: Tree, reference: Tree) -> Tree:
+def ordered(value: Tree, reference: Tree, who: str = "an inner step or its stationarity") -> Tree:
     """`value`, a tree like `reference`, with the entries of a dict in the same order.
+
+    Args:
+        value: the tree.
+        reference: the other.
+        who: returned it, for the message.
 
     Raises:
         ValueError: its structure is another.
     """
     if isinstance(value, dict) and isinstance(reference, dict) and set(value) == set(reference):
-        value = {name: ordered(value[name], reference[name]) for name in reference}
-    if _flat(value) is None and pytree.tree_structure(value) != pytree.tree_structure(reference):
+        value = {name: ordered(value[name], reference[name], who) for name in reference}
+    if not _alike(value, reference):
         raise ValueError(
-            f"an inner step or its stationarity returned the structure {pytree.tree_structure(value)}, where that of "
-            f"the "
-            f"inner variable, {pytree.tree_structure(reference)}, was needed"
+            f"{who} returned the structure {pytree.tree_structure(value)}, where that of the inner variable, "
+            f"{pytree.tree_structure(reference)}, was needed"
         )
     return value
+
+
+def _alike(value: Tree, reference: Tree) -> bool:
+    """Whether two trees have one structure; a flat list and a flat tuple match by position."""
+    if _flat(value) is None or _flat(reference) is None or isinstance(value, dict) != isinstance(reference, dict):
+        return bool(pytree.tree_structure(value) == pytree.tree_structure(reference))
+    if isinstance(value, Tensor) or isinstance(reference, Tensor):
+        return type(value) is type(reference)
+    return list(value) == list(reference) if isinstance(value, dict) else len(value) == len(reference)
 
 
 def accumulate(total: PartialLeaves, new: PartialLeaves) -> PartialLeaves:

@@ -164,11 +164,11 @@ def in_place(b, value):
 
 
 ANSWERS = {
-    "in place": (in_place, "changed the right-hand side"),
+    "in place": (in_place, "changed b in place"),
     "reshaped": (lambda b, value: found(tuple(v.reshape(-1, 1) for v in value)), "a value of the shapes"),
     "one short": (lambda b, value: found(value[:-1]), "a value of the shapes"),
-    "bare": (lambda b, value: value, "returned a tuple"),
-    "a status": (lambda b, value: found(value, bl.Status.OK), "returned the code"),
+    "bare": (lambda b, value: value, "a LinearSolution was needed"),
+    "a status": (lambda b, value: found(value, bl.Status.OK), "returned code=OK"),
 }
 
 

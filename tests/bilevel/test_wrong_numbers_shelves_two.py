@@ -131,3 +131,102 @@ def test_own_optimizers_of_sixteen_bits_are_not_refused_for_their_rounding(optim
             solver=bl.Descent(optimizer, 20),
             estimator=bl.TaskMean(estimator),
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e25, 1e38])
+def test_a_ball_holds_numbers_whose_squares_overflow(dtype, size):
+    point = bl.outer.Ball(1.0)(torch.tensor([0.75, 1.0, 0.0], dtype=dtype) * size)
+    close(point.double(), torch.tensor([0.6, 0.8, 0.0], dtype=D), 1e-2)  # it was the center
+
+
+@pytest.mark.parametrize(
+    ("simplex", "x"), [(bl.outer.Simplex(), torch.zeros(0)), (bl.outer.Simplex(dim=1), torch.ones(2))]
+)
+def test_a_simplex_without_numbers_is_refused_in_words(simplex, x):
+    with pytest.raises(ValueError, match="at least one number along it, was needed"):
+        simplex(x)
+
+
+def test_a_simplex_passes_nan_on():
+    rows = torch.tensor([[0.5, float("nan")], [3.0, 1.0]])
+    point = bl.outer.Simplex()(rows)
+    assert point[0].isnan().any()
+    assert point[1].tolist() == [1.0, 0.0]
+
+
+def test_a_simplex_of_many_numbers_is_a_projection():
+    simplex = bl.outer.Simplex(1000.0)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x = simplex(torch.randn(30000, dtype=D)).requires_grad_()
+        assert abs(x.sum().item() - 1000) < 1e-11
+        bl.outer.Projected(torch.optim.SGD([x], lr=0.1), simplex)
+
+
+def test_a_projection_in_another_order_of_keys_swaps_nothing():
+    problem = bl.Problem(
+        lambda y, x, b: (y["a"] - x).square() / 2 + (y["b"] - 2 * x).square() / 2,
+        lambda y, x, b: (y["a"] - 1).square() + (y["b"] - 3).square(),
+    )
+    found, zero = [], torch.zeros((), dtype=D)
+    for order in ("ab", "ba"):
+        estimator = bl.estimators.LVHBA(
+            lambda y, x, b: torch.stack([y["a"] - 1.5, y["b"] - 1.5]),
+            lambda y, x, b, order=order: {name: y[name].clamp_max(1.5) for name in order},
+            c=5.0,
+        )
+        state, arguments = None, (problem, torch.tensor(1.0, dtype=D), {"a": zero, "b": zero}, NONE)
+        for _ in range(5):
+            hg = bl.hypergradient(*arguments, solver=bl.Descent(bl.SGD(0.3), 1), estimator=estimator, state=state)
+            state = hg.state
+        found.append(hg.grad)
+    close(*found, 1e-12)
+
+
+def test_a_projection_of_another_structure_is_refused_in_words():
+    estimator = bl.estimators.LVHBA(lambda y, x, b: y["a"] - 1, lambda y, x, b: {}, c=5.0)
+    problem = bl.Problem(lambda y, x, b: (y["a"] - x).square(), lambda y, x, b: y["a"].square())
+    with pytest.raises(ValueError, match="LVHBA's projection returned the structure"):
+        bl.hypergradient(
+            *(problem, torch.ones(()), {"a": torch.ones(())}, NONE),
+            solver=bl.Descent(bl.SGD(0.3), 1),
+            estimator=estimator,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Returning(bl.Optimizer):
+    """Gradient descent whose answers have another order or structure."""
+
+    step_in: str
+    rest_in: str
+
+    def init(self, inner):
+        return None
+
+    def step(self, grad, state, inner, outer):
+        return {name: inner[name] - 0.1 * grad[name] for name in self.step_in}, state
+
+    def stationarity(self, grad, inner, outer):
+        return {name: grad[name] for name in self.rest_in}
+
+
+def answered(optimizer, estimator):
+    problem = bl.Problem(
+        lambda y, x, b: (y["a"] - x).square() + (y["b"] - 2 * x).square(),
+        lambda y, x, b: (y["a"] - 1).square() + (y["b"] - 3).square(),
+    )
+    arguments = problem, torch.ones((), dtype=D), {"a": torch.zeros((), dtype=D), "b": torch.zeros((), dtype=D)}, NONE
+    return bl.hypergradient(*arguments, solver=bl.Descent(optimizer, 100), estimator=estimator).grad
+
+
+@pytest.mark.parametrize("estimator", [bl.Implicit(bl.CG()), bl.estimators.F2SA(1e6)], ids=lambda e: type(e).__name__)
+def test_a_rest_in_another_order_of_keys_is_no_other_rest(estimator):
+    close(answered(Returning("ba", "ba"), estimator), torch.tensor(-4.0, dtype=D), 1e-4)
+
+
+@pytest.mark.parametrize("optimizer", [Returning("a", "ab"), Returning("ab", "a")], ids=repr)
+def test_an_answer_of_another_structure_is_refused_in_words(optimizer):
+    with pytest.raises(ValueError, match="returned the structure"):
+        answered(optimizer, bl.Implicit(bl.CG()))

@@ -50,7 +50,7 @@ def solved(
 ) -> Adjoint:
     """Solve A' v = b and take the mixed product, for a condition at one point and for (f, b, df/dx)."""
     outer_loss, b, direct = outer
-    found = linear.prepare(at, oracles.space).answer(b, start)
+    found = linear.prepare(at, oracles.space).found(b, start)
     if found.sure:
         unmet = code_if(~linear.met(found.residual, b), Status.MAX_STEPS)
         found = dataclasses.replace(found, code=worst(found.code, unmet))

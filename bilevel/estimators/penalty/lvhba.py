@@ -168,7 +168,7 @@ class LVHBA(Estimator):
         state = self.init_state(instance) if state is None else state
         c, rate = at_call("LVHBA", "c", self.c, state.calls), step_rate(self, instance, self.rate)
         at = oracles.point(max(steps - 1, 0))
-        y = at.apply(self.projection, tree.detach(state.inner))
+        y = _like(at.apply(self.projection, tree.detach(state.inner)), state.inner)
         with spans.span(spans.INNER):
             w, multipliers = self._saddle(instance, tree.detach(state.proximal), y, state, rate)
         with spans.span(spans.HYPERGRADIENT):
@@ -180,7 +180,7 @@ class LVHBA(Estimator):
             g = rest(instance, y, g_y)
             direction = combined(1 / c, f_y, combined(-1.0, apart(y, w, 1 / self.gamma), g))
             free = moved(y, direction, rate)
-            after = tree.detach(at.apply(self.projection, free))
+            after = _like(tree.detach(at.apply(self.projection, free)), free)
             held = self._in_outer(instance, _Held, {"inner": w, "multipliers": multipliers}, steps)
             pressed = self._in_outer(instance, _Distance, free, steps)
             self._check_projection(instance, free, after, pressed)
@@ -290,6 +290,11 @@ class LVHBA(Estimator):
             return self._oracles(instance, loss).inner_gradient_in_outer(point, steps)[1]
 
 
+def _like(nearest: Tree, inner: Tree) -> Tree:
+    """What the projection returned, in the order of y: the entries of a dict match by key."""
+    return tree.ordered(nearest, inner, "LVHBA's projection")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Derived:
     constraint: Callable[[Tree, Tree, Any], Tensor]
@@ -311,7 +316,7 @@ class _Distance(_Derived):
     """|p - P(p, x)|^2 / 2: its derivative in x is the pressure of the constraint times that of the constraint."""
 
     def __call__(self, inner: Tree, outer: Tree, batch: Any) -> Tensor:
-        near = tree.tensors(self.projection(inner, outer, batch))
+        near = tree.tensors(_like(self.projection(inner, outer, batch), inner))
         return torch.stack([(a - b).square().sum() for a, b in zip(tree.tensors(inner), near, strict=True)]).sum() / 2
 
 

@@ -56,5 +56,5 @@ class NewtonRoot(Method):
     def step(
         self, y: Leaves, residual: Leaves, state: Any, space: Space, jacobian: Callable[[], Products]
     ) -> tuple[Leaves, Any]:
-        d = self.linear.prepare(jacobian(), space).answer(residual).value
+        d = self.linear.prepare(jacobian(), space).found(residual).value
         return space.axpy(-self.rate, d, y), state

@@ -4,7 +4,7 @@ import abc
 from collections.abc import Callable
 
 from bilevel._strategy import Strategy
-from bilevel.linear.operator import LinearOperator
+from bilevel.linear.operator import LinearOperator, versions
 from bilevel.linear.system import widened
 from bilevel.space.inner_product import Leaves, Space
 
@@ -52,18 +52,24 @@ def as_preconditioner(owner: str, given: object) -> None:
 
 
 def prepared_preconditioner(given: Preconditioning, operator: LinearOperator, space: Space, like: Leaves) -> Apply:
-    """r -> M r, checked for its shapes."""
+    """r -> M r, checked for its shapes, and that r is left as it is; in the dtype of r."""
     apply = given.prepare(operator, space, like) if isinstance(given, Preconditioner) else given
     shapes = [tuple(leaf.shape) for leaf in like]
 
     def checked(r: Leaves) -> Leaves:
+        before = versions(r)
         image = apply(r)
+        if before != versions(r):
+            raise ValueError(
+                "the preconditioner r -> M r changed r in place, which the solver goes on with; a new tuple of tensors "
+                "was needed. Write (2 * r[0],), not (r[0].mul_(2),)"
+            )
         found = [tuple(leaf.shape) for leaf in image] if isinstance(image, (tuple, list)) else type(image).__name__
         if found != shapes:
             raise ValueError(
                 f"the preconditioner r -> M r returned {found}; a tuple of tensors like r, with the shapes {shapes}, "
                 f"was needed. Write (M @ r[0],) with the comma"
             )
-        return widened(image)
+        return tuple(leaf.to(like.dtype) for leaf, like in zip(image, widened(r), strict=True))
 
     return checked

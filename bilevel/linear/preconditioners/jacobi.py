@@ -18,7 +18,7 @@ import dataclasses
 import torch
 
 from bilevel.linear.base import check_positive
-from bilevel.linear.operator import LinearOperator
+from bilevel.linear.operator import LinearOperator, named
 from bilevel.linear.preconditioners.base import Apply, Preconditioner
 from bilevel.linear.system import scattered, widened
 from bilevel.space.inner_product import Leaves, Space
@@ -57,8 +57,14 @@ class Jacobi(Preconditioner):
         known = operator.diagonal()
         if known is None and self.probes == 0:
             raise ValueError(
-                f"Jacobi was given {type(operator).__name__}, an operator that does not know its diagonal; write "
+                f"Jacobi was given {named(operator)}, an operator that does not know its diagonal; write "
                 f"Jacobi(probes=20) for an estimate by products with random signs, or define diagonal()"
+            )
+        if known is not None and [tuple(leaf.shape) for leaf in known] != [tuple(leaf.shape) for leaf in like]:
+            raise ValueError(
+                f"Jacobi was given {named(operator)}, whose diagonal() has the shapes "
+                f"{[tuple(leaf.shape) for leaf in known]}; those of v, {[tuple(leaf.shape) for leaf in like]}, were "
+                f"needed"
             )
         diagonal = tuple(
             leaf.abs() for leaf in widened(self._estimated(operator, space, like) if known is None else known)

@@ -53,7 +53,11 @@ class NystromPreconditioner(Preconditioner):
         model = low_rank(operator, like, space, self.rank, None, self.seed)
         there = model.values > 0
         # (The least of the values that are there; 1 where the model is empty.)
-        least = model.values.masked_fill(~there, float("inf")).amin(-1, keepdim=True) if self.rank else model.values
+        least = (
+            model.values.masked_fill(~there, float("inf")).amin(-1, keepdim=True)
+            if model.values.numel()
+            else model.values
+        )
         least = least.masked_fill(least.isinf(), 1.0) + self.shift
         factors = least / (model.values + self.shift).masked_fill(~there, 1.0)
 
