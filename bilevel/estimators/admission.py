@@ -92,8 +92,9 @@ def check_rest(estimator: Estimator, instance: Instance, end: Tree) -> None:
     if motions[1] <= 1e-6 * motions[0] and conditions[1] > 1e-2 * conditions[0]:
         raise ValueError(
             f"{type(dynamics).__name__}.step() comes to rest where its stationarity() is not zero "
-            f"({conditions[1]:.2g}, after {conditions[0]:.2g} at the start), so an estimator at the solution would "
-            f"differentiate another condition. Let stationarity() return what step() brings to zero, or None, or use Unrolled()"
+            f"({conditions[1]:.2g}, after {conditions[0]:.2g} at the start), so an estimator at the solution "
+            f"would differentiate another condition. Let stationarity() return what step() brings to zero, or None, or "
+            f"use Unrolled()"
         )
 
 

@@ -48,7 +48,7 @@ class Solved(Protocol):
 class Bound(Protocol):
     """A linear solver bound to one map."""
 
-    def answer(self, b: tuple[Tensor, ...]) -> Solved:
+    def found(self, b: tuple[Tensor, ...]) -> Solved:
         """Solve A v = b."""
 
 

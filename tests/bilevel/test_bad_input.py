@@ -278,7 +278,7 @@ def test_an_indefinite_hessian_is_reported_and_not_an_exception(name):
 def test_a_neumann_step_that_is_too_large_is_reported_however_short_the_series(steps):
     hg = solve(estimator=bl.Implicit(bl.Neumann(steps=steps, step_size=1.5)))
     assert hg.status is bl.Status.NOT_CONTRACTIVE
-    with pytest.raises(bl.BilevelError, match=r"NOT_CONTRACTIVE: .*Lower step_size, or use CG"):
+    with pytest.raises(bl.BilevelError, match=r"NOT_CONTRACTIVE: .*Lower it, add damping, or use CG"):
         hg.raise_if_failed()
 
 
