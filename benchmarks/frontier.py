@@ -16,6 +16,28 @@ RESULTS = Path(__file__).parent / "results"
 KEPT, TABLE = RESULTS / "p2.jsonl", RESULTS / "p2.md"
 PEERS = ("betty", "higher", "torchopt")
 EXACT, ALIKE = 1e-6, 1.1
+FIELDS = [
+    "case",
+    "estimator",
+    "settings",
+    "solver",
+    "inner_steps",
+    "seed",
+    "device",
+    "dtype",
+    "status",
+    "reason",
+    "peak_tensor_bytes",
+    "wall_seconds",
+    "wall_seconds_low",
+    "wall_seconds_high",
+    "repeats",
+    "calls",
+    "program_cosine",
+    "program_relative_error",
+    "environment",
+]
+"""Of a record, what is kept."""
 COSTS = {"memory": ("peak_tensor_bytes", 1.0), "time": ("wall_seconds", ALIKE)}
 
 
@@ -62,7 +84,7 @@ def written(rows):
     fronts = {cost: frontier(numbers, cost) for cost in COSTS}
     first = next(row for row in numbers if row["estimator"] == "unrolled")
     lines = [
-        f"P2, K = {first['inner_steps']}: {len(numbers)} rows measured, {len(rows) - len(numbers)} refused or failed.",
+        f"K = {first['inner_steps']}: {len(numbers)} rows measured, {len(rows) - len(numbers)} refused or failed.",
         "",
         "| estimator | status | MiB | time / unrolled | cosine to the exact | frontier |",
         "| --- " * 6 + "|",
@@ -91,6 +113,7 @@ def read(path):
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        KEPT.write_text(Path(sys.argv[1]).read_text())
+        kept = [{name: row[name] for name in FIELDS} for row in read(sys.argv[1])]
+        KEPT.write_text("".join(json.dumps(row) + "\n" for row in kept))
     TABLE.write_text(written(read(KEPT)))
     print(TABLE.read_text())
