@@ -97,7 +97,7 @@ def key(name: str, shot: int, config: Config) -> str:
     arguments = repr(sorted((k, repr(v)) for k, v in fewshot_methods.methods().get(name, {}).items()))
     arguments = "".join(part.split(" at 0x")[0] for part in arguments.split(">"))
     # (An option that came after the results, where it is not used, makes no other cell.)
-    arguments = arguments.replace(", offload=False, budget=None", "")
+    arguments = arguments.replace(", offload=False, budget=None", "").replace(", preconditioner=None", "")
     said = json.dumps([name, shot, dataclasses.asdict(config) | {"processes": 0}, arguments])
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 

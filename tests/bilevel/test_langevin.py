@@ -1,5 +1,6 @@
 """Langevin dynamics and the gradient of an expectation: methods.md, A1 and TP4."""
 
+import collections
 import dataclasses
 import gc
 import math
@@ -697,7 +698,7 @@ def test_bad_arguments_are_refused(make, message):
         (bl.Descent(bl.SGD(0.1), 10), "samples of a Langevin dynamics, and the inner solver is Descent of SGD"),
         (bl.Converge(bl.SGD(0.1)), "Converge of SGD"),
         (bl.Converge(bl.inner.Langevin(0.1)), "Converge of Langevin"),
-        (bl.Descent(Given(None), 10), "Descent of Given"),
+        (bl.Descent(Given(collections.defaultdict(lambda: collections.defaultdict(float))), 10), "Descent of Given"),
         (bl.Descent(bl.inner.Langevin(0.1), 0), "keeps 0 samples of a chain of 0 steps"),
         (bl.Descent(bl.inner.Langevin(lambda step: -0.1), 10), "step_size=-0.1 at step 0"),
     ],

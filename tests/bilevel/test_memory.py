@@ -20,8 +20,8 @@ from bilevel.estimators import Estimate, Estimator, Instance
 from bilevel.estimators.reverse.unrolled import shrinking
 
 STEPS = (10, 50, 200)
-FLAT = (20, 80)
-"""Sixty steps more: one number of y kept in each would be sixty."""
+FLAT = (20, 45)
+"""Twenty-five steps more: one y kept in each would be twenty-five."""
 PRODUCTS = 10
 """Of linear solvers."""
 FEATURES, HIDDEN, ROWS, BATCH = 196, 75, 1250, 125

@@ -84,7 +84,10 @@ def cosines_of(gradients):
     return gradients @ mean / gradients.norm(dim=1) / mean.norm()
 
 
-@pytest.mark.parametrize("estimator", catalogue.ESTIMATORS)
+@pytest.mark.parametrize(
+    "estimator",  # (a first round of a single loop is zero here, and so is its similarity to anything)
+    [label for label in catalogue.ESTIMATORS if label not in {*catalogue.RANDOM, *catalogue.BY_ROUNDS}],
+)
 def test_the_weighted_mean_equals_a_loop(estimator):
     problem, outer, batches = meta_tasks()
     solver, estimator = bl.Descent(bl.SGD(0.3), 6), catalogue.ESTIMATORS[estimator]

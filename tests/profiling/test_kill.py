@@ -23,7 +23,7 @@ import torch
 import bilevel as bl
 
 def setup(device):
-    x, y = torch.ones(30, device=device), torch.zeros(30, device=device)
+    x, y = torch.ones(30, device=device), torch.full((30,), 0.5, device=device)
     problem = bl.Problem(lambda y, x, b: ((y - x) ** 2).sum(), lambda y, x, b: (y ** 2).sum())
     return problem, x, y, bl.Batches(None, None)
 

@@ -53,7 +53,7 @@ class Hook:
         >>> import bilevel as bl
         >>> from bilevel.integrations import betty
         >>> betty.Hook(bl.Implicit(bl.CG(max_steps=10))).estimator
-        Implicit(linear=CG(max_steps=10, tol=1e-06, damping=0.0))
+        Implicit(linear=CG(max_steps=10, tol=1e-06, damping=0.0, preconditioner=None))
     """
 
     def __init__(
