@@ -13,7 +13,7 @@ import bilevel as bl
 from bilevel.testing.catalogue import ENTRIES, FAMILIES, Need, Quadratic
 
 STEPS = {"program": 7, "solution": 60}
-DRAWS = 250
+DRAWS = 400
 SPECTRA = {"one number": (1.5,), "definite": (0.5, 0.8, 1.3, 2.0)}
 D, F = torch.float64, torch.float32
 KINDS = {

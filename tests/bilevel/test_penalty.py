@@ -286,6 +286,40 @@ def test_lvhba_reaches_the_known_optimum_of_its_toy(equality):
     assert set(history) == {bl.Status.OK}
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0], ids=["equality", "inequality"])
+@pytest.mark.parametrize(
+    ("rate", "rate_dual", "lr", "steps"),
+    [(0.2, 0.3, 3.0, 1), (3.0, 0.3, 0.3, 1), (0.2, 30.0, 0.3, 3), (3.0, 30.0, 3.0, 3)],
+)
+def test_lvhba_with_steps_that_are_too_long_is_not_ok(rate, rate_dual, lr, steps, sign):
+    """y, w or the multipliers run away long before they leave the numbers; or they stay, and all is well."""
+    problem, constraint, projection = toy(sign)
+    estimator = LVHBA(
+        constraint,
+        projection,
+        Polynomial(1.0, 0.7, limit=50.0),
+        gamma=10.0,
+        gamma_dual=10.0,
+        rate=rate,
+        rate_dual=rate_dual,
+        equality=sign > 0,
+    )
+    state = None
+    for _ in range(60):
+        hg = bl.hypergradient(
+            problem,
+            number(2.0),
+            torch.full((2,), 2.0, dtype=D),
+            NONE,
+            solver=bl.Descent(bl.SGD(lr), steps),
+            estimator=estimator,
+            state=state,
+        )
+        state = hg.state
+    largest = max(float(leaf.abs().max()) for leaf in (state.inner, state.proximal, state.multipliers))
+    assert hg.status is not bl.Status.OK or largest < 100
+
+
 @pytest.mark.parametrize(("x", "answer"), [(0.5, 0.5 - 1.0), (3.0, 1.0 - 1.0 + 0.5)])
 def test_a_constraint_that_x_moves_passes_its_pressure_on(x, answer):
     """y in argmin (y - x)^2 / 2 with y <= x / 2 + 0.5 and f = (y - 1)^2 / 2 + ...: dF/dx = (y - 1) dy/dx, dy/dx = 1

@@ -54,15 +54,17 @@ from bilevel.estimators.penalty.base import (
     unsettled,
 )
 from bilevel.estimators.state import State, per_task
-from bilevel.outcome import Solution, Status, code_if, readable
+from bilevel.outcome import Solution, Status, code_if, readable, worst
 from bilevel.space import tree
+from bilevel.space.inner_product import Space
 from bilevel.space.tree import PartialLeaves, Tree
 
 
 @dataclasses.dataclass(frozen=True)
 class LVHBAState(State):
     """The moved y and the proximal copy w, like the inner variable; the multipliers l and their proximal center z, like
-    the constraint; and the number of calls that made them.
+    the constraint; the number of calls that made them; how far all of it moved in the last one, and how many more
+    calls moved it farther than the one before than did not.
     """
 
     inner: Tree = per_task()
@@ -70,6 +72,8 @@ class LVHBAState(State):
     multipliers: Tensor = per_task()
     center: Tensor = per_task()
     calls: Tensor = per_task()
+    motion: Tensor = per_task()
+    growths: Tensor = per_task()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +161,8 @@ class LVHBA(Estimator):
     def init_state(self, instance: Instance) -> LVHBAState:
         start = instance.oracles.start()
         zeros = torch.zeros_like(self._values(instance, start))
-        return LVHBAState(start, start, zeros, zeros, first_call(instance))
+        still = instance.oracles.space.norm([torch.zeros_like(leaf) for leaf in tree.tensors(start)])
+        return LVHBAState(start, start, zeros, zeros, first_call(instance), still, still)
 
     def estimate(self, instance: Instance, state: LVHBAState | None) -> Estimate:
         self._check(instance)
@@ -190,17 +195,37 @@ class LVHBA(Estimator):
                 state.center + self._rate_dual(rate) / self.gamma_dual * (multipliers - state.center)
             )
             lag = unsettled(oracles.space, y, after, rate / c, f_y)
+            motion, growths, restless = self._growth(oracles.space, state, after, w, multipliers)
             digits, rounded = digits_left(c, w_x, grad)
             return instance.finish(
                 Solution(y, steps, 0),
                 grad,
                 outer_loss,
                 inner_loss=loss,
-                codes=[code_if(~tree.finite([*tree.tensors(after), multipliers]), Status.DIVERGED), rounded],
+                codes=[code_if(~tree.finite([*tree.tensors(after), multipliers]), Status.DIVERGED), restless, rounded],
                 stats={"c": c, "violation": self._violation(instance, w), "unsettled": lag, "digits": digits},
-                state=LVHBAState(after, w, multipliers, center, state.calls + 1),
+                state=LVHBAState(after, w, multipliers, center, state.calls + 1, motion, growths),
                 next_inner=after,
             )
+
+    def _growth(
+        self, space: Space, state: LVHBAState, inner: Tree, w: Tree, multipliers: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """How far y, w and the multipliers moved, and how many more calls that has grown in, or was most of them,
+        than not, per task; and INNER_UNSTABLE where that goes on and on, or a multiplier is held by `limit` alone.
+        """
+        pairs = [(inner, state.inner), (w, state.proximal)]
+        ends = [leaf for end, _ in pairs for leaf in tree.tensors(end)] + [multipliers]
+        begins = [leaf for _, begin in pairs for leaf in tree.tensors(begin)] + [state.multipliers]
+        motion = space.norm([a - b for a, b in zip(ends, begins, strict=True)]).to(state.motion.dtype)
+        grown = (motion > state.motion) & (state.motion > 0) & (motion > _NOTABLE * space.norm(ends))
+        growths = torch.where(grown, state.growths + 1, 0.0)
+        held = multipliers.detach().abs() >= self.limit
+        return (
+            motion,
+            growths,
+            worst(code_if(growths >= _RUNAWAY, Status.INNER_UNSTABLE), code_if(held, Status.INNER_UNSTABLE)),
+        )
 
     def _saddle(self, instance: Instance, w: Tree, y: Tree, state: LVHBAState, rate: float) -> tuple[Tree, Tensor]:
         """K steps down in w and up in the multipliers."""
@@ -334,3 +359,8 @@ def _known(oracles: Oracles, step: int, loss: Tensor, gradient: PartialLeaves) -
         return loss, gradient
 
     return At(step, None, given, lambda inner, batch: loss, oracles.source.along(graph=False))
+
+
+_RUNAWAY, _NOTABLE, _LEAP = 8, 0.01, 0.5
+"""Calls, less others, whose motion is longer than the one before; the part of the whole that such a motion must be;
+and the part that no motion of a loop that settles is call after call."""
