@@ -64,11 +64,9 @@ LIBRARY = House(
     name="bilevel",
     folder=ROOT / "bilevel",
     layers=(
+        {"_strategy", "engine.__init__", "engine.spans"},
         {
-            "_strategy",
             "space",
-            "engine.__init__",
-            "engine.spans",
             "engine.replay",
             "engine.captures",
             "engine.lean",
@@ -79,6 +77,7 @@ LIBRARY = House(
         {"outcome", "batches", "checkpointing", "rematerialize", "_blocks"},
         {
             "engine.autodiff",
+            "engine.collectives",
             "engine.jacobian",
             "engine.lookup",
             "engine.base",
@@ -134,6 +133,7 @@ LIBRARY = House(
         {"solution"},
         {"data"},
         {"meta"},
+        {"distributed"},
         {"problems", "testing", "integrations"},
         {"__init__"},
     ),
@@ -211,6 +211,7 @@ DIFFERENTIATION = {
         "engine.compiled.linear",
         "engine.layer",
         "engine.implied",
+        "engine.collectives",
         "engine.compiled.engine",
     },
     "torch.func": {
