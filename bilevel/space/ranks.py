@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bilevel.engine import spans
 
@@ -82,6 +83,8 @@ class Ranks:
 
     def _reduced(self, leaves: Sequence[Tensor], operation: Any) -> tuple[Tensor, ...]:
         _check_initialized()
+        if any(without_data(leaf) for leaf in leaves):
+            return tuple(leaf.clone() for leaf in leaves)
         found: list[Tensor | None] = [None] * len(leaves)
         kinds = {(leaf.dtype, leaf.device): None for leaf in leaves}
         for kind in kinds:
@@ -97,6 +100,11 @@ class Ranks:
 
 class RankError(RuntimeError):
     """Another rank of the group failed, so that what all of them compute together cannot be had."""
+
+
+def without_data(leaf: Tensor) -> bool:
+    """Whether a tensor has no numbers to send: a forecast, or a look at what is used."""
+    return isinstance(leaf, FakeTensor) or leaf.device.type == "meta"
 
 
 def _check_initialized() -> None:
