@@ -24,7 +24,9 @@ def inner_loss(y: dict[str, Tensor], x: dict[str, Tensor], batch: Tensor) -> Ten
 def outer_loss(y: dict[str, Tensor], x: dict[str, Tensor], batch: Tensor) -> Tensor:
     """With dropout, too."""
     z = torch.cat([y["a"], y["b"]])
-    return ((z - batch) ** 2 * (torch.rand_like(z) < 0.8).to(z)).sum() / 2 + (x["u"] ** 2).sum() / 10 + x["v"].sum() / 50
+    return (
+        ((z - batch) ** 2 * (torch.rand_like(z) < 0.8).to(z)).sum() / 2 + (x["u"] ** 2).sum() / 10 + x["v"].sum() / 50
+    )
 
 
 PROBLEM = bl.Problem(inner_loss, outer_loss)

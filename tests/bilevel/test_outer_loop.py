@@ -3,9 +3,8 @@
 import random
 
 import pytest
-import torch
 from catalogue import ENTRIES
-from loop_runs import FROM_X, Draws, bits, made, seeded
+from loop_runs import Draws, bits, made, seeded
 
 import bilevel as bl
 
