@@ -5,9 +5,18 @@ import functools
 import torch
 from torch import Tensor
 
+from bilevel.space import tree
+from bilevel.space.tree import Tree
+
 _MASK = (1 << 62) - 1
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ODD = (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9)
+
+
+def fingerprints(value: Tree) -> list[int]:
+    """A number for each tensor of a tree, which another tensor of its shape and dtype has only by chance."""
+    found = [of(leaf) for leaf in tree.tensors(value)]
+    return torch.stack(found).tolist() if found else []
 
 
 def of(leaf: Tensor) -> Tensor:
