@@ -231,6 +231,25 @@ def many_tasks(ranks):
     }
 
 
+def features_of_tasks(ranks):
+    """Embeddings of each task's rows, of which one rank has one row and the other two."""
+    rows, goals = draws(3, 7, 2), draws(3, 7, seed=1)
+
+    def loss(y, x, batch):
+        return (batch[0] @ y["w"] - batch[1]).square().mean() + 0.1 * (y["w"] - x["w"]).square().sum()
+
+    def features(x, batch):
+        return torch.tanh(batch[0] @ x["net"]), batch[1]
+
+    problem = split_problem(bl.Problem(loss, loss, init=lambda x, b: {"w": x["w"]}, features=features), ranks)
+    outer = {"w": draws(2, seed=2), "net": draws(2, 2, seed=3)}
+    batches = part(bl.Batches((rows[:, :3], goals[:, :3]), (rows[:, 4:], goals[:, 4:])), ranks, 1)
+    return {
+        f"{name}, {chunk}": call(problem, outer, None, batches, sgd(2, 0.2), bl.TaskMean(SOME[name], chunk=chunk))[0]
+        for chunk, name in ((None, "iterates"), (2, "memory reduced"), (1, "corrected"))
+    }
+
+
 def other_loops(ranks):
     """Loops that stop by themselves, learned hyper-parameters, searches along a line, no step at all."""
     outer, inner, batches = posed()
@@ -319,8 +338,8 @@ def outer_steps(ranks):
 
 
 PROGRAMS = [
-    *(features_and_ranks_without_rows, minibatches_of_other_sizes, pulled_to_the_start, many_tasks, other_loops),
-    *(unused_tensors, used_on_one_rank_alone, rematerialized, outer_steps),
+    *(features_and_ranks_without_rows, minibatches_of_other_sizes, pulled_to_the_start, many_tasks, features_of_tasks),
+    *(other_loops, unused_tensors, used_on_one_rank_alone, rematerialized, outer_steps),
 ]
 
 
@@ -437,6 +456,7 @@ def test_a_gradient_takes_one_sum_of_p_numbers_and_a_dot_product_none(ranks):
 def masked(ranks, seed):
     """A loss that draws, on streams that differ between ranks."""
     outer, inner, batches = posed()
+    outer = {"weights": outer["weights"]}
     drawn = []
 
     def inner_loss(y, x, batch):
