@@ -57,6 +57,7 @@ class Choices(TypedDict, total=False):
     retry_failed: bool
     trace: bool
     snapshot: bool
+    wait_limit: float
     command: str
 
 
