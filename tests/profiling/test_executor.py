@@ -453,3 +453,30 @@ def test_the_command_takes_what_makes_an_executor(case, tmp_path, capsys):
     assert main([*begin, "--executor", f"{tmp_path}/my_threads.py:start"]) == 0
     (row,) = read(out / "records.jsonl")
     assert (row.status, "worker" in row.environment) == ("OK", True)
+
+
+def test_a_sweep_over_problems_and_seeds(case, tmp_path):
+    """Each with each seed is a case of its own; more seeds may come later."""
+    path = case("swept", more="def setup(device, seed=None):\n    torch.manual_seed(seed)\n" + SEEDED)
+    known = {"inner_steps": [2], "repeats": 1, "outer_steps": 0, "out": tmp_path / "r"}
+    asked = {"unrolled": bl.Unrolled()}
+    found = compare([quadratic.setup, path], asked, executor=Executor(), seeds=[0, 1], **known)
+    names = [f"{name}, seed {seed}" for name in ("quadratic", "swept") for seed in (0, 1)]
+    assert [(r.case, r.seed, r.status) for r in found] == [(name, int(name[-1]), "OK") for name in names]
+    assert all(r.program_relative_error < 1e-5 for r in found)
+    workers = Executor()
+    again = compare([quadratic.setup, path], asked, executor=workers, seeds=range(3), resume=True, **known)
+    assert workers.seen == ["reference", "reference", "cost", "cost"] or workers.seen == ["reference", "cost"] * 2
+    assert [r.case for r in again] == sorted([*names, "quadratic, seed 2", "swept, seed 2"])
+    assert [r for r in again if r.seed < 2] == found
+    for seeds in ([], 3, "01"):
+        with pytest.raises(TypeError, match="as seeds; a list of integers was needed"):
+            compare(path, asked, seeds=seeds, **known)
+    with pytest.raises(ValueError, match="a seed is 'a'"):
+        compare(path, asked, seeds=["a"], **known)
+
+
+SEEDED = """
+    x, y = torch.randn(3, device=device), torch.zeros(3, device=device)
+    return bl.Problem(beside_of_swept.inner, lambda y, x, b: (y ** 2).sum()), x, y, bl.Batches(None, None)
+"""

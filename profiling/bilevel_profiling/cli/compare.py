@@ -74,6 +74,12 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=0, metavar="N", help="of data, initialization and random losses (default 0)")
     add(
+        "--seeds",
+        type=types.numbers,
+        metavar="0,1,2",
+        help="all of it with each of these seeds, as cases of their own",
+    )
+    add(
         "--repeats",
         type=types.positive,
         default=5,
@@ -177,7 +183,7 @@ def _compared(options: argparse.Namespace, executor: "Executor | None") -> int:
         labels = options.estimators
         if labels == [library.ALL]:
             known["estimators"], labels = library.ALL, None
-        plans = [Plan(case, known, labels) for case in options.cases]
+        plans = [Plan(case, known, labels, seed) for case in options.cases for seed in options.seeds or [None]]
         comparison = Comparison(plans, options.out, settings, progress.chosen(), executor)
     except (ValueError, TypeError, ImportError) as error:
         return wrong(str(error))

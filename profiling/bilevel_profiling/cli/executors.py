@@ -1,7 +1,7 @@
 """An executor from the command line: the name of what makes it, `module:function` or `file.py:function`.
 
-It is called without arguments, as `concurrent.futures:ProcessPoolExecutor` can be; or a few lines of one's own say which
-cluster, how many workers, and what they need.
+It is called without arguments, as `concurrent.futures:ProcessPoolExecutor` can be; or a few lines of one's own say
+which cluster, how many workers, and what they need.
 """
 
 import importlib
