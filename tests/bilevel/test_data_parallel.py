@@ -186,6 +186,18 @@ def features_and_ranks_without_rows(ranks):
     return found
 
 
+def losses_of_another_dtype(ranks):
+    """float32 losses of float64 variables, where some ranks have no row to learn it from."""
+    outer, inner, batches = posed()
+    whole = reweighted()
+    problem = bl.Problem(
+        lambda *given: whole.inner_loss(*given).float(), lambda *given: whole.outer_loss(*given).float()
+    )
+    rows = bl.Batches(tuple(each[:1] for each in batches.inner), batches.outer)
+    found = call(split_problem(problem, ranks), outer, inner, part(rows, ranks), sgd(3), SOME["unrolled"])[0]
+    return {name: found[name] for name in ("status", "losses", "inner")}
+
+
 def minibatches_of_other_sizes(ranks):
     outer, inner, batches = posed()
     x, y, index = batches.inner
@@ -339,7 +351,7 @@ def outer_steps(ranks):
 
 PROGRAMS = [
     *(features_and_ranks_without_rows, minibatches_of_other_sizes, pulled_to_the_start, many_tasks, features_of_tasks),
-    *(other_loops, unused_tensors, used_on_one_rank_alone, rematerialized, outer_steps),
+    *(losses_of_another_dtype, other_loops, unused_tensors, used_on_one_rank_alone, rematerialized, outer_steps),
 ]
 
 
@@ -440,10 +452,10 @@ def test_a_gradient_takes_one_sum_of_p_numbers_and_a_dot_product_none(ranks):
     p = q = 8 + 1 + 3  # y and x have 8 numbers in 2 tensors each; a tie, and a flag for each of the three
     for found in ranks.run(2, sums_taken):
         assert found == {
-            "inner loss": [4],
-            "inner gradient": [4, p],
-            "outer gradient": [4, q, p],
-            "linearize": [4, p],
+            "inner loss": [6],
+            "inner gradient": [6, p],
+            "outer gradient": [6, q, p],
+            "linearize": [6, p],
             "product": [p],
             "dot product": [],
             "mixed": [q, p],
