@@ -2,6 +2,7 @@
 what cannot be right is refused, by every rank; a rank that fails is everyone's error.
 """
 
+import collections
 import dataclasses
 import functools
 import os
@@ -459,6 +460,41 @@ def test_a_gradient_takes_one_sum_of_p_numbers_and_a_dot_product_none(ranks):
             "product": [p],
             "dot product": [],
             "mixed": [q, p],
+        }
+
+
+def sums_of_a_step(ranks):
+    """What one inner step more sends: the sizes of its all-reduces but those of losses."""
+    outer, inner, batches = posed()
+    outer["weights"] = outer["weights"].repeat(3)  # so that P and Q differ
+    problem, sizes, taken, found = split_problem(reweighted(), ranks), [], dist.all_reduce, {}
+
+    def counted(tensor, *arguments, **keywords):
+        sizes.append(tensor.numel())
+        return taken(tensor, *arguments, **keywords)
+
+    dist.all_reduce = counted
+    try:
+        for name in ("unrolled", "iterates", "implicit", "corrected"):
+            seen = []
+            for steps in (2, 2, 3):  # (the first call learns what there is to know of the problem)
+                sizes.clear()
+                call(problem, outer, inner, part(batches, ranks), sgd(steps), SOME[name])
+                seen.append(collections.Counter(size for size in sizes if size != 6))
+            found[name] = dict(seen[2] - seen[1])
+    finally:
+        dist.all_reduce = taken
+    return found
+
+
+def test_a_step_sends_what_the_page_on_many_gpus_says(ranks):
+    p, q = 8 + 1 + 3, 22 + 1 + 3
+    for found in ranks.run(2, sums_of_a_step):
+        assert found == {
+            "unrolled": {p: 2, q: 1},
+            "iterates": {p: 3, q: 1},
+            "implicit": {p: 1},
+            "corrected": {p: 4},
         }
 
 
