@@ -8,10 +8,12 @@ import zipfile
 
 import pytest
 import torch
+from catalogue import ENTRIES
 from loop_runs import FROM_X, PROBLEM, Draws, H, bits, inner_loss, made, outer_loss, seeded
 
 import bilevel as bl
-from bilevel.loop import DamagedFileError
+from bilevel.loop import DamagedFileError, plain
+from bilevel.space import tree
 
 ESTIMATOR = bl.MemoryReduced(steps=3, warm_inner=True, warm_adjoint=True)
 STEPS = 6
@@ -33,7 +35,7 @@ def saved(tmp_path):
 
 
 def test_the_last_few_are_kept_by_the_order_of_saving(saved):
-    folder, states = saved
+    folder, _ = saved
     assert sorted(path.name for path in folder.iterdir()) == [f"{n:06d}-step-{n}.pt" for n in (4, 5, 6)]
     run = loop()
     assert run.load(folder / "000004-step-4.pt").name == "000004-step-4.pt"
@@ -116,7 +118,7 @@ def test_empty_foreign_and_cut_files(saved, contents, message):
 
 
 def test_a_file_that_is_renamed_or_alone(saved, tmp_path):
-    folder, states = saved
+    folder, _ = saved
     shutil.copy(folder / "000005-step-5.pt", tmp_path / "best.pt")
     run = loop()
     run.load(tmp_path / "best.pt")
@@ -374,3 +376,41 @@ def test_memories_of_a_wider_dtype_stay_so():
     again.load_state_dict(state)
     assert bits(again.state_dict()) == bits(state)
     assert state["optimizer"]["state"][0]["sum"].dtype is torch.float64
+
+
+@pytest.mark.parametrize("label", ["soba", "saba", "meha", "lv-hba", "f2sa"])
+@pytest.mark.filterwarnings("ignore:OuterLoop\\(\\) stepped through", "ignore:.*other settings.*device was cpu")
+def test_counters_stay_on_the_host_wherever_a_state_goes(label):
+    run = loop(estimator=bl.TaskMean(ENTRIES[label].estimator), loader=Draws(2, 2), tasks=2)
+    next(run)
+    state = run.state_dict()
+    there = plain.placed(state["state"], torch.device("meta"), state["on_host"])["state"]
+    devices = {name: {leaf.device.type for leaf in tree.tensors(part)} for name, part in there.items()}
+    host = {name for name, found in devices.items() if found == {"cpu"}}
+    assert host == {"rounds", "calls", "inner_seen", "outer_seen"} & set(there)
+    assert {name for name, found in devices.items() if found == {"meta"}} == set(there) - host - {"owner"}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("label", ["soba", "saba", "lv-hba", "memory reduced"])
+@pytest.mark.filterwarnings("ignore:OuterLoop\\(\\) stepped through")
+def test_a_run_on_a_gpu_goes_on_to_the_bit_and_moves_to_and_from_the_cpu(tmp_path, label):
+    def on(device):
+        return made(ENTRIES[label].estimator, [bl.Batches(H[0].to(device), H[1].to(device))] * STEPS, device=device)
+
+    seeded(1)
+    whole = on("cuda")
+    for step in whole:
+        if step.index == 2:
+            file = whole.save(tmp_path)
+    seeded(2)
+    again = on("cuda")
+    again.load(file)
+    list(again)
+    assert bits(again.state_dict()) == bits(whole.state_dict())
+    for here, there in (("cuda", "cpu"), ("cpu", "cuda")):
+        state, other = on(here), on(there)
+        next(state)
+        with pytest.warns(UserWarning, match=f"device was '?{here}'? and is '?{there}'?"):
+            other.load_state_dict(state.state_dict())
+        next(other)
