@@ -392,6 +392,7 @@ def test_counters_stay_on_the_host_wherever_a_state_goes(label):
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("label", ["soba", "saba", "lv-hba", "memory reduced"])
 @pytest.mark.filterwarnings("ignore:OuterLoop\\(\\) stepped through")
 def test_a_run_on_a_gpu_goes_on_to_the_bit_and_moves_to_and_from_the_cpu(tmp_path, label):
