@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from catalogue import ENTRIES
-from loop_runs import Draws, bits, made, seeded
+from loop_runs import FROM_X, Draws, bits, made, seeded
 
 import bilevel as bl
 
@@ -55,13 +55,36 @@ def test_memories_of_tasks_that_come_in_another_order_each_time_go_on_to_the_bit
     assert again["state"] is not None
 
 
+class SomeTasks:
+    """Two of five tasks at a time, so that a memory begins late in the run."""
+
+    def __iter__(self):
+        for _ in range(6):
+            yield bl.Batches(torch.randn(2, 4), torch.randn(2, 4), task_ids=random.sample(["a", "b", 3, (4, "d"), 5], 2))
+
+
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_memories_of_all_tasks_ever_met_go_on_to_the_bit(tmp_path, form):
+    estimator = bl.meta.MOML(blend=0.5, form=form)
+    again, whole = stopped_and_whole(tmp_path, lambda: made(estimator, SomeTasks(), problem=FROM_X, inner=None), 2)
+    assert again == whole
+    assert len(whole["state"]["of"]) > 3
+
+
+@pytest.mark.parametrize("engine", [bl.Captured()])
+def test_engines_that_trace_go_on_to_the_bit(tmp_path, engine):
+    estimator = ALL["memory reduced, warm"]
+    again, whole = stopped_and_whole(tmp_path, lambda: made(estimator, Draws(STEPS), engine=engine), 1)
+    assert again == whole
+
+
 def at_step_two(tmp_path, optimizer=torch.optim.Adam, scheduler=None, **options):
     def make():
         x = (torch.tensor([0.5, -0.4, 0.3]), torch.tensor([0.2]))
         moved = optimizer([leaf.requires_grad_() for leaf in x], lr=0.05)
         return made(
             ESTIMATOR,
-            Draws(6),
+            Draws(4),
             outer=dict(zip("uv", x, strict=True)),
             optimizer=lambda xs, lr: moved,
             scheduler=[] if scheduler is None else scheduler(moved),
