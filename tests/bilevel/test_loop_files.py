@@ -1,5 +1,6 @@
 """Files of a loop: sealed, whole or not there; and what does not fit is refused before anything is changed."""
 
+import collections
 import dataclasses
 import json
 import random
@@ -334,6 +335,23 @@ def test_objects_are_saved_along():
         loop(also={"odd": Odd()}).state_dict()
     with pytest.raises(TypeError, match="objects with state_dict and load_state_dict were needed"):
         loop(also={"odd": 3})
+
+
+def test_trees_that_a_file_cannot_hold_are_refused_when_it_is_saved(tmp_path):
+    pair = collections.namedtuple("pair", "a b")
+    problem = bl.Problem(
+        lambda y, x, b: inner_loss({"a": y.a, "b": y.b}, x, b), lambda y, x, b: outer_loss({"a": y.a, "b": y.b}, x, b)
+    )
+    run = loop(problem=problem, inner=pair(torch.zeros(2), torch.zeros(2)))
+    next(run)
+    with pytest.raises(TypeError, match=r"was to save state\['inner'\], a pair; a file holds tensors, numbers"):
+        run.save(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run = loop(problem=problem, inner=pair(torch.zeros(2), torch.zeros(2)), estimator=bl.FirstOrder())
+    next(run)
+    run.save(tmp_path / "run")  # y itself is no difficulty
+    run.load(tmp_path / "run")
+    assert isinstance(run.inner, pair)
 
 
 @pytest.mark.filterwarnings("ignore:outer variable")

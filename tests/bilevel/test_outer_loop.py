@@ -60,7 +60,9 @@ class SomeTasks:
 
     def __iter__(self):
         for _ in range(6):
-            yield bl.Batches(torch.randn(2, 4), torch.randn(2, 4), task_ids=random.sample(["a", "b", 3, (4, "d"), 5], 2))
+            yield bl.Batches(
+                torch.randn(2, 4), torch.randn(2, 4), task_ids=random.sample(["a", "b", 3, (4, "d"), 5], 2)
+            )
 
 
 @pytest.mark.parametrize("form", ["paper", "released"])
@@ -122,7 +124,10 @@ def of_torch(name, **options):
 
 
 OPTIMIZERS = {
-    **{name: of_torch(name) for name in ("Adadelta", "Adafactor", "Adagrad", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop")},
+    **{
+        name: of_torch(name)
+        for name in ("Adadelta", "Adafactor", "Adagrad", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop")
+    },
     "Adam, amsgrad": of_torch("Adam", amsgrad=True),
     "Adam, fused": of_torch("Adam", fused=True),
     "SGD, momentum": of_torch("SGD", momentum=0.9, nesterov=True),
