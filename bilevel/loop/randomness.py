@@ -129,7 +129,8 @@ def _kind(generator: Any) -> str | None:
 
 def _of_numpy(numpy: Any) -> Any:
     """The state of numpy's global generator, in its short form where it has one, which is read in half the time."""
-    return numpy.random.get_state(legacy=type(numpy.random.get_bit_generator()).__name__ == "MT19937")
+    kind = getattr(numpy.random, "get_bit_generator", None)  # in older ones it is always this one
+    return numpy.random.get_state(legacy=kind is None or type(kind()).__name__ == "MT19937")
 
 
 def _read(generator: Any) -> Any:

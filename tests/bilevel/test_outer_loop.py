@@ -9,7 +9,7 @@ from loop_runs import FROM_X, Draws, bits, made, seeded
 
 import bilevel as bl
 
-STEPS = 4
+STEPS = 3
 STATEFUL = {
     "memory reduced, warm": bl.MemoryReduced(steps=3, warm_inner=True, warm_adjoint=True),
     "warm sides": bl.FirstOrderCorrected(0.1, warm_sides=True),
