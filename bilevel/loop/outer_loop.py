@@ -37,6 +37,7 @@ class OuterLoop:
 
     Args:
         problem, outer, inner, loader, solver, estimator, optimizer, carry, state, tolerate, engine: as for `iterate`.
+            `loader` must not fill one batch again and again: batches are kept until their step is made.
         epochs: passes over `loader`, which is then read anew each time; None for no end.
         scheduler: a learning rate scheduler of `optimizer`, or a list of them; each takes a step after each outer step
             (ReduceLROnPlateau with the outer loss).

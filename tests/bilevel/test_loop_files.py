@@ -433,3 +433,23 @@ def test_a_run_on_a_gpu_goes_on_to_the_bit_and_moves_to_and_from_the_cpu(tmp_pat
         with pytest.warns(UserWarning, match=f"device was '?{here}'? and is '?{there}'?"):
             other.load_state_dict(state.state_dict())
         next(other)
+
+
+def test_saved_before_the_first_step_and_saved_again_as_it_was_loaded(tmp_path):
+    seeded(1)
+    whole = loop()
+    whole.save(tmp_path)
+    list(whole)
+    for seed in range(4):
+        seeded(seed + 2)
+        run = loop()
+        run.load(tmp_path)
+        run.save(tmp_path)  # no step since
+        next(run)
+        if seed % 2:
+            run.save(tmp_path)
+    run = loop()
+    run.load(tmp_path)
+    assert run.index == 2
+    list(run)
+    assert bits(run.state_dict()) == bits(whole.state_dict())
