@@ -18,7 +18,8 @@ from torch import Tensor
 
 from bilevel.engine.replay import State as Drawn
 from bilevel.estimators.base import Instance
-from bilevel.space import fingerprint, tree
+from bilevel.space import tree
+from bilevel.space.bits import fingerprints
 from bilevel.space.ranks import RankError, Ranks
 from bilevel.space.tree import PartialLeaves, Tree
 from bilevel.tasks.rows import Tasks, shared_fields
@@ -319,12 +320,7 @@ def _or_zeros(leaf: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _outer(outer: Tree) -> tuple[str, tuple[int, ...]]:
-    return _digest(_structure(outer)), tuple(_bits(outer))
-
-
-def _bits(value: Tree) -> list[int]:
-    found = [fingerprint.of(leaf) for leaf in tree.tensors(value)]
-    return torch.stack(found).tolist() if found else []
+    return _digest(_structure(outer)), tuple(fingerprints(outer))
 
 
 def _structure(outer: Tree) -> str:
@@ -340,7 +336,7 @@ def _shared(state: Any) -> str:
 
 def _text(value: Any) -> Any:
     leaves, _ = tree.flatten(value)
-    return [_bits(leaf) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
+    return [fingerprints(leaf) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
 
 
 def _digest(*parts: str | bytes) -> str:
