@@ -88,7 +88,7 @@ def adapt(
     instance = Instance(problem, tree.detach(outer), start, batches, solver, engine=derivatives)
     estimator: Estimator = TaskMean(_Solve(evaluate), chunk) if tasks else _Solve(evaluate)
     calls = spans.Calls()
-    ranks, given = split_over(problem), (solver, tasks, chunk, evaluate)
+    ranks, given = split_over(problem), ((tasks, chunk, evaluate), solver, None)
     with prepared(), spans.listen(calls), together("adapt", ranks, instance, given) as same:
         found = estimator.estimate(instance, None)
         same([found.inner, found.outer_loss, found.inner_loss])

@@ -54,7 +54,7 @@ def together(
     parts = {
         "outer": instance.outer,
         "inner": instance.inner,
-        **{name: value for name, value in zip(("estimator", "solver", "state"), given, strict=False)},
+        **dict(zip(("estimator", "solver", "state"), given, strict=False)),
         "further arguments": given[3:],
         "number of PerStep batches": len(inner) if isinstance(inner, PerStep) else None,
         "modes (autocast, grad)": (torch.is_autocast_enabled(leaves[0].device.type), ranks.size),

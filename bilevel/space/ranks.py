@@ -4,9 +4,10 @@ All collectives of the library are here. Each is called by every rank of the gro
 span, so that a profiler sees its time.
 """
 
+import contextlib
 import dataclasses
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -74,7 +75,7 @@ class Ranks:
         """What every rank has for a small picklable value, in the order of the ranks."""
         size = self.size
         found: list[Any] = [None] * size
-        with spans.span(spans.COLLECTIVE):
+        with spans.span(spans.COLLECTIVE), _told():
             dist.all_gather_object(found, pickle.dumps(value), group=self.group)
         return [pickle.loads(one) for one in found]
 
@@ -104,7 +105,7 @@ class Ranks:
         for kind in kinds:
             places = [i for i, leaf in enumerate(leaves) if (leaf.dtype, leaf.device) == kind]
             flat = torch.cat([leaves[i].detach().reshape(-1) for i in places])
-            with spans.span(spans.COLLECTIVE):
+            with spans.span(spans.COLLECTIVE), _told():
                 dist.all_reduce(flat, operation, group=self.group)
             parts = flat.split([leaves[i].numel() for i in places])
             for i, part in zip(places, parts, strict=True):
@@ -140,6 +141,18 @@ def ranks_of(who: str, group: Any) -> Ranks:
     raise TypeError(
         f"{who} was given group={group!r}; None, bilevel.distributed.Ranks() or a process group was needed{hint}"
     )
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What torch says where a rank is gone, as the error of the other ranks."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            f"a sum over ranks was not taken: another process of the group has ended, or has not come in time; its own "
+            f"output says why. torch says: {error}"
+        ) from error
 
 
 def without_data(leaf: Tensor) -> bool:
