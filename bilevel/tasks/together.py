@@ -67,7 +67,7 @@ class Together:
             yield
         except Exception as error:
             with contextlib.suppress(RankError):
-                self._gathered(Words("", error=f"{type(error).__name__}: {error}"))
+                self.ranks.gathered(Words("", error=f"{type(error).__name__}: {error}"))
             raise
 
     def ended(self) -> None:
@@ -170,7 +170,7 @@ class Together:
 
     def _met(self, words: Words) -> list[Words]:
         """What all ranks say, if they are at one place and none has failed."""
-        everyone = self._gathered(words)
+        everyone = self.ranks.gathered(words)
         failed = [f"rank {rank} ({each.error})" for rank, each in enumerate(everyone) if each.error is not None]
         if failed:
             raise RankError(f"the tasks of all ranks are one mean, and {' and '.join(failed)} failed")
@@ -208,7 +208,7 @@ class Together:
         """Raise unless all have the same x."""
         outers = [each.outer for each in everyone]
         if len({structure for structure, _ in outers}) > 1:
-            found = self._gathered(_structure(outer))
+            found = self.ranks.gathered(_structure(outer))
             raise ValueError(
                 f"the ranks of one mean over tasks were given outer variables of different tensors: "
                 f"{', '.join(f'rank {rank} {text}' for rank, text in enumerate(found))}; one x was needed"
@@ -237,8 +237,7 @@ class Together:
         """The sum over ranks, in one all-reduce of the tensors that any has reached."""
         places = [i for i in range(len(xs)) if any(grad[i] for each in everyone for grad in each.reached)]
         mine = own.grads[0] if own.grads else (None,) * len(xs)
-        with _none_lost():
-            summed = self.ranks.sum([_or_zeros(mine[i], xs[i]) for i in places])
+        summed = self.ranks.sum([_or_zeros(mine[i], xs[i]) for i in places])
         found: list[Tensor | None] = [None] * len(xs)
         for i, leaf in zip(places, summed, strict=True):
             found[i] = leaf
@@ -254,8 +253,7 @@ class Together:
             for leaf, i in zip(rows, places, strict=True):
                 if (value := grad[i]) is not None:
                     leaf[row] = value
-        with _none_lost():
-            all_rows = dict(zip(places, self.ranks.sum(rows), strict=True))
+        all_rows = dict(zip(places, self.ranks.sum(rows), strict=True))
         return tuple(
             tuple(all_rows[i][row] if there else None for i, there in enumerate(grad))
             for row, grad in enumerate(reached)
@@ -275,21 +273,6 @@ class Together:
         like = next(each for each in self._met(words) if each.count)
         trees: tuple[Tree, Tree] = own if count else tree.tree_map(placed, pickle.loads(like.rest))
         return trees
-
-    def _gathered(self, value: Any) -> list[Any]:
-        with _none_lost():
-            return self.ranks.gathered(value)
-
-
-@contextlib.contextmanager
-def _none_lost() -> Iterator[None]:
-    """A collective. What torch raises in it on the ranks that are left says little of why."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RankError(
-            f"a rank was lost, or makes other calls than this one, while all of them make one mean over tasks: {error}"
-        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
