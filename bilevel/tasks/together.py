@@ -142,10 +142,12 @@ class Together:
         inner, next_inner = own.inner, own.next_inner
         if not all(each.count for each in everyone):
             inner, next_inner = self._as_elsewhere((inner, next_inner), own.count, xs[0].device)
+        grads = (self._rows if own.each else self._sum)(own, everyone, xs)
+        self._warn(everyone)  # (after the last collective: a filter may make it an error)
         return dataclasses.replace(
             own,
             count=sum(each.count for each in everyone),
-            grads=(self._rows if own.each else self._sum)(own, everyone, xs),
+            grads=grads,
             inner=inner,
             next_inner=next_inner,
             outer_loss=losses[0],
@@ -196,13 +198,6 @@ class Together:
         if not sum(each.count for each in everyone):
             raise ValueError("TaskMean was given no tasks: the leading size is 0 on every rank, and one was needed")
         self._check_state(everyone)
-        drew = [each.drew for each in everyone if each.drew]
-        if len(set(drew)) < len(drew):
-            warnings.warn(
-                "several ranks drew the same random numbers for different tasks (dropout, directions), so that their "
-                "noise does not average out; write torch.manual_seed(seed + rank) once x is made",
-                stacklevel=2,
-            )
 
     def _check_outer(self, everyone: Sequence[Words], outer: Tree) -> None:
         """Raise unless all have the same x."""
@@ -220,6 +215,24 @@ class Together:
                 f"outer {', '.join(differ)} is not the same on all ranks, to the bit, and a mean of hypergradients at "
                 f"several x is that of none. Make x with the same seed everywhere, or send it once (for leaf in "
                 f"outer.values(): torch.distributed.broadcast(leaf.data, 0)), and let every rank make the same steps"
+            )
+
+    def _warn(self, everyone: Sequence[Words]) -> None:
+        drew = [each.drew for each in everyone if each.drew]
+        if len(set(drew)) < len(drew):
+            warnings.warn(
+                "several ranks drew the same random numbers for different tasks (dropout, directions), so that their "
+                "noise does not average out; write torch.manual_seed(seed + rank) once x is made",
+                stacklevel=2,
+            )
+        # (Tasks that are all alike, or one, say nothing.)
+        found = [each.losses for each in everyone if len(set(each.losses[0])) > 1]
+        if len(set(found)) < len(found):
+            warnings.warn(
+                "several ranks have the same losses of their tasks, to the bit: was each given all tasks? The mean is "
+                "right, and its work is done several times. Take a rank's own with bilevel.distributed.split(batches, "
+                "ranks), and so its own part of inner",
+                stacklevel=2,
             )
 
     def _check_state(self, everyone: Sequence[Words]) -> None:

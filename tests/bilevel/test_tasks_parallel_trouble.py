@@ -128,6 +128,22 @@ def test_ranks_that_do_not_compute_one_thing_are_refused_on_all(ranks: Any) -> N
     assert one[-1] == other[-1] == ("", "OK")  # parts of another size are the same mean
 
 
+def not_split(ranks: Ranks) -> tuple[Any, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hg = ask(ranks, goals(None))
+        ask(ranks, goals(None, GOALS[:1].expand(3, 2)))  # tasks that are alike say nothing
+    return hg.grad, [str(each.message) for each in caught]
+
+
+def test_who_forgets_to_split_is_told(ranks: Any) -> None:
+    plain = ask(None).grad
+    for grad, said in ranks.run(2, not_split):
+        torch.testing.assert_close(grad, plain, rtol=1e-14, atol=1e-15)
+        assert len(said) == 1
+        assert "bilevel.distributed.split(batches, ranks)" in said[0]
+
+
 # --- gradients
 
 
