@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from bilevel.engine.collectives import tied, total
 from bilevel.engine.replay import Generators
 from bilevel.problem import Loss, Problem, Pulled
-from bilevel.space import fingerprint, tree
+from bilevel.space import bits, tree
 from bilevel.space.ranks import Ranks, without_data
 from bilevel.space.tree import Tree
 
@@ -94,7 +94,7 @@ class Rows:
 
     def _own_stream(self, generators: Generators) -> None:
         with _disable_current_modes():
-            seed = sum(int(fingerprint.of(number)) for number in generators.peek().numbers)
+            seed = sum(int(bits.of(number)) for number in generators.peek().numbers)
             generators.seed((seed + 0x9E3779B97F4A7C15 * (self.ranks.rank + 1)) % (1 << 63))
 
     def settled(self, like: Tensor, failed: Tensor, drew: Tensor, error: Exception | None) -> None:
@@ -293,6 +293,8 @@ class Withheld:
 
 def split_over(problem: Problem) -> Ranks | None:
     """The ranks that a problem's data are split over; None where they are not."""
+    if not isinstance(problem, Problem):
+        return None  # (which is refused where arguments are checked)
     inner = problem.inner_loss.inner_loss if isinstance(problem.inner_loss, Pulled) else problem.inner_loss
     split = [each for each in (inner, problem.outer_loss) if isinstance(each, SplitLoss)]
     return split[0].rows.ranks if split else None

@@ -60,6 +60,12 @@ class Ranks:
         _check_initialized()
         return dist.get_rank(self.group)
 
+    @property
+    def members(self) -> list[int]:
+        """The processes by their ranks among all, in the order of this group's."""
+        _check_initialized()
+        return dist.get_process_group_ranks(dist.group.WORLD if self.group is None else self.group)
+
     def sum(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The sum over ranks of each tensor, the same bits on every rank; one all-reduce for each dtype.
 
@@ -117,6 +123,23 @@ class RankError(RuntimeError):
     """Another rank of the group failed, so that what all of them compute together cannot be had."""
 
 
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What torch says where a rank is gone, as the error of the other ranks."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            f"a sum over ranks was not taken: another process of the group has ended, or has not come in time; its own "
+            f"output says why. torch says: {error}"
+        ) from error
+
+
+def without_data(leaf: Tensor) -> bool:
+    """Whether a tensor has no numbers to send: a forecast, or a look at what is used."""
+    return isinstance(leaf, FakeTensor) or leaf.device.type == "meta"
+
+
 def ranks_of(who: str, group: Any) -> Ranks:
     """The ranks of what was given as a group.
 
@@ -141,23 +164,6 @@ def ranks_of(who: str, group: Any) -> Ranks:
     raise TypeError(
         f"{who} was given group={group!r}; None, bilevel.distributed.Ranks() or a process group was needed{hint}"
     )
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """What torch says where a rank is gone, as the error of the other ranks."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RankError(
-            f"a sum over ranks was not taken: another process of the group has ended, or has not come in time; its own "
-            f"output says why. torch says: {error}"
-        ) from error
-
-
-def without_data(leaf: Tensor) -> bool:
-    """Whether a tensor has no numbers to send: a forecast, or a look at what is used."""
-    return isinstance(leaf, FakeTensor) or leaf.device.type == "meta"
 
 
 def _check_initialized() -> None:

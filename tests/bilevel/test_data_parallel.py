@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils import _pytree as pytree
 
 import bilevel as bl
-from bilevel.space import fingerprint
+from bilevel.space import bits
 from bilevel.testing.ranks import Pool
 
 D = torch.float64
@@ -231,6 +231,25 @@ def many_tasks(ranks):
     }
 
 
+def features_of_tasks(ranks):
+    """Embeddings of each task's rows, of which one rank has one row and the other two."""
+    rows, goals = draws(3, 7, 2), draws(3, 7, seed=1)
+
+    def loss(y, x, batch):
+        return (batch[0] @ y["w"] - batch[1]).square().mean() + 0.1 * (y["w"] - x["w"]).square().sum()
+
+    def features(x, batch):
+        return torch.tanh(batch[0] @ x["net"]), batch[1]
+
+    problem = split_problem(bl.Problem(loss, loss, init=lambda x, b: {"w": x["w"]}, features=features), ranks)
+    outer = {"w": draws(2, seed=2), "net": draws(2, 2, seed=3)}
+    batches = part(bl.Batches((rows[:, :3], goals[:, :3]), (rows[:, 4:], goals[:, 4:])), ranks, 1)
+    return {
+        f"{name}, {chunk}": call(problem, outer, None, batches, sgd(2, 0.2), bl.TaskMean(SOME[name], chunk=chunk))[0]
+        for chunk, name in ((None, "iterates"), (2, "memory reduced"), (1, "corrected"))
+    }
+
+
 def other_loops(ranks):
     """Loops that stop by themselves, learned hyper-parameters, searches along a line, no step at all."""
     outer, inner, batches = posed()
@@ -319,8 +338,8 @@ def outer_steps(ranks):
 
 
 PROGRAMS = [
-    *(features_and_ranks_without_rows, minibatches_of_other_sizes, pulled_to_the_start, many_tasks, other_loops),
-    *(unused_tensors, used_on_one_rank_alone, rematerialized, outer_steps),
+    *(features_and_ranks_without_rows, minibatches_of_other_sizes, pulled_to_the_start, many_tasks, features_of_tasks),
+    *(other_loops, unused_tensors, used_on_one_rank_alone, rematerialized, outer_steps),
 ]
 
 
@@ -350,6 +369,33 @@ def test_narrow_numbers_lose_rounding_only(ranks, dtype, rtol):
     found = ranks.run(2, in_a_dtype, dtype)
     same_bits(found)
     close(found[0], in_a_dtype(None, dtype), str(dtype), rtol=rtol)
+
+
+def tasks_and_examples(ranks):
+    """A mesh of two by two: tasks over its rows, the examples of a task over its columns."""
+    rows, goals = draws(3, 7, 2), draws(3, 7, seed=1)
+
+    def loss(y, x, batch):
+        return (batch[0] @ y["w"] - batch[1]).square().mean() + 0.1 * (y["w"] - x["w"]).square().sum()
+
+    problem = bl.Problem(loss, loss, init=lambda x, b: {"w": x["w"]})
+    outer, batches = {"w": draws(2, seed=2)}, bl.Batches((rows[:, :4], goals[:, :4]), (rows[:, 4:], goals[:, 4:]))
+    if ranks is None:
+        return bl.hypergradient(
+            problem, outer, None, batches, solver=sgd(2), estimator=bl.TaskMean(SOME["unrolled"])
+        ).grad
+    groups = {members: dist.new_group(list(members)) for members in ((0, 1), (2, 3), (0, 2), (1, 3))}
+    mine = [bl.distributed.Ranks(group) for members, group in groups.items() if ranks.rank in members]
+    examples, tasks = mine
+    estimator = bl.TaskMean(SOME["unrolled"], group=tasks)
+    own = part(part(batches, tasks), examples, 1)
+    return bl.hypergradient(split_problem(problem, examples), outer, None, own, solver=sgd(2), estimator=estimator).grad
+
+
+def test_tasks_and_examples_are_split_over_a_mesh(ranks):
+    found = ranks.run(4, tasks_and_examples)
+    same_bits(found)
+    close(found[0], tasks_and_examples(None), "mesh")
 
 
 # --- what it costs
@@ -410,6 +456,7 @@ def test_a_gradient_takes_one_sum_of_p_numbers_and_a_dot_product_none(ranks):
 def masked(ranks, seed):
     """A loss that draws, on streams that differ between ranks."""
     outer, inner, batches = posed()
+    outer = {"weights": outer["weights"]}
     drawn = []
 
     def inner_loss(y, x, batch):
@@ -533,6 +580,8 @@ def attempt(ranks, name):
     elif name == "a layer":
         made, own = split_problem(problem, ranks), part(batches, ranks)
         return bl.solution(made, outer, inner, own, solver=solver, estimator=estimator)
+    elif name == "tasks over the same ranks":
+        estimator = bl.TaskMean(estimator, group=ranks)
     elif name == "twice":
         return split_problem(split_problem(problem, ranks), ranks)
     own = batches if name == "columns of two lengths" else part(batches, ranks)
@@ -576,6 +625,7 @@ REFUSED = {
     "no loss": "inner_loss returned None",
     "a change in place": "changed the inner variable in place",
     "a layer": "solution() was given a problem whose data are split",
+    "tasks over the same ranks": "split over the same ranks",
     "twice": "split already",
 }
 
@@ -634,6 +684,9 @@ def failing(ranks, where):
         )
         batches = bl.Batches(*pytree.tree_map(lambda leaf: torch.stack([leaf] * 2), (batches.inner, batches.outer)))
         inner = {name: leaf.expand(2, *leaf.shape) for name, leaf in inner.items()}
+    elif where == "an argument":
+        problem = whole
+        inner = None if ranks.rank == 1 else inner
     else:
         problem = dataclasses.replace(whole, inner_loss=broken(whole.inner_loss, int(where)))
     own = part(batches, ranks, dim)
@@ -645,6 +698,12 @@ def test_a_loss_that_fails_on_one_rank_is_an_error_on_all(ranks, where):
     first, second = ranks.run(2, failing, where)
     assert (first.kind, second.kind) == ("RankError", "KeyError")
     assert "rank 1 (KeyError: 'no such label')" in first.message
+
+
+def test_an_argument_that_one_rank_refuses_is_an_error_on_all(ranks):
+    first, second = ranks.run(2, failing, "an argument")
+    assert (first.kind, second.kind) == ("RankError", "ValueError")
+    assert "another rank failed before the arguments were compared" in first.message
 
 
 def nonfinite(ranks):
@@ -746,9 +805,9 @@ def test_a_fingerprint_tells_bits_apart(dtype):
         *(base, base.roll(2), base[:-1], base.roll(1), base.new_zeros(5000), base.new_ones(4096), base.new_ones(5000)),
         *([] if dtype is torch.bool else [base.new_full((4096,), 2), base.new_full((4096,), 4)]),
     ]
-    found = {int(fingerprint.of(leaf)) for leaf in known}
+    found = {int(bits.of(leaf)) for leaf in known}
     assert len(found) == len(known)
-    assert int(fingerprint.of(base.clone())) == int(fingerprint.of(base))
+    assert int(bits.of(base.clone())) == int(bits.of(base))
     assert min(found) >= 0
 
 
@@ -757,4 +816,4 @@ def test_a_fingerprint_sees_one_bit_of_a_million_numbers():
     for place in (0, 40_000, -1):
         changed = leaf.clone()
         changed[place] = 5e-324
-        assert int(fingerprint.of(leaf)) != int(fingerprint.of(changed))
+        assert int(bits.of(leaf)) != int(bits.of(changed))
