@@ -8,7 +8,7 @@ from typing import Any
 import catalogue
 import pytest
 import torch
-from tasks_of_ranks import D, Found, T, posed, same, stacked
+from tasks_of_ranks import D, Found, T, outcome, posed, same, stacked
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -95,7 +95,7 @@ def lines() -> tuple[dict[str, Tensor], bl.Batches]:
     return {"start": torch.ones(3, dtype=D), "decay": torch.tensor(-2.0, dtype=D)}, bl.Batches(*rows)
 
 
-def meshed(ranks: Ranks) -> Found:
+def meshed(ranks: Ranks) -> tuple[Found, tuple[str, str]]:
     """Two by two: tasks over ranks (0, 2) and (1, 3), examples over (0, 1) and (2, 3)."""
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("tasks", "examples"))
     over_tasks, examples = (Ranks(mesh.get_group(name)) for name in ("tasks", "examples"))
@@ -103,14 +103,20 @@ def meshed(ranks: Ranks) -> Found:
     problem = bl.distributed.data_parallel(bl.Problem(fitted, fitted, init=lambda x, b: x["start"]), examples)
     mine = bl.distributed.split(bl.distributed.split(batches, over_tasks), examples, dim=1)
     estimator = bl.TaskMean(bl.Unrolled(), group=over_tasks)
-    return Found.of(bl.hypergradient(problem, x, None, mine, solver=bl.Descent(bl.SGD(0.1), 3), estimator=estimator))
+
+    def call(x: dict[str, Tensor]) -> bl.Hypergradient:
+        return bl.hypergradient(problem, x, None, mine, solver=bl.Descent(bl.SGD(0.1), 3), estimator=estimator)
+
+    other = {**x, "decay": x["decay"] + (ranks.rank == 0)}
+    return Found.of(call(x)), outcome(lambda: call(other))
 
 
 def test_tasks_and_examples_are_split_at_once(ranks: Any) -> None:
     x, batches = lines()
     problem, solver = bl.Problem(fitted, fitted, init=lambda x, b: x["start"]), bl.Descent(bl.SGD(0.1), 3)
     plain = Found.of(bl.hypergradient(problem, x, None, batches, solver=solver, estimator=bl.TaskMean(bl.Unrolled())))
-    answers = ranks.run(4, meshed)
+    answers, refused = zip(*ranks.run(4, meshed), strict=True)
+    assert [kind for kind, _ in refused] == ["ValueError", "ValueError", "RankError", "RankError"]
     for found in answers:
         assert same(found.agreed, answers[0].agreed)
         torch.testing.assert_close(found.grad, plain.grad, rtol=1e-12, atol=1e-13)
