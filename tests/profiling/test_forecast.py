@@ -30,16 +30,6 @@ RUNS = ((4, torch.float64), (1, torch.float64), (4, torch.float32))
 """K and dtype."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _frozen():
-    """Collections look at what the tests make, and not at all of torch each time, with what a first forecast loads."""
-    forecast(quadratic_case())
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def metered(case: Case) -> Record:
     """What `measure` finds in its metered passes, without its repeats and in one pass."""
     trial = Trial(case)
