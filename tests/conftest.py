@@ -2,7 +2,10 @@
 
 import contextlib
 import gc
+import os
+import shutil
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -33,3 +36,7 @@ class Frozen:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Frozen(), "frozen")
+    if not hasattr(config, "workerinput"):  # workers of pytest-xdist share the folder: they inherit the environment
+        # One for the session: TorchInductor asks g++ ten times what the processor can do, 8 s, for each new folder.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="bilevel-inductor-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
