@@ -14,15 +14,19 @@ from bilevel.data import glyphs
 BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-@pytest.fixture
-def table(monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
     pytest.importorskip("matplotlib")
+    return glyphs.load(string.ascii_letters, cache=tmp_path_factory.mktemp("glyphs")).split()
+
+
+@pytest.fixture
+def table(monkeypatch, parts):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     for name in ("fewshot_table", "fewshot_methods"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import fewshot_table
 
-    parts = glyphs.load(string.ascii_letters, cache=tmp_path).split()
     monkeypatch.setattr(fewshot_table.fewshot, "load", lambda split: parts[split])
     monkeypatch.setattr(fewshot_table, "CHECKPOINT_EVERY", 1)
     return fewshot_table
