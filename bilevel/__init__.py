@@ -3,6 +3,7 @@
 The problem is written once, every estimator of the hypergradient is one argument. See `hypergradient`.
 """
 
+from bilevel import distributed as distributed
 from bilevel.adapt import adapt as adapt
 from bilevel.batches import Batches as Batches
 from bilevel.batches import PerStep as PerStep
@@ -26,12 +27,13 @@ from bilevel.hypergradient import set_grad as set_grad
 from bilevel.inner import Converge as Converge
 from bilevel.inner import Descent as Descent
 from bilevel.inner import InnerSolver as InnerSolver
-from bilevel.iterate import Step as Step
 from bilevel.iterate import iterate as iterate
 from bilevel.linear import CG as CG
 from bilevel.linear import Dense as Dense
 from bilevel.linear import LinearSolver as LinearSolver
 from bilevel.linear import Neumann as Neumann
+from bilevel.loop import OuterLoop as OuterLoop
+from bilevel.loop import Step as Step
 from bilevel.meta import Learner as Learner
 from bilevel.optim import SGD as SGD
 from bilevel.optim import Adam as Adam
@@ -55,6 +57,7 @@ from bilevel.problem import Problem as Problem
 from bilevel.problem import proximal as proximal
 from bilevel.rematerialize import rematerialize as rematerialize
 from bilevel.solution import solution as solution
+from bilevel.space.ranks import RankError as RankError
 from bilevel.tasks import GivenWeights as GivenWeights
 from bilevel.tasks import GradientSimilarity as GradientSimilarity
 from bilevel.tasks import TaskMean as TaskMean

@@ -6,10 +6,13 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 import torch
 from bilevel_profiling.measurement.surroundings import frozen_heap
+
+from bilevel.testing.ranks import Pool
 
 torch.set_num_threads(1)  # many small problems, for which two threads on a busy machine are slower than one
 
@@ -40,3 +43,11 @@ def pytest_configure(config: pytest.Config) -> None:
         # One for the session: TorchInductor asks g++ ten times what the processor can do, 8 s, for each new folder.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="bilevel-inductor-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Pool]:
+    """Processes that run a function together: `ranks.run(2, function, ...)`."""
+    pool = Pool()
+    yield pool
+    pool.close()
