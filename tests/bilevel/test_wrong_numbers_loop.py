@@ -1,4 +1,4 @@
-"""Wrong numbers, refusals and raw errors that an outsider found in the outer loop; each of these failed once."""
+"""What an outsider found in the outer loop, wrong numbers, refusals, raw errors; each failed once, or guards a mend."""
 
 import functools
 import os
@@ -40,49 +40,25 @@ def read_by_two(at, **options):
     return DataLoader(FailsOnce(at), 2, shuffle=True, collate_fn=both, **options)
 
 
-class Interrupted:
-    """Rows in a random order; its first batch of the second pass is cut off, once."""
-
-    def __init__(self):
-        self.passes = 0
-
-    def __iter__(self):
-        self.passes += 1
-        torch.rand(1)
-        if self.passes == 2:
-            raise KeyboardInterrupt
-        return iter([bl.Batches(row, row) for row in ROWS[torch.randperm(8)[:4]]])
-
-
 def after_all(loop):
     """The bits at the end of a loop that is gone on with after each error."""
     while True:
         try:
             for _ in loop:
                 pass
-        except (OSError, KeyboardInterrupt):
+        except OSError:
             continue
         return bits(loop.state_dict())
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("at", [1, 3, 9, 10])
+@pytest.mark.parametrize("at", [1, 9])
 def test_a_pass_whose_first_batch_could_not_be_read_is_the_one_that_it_would_have_been(at, accumulate):
     ends = []
     for fails in (0, at):
         seeded(1)
         loop = made(ESTIMATOR, read_by_two(fails), epochs=3, accumulate=accumulate)
         ends.append(after_all(loop))
-    assert ends[0] == ends[1]
-
-
-def test_a_pass_that_was_interrupted_while_it_was_opened_draws_again():
-    ends = []
-    for begun in (5, 0):
-        seeded(1)
-        loader = Interrupted()
-        loader.passes = begun
-        ends.append(after_all(made(ESTIMATOR, loader, epochs=3)))
     assert ends[0] == ends[1]
 
 
@@ -101,7 +77,7 @@ def test_a_state_of_a_pass_in_which_no_step_was_made_yet_goes_on_to_the_bit(tmp_
             seeded(2)
             loop = made(ESTIMATOR, read_by_two(0), epochs=2, clip=lambda xs: None)
             loop.load(tmp_path)
-        ends.append(after_all(loop)["outer"])
+        ends.append(after_all(loop))
     assert ends[0] == ends[1]
 
 
