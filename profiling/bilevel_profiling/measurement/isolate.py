@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from bilevel_profiling.records.failure import (
     CRASHED,
@@ -111,69 +111,145 @@ def run(
         >>> run(divmod, 17, 0, time_limit=60).failure.status
         'ERROR'
     """
-    payload = pickle.dumps((function, arguments, around is not None))
-    killed_before = _kernel_kills()
-    context = _context()
-    warm_up()
-    descriptor, log = tempfile.mkstemp(prefix="bilevel-", suffix=".log")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_enter, args=(theirs, log, payload, memory_limit))  # type: ignore[attr-defined]
-    try:
-        process.start()
-        theirs.close()
-        value, failure = _awaited(ours, process, time_limit, around)
-    finally:
-        if process.pid is not None:
-            if process.is_alive():
-                process.kill()
-            process.join()
-        ours.close()
-        with open(descriptor, "rb") as stream:
-            text = stream.read().decode("utf-8", errors="replace")
-        Path(log).unlink(missing_ok=True)
-    if failure is not None and failure.status == CRASHED:
-        failure = of_exit(process.exitcode, last_words(text) if process.exitcode != -signal.SIGKILL else "")
-        if process.exitcode == -signal.SIGKILL and _kernel_kills() != killed_before:
-            failure = Failure(
-                OUT_OF_MEMORY,
-                "The kernel killed the process, because the machine, or the container, had no memory left.",
-            )
-    if failure is not None and failure.status == OUT_OF_MEMORY and memory_limit is not None:
-        failure = Failure(OUT_OF_MEMORY, limited(failure.reason, memory_limit))
-    return Outcome(value, failure, text)
+    child = Child(function, arguments, around=around, memory_limit=memory_limit)
+    with child:
+        wait([child], time_limit)
+    return child.outcome
 
 
-def _awaited(
-    ours: multiprocessing.connection.Connection,
-    process: Any,
-    time_limit: float,
-    around: Callable[[int], AbstractContextManager[Any]] | None,
-) -> tuple[Any, Failure | None]:
-    deadline, begun = time.monotonic() + time_limit, False
-    with contextlib.ExitStack() as watching:
-        while True:
-            ready = multiprocessing.connection.wait(
-                [ours, process.sentinel], timeout=max(deadline - time.monotonic(), 0)
-            )
-            if not ready:
-                return None, of_timeout(time_limit)
-            try:
-                kind, value = ours.recv() if ours.poll() else ("ended", None)
-            except (EOFError, ConnectionError):
-                kind = "ended"
-            if kind == "begun":
-                begun = True
-            elif kind == "ready":
-                assert around is not None
-                watching.enter_context(around(process.pid))
-                ours.send("go")
-            elif kind == "value":
-                return value, None
+class Child:
+    """A fresh process that calls a function, begun and ended by `with`; `wait` hears it in between.
+
+    Args:
+        function, arguments, around, memory_limit: see `run`.
+        surroundings: makes a context manager, in the other process, around the call and outside of its memory limit.
+
+    Attributes:
+        done: whether it has said how it ended.
+        outcome: how it ended, after the block; neither value nor failure where it had to be ended.
+
+    Raises:
+        TypeError, AttributeError, pickle.PicklingError: see `run`.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[Any],
+        *,
+        around: Callable[[int], AbstractContextManager[Any]] | None = None,
+        memory_limit: int | None = None,
+        surroundings: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        self._payload = pickle.dumps((function, tuple(arguments), around is not None, surroundings))
+        self._around, self._memory_limit = around, memory_limit
+        self._watching = contextlib.ExitStack()
+        self._value, self._failure, self._begun = None, None, False
+        self.done, self.outcome = False, Outcome()
+
+    def __enter__(self) -> Self:
+        self._killed_before = _kernel_kills()
+        context = _context()
+        warm_up()
+        self._descriptor, self._log = tempfile.mkstemp(prefix="bilevel-", suffix=".log")
+        self._ours, theirs = context.Pipe()
+        arguments = (theirs, self._log, self._payload, self._memory_limit)
+        self._process = context.Process(target=_enter, args=arguments)  # type: ignore[attr-defined]
+        try:
+            self._process.start()
+            theirs.close()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._watching.close()
+            if self._process.pid is not None:
+                if self._process.is_alive():
+                    self._process.kill()
+                self._process.join()
+        finally:
+            self._ours.close()
+            with open(self._descriptor, "rb") as stream:
+                text = stream.read().decode("utf-8", errors="replace")
+            Path(self._log).unlink(missing_ok=True)
+        self.outcome = Outcome(self._value, self._explained(text), text)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended with a failure."""
+        return self._failure is not None
+
+    @property
+    def speaks(self) -> list[Any]:
+        """What to wait for: its words, and its end."""
+        return [self._ours, self._process.sentinel]
+
+    def stop(self, failure: Failure) -> None:
+        """It took too long."""
+        self._failure, self.done = failure, True
+
+    def hear(self) -> None:
+        """Take what it says."""
+        try:
+            kind, value = self._ours.recv() if self._ours.poll() else ("ended", None)
+        except (EOFError, ConnectionError):
+            kind, value = "ended", None
+        if kind == "begun":
+            self._begun = True
+        elif kind == "ready":
+            assert self._around is not None
+            self._watching.enter_context(self._around(self._process.pid))
+            self._ours.send("go")
+        else:
+            self.done = True
+            if kind == "value":
+                self._value = value
             elif kind == "failure":
-                return None, value
+                self._failure = value
             else:
-                process.join(10)
-                return None, of_exit(process.exitcode) if begun else Failure(ERROR, _NEVER_BEGAN)
+                self._process.join(10)
+                self._failure = of_exit(self._process.exitcode) if self._begun else Failure(ERROR, _NEVER_BEGAN)
+            self._watching.close()
+
+    def _explained(self, log: str) -> Failure | None:
+        """The failure, with what is known only when the process has ended."""
+        failure, code = self._failure, self._process.exitcode
+        if failure is not None and failure.status == CRASHED:
+            failure = of_exit(code, last_words(log) if code != -signal.SIGKILL else "")
+            if code == -signal.SIGKILL and _kernel_kills() != self._killed_before:
+                failure = Failure(
+                    OUT_OF_MEMORY,
+                    "The kernel killed the process, because the machine, or the container, had no memory left.",
+                )
+        if failure is not None and failure.status == OUT_OF_MEMORY and self._memory_limit is not None:
+            failure = Failure(OUT_OF_MEMORY, limited(failure.reason, self._memory_limit))
+        return failure
+
+
+def wait(children: Sequence[Child], time_limit: float, grace: float = 0.0) -> None:
+    """Hear processes until all have ended, or one has failed and `grace` seconds have passed since.
+
+    Args:
+        time_limit: seconds after which those that have not ended get the failure TIMEOUT.
+    """
+    deadline, last = time.monotonic() + time_limit, None
+    while waiting := [child for child in children if not child.done]:
+        until = deadline if last is None else min(deadline, last)
+        ready = multiprocessing.connection.wait(
+            [end for child in waiting for end in child.speaks], timeout=max(until - time.monotonic(), 0)
+        )
+        if not ready:
+            for child in waiting if last is None else ():
+                child.stop(of_timeout(time_limit))
+            return
+        for child in waiting:
+            if any(end in ready for end in child.speaks):
+                child.hear()
+        if last is None and any(child.failed for child in children):
+            last = time.monotonic() + grace
 
 
 def _context(preload: Sequence[str] = ()) -> BaseContext:
@@ -266,8 +342,8 @@ def _enter(
 
     connection.send(("begun", None))
     try:
-        function, arguments, gated = pickle.loads(payload)
-        with _limited(memory_limit):
+        function, arguments, gated, surroundings = pickle.loads(payload)
+        with surroundings(), _limited(memory_limit):
             message = ("value", function(*arguments, *((gate,) if gated else ())))
     except BaseException as error:
         traceback.print_exc()
