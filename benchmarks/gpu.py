@@ -38,7 +38,7 @@ import tables
 import torch
 from bilevel_profiling import Case, measure
 from bilevel_profiling.measurement.environment import environment
-from bilevel_profiling.measurement.passes import Trial
+from bilevel_profiling.measurement.trial import Trial
 from bilevel_profiling.meters.cuda import Cuda
 from bilevel_profiling.records.failure import of_error
 from bilevel_profiling.records.growth import fit

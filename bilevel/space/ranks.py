@@ -59,7 +59,7 @@ class Ranks:
         """What every rank has for a small picklable value, in the order of the ranks."""
         size = self.size
         found: list[Any] = [None] * size
-        with spans.span(spans.COLLECTIVE):
+        with spans.span(spans.COLLECTIVE), spans.span(spans.ASIDE):
             dist.all_gather_object(found, pickle.dumps(value), group=self.group)
         return [pickle.loads(one) for one in found]
 

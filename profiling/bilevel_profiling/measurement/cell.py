@@ -15,7 +15,8 @@ from bilevel_profiling.cases.case_file import Definition, given
 from bilevel_profiling.measurement import engines, references
 from bilevel_profiling.measurement.isolate import Gate
 from bilevel_profiling.measurement.loop import Loop, outer_loop
-from bilevel_profiling.measurement.passes import Trial, measure
+from bilevel_profiling.measurement.passes import measure
+from bilevel_profiling.measurement.trial import Trial
 from bilevel_profiling.measurement.references import Reference, References
 from bilevel_profiling.meters.resident import trim
 from bilevel_profiling.records.record import Record
