@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import bilevel as bl
@@ -12,7 +11,9 @@ from bilevel.space import tree
 
 
 def _rows(value: Any, ranks: Ranks) -> Any:
-    return tree.tree_map(lambda leaf: leaf.tensor_split(ranks.size)[ranks.rank] if isinstance(leaf, Tensor) else leaf, value)
+    return tree.tree_map(
+        lambda leaf: leaf.tensor_split(ranks.size)[ranks.rank] if isinstance(leaf, Tensor) else leaf, value
+    )
 
 
 def split(batches: bl.Batches, ranks: Ranks) -> bl.Batches:

@@ -30,8 +30,8 @@ from bilevel_profiling.forecasting.world import Aside, world
 from bilevel_profiling.measurement import engines
 from bilevel_profiling.measurement.environment import environment
 from bilevel_profiling.measurement.passes import Figures, described, ranks_here
-from bilevel_profiling.measurement.trial import Trial
 from bilevel_profiling.measurement.surroundings import frozen_heap, own_random_state, without_warnings
+from bilevel_profiling.measurement.trial import Trial
 from bilevel_profiling.meters.base import Meter
 from bilevel_profiling.meters.collectives import Collectives
 from bilevel_profiling.meters.devices import DEVICES, Device

@@ -4,12 +4,12 @@ Processes are forked from a server that has torch loaded and has done nothing el
     interpreter, starts in a
 tenth of a second, and has no CUDA context, threads or heap of ours in it. What it prints goes to a log, so that it
 cannot corrupt our output.
+
+Several threads may run functions at once, and so may a worker of a pool that was itself started by multiprocessing.
 """
 
 import contextlib
 import dataclasses
-import faulthandler
-import gc
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.process
@@ -19,13 +19,13 @@ import signal
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Self
 
+from bilevel_profiling.measurement import inside
 from bilevel_profiling.records.failure import (
     CRASHED,
     ERROR,
@@ -33,7 +33,6 @@ from bilevel_profiling.records.failure import (
     Failure,
     last_words,
     limited,
-    of_error,
     of_exit,
     of_timeout,
 )
@@ -45,8 +44,9 @@ _NEVER_BEGAN = (
     "Is the call that starts it under `if __name__ == '__main__':`?"
 )
 _WAIT = "OMP_WAIT_POLICY"
-Gate = Callable[[], None]
-"""Called by the function in the other process when it is ready to be watched; returns when it is."""
+_CHILDREN = threading.Lock()
+"""multiprocessing looks after all children whenever one is started or asked for: two threads that do so at once read
+one exit status twice, and the second reads 255."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +76,8 @@ def warm_up(preload: Sequence[str] = ()) -> None:
     Args:
         preload: modules for the server to load as well; without effect when it runs already.
     """
-    if _context(preload).get_start_method() != "forkserver":
-        return
-    from multiprocessing.forkserver import ensure_running
-
-    with _ignoring_interrupts(), _waiting_passively():
-        ensure_running()
+    with _CHILDREN:
+        _started(_context(preload))
 
 
 def run(
@@ -149,14 +145,15 @@ class Child:
 
     def __enter__(self) -> Self:
         self._killed_before = _kernel_kills()
-        context = _context()
-        warm_up()
+        with _CHILDREN:
+            context = _started(_context())
         self._descriptor, self._log = tempfile.mkstemp(prefix="bilevel-", suffix=".log")
         self._ours, theirs = context.Pipe()
         arguments = (theirs, self._log, self._payload, self._memory_limit)
-        self._process = context.Process(target=_enter, args=arguments)  # type: ignore[attr-defined]
+        self._process = context.Process(target=inside.enter, args=arguments)  # type: ignore[attr-defined]
         try:
-            self._process.start()
+            with _CHILDREN, _allowed_children():
+                self._process.start()
             theirs.close()
         except BaseException:
             self.__exit__()
@@ -167,9 +164,10 @@ class Child:
         try:
             self._watching.close()
             if self._process.pid is not None:
-                if self._process.is_alive():
-                    self._process.kill()
-                self._process.join()
+                with _CHILDREN:
+                    if self._process.is_alive():
+                        self._process.kill()
+                    self._process.join()
         finally:
             self._ours.close()
             with open(self._descriptor, "rb") as stream:
@@ -210,7 +208,8 @@ class Child:
             elif kind == "failure":
                 self._failure = value
             else:
-                self._process.join(10)
+                with _CHILDREN:
+                    self._process.join(10)
                 self._failure = of_exit(self._process.exitcode) if self._begun else Failure(ERROR, _NEVER_BEGAN)
             self._watching.close()
 
@@ -233,7 +232,9 @@ def wait(children: Sequence[Child], time_limit: float, grace: float = 0.0) -> No
     """Hear processes until all have ended, or one has failed and `grace` seconds have passed since.
 
     Args:
+        children: begun.
         time_limit: seconds after which those that have not ended get the failure TIMEOUT.
+        grace: for what others have to say.
     """
     deadline, last = time.monotonic() + time_limit, None
     while waiting := [child for child in children if not child.done]:
@@ -258,6 +259,40 @@ def _context(preload: Sequence[str] = ()) -> BaseContext:
     if "forkserver" in methods:
         context.set_forkserver_preload([*_PRELOAD, *preload])
     return context
+
+
+def _started(context: BaseContext) -> BaseContext:
+    """The context with its server running; another one in a process that was forked from one that has a server: that
+    one's is not ours to use.
+    """
+    if context.get_start_method() != "forkserver":
+        return context
+    from multiprocessing.forkserver import ensure_running
+
+    try:
+        with _ignoring_interrupts(), _waiting_passively():
+            ensure_running()
+    except ChildProcessError:
+        return multiprocessing.get_context("spawn")
+    return context
+
+
+@contextlib.contextmanager
+def _allowed_children() -> Iterator[None]:
+    """Workers of pools have children only when this is undone: multiprocessing wants none of a daemon, such as a worker
+    of Dask, because they would outlive it (ours end with who started them), and tells them a start method that they may
+    not know, such as loky's.
+    """
+    us: Any = multiprocessing.process.current_process()
+    method = multiprocessing.get_start_method(allow_none=True)
+    with contextlib.ExitStack() as undone:
+        if us.daemon:
+            us.daemon = False
+            undone.callback(setattr, us, "daemon", True)
+        if method is not None and method not in multiprocessing.get_all_start_methods():
+            multiprocessing.set_start_method(_context().get_start_method(), force=True)
+            undone.callback(multiprocessing.set_start_method, method, force=True)
+        yield
 
 
 @contextlib.contextmanager
@@ -300,66 +335,3 @@ def _kernel_kills() -> int:
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
     return 0
-
-
-@contextlib.contextmanager
-def _limited(extra: int | None) -> Iterator[None]:
-    """At most so many bytes of address space beyond what is there: torch's own share is another on every machine."""
-    if extra is None:
-        yield
-        return
-    import resource
-
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = pages * resource.getpagesize() + extra
-    # The hard limit stays, so that there is memory again to say what happened.
-    resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def _enter(
-    connection: multiprocessing.connection.Connection, log: str, payload: bytes, memory_limit: int | None
-) -> None:
-    """The other process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C our parent ends us
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
-    with contextlib.suppress(OSError):  # both sides have it open; whoever is killed now leaves no file behind
-        os.unlink(log)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    faulthandler.enable()
-    gc.freeze()  # what the server loaded is no garbage: without it every collection walks all of torch, 0.2 s
-    watched = threading.Event()
-    threading.Thread(target=_follow, args=(connection, watched), daemon=True).start()
-
-    def gate() -> None:
-        connection.send(("ready", None))
-        watched.wait()
-
-    connection.send(("begun", None))
-    try:
-        function, arguments, gated, surroundings = pickle.loads(payload)
-        with surroundings(), _limited(memory_limit):
-            message = ("value", function(*arguments, *((gate,) if gated else ())))
-    except BaseException as error:
-        traceback.print_exc()
-        message = ("failure", of_error(error))
-    try:
-        connection.send(message)
-    except (TypeError, AttributeError, pickle.PicklingError) as error:
-        traceback.print_exc()
-        connection.send(("failure", of_error(error)))
-
-
-def _follow(connection: multiprocessing.connection.Connection, watched: threading.Event) -> None:
-    """Hear the parent's word; end with it, so that no work outlives the command that wanted it."""
-    try:
-        connection.recv()
-        watched.set()
-        connection.recv()
-    except (EOFError, OSError):
-        os._exit(1)

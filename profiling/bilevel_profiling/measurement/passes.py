@@ -290,9 +290,7 @@ class Figures:
             traced(call, passes.trace)
             tidy()
 
-    def _exchange(
-        self, call: Callable[[], object], device: str, repeats: int, tidy: Callable[[], None]
-    ) -> None:
+    def _exchange(self, call: Callable[[], object], device: str, repeats: int, tidy: Callable[[], None]) -> None:
         """What goes to other ranks, and how long that takes: as often as the clock runs."""
         meter = Collectives(device)
         with self.of(meter):

@@ -14,10 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from bilevel_profiling.measurement.isolate import Child, Outcome, wait
 from bilevel_profiling.records.failure import CRASHED, ERROR, OUT_OF_MEMORY, TIMEOUT, Failure
@@ -93,6 +90,8 @@ def check_possible(processes: int, device: str) -> None:
     """
     if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
         raise ValueError(f"processes is {processes!r}; a positive integer was needed")
+    import torch
+
     if not torch.distributed.is_available():
         raise ValueError(f"{processes} processes were asked for, and this torch was built without torch.distributed")
     if device == "cuda" and processes > torch.cuda.device_count():
@@ -105,6 +104,7 @@ def check_possible(processes: int, device: str) -> None:
 @contextlib.contextmanager
 def _member(rank: int, processes: int, store: str, device: str, seconds: float) -> Iterator[None]:
     """What surrounds the call in each process."""
+    import torch
     import torch.distributed as dist
 
     cuda = torch.device(device).type == "cuda"
@@ -145,8 +145,3 @@ def _remote(failure: Failure) -> int:
     if failure.status == ERROR and any(word in failure.reason for word in _MISSED):
         return 3
     return {OUT_OF_MEMORY: 0, CRASHED: 1}.get(failure.status, 4 if failure.status == TIMEOUT else 2)
-
-
-def stem(path: Path | None, rank: int) -> Path | None:
-    """A file of this rank's own, beside that of rank 0."""
-    return path if path is None or rank == 0 else path.with_name(f"rank{rank}-{path.name}")

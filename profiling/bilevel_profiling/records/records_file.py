@@ -153,9 +153,15 @@ class RecordsFile:
             raise
         self._rows.append(Row(record, text))
 
+    def insert(self, place: int, record: Record) -> None:
+        """Write a row before the one at that place; the other rows stay as they are, byte for byte."""
+        self._write([*self._rows[:place], Row(record, _bytes(record)), *self._rows[place:]])
+
     def replace(self, place: int, record: Record) -> None:
         """Write another record in the place of a row; the other rows stay as they are, byte for byte."""
-        rows = [*self._rows[:place], Row(record, _bytes(record)), *self._rows[place + 1 :]]
+        self._write([*self._rows[:place], Row(record, _bytes(record)), *self._rows[place + 1 :]])
+
+    def _write(self, rows: list[Row]) -> None:
         replace_file(self.path, b"".join(row.text for row in rows))
         self._rows = rows
 
