@@ -4,8 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 import bilevel as bl
 from bilevel.distributed import Ranks
+from bilevel.space import tree
 from bilevel_profiling.cases import standin
 
 
@@ -38,5 +41,22 @@ class Parallel:
     estimator: Callable[[bl.Estimator, Ranks], bl.Estimator] = _whole
 
 
+def _rows(value: Any, ranks: Ranks) -> Any:
+    """The rows of this rank of every tensor; the first ranks have one more where they cannot all have as many."""
+    return tree.tree_map(
+        lambda leaf: leaf.tensor_split(ranks.size)[ranks.rank] if isinstance(leaf, Tensor) else leaf, value
+    )
+
+
+def _tasks(batches: bl.Batches, ranks: Ranks) -> bl.Batches:
+    return bl.Batches(_rows(batches.inner, ranks), _rows(batches.outer, ranks))
+
+
+def _mean(estimator: bl.Estimator, ranks: Ranks) -> bl.Estimator:
+    return dataclasses.replace(estimator, group=ranks.group)
+
+
+TASKS = Parallel("tasks", batches=_tasks, inner=_rows, estimator=_mean)
+"""Each rank has a part of the tasks; the estimators are means over tasks."""
 DATA = Parallel("data", problem=standin.data_parallel, batches=standin.split)
 """Each rank has a part of the rows of every batch; the losses are means over rows."""

@@ -17,6 +17,7 @@ import bilevel as bl
 from bilevel_profiling.baselines import packages
 from bilevel_profiling.baselines.baseline import Baseline, Function
 from bilevel_profiling.cases.case import OuterOptimizer, Setup
+from bilevel_profiling.cases.parallel import Parallel
 from bilevel_profiling.comparison import resume as resuming
 from bilevel_profiling.comparison.dispatch import Dispatch, check
 from bilevel_profiling.comparison.folder import Folder
@@ -47,6 +48,7 @@ class Choices(TypedDict, total=False):
     name: str | None
     baselines: Sequence[str] | Mapping[str, Function | Baseline] | None
     engines: Sequence[str] | Mapping[str, bl.Engine] | None
+    parallel: Parallel | None
     device: str
     seed: int
     repeats: int
@@ -57,6 +59,7 @@ class Choices(TypedDict, total=False):
     retry_failed: bool
     trace: bool
     snapshot: bool
+    processes: int | Sequence[int] | None
     command: str
 
 
@@ -89,8 +92,8 @@ def compare(
             `baselines` beside the case's own, the names of libraries such as ["betty"], or a dict of label to a
             function that returns a hypergradient (or a `Baseline`); the `engines` to measure every estimator with, by
             label, such as {"eager": bl.Eager(), "compiled": bl.Compiled()}, or names, such as ["eager", "compiled"];
-            and the fields of `Settings`, where `memory_limit`
-            may also be text such as "4GiB".
+            `parallel`, how the work is split over `processes`; and the fields of `Settings`, where `memory_limit` may
+            also be text such as "4GiB", and `processes` one number.
 
     Returns:
         The records, one for each estimator, engine and solver; failures are among them, and with `resume` the rows that
@@ -142,6 +145,8 @@ def compare(
         asked["baselines"] = packages.named(_names("baselines", asked["baselines"]))
     if "engines" in asked and not isinstance(asked["engines"], Mapping):
         asked["engines"] = _names("engines", asked["engines"])
+    if isinstance(how.get("processes"), int):
+        how["processes"] = (how["processes"],)
     plan = Plan(setup if callable(setup) else str(setup), asked)
     comparison = Comparison([plan], out, Settings(**how), progress, executor)
     comparison.run()

@@ -60,6 +60,16 @@ def with_resident(record: Record, grown: Sequence[int]) -> Record:
     return dataclasses.replace(record, ranks=ranks, resident_bytes=max(grown))
 
 
+def processes(count: int | None) -> str:
+    """How many there are, in words; nothing for one without a group.
+
+    Example:
+        >>> processes(1), processes(2), processes(None)
+        ('1 process', '2 processes', '')
+    """
+    return "" if count is None else f"{count:,} process{'' if count == 1 else 'es'}"
+
+
 def spread(values: Iterable[float | None]) -> tuple[float, float] | None:
     """The smallest and the largest of what is known; None where nothing is.
 
