@@ -105,7 +105,7 @@ LIBRARY = House(
         {"engine.oracles"},
         {"engine.maps", "engine.gauss_newton"},
         {"engine.again"},
-        {"engine.implied", "estimators.state", "estimators.known"},
+        {"engine.implied", "estimators.state", "estimators.known", "estimators.company"},
         {"estimators.base"},
         {
             "estimators.paths",
@@ -155,6 +155,8 @@ LIBRARY = House(
         "linear.system",
         "optim.entrywise",
         "optim.trial",
+        "tasks.rows",
+        "tasks.together",
     },
     # A byte budget is kept by a forecast; which is asked for inside a function, so that the library does without it.
     excepted={"estimators.reverse.auto": {"bilevel_profiling"}},

@@ -32,6 +32,20 @@ class Ranks:
 
     group: "dist.ProcessGroup | None" = None
 
+    def __repr__(self) -> str:
+        return "Ranks()" if self.group is None else f"Ranks({dist.get_process_group_ranks(self.group)})"
+
+    def __deepcopy__(self, memo: Any) -> "Ranks":
+        return self
+
+    def __getstate__(self) -> Any:
+        if self.group is not None:
+            raise TypeError(
+                f"{self!r} belongs to this process and cannot be pickled: a process group is made by each process for "
+                f"itself. Pickle what holds it without it; Ranks() of all processes can be"
+            )
+        return {"group": None}
+
     @property
     def size(self) -> int:
         """How many processes there are."""
@@ -97,6 +111,32 @@ class Ranks:
 
 class RankError(RuntimeError):
     """Another rank of the group failed, so that what all of them compute together cannot be had."""
+
+
+def ranks_of(who: str, group: Any) -> Ranks:
+    """The ranks of what was given as a group.
+
+    Args:
+        who: was given it, for the message.
+        group: Ranks, or a process group of torch.distributed.
+
+    Raises:
+        TypeError, ValueError: it is neither, or one that this process is no member of.
+    """
+    if isinstance(group, Ranks):
+        return group
+    if dist.is_available():
+        if isinstance(group, dist.ProcessGroup):
+            return Ranks(group)
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                f"{who} was given a group that this process is no member of (what torch.distributed.new_group returns "
+                f"there); make the call on its members alone"
+            )
+    hint = ". Of a device mesh write mesh.get_group('name')" if hasattr(group, "get_group") else ""
+    raise TypeError(
+        f"{who} was given group={group!r}; None, bilevel.distributed.Ranks() or a process group was needed{hint}"
+    )
 
 
 def _check_initialized() -> None:
