@@ -53,7 +53,7 @@ def _tasks(batches: bl.Batches, ranks: Ranks) -> bl.Batches:
 
 
 def _mean(estimator: bl.Estimator, ranks: Ranks) -> bl.Estimator:
-    return dataclasses.replace(estimator, group=ranks.group)
+    return dataclasses.replace(estimator, group=ranks)
 
 
 TASKS = Parallel("tasks", batches=_tasks, inner=_rows, estimator=_mean)
