@@ -1,7 +1,11 @@
 """Whether one process makes an estimate or several make it together, and then how none is left waiting."""
 
 import contextlib
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+from bilevel.space.tree import Tree
+
+Value = TypeVar("Value")
 
 
 class Company(Protocol):
@@ -16,6 +20,9 @@ class Company(Protocol):
     def ended(self) -> None:
         """Call it where a loop ends because its data do: raises in all processes if others go on."""
 
+    def gathered(self, value: Value, outer: Tree) -> list[Value]:
+        """What all have for a small picklable value, in their order; `outer` must be the same for all."""
+
 
 class Alone:
     """One process."""
@@ -25,6 +32,9 @@ class Alone:
 
     def ended(self) -> None:
         pass
+
+    def gathered(self, value: Value, outer: Tree) -> list[Value]:
+        return [value]
 
 
 ALONE = Alone()

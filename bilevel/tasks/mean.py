@@ -10,6 +10,10 @@ the memory of vmap over torch.func.grad and 1.35 times as fast.
 | --- | --- | --- |
 | TaskMean(estimator, chunk=c) | T times the estimator's | c times the estimator's, plus T P for `hg.inner` |
 | TaskMean(estimator, weights=w) | that, and the weights' | the estimator's, plus T P, plus T Q for gradients |
+| TaskMean(estimator, group=ranks) | that of its own tasks | likewise, plus 2 Q |
+
+With a group ranks say what came of their tasks in one gather (some hundred bytes a rank, and a few numbers a task), and
+sum gradients in one all-reduce of Q numbers; with weights, of T Q numbers.
 
 With weights the hypergradient is sum_i w_i dF_i/dx of the tasks one by one. The losses that are reported stay plain
 means over tasks, so that they mean the same whatever the weights.
@@ -31,7 +35,7 @@ from bilevel.estimators.run import estimated
 from bilevel.estimators.state import State
 from bilevel.outcome import worst
 from bilevel.space import tree
-from bilevel.space.ranks import ranks_of
+from bilevel.space.ranks import Ranks, ranks_of
 from bilevel.space.tree import PartialLeaves, Tree
 from bilevel.tasks.base import TaskResults, TaskWeights, checked
 from bilevel.tasks.rows import ByTask, Rows, Tasks, count, handed_on, ids_of, join, join_states, losses, merge, no_tasks
@@ -53,14 +57,35 @@ class TaskMean(Estimator):
         weights: how tasks are weighted, such as GradientSimilarity(); None for the plain mean. Weights are constants,
             and reported: `stats["task_weights"]` of shape (T,), in the order of the tasks, and
             `stats["effective_tasks"]`, 1 / sum w^2. `outer_loss` and `inner_loss` of the result are plain means.
+        group: the processes that share the tasks: `bilevel.distributed.Ranks()` for all of them, or a process group of
+            torch.distributed; None for this one alone. Batches, and `inner`, then hold this rank's own tasks: load no
+            others, or take them from whole batches with `bilevel.distributed.split(batches, ranks)`. Ranks may have
+            different numbers of them, or none (tensors of the leading size 0). The mean is over the tasks of all ranks.
+
+    Ranks: every rank has the same x and makes the same calls. `grad`, the losses, the status and all stats but `calls`
+    are those of all tasks in the order of the ranks, the same bits on each (of figures that the tasks of a chunk share
+    there is one for each chunk of each rank); `inner` and `state` are of its own tasks. Numbers are those of one
+    process up to the rounding of the sum. An exception on one rank is a RankError on the others; what never calls at
+    all is waited for until the time-out of `torch.distributed.init_process_group(timeout=)`.
+
+    Random numbers: each rank draws from its own generators, as one process with these tasks would; so what is drawn
+    depends on the split. Seeds must differ, torch.manual_seed(seed + rank) once x is made: ranks that draw the same
+    numbers for different tasks are warned of.
 
     State: that of `estimator`, its fields per task with a leading dimension T, in the order of the tasks; with
-    `Batches(task_ids=)` it goes with the tasks, in whatever order they come back.
+    `Batches(task_ids=)` it goes with the tasks, in whatever order they come back. In a group a state is for the tasks
+    that the rank had; fields that tasks share must stay as they are (those of the library do).
 
-    Memory: that of `estimator` times `chunk`, plus T P for `hg.inner`.
+    Memory: that of `estimator` times `chunk`, plus T P for `hg.inner`, T the tasks of this rank. In a group 2 Q more
+    for the sum; with `weights` twice the gradients of all tasks of all ranks.
 
     Raises:
-        TypeError, ValueError: the arguments are of the wrong kind, or (when used) the leading dimensions disagree.
+        TypeError, ValueError: the arguments are of the wrong kind, or (when used) the leading dimensions disagree, or
+            ranks do not have the same x to the bit, estimator and solver.
+        RankError: (when used) another rank failed.
+
+    Warns:
+        UserWarning: several ranks drew the same random numbers.
 
     Example:
         >>> import torch, bilevel as bl
@@ -75,7 +100,7 @@ class TaskMean(Estimator):
     estimator: Estimator
     chunk: int | None = None
     weights: TaskWeights | None = None
-    group: Any = None
+    group: Ranks | Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.estimator, Estimator) or isinstance(self.estimator, TaskMean):

@@ -11,7 +11,7 @@ import hashlib
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from bilevel.space.bits import fingerprints
 from bilevel.space.ranks import RankError, Ranks
 from bilevel.space.tree import PartialLeaves, Tree
 from bilevel.tasks.rows import Tasks, shared_fields
+
+Value = TypeVar("Value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,19 @@ class Together:
         """This rank's data have ended: raises on all ranks if others go on."""
         self._met(Words("the end of the data"))
 
+    def gathered(self, value: Value, outer: Tree) -> list[Value]:
+        """What all ranks have for a small picklable value, in their order.
+
+        Raises:
+            RankError: another rank failed.
+            ValueError: `outer` is not the same for all.
+        """
+        with self.guarded():
+            words = Words("an evaluation", outer=_outer(outer), rest=pickle.dumps(value))
+        everyone = self._met(words)
+        self._check_outer(everyone, outer)
+        return [pickle.loads(each.rest) for each in everyone]
+
     def words(self, own: Tasks, instance: Instance, described: str, before: Any, drew: Drawn | None) -> Words:
         """What this rank will say of its tasks.
 
@@ -90,7 +105,7 @@ class Together:
         return Words(
             "tasks",
             described=described,
-            outer=(_digest(_structure(instance.outer)), tuple(fingerprints(instance.outer))),
+            outer=_outer(instance.outer),
             count=own.count,
             losses=(outer_losses, inner_losses),
             dtype=own.outer_loss.dtype if own.count else None,
@@ -170,24 +185,10 @@ class Together:
         if len(set(found)) > 1:
             raise ValueError(
                 f"the ranks of one mean over tasks do different things: "
-                f"{', '.join(f'rank {rank} {text}' for rank, text in enumerate(found))}; the same estimator, weights and "
-                f"solver were needed"
+                f"{', '.join(f'rank {rank} {text}' for rank, text in enumerate(found))}; the same estimator, weights "
+                f"and solver were needed"
             )
-        outers = [each.outer for each in everyone]
-        if len({structure for structure, _ in outers}) > 1:
-            found = self._gathered(_structure(instance.outer))
-            raise ValueError(
-                f"the ranks of one mean over tasks were given outer variables of different tensors: "
-                f"{', '.join(f'rank {rank} {text}' for rank, text in enumerate(found))}; one x was needed"
-            )
-        if len(set(outers)) > 1:
-            names = tree.names(instance.outer)
-            differ = [name for i, name in enumerate(names) if len({bits[i] for _, bits in outers}) > 1]
-            raise ValueError(
-                f"outer {', '.join(differ)} is not the same on all ranks, to the bit, and a mean of hypergradients at "
-                f"several x is that of none. Make x with the same seed everywhere, or send it once (for leaf in "
-                f"outer.values(): torch.distributed.broadcast(leaf.data, 0)), and let every rank make the same steps"
-            )
+        self._check_outer(everyone, instance.outer)
         if not sum(each.count for each in everyone):
             raise ValueError("TaskMean was given no tasks: the leading size is 0 on every rank, and one was needed")
         self._check_state(everyone)
@@ -197,6 +198,24 @@ class Together:
                 "several ranks drew the same random numbers for different tasks (dropout, directions), so that their "
                 "noise does not average out; write torch.manual_seed(seed + rank) once x is made",
                 stacklevel=2,
+            )
+
+    def _check_outer(self, everyone: Sequence[Words], outer: Tree) -> None:
+        """Raise unless all have the same x."""
+        outers = [each.outer for each in everyone]
+        if len({structure for structure, _ in outers}) > 1:
+            found = self._gathered(_structure(outer))
+            raise ValueError(
+                f"the ranks of one mean over tasks were given outer variables of different tensors: "
+                f"{', '.join(f'rank {rank} {text}' for rank, text in enumerate(found))}; one x was needed"
+            )
+        if len(set(outers)) > 1:
+            names = tree.names(outer)
+            differ = [name for i, name in enumerate(names) if len({bits[i] for _, bits in outers}) > 1]
+            raise ValueError(
+                f"outer {', '.join(differ)} is not the same on all ranks, to the bit, and a mean of hypergradients at "
+                f"several x is that of none. Make x with the same seed everywhere, or send it once (for leaf in "
+                f"outer.values(): torch.distributed.broadcast(leaf.data, 0)), and let every rank make the same steps"
             )
 
     def _check_state(self, everyone: Sequence[Words]) -> None:
@@ -286,6 +305,10 @@ def _tensors(value: Any, device: torch.device) -> Any:
 
 def _or_zeros(leaf: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if leaf is None else leaf.to(like.dtype)
+
+
+def _outer(outer: Tree) -> tuple[str, tuple[int, ...]]:
+    return _digest(_structure(outer)), tuple(fingerprints(outer))
 
 
 def _structure(outer: Tree) -> str:
