@@ -56,6 +56,10 @@ class Together:
 
     ranks: Ranks
 
+    def __post_init__(self) -> None:
+        if self.ranks.rank < 0:
+            raise ValueError(f"this process is no member of the group {self.ranks}; make the call on its members alone")
+
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
         """A block whose exception all ranks raise: this one as it is, the others as a RankError when they meet."""
@@ -259,9 +263,17 @@ class Together:
 
     def _as_elsewhere(self, own: tuple[Tree, Tree], count: int, device: torch.device) -> tuple[Tree, Tree]:
         """Trees of this rank's tasks; if it has none, like those of others, without rows."""
-        empty = tree.tree_map(lambda leaf: torch.empty(0, *leaf.shape[1:], dtype=leaf.dtype), own) if count else None
-        like = next(found for found in self._gathered(empty) if found is not None)
-        trees: tuple[Tree, Tree] = own if count else tree.tree_map(lambda leaf: leaf.to(device), like)
+
+        def empty(leaf: Any) -> Any:
+            return torch.empty(0, *leaf.shape[1:], dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+        def placed(leaf: Any) -> Any:
+            return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+        with self.guarded():
+            words = Words("what tasks look like", count=count, rest=pickle.dumps(tree.tree_map(empty, own)))
+        like = next(each for each in self._met(words) if each.count)
+        trees: tuple[Tree, Tree] = own if count else tree.tree_map(placed, pickle.loads(like.rest))
         return trees
 
     def _gathered(self, value: Any) -> list[Any]:

@@ -6,16 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from tasks_of_ranks import Found, T, posed, same, stacked
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import bilevel as bl
 from bilevel.distributed import Ranks
-from bilevel.testing.catalogue import ENTRIES, Quadratic
+from bilevel.testing.catalogue import ENTRIES
 
-T = 5
-D = torch.float64
-STEPS = 4
 DRAWN = [entry.label for entry in ENTRIES if entry.variance is not None]
 CHEAP = {"implicit neumann": bl.Implicit(bl.Neumann(steps=30, step_size=0.5))}  # in the place of 2,500 products
 SETTLED = [
@@ -23,74 +21,6 @@ SETTLED = [
     for entry in ENTRIES
     if entry.variance is None
 ]
-
-
-def own(value: Any, ranks: Ranks) -> Any:
-    """This rank's rows of whole trees; of 5 tasks 2 ranks have 3 and 2, 4 ranks 2, 1, 1 and 1."""
-    return pytree.tree_map(
-        lambda leaf: leaf.tensor_split(ranks.size)[ranks.rank] if isinstance(leaf, Tensor) else leaf, value
-    )
-
-
-def parted(batches: bl.Batches, ranks: Ranks | None) -> bl.Batches:
-    if ranks is None:
-        return batches
-    ids = batches.task_ids
-    mine = None if ids is None else [ids[i] for i in torch.arange(len(ids)).tensor_split(ranks.size)[ranks.rank]]
-    index = batches.index
-    return bl.Batches(own(batches.inner, ranks), own(batches.outer, ranks), index=index, task_ids=mine)
-
-
-def posed(ranks: Ranks | None, tasks: int = T, *, ids: bool = False) -> dict[str, Any]:
-    """The quadratic of the catalogue with its tasks, or this rank's of them."""
-    given = Quadratic.example(STEPS).posed(tasks=tasks)
-    batches = dataclasses.replace(given["batches"], index=(0, 0))
-    if ids:
-        batches = dataclasses.replace(batches, task_ids=[f"task {i}" for i in range(tasks)])
-    inner = given["inner"] if ranks is None else own(given["inner"], ranks)
-    return given | {"batches": parted(batches, ranks), "inner": inner}
-
-
-@dataclasses.dataclass
-class Found:
-    """A hypergradient, as a rank sends it."""
-
-    grad: Any
-    inner: Any
-    next_inner: Any
-    losses: Tensor
-    status: str
-    state: Any
-    stats: dict[str, Any]
-
-    @classmethod
-    def of(cls, hg: bl.Hypergradient) -> "Found":
-        stats = {name: value for name, value in hg.stats.items() if name != "calls"}
-        losses = torch.stack([hg.outer_loss, hg.inner_loss])
-        return cls(hg.grad, hg.inner, hg.next_inner, losses, hg.status.name, hg.state, stats)
-
-    @property
-    def agreed(self) -> tuple[Any, ...]:
-        """What is everyone's."""
-        return self.grad, self.losses, self.status, self.stats
-
-
-def same(one: Any, other: Any) -> bool:
-    """To the bit."""
-    a, b = pytree.tree_flatten(one), pytree.tree_flatten(other)
-    pairs = zip(a[0], b[0], strict=True)
-    return a[1] == b[1] and all(
-        torch.equal(p.nan_to_num(7.0), q.nan_to_num(7.0))
-        if isinstance(p, Tensor) and p.is_floating_point()
-        else torch.equal(p, q)
-        if isinstance(p, Tensor)
-        else p == q
-        for p, q in pairs
-    )
-
-
-def stacked(trees: list[Any]) -> Any:
-    return pytree.tree_map(lambda *leaves: torch.cat(leaves), *trees)
 
 
 def run(entries: Any, ranks: Ranks | None, chunk: int | None, calls: int = 2, **options: Any) -> dict[str, Found]:
@@ -139,3 +69,40 @@ def test_many_ranks_are_one_for_every_estimator(ranks: Any, count: int, chunk: i
                 torch.testing.assert_close(*summed, **close)
             else:
                 assert all(value == wanted for value in values), (entry.label, field.name)
+
+
+# --- what is drawn
+
+
+def drawing(ranks: Ranks, alike: bool) -> tuple[dict[str, Found], dict[str, Any], int]:
+    """Of each estimator that draws: the mean over all ranks, and this rank's own tasks by a plain TaskMean."""
+    together, alone, warned = {}, {}, 0
+    for entry in ENTRIES:
+        if entry.variance is None:
+            continue
+        arguments = posed(ranks)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.manual_seed(1 if alike else 1 + ranks.rank)
+            hg = bl.hypergradient(**arguments, estimator=bl.TaskMean(entry.estimator, group=ranks))
+        warned += sum("manual_seed(seed + rank)" in str(each.message) for each in caught)
+        together[entry.label] = Found.of(hg)
+        torch.manual_seed(1 if alike else 1 + ranks.rank)
+        plain = bl.hypergradient(**arguments, estimator=bl.TaskMean(entry.estimator))
+        alone[entry.label] = pytree.tree_map(lambda leaf, count=plain.stats["tasks"]: leaf * count / T, plain.grad)
+    return together, alone, warned
+
+
+def test_each_rank_draws_as_one_process_with_its_tasks_would(ranks: Any) -> None:
+    answers = ranks.run(2, drawing, False)
+    assert len(answers[0][0]) > 4
+    for label, found in answers[0][0].items():
+        assert same(found.agreed, answers[1][0][label].agreed), label
+        summed = pytree.tree_map(lambda *leaves: sum(leaves), *(alone[label] for _, alone, _ in answers))
+        torch.testing.assert_close(found.grad, summed, rtol=1e-10, atol=1e-12)
+    assert [warned for *_, warned in answers] == [0, 0]
+
+
+def test_ranks_that_draw_the_same_numbers_are_warned_of(ranks: Any) -> None:
+    answers = ranks.run(2, drawing, True)
+    assert [warned for *_, warned in answers] == [len(DRAWN)] * 2
