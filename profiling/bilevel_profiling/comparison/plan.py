@@ -24,11 +24,14 @@ class Plan:
         overrides: fields of the case's `Definition` that are to be otherwise.
         labels: which of the case's estimators and baselines; None for all. The baselines among the overrides are always
             taken.
+        seed: in place of that of the settings; the case is then called "name, seed 3", so that its rows stand by
+            themselves.
     """
 
     source: Setup | str
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     labels: Sequence[str] | None = None
+    seed: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,7 @@ class Settled:
     case: Definition
     labels: tuple[str, ...]
     processes: tuple[int | None, ...] = (None,)
+    seed: int = 0
 
     @property
     def cells(self) -> list[Cell]:
@@ -158,7 +162,8 @@ def settle(plans: Sequence[Plan], settings: Settings | None = None, *, far: bool
         >>> settle([Plan("quadratic", labels=["unrolled"])])[0].labels
         ('unrolled',)
     """
-    found = [Settled(plan, given(plan.source, **plan.overrides), ()) for plan in plans]
+    settings = settings or Settings()
+    found = [_loaded(plan, settings) for plan in plans]
     names = [each.case.name for each in found]
     for name in names:
         if names.count(name) > 1:
@@ -166,13 +171,23 @@ def settle(plans: Sequence[Plan], settings: Settings | None = None, *, far: bool
                 f"two cases are called {name}, and their rows could not be told apart; give each once, or rename a file"
             )
     _check_labels(found)
-    settings = settings or Settings()
     _check_numbers(settings)
     _check_split(found, settings)
     for each in found:
         _check_sendable(each.plan, far)
     counts = tuple(sorted(set(settings.processes))) or (None,)
     return [dataclasses.replace(each, labels=_labels(each), processes=counts) for each in found]
+
+
+def _loaded(plan: Plan, settings: Settings) -> Settled:
+    case = given(plan.source, **plan.overrides)
+    if plan.seed is None:
+        return Settled(plan, case, (), settings.seed)
+    if type(plan.seed) is not int:
+        raise CaseError(f"a seed is {plan.seed!r}; an integer was needed")
+    name = f"{case.name}, seed {plan.seed}"  # among the overrides, so that other processes call it so as well
+    named = dataclasses.replace(plan, overrides={**plan.overrides, "name": name})
+    return Settled(named, dataclasses.replace(case, name=name), (), plan.seed)
 
 
 def _labels(each: Settled) -> tuple[str, ...]:

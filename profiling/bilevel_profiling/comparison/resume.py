@@ -41,7 +41,7 @@ def facts(settled: Settled, settings: Settings, far: bool = False) -> Facts:
     return (
         {
             "device": settings.device,
-            "seed": str(settings.seed),
+            "seed": str(settled.seed),
             "number of repeats": str(settings.repeats),
             "number of threads": str(settings.threads),
             "inner optimizer": plain(case.optimizer),
@@ -181,7 +181,7 @@ def _check_rows(folder: Folder, settled: Settled, settings: Settings, records: S
         if label in settled.labels or label not in settled.case.baselines
     }
     for record in records:
-        now = {"device": settings.device, "seed": str(settings.seed)}
+        now = {"device": settings.device, "seed": str(settled.seed)}
         then = {"device": record.device, "seed": str(record.seed), "estimator": plain(record.settings)}
         cell = cells.get((record.estimator, record.engine, record.inner_steps or 0))
         known = compared.get(cell.estimator if cell is not None else record.estimator)

@@ -127,7 +127,7 @@ class Piece(abc.ABC):
             engine=self.cell.engine,
             labels=self.settled.labels,
             device=settings.device,
-            seed=settings.seed,
+            seed=self.settled.seed,
             repeats=settings.repeats,
             threads=settings.threads,
             command=settings.command,
@@ -180,7 +180,7 @@ class Reference(Piece):
         parts = [self.settled.case.name, self.target.value]
         if self.target is Target.PROGRAM:
             parts += filter(None, [self.cell.solver_name, str(self.cell.steps)])
-        parts += [*filter(None, [self.cell.tasks]), site.settings.device, str(site.settings.seed)]
+        parts += [*filter(None, [self.cell.tasks]), site.settings.device, str(self.settled.seed)]
         return site.folder.reference("-".join(parts))
 
     def name(self, site: Site) -> Hashable:

@@ -49,6 +49,7 @@ class Choices(TypedDict, total=False):
     baselines: Sequence[str] | Mapping[str, Function | Baseline] | None
     engines: Sequence[str] | Mapping[str, bl.Engine] | None
     parallel: Parallel | None
+    seeds: Sequence[int] | None
     device: str
     seed: int
     repeats: int
@@ -60,11 +61,12 @@ class Choices(TypedDict, total=False):
     trace: bool
     snapshot: bool
     processes: int | Sequence[int] | None
+    wait_limit: float
     command: str
 
 
 def compare(
-    setup: Setup | str,
+    setup: Setup | str | Sequence[Setup | str],
     estimators: Mapping[str, bl.Estimator] | None = None,
     *,
     out: str | Path = "report",
@@ -72,11 +74,11 @@ def compare(
     executor: Executor | None = None,
     **choices: Unpack[Choices],
 ) -> list[Record]:
-    """Measure estimators on one problem and write a report.
+    """Measure estimators on one problem, or several, and write a report.
 
     Args:
         setup: a function `setup(device)` that other processes can import; or the name of a built-in case, or the path
-            of a case file, whose choices the other arguments override.
+            of a case file, whose choices the other arguments override; or a list of these.
         estimators: by label; by default those of the case.
         out: folder of the report; made if missing. Rows of an earlier comparison are kept aside in it, as
             records-<date>.jsonl.
@@ -92,6 +94,7 @@ def compare(
             `baselines` beside the case's own, the names of libraries such as ["betty"], or a dict of label to a
             function that returns a hypergradient (or a `Baseline`); the `engines` to measure every estimator with, by
             label, such as {"eager": bl.Eager(), "compiled": bl.Compiled()}, or names, such as ["eager", "compiled"];
+            `seeds`, such as range(5), with each of which all is measured, as a case of its own ("quadratic, seed 3");
             `parallel`, how the work is split over `processes`; and the fields of `Settings`, where `memory_limit` may
             also be text such as "4GiB", and `processes` one number.
 
@@ -147,8 +150,14 @@ def compare(
         asked["engines"] = _names("engines", asked["engines"])
     if isinstance(how.get("processes"), int):
         how["processes"] = (how["processes"],)
-    plan = Plan(setup if callable(setup) else str(setup), asked)
-    comparison = Comparison([plan], out, Settings(**how), progress, executor)
+    seeds = asked.pop("seeds", [None])
+    if not isinstance(seeds, Sequence) or isinstance(seeds, str) or not seeds or ("seed" in how and seeds != [None]):
+        raise TypeError(
+            f"compare() was given {seeds!r} as seeds; a list of integers was needed, and no seed= beside it"
+        )
+    setups = setup if isinstance(setup, (list, tuple)) else [setup]
+    plans = [Plan(each if callable(each) else str(each), asked, seed=seed) for each in setups for seed in seeds]
+    comparison = Comparison(plans, out, Settings(**how), progress, executor)
     comparison.run()
     return comparison.records
 
