@@ -8,6 +8,8 @@ from torch import Tensor
 from bilevel.batches import Batches
 from bilevel.engine import spans
 from bilevel.engine.base import Engine
+from bilevel.engine.split import split_over
+from bilevel.engine.together import together
 from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance
 from bilevel.hypergradient import Owned, check_arguments, given_in, opened, prepared
 from bilevel.inner.base import InnerSolver
@@ -86,8 +88,10 @@ def adapt(
     instance = Instance(problem, tree.detach(outer), start, batches, solver, engine=derivatives)
     estimator: Estimator = TaskMean(_Solve(evaluate), chunk) if tasks else _Solve(evaluate)
     calls = spans.Calls()
-    with prepared(), spans.listen(calls):
+    ranks, given = split_over(problem), (solver, tasks, chunk, evaluate)
+    with prepared(), spans.listen(calls), together("adapt", ranks, instance, given) as same:
         found = estimator.estimate(instance, None)
+        same([found.inner, found.outer_loss, found.inner_loss])
     report = derivatives.report()
     own = Owned([*tree.tensors(instance.outer), *tree.tensors(instance.inner), *given_in(batches)])
     sound = tree.finite([found.inner_loss, found.outer_loss])

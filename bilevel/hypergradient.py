@@ -13,6 +13,8 @@ from bilevel.batches import Batches, PerStep
 from bilevel.engine import autodiff, spans
 from bilevel.engine.base import Derivatives, Engine
 from bilevel.engine.eager import Eager
+from bilevel.engine.split import split_over
+from bilevel.engine.together import together
 from bilevel.estimators.base import Estimator, Instance
 from bilevel.estimators.run import estimated
 from bilevel.estimators.state import State
@@ -76,8 +78,10 @@ def hypergradient(
         start = None if inner is None else tree.detach(inner)
         instance = Instance(problem, tree.detach(outer), start, batches, solver, engine=derivatives)
     calls = spans.Calls()
-    with prepared(), spans.listen(calls):
+    ranks, given = split_over(problem), (estimator, solver, state)
+    with prepared(), spans.listen(calls), together("hypergradient", ranks, instance, given) as same:
         estimate = estimated(estimator, instance, state)
+        same([estimate.grad, estimate.inner, estimate.outer_loss, estimate.inner_loss])
     names = tree.names(instance.outer)
     if estimate.unused:
         warnings.warn(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bilevel.engine.lookup import Lookups
 from bilevel.engine.replay import Generators
+from bilevel.engine.split import Withheld, split_over
 from bilevel.problem import Problem, Pulled, distance
 from bilevel.space import tree
 from bilevel.space.tree import Tree
@@ -76,9 +77,10 @@ class Evaluation:
 
     def mapped(self, function: Callable[..., Any], trees: tuple[Tree, ...], outer: Tree, batch: Any) -> Any:
         """function(*trees, outer, batch), for each task: a function of the dynamics' own."""
+        name = getattr(function, "__name__", type(function).__name__)
+        batch = batch if split_over(self.problem) is None else Withheld(f"{name}, a function of the solver's or the estimator's own,")
         if self.tasks is None:
             return function(*trees, outer, batch)
-        name = getattr(function, "__name__", type(function).__name__)
         return _over_tasks(name, function, (*[0] * len(trees), None, 0))(*trees, outer, batch)
 
     def without_graph(self, function: Callable[[Tree, Any], Tree], outer: Tree, batch: Any) -> Tree:
@@ -94,7 +96,7 @@ class Evaluation:
         try:
             loss = self._run(name, function, (0, None, 0), (inner, outer, batch))
         except RuntimeError as error:
-            if "in-place operation" in str(error):
+            if "in-place operation" in str(error) or "being modified inplace" in str(error):
                 raise ValueError(self._in_place(name, _mutated(function, inner, outer, batch))) from error
             raise
         now = [leaf._version for leaf in watched]

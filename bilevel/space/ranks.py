@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bilevel.engine import spans
 
@@ -58,6 +59,12 @@ class Ranks:
         _check_initialized()
         return dist.get_rank(self.group)
 
+    @property
+    def pretended(self) -> bool:
+        """Whether this process stands for one of so many, as in a forecast, and nothing is sent: torch's "fake" group."""
+        _check_initialized()
+        return dist.get_backend(self.group) == "fake"
+
     def sum(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The sum over ranks of each tensor, the same bits on every rank; one all-reduce for each dtype.
 
@@ -96,6 +103,8 @@ class Ranks:
 
     def _reduced(self, leaves: Sequence[Tensor], operation: Any) -> tuple[Tensor, ...]:
         _check_initialized()
+        if any(without_data(leaf) for leaf in leaves) and not self.pretended:
+            return tuple(leaf.clone() for leaf in leaves)
         found: list[Tensor | None] = [None] * len(leaves)
         kinds = {(leaf.dtype, leaf.device): None for leaf in leaves}
         for kind in kinds:
@@ -137,6 +146,11 @@ def ranks_of(who: str, group: Any) -> Ranks:
     raise TypeError(
         f"{who} was given group={group!r}; None, bilevel.distributed.Ranks() or a process group was needed{hint}"
     )
+
+
+def without_data(leaf: Tensor) -> bool:
+    """Whether a tensor has no numbers to send: a forecast, or a look at what is used."""
+    return isinstance(leaf, FakeTensor) or leaf.device.type == "meta"
 
 
 def _check_initialized() -> None:

@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor
 
 import bilevel as bl
-from bilevel.distributed import Ranks
+from bilevel.distributed import Ranks, data_parallel, share, split
 from bilevel.space import tree
-from bilevel_profiling.cases import standin
 
 
 def _whole(value: Any, ranks: Ranks) -> Any:
@@ -41,22 +40,20 @@ class Parallel:
     estimator: Callable[[bl.Estimator, Ranks], bl.Estimator] = _whole
 
 
-def _rows(value: Any, ranks: Ranks) -> Any:
-    """The rows of this rank of every tensor; the first ranks have one more where they cannot all have as many."""
-    return tree.tree_map(
-        lambda leaf: leaf.tensor_split(ranks.size)[ranks.rank] if isinstance(leaf, Tensor) else leaf, value
-    )
+def _rows(inner: Any, ranks: Ranks) -> Any:
+    """The tasks of this rank of every tensor."""
 
+    def part(leaf: Any) -> Any:
+        return leaf[share(len(leaf), ranks)] if isinstance(leaf, Tensor) else leaf
 
-def _tasks(batches: bl.Batches, ranks: Ranks) -> bl.Batches:
-    return bl.Batches(_rows(batches.inner, ranks), _rows(batches.outer, ranks))
+    return tree.tree_map(part, inner)
 
 
 def _mean(estimator: bl.Estimator, ranks: Ranks) -> bl.Estimator:
     return dataclasses.replace(estimator, group=ranks)
 
 
-TASKS = Parallel("tasks", batches=_tasks, inner=_rows, estimator=_mean)
-"""Each rank has a part of the tasks; the estimators are means over tasks."""
-DATA = Parallel("data", problem=standin.data_parallel, batches=standin.split)
+DATA = Parallel("data", problem=data_parallel, batches=split)
 """Each rank has a part of the rows of every batch; the losses are means over rows."""
+TASKS = Parallel("tasks", batches=split, inner=_rows, estimator=_mean)
+"""Each rank has a part of the tasks; the estimators are means over tasks."""
