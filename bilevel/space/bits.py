@@ -1,7 +1,10 @@
 """Whether tensors are the same to the bit, told from one number each: for processes that must hold the same ones."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bilevel.space import tree
 from bilevel.space.tree import Tree
@@ -16,7 +19,17 @@ def fingerprints(value: Tree) -> list[int]:
     Cost: one pass. Memory: that of a million integers.
     """
     found = [_fingerprint(leaf) for leaf in tree.tensors(value)]
-    return torch.stack(found).tolist() if found else []
+    return numbers(torch.stack(found)) if found else []
+
+
+def numbers(value: Tensor) -> Any:
+    """The numbers of a tensor as a list, or as one; of a tensor without data some that take as many bytes."""
+    if isinstance(value, FakeTensor):
+        known: Any = 0.0 if value.is_floating_point() else 1 << 62
+        for size in reversed(value.shape):
+            known = [known] * size
+        return known
+    return value.detach().tolist()
 
 
 def _fingerprint(leaf: Tensor) -> Tensor:

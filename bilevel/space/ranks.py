@@ -62,8 +62,7 @@ class Ranks:
     @property
     def pretended(self) -> bool:
         """Whether this process stands for one of so many, as in a forecast, and nothing is sent: torch's "fake" group."""
-        _check_initialized()
-        return dist.get_backend(self.group) == "fake"
+        return dist.is_available() and dist.is_initialized() and dist.get_backend(self.group) == "fake"
 
     def sum(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The sum over ranks of each tensor, the same bits on every rank; one all-reduce for each dtype.

@@ -40,7 +40,7 @@ def lines(device: str) -> Any:
     def off(w: Any, x: Any, points: torch.Tensor) -> torch.Tensor:
         return (points @ w - 1).square().mean()
 
-    start = torch.zeros(3)
+    start = torch.full((3,), 0.1)
     problem = bl.Problem(lambda w, x, b: off(w, x, b) + (w - x).square().sum(), off)
     return problem, start, start.expand(TASKS_AT_ONCE, 3), bl.Batches(*points)
 

@@ -7,10 +7,12 @@ send. The first rank stands for all: where work is not split evenly, the first r
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from bilevel.engine import spans
 from bilevel_profiling.forecasting.shapes import Shapes
@@ -50,6 +52,7 @@ class Aside:
 
     def __init__(self, shapes: Shapes) -> None:
         self._shapes = shapes
+        self._off: list[AbstractContextManager[Any]] = []
 
     def __enter__(self) -> Self:
         self._listening = spans.listen(self)
@@ -63,8 +66,13 @@ class Aside:
 
     def enter(self, name: str, count: int) -> None:
         """A span opened (the listener's side of the seam)."""
-        self._shapes.aside += name == spans.ASIDE
+        if name == spans.ASIDE:
+            self._off.append(unset_fake_temporarily())
+            self._off[-1].__enter__()
+            self._shapes.aside += 1
 
     def exit(self, name: str) -> None:
         """A span closed."""
-        self._shapes.aside -= name == spans.ASIDE
+        if name == spans.ASIDE:
+            self._shapes.aside -= 1
+            self._off.pop().__exit__(None, None, None)
