@@ -101,11 +101,13 @@ def test_ranks_have_less_and_find_the_same(ranks: Any) -> None:
         return ranks.run(count, with_errors)[0]
 
     one, two = first(1), first(2)
-    assert two.peak_tensor_bytes < 0.8 * one.peak_tensor_bytes
+    # (Of the whole, the largest is the look at the random generators, which is the same for all.)
+    peaks = [each.phases["hypergradient"].peak_tensor_bytes for each in (one, two)]
+    assert peaks[1] < 0.8 * peaks[0]
     assert one.program_relative_error < 1e-5 > two.program_relative_error
     assert one.calls == two.calls
     assert two.collective_seconds > 0
-    assert sum(phase.sent_bytes or 0 for phase in two.phases.values()) == two.sent_bytes
+    assert 0 < sum(phase.sent_bytes or 0 for phase in two.phases.values()) < two.sent_bytes  # checks are in none
     assert two.repeats == 3  # of the clock: as many on each rank, however slow
 
 
@@ -115,7 +117,7 @@ def with_errors(ranks: Ranks) -> Record:
 
 def test_a_forecast_for_many_ranks_needs_none() -> None:
     found = {count: forecast(CASES["graph"], ranks=count) for count in (8, 512)}
-    assert found[512].peak_tensor_bytes < found[8].peak_tensor_bytes
+    assert found[512].phases["inner"].peak_tensor_bytes < found[8].phases["inner"].peak_tensor_bytes
     # An all-reduce sends 2 (N - 1) / N times its bytes, rounded up: each of its parts is one byte more at most.
     calls = sum(found[8].collectives.values())
     assert found[8].collectives == found[512].collectives
