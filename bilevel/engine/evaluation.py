@@ -78,7 +78,11 @@ class Evaluation:
     def mapped(self, function: Callable[..., Any], trees: tuple[Tree, ...], outer: Tree, batch: Any) -> Any:
         """function(*trees, outer, batch), for each task: a function of the dynamics' own."""
         name = getattr(function, "__name__", type(function).__name__)
-        batch = batch if split_over(self.problem) is None else Withheld(f"{name}, a function of the solver's or the estimator's own,")
+        batch = (
+            batch
+            if split_over(self.problem) is None
+            else Withheld(f"{name}, a function of the solver's or the estimator's own,")
+        )
         if self.tasks is None:
             return function(*trees, outer, batch)
         return _over_tasks(name, function, (*[0] * len(trees), None, 0))(*trees, outer, batch)

@@ -111,7 +111,9 @@ class Rows:
     def examples(self, batch: Any) -> int:
         found = examples(batch, self.name) if self.count is None else self.count(batch)
         if isinstance(found, bool) or not isinstance(found, int) or found < 0:
-            raise TypeError(f"data_parallel() was given a count that returned {found!r}; a number of examples was needed")
+            raise TypeError(
+                f"data_parallel() was given a count that returned {found!r}; a number of examples was needed"
+            )
         return found
 
 
@@ -143,7 +145,9 @@ class SplitLoss:
         summed, count, failed, draws = total(self.rows.ranks, weighed + 0 * tie, *numbers)
         self.rows.settled(like, failed, draws, error)
         if not without_data(like) and _number(count) == 0:
-            raise ValueError(f"{self.rows.name} was given a batch without an example on any rank; at least one was needed")
+            raise ValueError(
+                f"{self.rows.name} was given a batch without an example on any rank; at least one was needed"
+            )
         return (summed / count.detach()).to(loss.dtype)
 
     def _own(self, y: Tree, x: Tree, batch: Any) -> tuple[Tensor | None, int]:
@@ -166,7 +170,9 @@ class SplitLoss:
                 f"{self.rows.name} returned a tensor of shape {tuple(loss.shape)} and dtype {loss.dtype}; a floating 0-dim "
                 f"tensor was needed. Reduce it with .mean()"
             )
-        halves = None if self.rows.known.get("mean") or not self.rows.check or without_data(loss) else _halved(rows, here)
+        halves = (
+            None if self.rows.known.get("mean") or not self.rows.check or without_data(loss) else _halved(rows, here)
+        )
         # (One that changed its arguments in place is refused by who called.)
         kept = versions == [leaf._version for leaf in given]
         if halves is not None and kept and not self.rows.known.get("random"):
@@ -333,9 +339,7 @@ def _halved(batch: Any, here: int) -> list[tuple[Any, int]] | None:
         return None
 
     def part(low: int, high: int) -> Any:
-        return tree.tree_map(
-            lambda leaf: leaf[low:high] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch
-        )
+        return tree.tree_map(lambda leaf: leaf[low:high] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch)
 
     return [(part(0, here // 2), here // 2), (part(here // 2, here), here - here // 2)]
 

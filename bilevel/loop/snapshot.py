@@ -87,7 +87,11 @@ class Parts:
         plain.loaded_tree("outer variable", self.stepping.outer, saved["outer"])
         plain.loaded_tree("inner variable", inner, saved["inner"])
         _same("the tensors of its optimizer, in groups and in this order,", saved["held"], names)
-        _same("other tensors in its optimizer, of shapes", [each.shape for each in saved["others"]], [x.shape for x in others])
+        _same(
+            "other tensors in its optimizer, of shapes",
+            [each.shape for each in saved["others"]],
+            [x.shape for x in others],
+        )
         _same("the optimizer", saved["settings"]["optimizer"], self.settings["optimizer"])
         _same("the schedulers", *(_kinds(each, "scheduler[") for each in (saved["settings"], self.settings)))
         _same("the names in also", sorted(saved["also"]), sorted(self.also))

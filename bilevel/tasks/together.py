@@ -302,11 +302,7 @@ class _Numbers:
 
 
 def _plain(value: Any) -> Any:
-    return (
-        _Numbers(numbers(value.flatten()), tuple(value.shape), value.dtype)
-        if isinstance(value, Tensor)
-        else value
-    )
+    return _Numbers(numbers(value.flatten()), tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
 
 
 def _tensors(value: Any, device: torch.device) -> Any:

@@ -105,8 +105,8 @@ class Case:
         if self.ranks is None or self.parallel is None:
             return made
         how, ranks = self.parallel, self.ranks
-        problem, inner = how.problem(made.problem, ranks), how.inner(made.inner, ranks)
-        return Posed(problem, made.outer, inner, how.batches(made.batches, ranks))
+        outer, inner = how.outer(made.outer, ranks), how.inner(made.inner, ranks)
+        return Posed(how.problem(made.problem, ranks), outer, inner, how.batches(made.batches, ranks))
 
     def part(self, batches: bl.Batches) -> bl.Batches:
         """Of the batches of an outer step, those of this rank."""

@@ -25,6 +25,7 @@ class Parallel:
         name: in the record, such as "data".
         problem: of the bl.Problem.
         batches: of the bl.Batches, those of each outer step included.
+        outer: of the outer variable.
         inner: of the inner variable.
         estimator: of the estimator.
 
@@ -36,6 +37,7 @@ class Parallel:
     name: str
     problem: Callable[[bl.Problem, Ranks], bl.Problem] = _whole
     batches: Callable[[bl.Batches, Ranks], bl.Batches] = _whole
+    outer: Callable[[Any, Ranks], Any] = _whole
     inner: Callable[[Any, Ranks], Any] = _whole
     estimator: Callable[[bl.Estimator, Ranks], bl.Estimator] = _whole
 

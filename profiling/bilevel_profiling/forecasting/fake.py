@@ -151,6 +151,9 @@ def _of_case(case: Case, device: Device | None, command: str) -> Record:
         if not engines.sees_operators(case.engine):  # tracing is no part of the call
             trial.hypergradient()
             trial.tidy()
+        if any(hasattr(leaf, "device_mesh") for leaf in tree.tensors((trial.posed.outer, trial.posed.inner))):
+            trial()  # DTensor thinks about each operator once, on tensors without data of its own
+            trial.tidy()
         figures, notes, blocks = _metered(trial, device, shapes)
         facts: dict[str, Any] = {"dtype": str(trial.posed.dtype).removeprefix("torch."), "base_tensor_bytes": sum(base)}
         del trial

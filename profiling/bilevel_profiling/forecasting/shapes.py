@@ -21,6 +21,7 @@ from bilevel_profiling.forecasting import kernels
 _VIEW, _FRESH, _OTHER = range(3)
 _READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _NONE = object()
+_wait_tensor = torch.ops._c10d_functional.wait_tensor.default
 
 
 # torch's mode is made to be entered, not wrapped: its `dispatch` is the one place where the mode itself is off.
@@ -62,6 +63,8 @@ class Shapes(FakeTensorMode):
     ) -> Any:
         """One operation."""
         kwargs = kwargs or {}
+        if func is _wait_tensor:
+            return args[0]  # torch's rule of shapes makes another one
         kind = _kinds.get(func)
         if kind is None:
             kind = _kinds[func] = _kind(func)
