@@ -46,6 +46,8 @@ _MOST = 2**30
 _LOST = (concurrent.futures.BrokenExecutor, concurrent.futures.CancelledError, KeyboardInterrupt)
 """What a future says when the worker, or the executor, is gone, and not what was run."""
 _TICK = 1.0
+_SELDOM = 20.0
+"""All rows are written again at most one part of the time in so many, however many they are."""
 
 
 def check(executor: object) -> None:
@@ -97,7 +99,7 @@ class Dispatch:
         self._gone = ""
         """Why nothing more is handed out."""
         self._said = False
-        self._numbers = itertools.count()
+        self._numbers, self._bytes, self._tidy_after = itertools.count(), 0, 0.0
 
     def run(self, work: Sequence[Piece]) -> None:
         """Do it all.
@@ -115,7 +117,7 @@ class Dispatch:
             try:
                 while graph.is_active():
                     waiting += graph.get_ready()
-                    while waiting and (not self._out or sum(out.size for out in self._out.values()) < _MOST):
+                    while waiting and (not self._out or self._bytes < _MOST):
                         name = waiting.pop(0)
                         if self._handed_out(name, pieces[name], folder / str(next(self._numbers))):
                             continue
@@ -136,12 +138,12 @@ class Dispatch:
                     raise concurrent.futures.BrokenExecutor(self._gone)
                 payload = pickle.dumps(self._parcel(piece, errand, started))
                 future = self._executor.submit(carry_out, versions_here(), payload)
-                self._out[name] = _Out(piece, future, len(payload), started)
                 future.add_done_callback(lambda _: self._back.put(name))
             except Exception as error:  # an executor's own, of any kind
-                self._out.pop(name, None)
                 self._finish(piece, self._not_run(error))
                 return False
+            self._out[name] = _Out(piece, future, len(payload), started)
+            self._bytes += len(payload)
             self._tell()
             return True
         if isinstance(errand, Answer):
@@ -171,6 +173,7 @@ class Dispatch:
             if name in self._out:  # an executor may call back twice
                 break
         out = self._out.pop(name)
+        self._bytes -= out.size
         returned = self._returned(out)
         for path, data in returned.files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -241,10 +244,11 @@ class Dispatch:
         own = None if isinstance(piece, Reference) else piece.key
         for other_host, other_begun, other_ended, other in self._spans:
             if host == other_host and begun < other_ended and other_begun < ended:
-                for key in {own, other} - {None}:
-                    assert key is not None
-                    self._site.beside(key)
+                self._site.shared.update(key for key in (own, other) if key is not None)
         self._spans.append((host, begun, ended, own))
+        if (now := time.monotonic()) > self._tidy_after:
+            self._site.tidy()
+            self._tidy_after = time.monotonic() + _SELDOM * (time.monotonic() - now)
 
     def _tell(self) -> None:
         self._progress.begin(Task("executor", f"{len(self._out)} handed out", 0.0))

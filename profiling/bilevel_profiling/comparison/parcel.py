@@ -55,7 +55,7 @@ class Code:
             target = folder / self.names[path]
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(text)
-        return folder / self.names[self.case], (str(folder),)
+        return folder / self.names[self.case], (str(folder / "modules"),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,14 +145,14 @@ def versions_here() -> Versions:
 
 def code_of(source: str) -> Code:
     """The case file of a comparison, to be sent."""
-    case = Path(source).expanduser().resolve()
-    found = {case: Path(case.name)}
+    case = Path(source).expanduser().absolute()
+    found = {case: Path("case", case.name)}  # apart from the modules, of which one may be called like it
     roots: list[str] = []
     for name, origin in sources.files(case, "").items():
         parts = name.split(".")
         inside = Path(*parts, "__init__.py") if origin.name == "__init__.py" else Path(*parts).with_suffix(".py")
-        found.setdefault(origin.resolve(), inside)
-        roots.append(str(origin.resolve().parents[len(inside.parts) - 1]))
+        found.setdefault(origin.absolute(), Path("modules", inside))
+        roots.append(str(origin.absolute().parents[len(inside.parts) - 1]))
     names = {path: inside.as_posix() for path, inside in found.items()}
     return Code(case, {path: path.read_bytes() for path in found}, names, tuple(dict.fromkeys(roots)))
 

@@ -41,7 +41,9 @@ class Site:
     rows: RecordsFile
     date: str
     order: Mapping[Key, int] = dataclasses.field(default_factory=dict)
-    """The places of the rows in the plan, which are those in the file, whichever is known first."""
+    """The places of the rows in the plan, which in the end are those in the file."""
+    shared: set[Key] = dataclasses.field(default_factory=set)
+    """Rows whose runs were not alone on their machine, as far as they do not say so yet."""
     missing: dict[Path, str] = dataclasses.field(default_factory=dict)
     """Why a reference could not be made, by its path: what a piece of work leaves for the next."""
     unmade: dict[Path, str] = dataclasses.field(default_factory=dict)
@@ -57,29 +59,27 @@ class Site:
         return next(found, None)
 
     def put(self, record: Record) -> None:
-        """Write a row, in the place of the one that is there, else before those that come after it in the plan."""
-        key = key_of(record)
-        place, mine = self.place(key), self.order.get(key)
-        if place is not None:
-            self.rows.replace(place, record)
-            return
-        later = (
-            place
-            for place, other in enumerate(self.rows.records)
-            if mine is not None and self.order.get(key_of(other), -1) > mine
-        )
-        place = next(later, None)
+        """Write a row, in the place of the one that is there."""
+        place = self.place(key_of(record))
         if place is None:
             self.rows.append(record)
         else:
-            self.rows.insert(place, record)
+            self.rows.replace(place, record)
 
-    def beside(self, key: Key) -> None:
-        """Say in a row, if it has times, that its run was not alone on its machine."""
-        place = self.place(key)
-        record = None if place is None else self.rows.records[place]
-        if place is not None and record is not None and record.wall_seconds is not None and _BESIDE not in record.notes:
-            self.rows.replace(place, dataclasses.replace(record, notes=(*record.notes, _BESIDE)))
+    def tidy(self) -> None:
+        """Bring the rows into the order of the plan, each that it does not ask for behind the one that it follows, and
+        write the notes of those that were not alone. A row without times needs none.
+        """
+        records, ranks, changed = self.rows.records, [-1], {}
+        for place, record in enumerate(records):
+            key = key_of(record)
+            ranks.append(self.order.get(key, ranks[-1]))
+            if key in self.shared and record.wall_seconds is not None and _BESIDE not in record.notes:
+                changed[place] = dataclasses.replace(record, notes=(*record.notes, _BESIDE))
+        self.shared.clear()
+        places = sorted(range(len(records)), key=lambda place: ranks[place + 1])
+        if changed or places != list(range(len(records))):
+            self.rows.rearrange(places, changed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +249,9 @@ class Row(Piece):
 
     def take(self, site: Site, answer: Answer) -> str:
         settings, folder = site.settings, site.folder
+        if answer.failure is None and key_of(answer.value) != self.key:
+            said = f"The answer is that of another row: {key_of(answer.value)} for {self.key}"
+            answer = dataclasses.replace(answer, failure=Failure(ERROR, said))
         if answer.failure is not None:
             record = self._blank(site, answer.failure)
             record = record if answer.begun else dataclasses.replace(record, notes=(*record.notes, _LATER))

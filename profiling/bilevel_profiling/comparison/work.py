@@ -252,8 +252,11 @@ class Comparison:
                 Dispatch(self._executor, self._site, self._progress).run(work)
         finally:
             self._progress.stop()
-            page = report.write(self.records, self.out, self._site.settings.command)
-            self._site.folder.release()
+            try:
+                self._site.tidy()
+            finally:
+                page = report.write(self.records, self.out, self._site.settings.command)
+                self._site.folder.release()
         return page
 
     def _one_by_one(self, work: Sequence[Piece]) -> None:

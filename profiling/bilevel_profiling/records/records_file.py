@@ -10,7 +10,7 @@ the next one is begun, and a row that grows is replaced together with its file: 
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -153,15 +153,13 @@ class RecordsFile:
             raise
         self._rows.append(Row(record, text))
 
-    def insert(self, place: int, record: Record) -> None:
-        """Write a row before the one at that place; the other rows stay as they are, byte for byte."""
-        self._write([*self._rows[:place], Row(record, _bytes(record)), *self._rows[place:]])
-
     def replace(self, place: int, record: Record) -> None:
         """Write another record in the place of a row; the other rows stay as they are, byte for byte."""
-        self._write([*self._rows[:place], Row(record, _bytes(record)), *self._rows[place + 1 :]])
+        self.rearrange(range(len(self._rows)), {place: record})
 
-    def _write(self, rows: list[Row]) -> None:
+    def rearrange(self, places: Sequence[int], changed: Mapping[int, Record]) -> None:
+        """Write all rows in another order, given by the places that they had, and some with another record."""
+        rows = [Row(changed[at], _bytes(changed[at])) if at in changed else self._rows[at] for at in places]
         replace_file(self.path, b"".join(row.text for row in rows))
         self._rows = rows
 
