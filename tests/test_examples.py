@@ -1,7 +1,9 @@
 """Every example script runs, small: what `make examples` does."""
 
+import os
 import pathlib
 import runpy
+import subprocess
 import sys
 
 import bilevel_profiling
@@ -11,7 +13,8 @@ from bilevel_profiling.cases import case_file
 import bilevel as bl
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*.py") if path.name != "publish.py")
+DISTRIBUTED = sorted((ROOT / "examples" / "distributed").glob("*.py"))
+EXAMPLES = sorted({path for path in (ROOT / "examples").rglob("*.py") if path.name != "publish.py"} - {*DISTRIBUTED})
 
 
 def name(path):
@@ -29,6 +32,16 @@ def test_an_example_runs(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
     runpy.run_path(str(script), run_name="__main__")
     assert capsys.readouterr().out.strip() or script.name == "my_cases.py"
+
+
+@pytest.mark.parametrize("script", DISTRIBUTED, ids=name)
+def test_an_example_runs_on_two_ranks(script, tmp_path):
+    pytest.importorskip("matplotlib")
+    small = {"BILEVEL_EXAMPLE_SMALL": "1", "BILEVEL_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    found = subprocess.run(command, env=os.environ | small, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip()
 
 
 def test_the_example_case_file_is_usable(monkeypatch):

@@ -437,9 +437,42 @@ def loops(ranks: Ranks | None) -> list[Any]:
 
 
 def test_ranks_make_the_same_steps_to_the_bit(ranks: Any) -> None:
-    answers = ranks.run(4, loops)
+    answers = ranks.run(2, loops)
     assert all(same(answer, answers[0]) for answer in answers)
     torch.testing.assert_close(answers[0], loops(None), rtol=1e-11, atol=1e-12)
+
+
+def stopping(ranks: Ranks) -> list[Any]:
+    """Loaders of two and three batches, one that fails at its second, one that yields a list; then a sound one."""
+    first, found = ranks.rank == 0, []
+
+    def falls(mine: bl.Batches) -> Any:
+        yield mine
+        if first:
+            raise OSError("no such file")
+        yield mine
+
+    mine = goals(ranks)
+    for loader in ([mine] * (2 if first else 3), falls(mine), [mine, 3 if first else mine], [mine] * 3):
+        x = {name: leaf.requires_grad_() for name, leaf in point().items()}
+        estimator, optimizer = bl.TaskMean(bl.Unrolled(), group=ranks), torch.optim.SGD(x.values(), lr=0.1)
+        steps: list[int] = []
+        try:
+            for step in bl.iterate(SMALL, x, None, loader, solver=STEPPING, estimator=estimator, optimizer=optimizer):
+                steps.append(step.index)
+        except Exception as error:
+            found.append((type(error).__name__, str(error), len(steps)))
+        else:
+            found.append(("", "", len(steps)))
+    return found
+
+
+def test_loaders_end_and_fail_on_all_ranks(ranks: Any) -> None:
+    one, other = ranks.run(2, stopping)
+    assert [(kind, count) for kind, _, count in one] == [("RankError", 2), ("OSError", 1), ("TypeError", 1), ("", 3)]
+    assert [(kind, count) for kind, _, count in other] == [("RankError", 2), *[("RankError", 1)] * 2, ("", 3)]
+    assert "rank 0 at the end of the data, rank 1 at tasks" in one[0][1] == other[0][1]
+    assert "rank 0 (OSError: no such file)" in other[1][1]
 
 
 def images(seed: int) -> bl.Batches:
