@@ -14,7 +14,7 @@ from bilevel.engine import autodiff, spans
 from bilevel.engine.base import Derivatives, Engine
 from bilevel.engine.eager import Eager
 from bilevel.engine.split import split_over
-from bilevel.engine.together import together
+from bilevel.engine.together import guarded, together
 from bilevel.estimators.base import Estimator, Instance
 from bilevel.estimators.run import estimated
 from bilevel.estimators.state import State
@@ -72,13 +72,14 @@ def hypergradient(
         {'target': tensor([1., 1.])}
     """
     check_kind("hypergradient", "estimator", estimator, Estimator, "bilevel.Implicit(bilevel.CG(max_steps=10))")
-    with estimator.company.guarded():
+    ranks = split_over(problem)
+    with estimator.company.guarded(), guarded(ranks, outer):
         check_arguments("hypergradient", problem, outer, inner, batches, solver)
         derivatives = opened("hypergradient", engine)
         start = None if inner is None else tree.detach(inner)
         instance = Instance(problem, tree.detach(outer), start, batches, solver, engine=derivatives)
     calls = spans.Calls()
-    ranks, given = split_over(problem), (estimator, solver, state)
+    given = estimator, solver, state
     with prepared(), spans.listen(calls), together("hypergradient", ranks, instance, given) as same:
         estimate = estimated(estimator, instance, state)
         same([estimate.grad, estimate.inner, estimate.outer_loss, estimate.inner_loss])

@@ -13,16 +13,13 @@ from torch import Tensor
 
 from bilevel.engine.lookup import Lookups
 from bilevel.engine.replay import Generators
-from bilevel.engine.split import Withheld, split_over
+from bilevel.engine.split import NEEDS_GRAPH, Withheld, split_over
 from bilevel.problem import Problem, Pulled, distance
 from bilevel.space import tree
 from bilevel.space.tree import Tree
 
 _OF_VMAP = ("vmap", "Batching rule", "functorch", "storage", "transform", "register a hook")
 """What errors name where torch.func.vmap is the cause."""
-
-_NEEDS_GRAPH = "does not require grad"
-"""What torch says when a function takes a gradient inside, of an argument that was passed without a graph."""
 
 
 class Evaluation:
@@ -146,7 +143,7 @@ class Evaluation:
         try:
             result = function(*arguments)
         except RuntimeError as error:
-            if _NEEDS_GRAPH not in str(error):
+            if NEEDS_GRAPH not in str(error):
                 raise
             if before is not None and state is not None:
                 before.set(state)

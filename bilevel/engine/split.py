@@ -20,9 +20,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from bilevel.engine.collectives import tied, total
 from bilevel.engine.replay import Generators
 from bilevel.problem import Loss, Problem, Pulled
-from bilevel.space import fingerprint, tree
+from bilevel.space import bits, tree
 from bilevel.space.ranks import Ranks, without_data
 from bilevel.space.tree import Tree
+
+NEEDS_GRAPH = "does not require grad"
+"""What torch says when a function takes a gradient inside, of an argument that was passed without a graph."""
 
 _LOOSE = 1e3
 """Roundings by which the mean of two halves may differ from the whole."""
@@ -91,7 +94,7 @@ class Rows:
 
     def _own_stream(self, generators: Generators) -> None:
         with _disable_current_modes():
-            seed = sum(int(fingerprint.of(number)) for number in generators.peek().numbers)
+            seed = sum(int(bits.of(number)) for number in generators.peek().numbers)
             generators.seed((seed + 0x9E3779B97F4A7C15 * (self.ranks.rank + 1)) % (1 << 63))
 
     def settled(self, like: Tensor, failed: Tensor, drew: Tensor, error: Exception | None) -> None:
@@ -137,11 +140,12 @@ class SplitLoss:
         loss, here = (None, 0) if found is None else found
         if loss is None:
             loss = like.reshape(-1)[:1].sum().detach() * 0 if like.numel() else torch.zeros_like(like).sum()
-        kind = {"dtype": _wide(loss.dtype), "device": loss.device}
+        wide = _wide(loss.dtype)
         # (Whatever the numbers are, a finite one times 0.)
-        tie = functools.reduce(torch.mul, [torch.tanh(each.to(**kind)) for each in ties])
-        numbers = [torch.full((), float(each), **kind) for each in (here, error is not None, drew)]
-        weighed = here * loss.to(**kind) if here else torch.zeros_like(loss, **kind)
+        tie = functools.reduce(torch.mul, [torch.tanh(each.to(wide)) for each in ties])
+        here, flags = float(here), (float(error is not None), float(drew))
+        numbers = [torch.full((), each, dtype=wide, device=loss.device) for each in (here, *flags)]
+        weighed = here * loss.to(wide) if here else torch.zeros_like(loss, dtype=wide)
         summed, count, failed, draws = total(self.rows.ranks, weighed + 0 * tie, *numbers)
         self.rows.settled(like, failed, draws, error)
         if not without_data(like) and _number(count) == 0:
@@ -162,13 +166,13 @@ class SplitLoss:
         loss = self.rows.function(y, x, rows)
         if not isinstance(loss, Tensor):
             raise TypeError(
-                f"{self.rows.name} returned {'None' if loss is None else type(loss).__name__}; a 0-dim tensor was needed. "
-                f"Does it end in a return of the loss, without .item()?"
+                f"{self.rows.name} returned {'None' if loss is None else type(loss).__name__}; a 0-dim tensor was "
+                f"needed. Does it end in a return of the loss, without .item()?"
             )
         if loss.dim() or not loss.is_floating_point():
             raise ValueError(
-                f"{self.rows.name} returned a tensor of shape {tuple(loss.shape)} and dtype {loss.dtype}; a floating 0-dim "
-                f"tensor was needed. Reduce it with .mean()"
+                f"{self.rows.name} returned a tensor of shape {tuple(loss.shape)} and dtype {loss.dtype}; a floating "
+                f"0-dim tensor was needed. Reduce it with .mean()"
             )
         halves = (
             None if self.rows.known.get("mean") or not self.rows.check or without_data(loss) else _halved(rows, here)
@@ -178,7 +182,8 @@ class SplitLoss:
         if halves is not None and kept and not self.rows.known.get("random"):
             before = Generators(loss.device)
             state = before.peek()
-            parts = [self.rows.function(y, x, part) for part, _ in halves]
+            with torch.no_grad():
+                parts = _without_a_graph(self.rows.function, y, x, [half for half, _ in halves])
             if before.same(state, before.peek()):
                 self._check_mean(loss, parts, [size / here for _, size in halves])
                 self.rows.known["mean"] = True
@@ -187,7 +192,7 @@ class SplitLoss:
     def _check_mean(self, loss: Tensor, parts: list[Tensor], shares: list[float]) -> None:
         with torch.no_grad():
             whole, *own = (_physical(each).detach().double() for each in (loss, *parts))
-            mean = sum(share * part for share, part in zip(shares, own, strict=True))
+            mean = torch.stack([share * part for share, part in zip(shares, own, strict=True)]).sum(0)
             size = torch.stack([whole.abs(), *(part.abs() for part in own)]).amax(0)
             off = (mean - whole).abs() > min(_LOOSE * torch.finfo(loss.dtype).eps, _LOOSEST) * size
         if bool(off.any()):
@@ -215,9 +220,10 @@ class SplitFeatures:
         x, tie = tied(self.rows.ranks, outer)
         like = tree.tensors(outer)[0]
         found, drew, error = self.rows.called(like, lambda: self._own(x, batch))
-        kind = {"dtype": torch.float32, "device": like.device}
-        numbers = [torch.full((), float(each), **kind) for each in (error is not None, drew)]
-        self.rows.settled(like, *self.rows.ranks.sum(numbers), error)
+        assert tie is not None, "outer holds floating tensors"
+        flags = torch.tensor([float(error is not None), float(drew)], device=like.device)
+        (failed, draws) = self.rows.ranks.sum([flags])[0].unbind()
+        self.rows.settled(like, failed, draws, error)
         value, here = found
         return Embedded(value, torch.full((), here, dtype=torch.int64, device=like.device), tie)
 
@@ -262,14 +268,14 @@ class SplitStart:
 
 
 class Withheld:
-    """In the place of a batch of which a rank has a part, for functions that the mean over ranks does not make whole."""
+    """In the place of a batch of which a rank has a part, for functions that a mean over ranks does not make whole."""
 
     def __init__(self, who: str) -> None:
-        self.__dict__["_who"] = who
+        vars(self)["who"] = who
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise ValueError(
-            f"{self._who} looks at the batch, of which a rank has its own rows alone, and only the two losses and "
+            f"{vars(self)['who']} looks at the batch, of which a rank has its own rows alone; only the two losses and "
             f"Problem.features are averaged over ranks. Put what it needs into outer, or take solvers and estimators "
             f"that look at data through the losses: Descent, Converge, Newton; Unrolled, Implicit(bilevel.CG(10))"
         )
@@ -287,6 +293,8 @@ class Withheld:
 
 def split_over(problem: Problem) -> Ranks | None:
     """The ranks that a problem's data are split over; None where they are not."""
+    if not isinstance(problem, Problem):
+        return None  # (which is refused where arguments are checked)
     inner = problem.inner_loss.inner_loss if isinstance(problem.inner_loss, Pulled) else problem.inner_loss
     split = [each for each in (inner, problem.outer_loss) if isinstance(each, SplitLoss)]
     return split[0].rows.ranks if split else None
@@ -342,6 +350,16 @@ def _halved(batch: Any, here: int) -> list[tuple[Any, int]] | None:
         return tree.tree_map(lambda leaf: leaf[low:high] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch)
 
     return [(part(0, here // 2), here // 2), (part(here // 2, here), here - here // 2)]
+
+
+def _without_a_graph(function: Callable[..., Tensor], y: Tree, x: Tree, batches: list[Any]) -> list[Tensor]:
+    try:
+        return [function(y, x, batch) for batch in batches]
+    except RuntimeError as error:
+        if NEEDS_GRAPH not in str(error):
+            raise
+        with torch.enable_grad():  # (It takes a gradient of its own.)
+            return [function(y, x, batch).detach() for batch in batches]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from bilevel.batches import PerStep
 from bilevel.engine.replay import Generators
-from bilevel.space import fingerprint, tree
+from bilevel.space import bits, tree
 from bilevel.space.ranks import RankError, Ranks, without_data
 
-_DRAWS = "random numbers"
+_PARTS, _FAILED = 8, 1
+"""How many values are compared, and what a rank sends that cannot compare."""
 
 
 @contextlib.contextmanager
@@ -44,22 +45,25 @@ def together(
     if ranks is None or (without_data(leaves[0]) and not ranks.pretended):
         yield lambda result: None
         return
-    if instance.engine is not None and instance.engine.pure:
-        raise ValueError(
-            f"{who}() was given a problem whose data are split over ranks and an engine that traces, and sums over "
-            f"ranks are not in a trace. Use engine=bilevel.Eager(); a torch.compile inside the loss may stay"
-        )
+    with guarded(ranks, instance.outer):
+        _check_apart(who, ranks, given[0])
+        if instance.engine is not None and instance.engine.pure:
+            raise ValueError(
+                f"{who}() was given a problem whose data are split over ranks and an engine that traces, and sums over "
+                f"ranks are not in a trace. Use engine=bilevel.Eager(); a torch.compile inside the loss may stay"
+            )
     generators, inner = Generators(leaves[0].device), instance.batches.inner
     before = generators.peek()
     parts = {
         "outer": instance.outer,
         "inner": instance.inner,
-        **{name: value for name, value in zip(("estimator", "solver", "state"), given, strict=False)},
-        "further arguments": given[3:],
+        "estimator": given[0],
+        "solver": given[1],
+        "state": given[2],
         "number of PerStep batches": len(inner) if isinstance(inner, PerStep) else None,
-        "modes (autocast, grad)": (torch.is_autocast_enabled(leaves[0].device.type), ranks.size),
+        "autocast": torch.is_autocast_enabled(leaves[0].device.type),
     }
-    *off, drawn = _different(ranks, leaves[0].device, [*parts.values(), before.numbers])
+    *off, drawn = _different(ranks, leaves[0].device, [*parts.values(), before.numbers], "the arguments")
     wrong = [name for name, differs in zip(parts, off, strict=True) if differs is not None]
     if wrong:
         raise ValueError(
@@ -74,7 +78,10 @@ def together(
 
     def same(result: Sequence[Any]) -> None:
         after = generators.peek()
-        if any(each is not None for each in _different(ranks, leaves[0].device, [list(result), after.numbers])):
+        if any(
+            each is not None
+            for each in _different(ranks, leaves[0].device, [list(result), after.numbers], "the results")
+        ):
             raise RankError(
                 f"the result of {who}() differs between ranks, though only their batches did: something besides the "
                 f"losses and Problem.features looks at a rank's own rows or is a rank's own (a constraint, a loader "
@@ -91,14 +98,47 @@ def together(
                 generators.advance()
 
 
-def _different(ranks: Ranks, device: torch.device, values: Sequence[Any]) -> list[int | None]:
-    """For each value None where it is the same on every rank, else a number that is."""
+@contextlib.contextmanager
+def guarded(ranks: Ranks | None, outer: Any) -> Iterator[None]:
+    """A block before `together`, whose exception all ranks raise: the others where they meet."""
+    try:
+        yield
+    except Exception:
+        if ranks is not None:
+            leaves = [leaf for leaf in tree.tensors(outer) if not without_data(leaf)]
+            if leaves:
+                with contextlib.suppress(RuntimeError):
+                    ranks.largest([torch.full((1 + 2 * _PARTS,), _FAILED, device=leaves[0].device)])
+        raise
+
+
+def _check_apart(who: str, ranks: Ranks, estimator: Any) -> None:
+    """Raise ValueError if the ranks that have parts of a batch have other tasks, too."""
+    tasks = getattr(estimator, "group", None)
+    if isinstance(tasks, Ranks) and len(set(tasks.members) & set(ranks.members)) > 1:
+        raise ValueError(
+            f"{who}() was given tasks and examples that are split over the same ranks: {tasks} and {ranks}. The ranks "
+            f"that share the examples of a task must have the same tasks; take the rows and columns of a mesh, "
+            f"torch.distributed.init_device_mesh(device, (tasks, examples)), or split one of the two"
+        )
+
+
+def _different(ranks: Ranks, device: torch.device, values: Sequence[Any], what: str) -> list[int | None]:
+    """For each value None where it is the same on every rank, else a number that is.
+
+    Raises:
+        RankError: a rank failed before it came here.
+    """
     own = torch.stack([_of(value, device) for value in values])
-    (found,) = ranks.largest([torch.cat([own, -own])])
+    own = torch.cat([own, own.new_zeros(_PARTS - len(own))])
+    (found,) = ranks.largest([torch.cat([own.new_zeros(1), own, -own])])
     if without_data(found):
         return [None] * len(values)
-    highest, lowest = found[: len(own)].tolist(), (-found[len(own) :]).tolist()
-    return [None if high == low else high for high, low in zip(highest, lowest, strict=True)]
+    numbers = found.tolist()
+    if numbers[0] == _FAILED:
+        raise RankError(f"another rank failed before {what} were compared; its own output says why")
+    pairs = zip(numbers[1 : 1 + _PARTS], numbers[1 + _PARTS :], strict=True)
+    return [None if high == -low else high for high, low in pairs][: len(values)]
 
 
 def _of(value: Any, device: torch.device) -> Tensor:
@@ -106,8 +146,8 @@ def _of(value: Any, device: torch.device) -> Tensor:
     tensors, words = list[Tensor](), list[str]()
     _walk(value, tensors, words)
     text = torch.tensor(zlib.crc32(" ".join(words).encode()), device=device)
-    parts = [fingerprint.of(leaf).to(device) for leaf in tensors]
-    return fingerprint.of(torch.stack([text, *parts]))
+    parts = [bits.of(leaf).to(device) for leaf in tensors]
+    return bits.of(torch.stack([text, *parts]))
 
 
 def _walk(value: Any, tensors: list[Tensor], words: list[str]) -> None:

@@ -43,9 +43,7 @@ parts = glyphs.load(letters).split(seed=0)
 
 def shared(split, tasks, steps, seed):
     """This rank's tasks of each batch. The same seed gives the same batches everywhere, so nobody has to send any."""
-    loader = Episodes(
-        parts[split], tasks=tasks, way=WAY, shot=SHOT, query=QUERY, steps=steps, seed=seed, device=device
-    )
+    loader = Episodes(parts[split], tasks=tasks, way=WAY, shot=SHOT, query=QUERY, steps=steps, seed=seed, device=device)
     return (bl.distributed.split(batches, ranks) for batches in loader)
 
 

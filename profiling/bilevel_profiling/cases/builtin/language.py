@@ -16,11 +16,9 @@ from torch import Tensor
 
 import bilevel as bl
 from bilevel.problems import language
-from bilevel_profiling.cases.parallel import DATA
 
 LAYERS, WIDTH, HEADS, CONTEXT, EXAMPLES, VALIDATION = 2, 56, 4, 24, 64, 48
 OPTIMIZER = bl.SGD(lr=language.INNER_LR)
-PARALLEL = DATA
 INNER_STEPS = [2, 4, 8]
 OUTER_STEPS = 8
 
