@@ -160,6 +160,10 @@ def cell(way, label, gpus, sizes):
     }
 
 
+def each(asked):
+    return cell(*asked)
+
+
 def table(rows):
     sizes, numbers = rows[0]["sizes"], sorted({row["gpus"] for row in rows})
     found = {(row["way"], row["estimator"], row["gpus"]): row for row in rows}
@@ -195,16 +199,14 @@ def main():
     sizes = {name: getattr(options, name) for name in SIZES}
     rows, context = [], multiprocessing.get_context("spawn")
     for way in options.ways.split(","):
-        for label in CELLS[way]:
-            for gpus in map(int, options.gpus.split(",")):
-                with context.Pool(1) as pool:
-                    rows.append(pool.apply(cell, (way, label, gpus, sizes)))
-                row = rows[-1]
+        asked = [(way, label, int(gpus), sizes) for label in CELLS[way] for gpus in options.gpus.split(",")]
+        with context.Pool(1) as pool:
+            for row in pool.imap(each, asked):
+                rows.append(row)
                 needs, sends = row["needed_bytes"] / 2**30, row["sent_bytes"] / 2**30
-                print(
-                    f"{way} {label}, {gpus}: {needs:.2f} GiB, {sends:.2f} GiB sent, {row['seconds']:.0f} s", flush=True
-                )
-                lines = "".join(json.dumps(each) + "\n" for each in rows)
+                said = f"{way} {row['estimator']}, {row['gpus']}: {needs:.2f} GiB, {sends:.2f} GiB sent"
+                print(f"{said}, {row['seconds']:.0f} s", flush=True)
+                lines = "".join(json.dumps(known) + "\n" for known in rows)
                 options.out.with_suffix(".jsonl").write_text(lines, encoding="utf-8")
                 options.out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
 
