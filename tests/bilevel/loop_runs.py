@@ -48,11 +48,19 @@ class Draws:
 
 
 def made(
-    estimator: bl.Estimator, loader: Any, *, tasks: int | None = None, optimizer: Any = torch.optim.Adam, **options: Any
+    estimator: bl.Estimator,
+    loader: Any,
+    *,
+    tasks: int | None = None,
+    optimizer: Any = torch.optim.Adam,
+    device: str = "cpu",
+    **options: Any,
 ) -> bl.OuterLoop:
     """A loop over `PROBLEM` that is made the same way each time, whatever the generators are."""
-    x = {"u": torch.tensor([0.5, -0.4, 0.3]).requires_grad_(), "v": torch.tensor([0.2]).requires_grad_()}
-    start = torch.tensor([0.1, 0.2]), torch.tensor([-0.1, 0.3])
+    here = torch.device(device)
+    x = {"u": torch.tensor([0.5, -0.4, 0.3], device=here), "v": torch.tensor([0.2], device=here)}
+    x = options.pop("outer", None) or {name: leaf.requires_grad_() for name, leaf in x.items()}
+    start = torch.tensor([0.1, 0.2], device=here), torch.tensor([-0.1, 0.3], device=here)
     y = {name: leaf if tasks is None else leaf.expand(tasks, 2).clone() for name, leaf in zip("ab", start, strict=True)}
     moved = optimizer(x.values(), lr=0.05)
     arguments: dict[str, Any] = {

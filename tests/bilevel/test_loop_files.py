@@ -1,5 +1,6 @@
 """Files of a loop: sealed, whole or not there; and what does not fit is refused before anything is changed."""
 
+import collections
 import dataclasses
 import json
 import random
@@ -8,10 +9,12 @@ import zipfile
 
 import pytest
 import torch
+from catalogue import ENTRIES
 from loop_runs import FROM_X, PROBLEM, Draws, H, bits, inner_loss, made, outer_loss, seeded
 
 import bilevel as bl
-from bilevel.loop import DamagedFileError
+from bilevel.loop import DamagedFileError, plain
+from bilevel.space import tree
 
 ESTIMATOR = bl.MemoryReduced(steps=3, warm_inner=True, warm_adjoint=True)
 STEPS = 6
@@ -33,7 +36,7 @@ def saved(tmp_path):
 
 
 def test_the_last_few_are_kept_by_the_order_of_saving(saved):
-    folder, states = saved
+    folder, _ = saved
     assert sorted(path.name for path in folder.iterdir()) == [f"{n:06d}-step-{n}.pt" for n in (4, 5, 6)]
     run = loop()
     assert run.load(folder / "000004-step-4.pt").name == "000004-step-4.pt"
@@ -116,7 +119,7 @@ def test_empty_foreign_and_cut_files(saved, contents, message):
 
 
 def test_a_file_that_is_renamed_or_alone(saved, tmp_path):
-    folder, states = saved
+    folder, _ = saved
     shutil.copy(folder / "000005-step-5.pt", tmp_path / "best.pt")
     run = loop()
     run.load(tmp_path / "best.pt")
@@ -334,6 +337,23 @@ def test_objects_are_saved_along():
         loop(also={"odd": 3})
 
 
+def test_trees_that_a_file_cannot_hold_are_refused_when_it_is_saved(tmp_path):
+    pair = collections.namedtuple("pair", "a b")
+    problem = bl.Problem(
+        lambda y, x, b: inner_loss({"a": y.a, "b": y.b}, x, b), lambda y, x, b: outer_loss({"a": y.a, "b": y.b}, x, b)
+    )
+    run = loop(problem=problem, inner=pair(torch.zeros(2), torch.zeros(2)))
+    next(run)
+    with pytest.raises(TypeError, match=r"was to save state\['inner'\], a pair; a file holds tensors, numbers"):
+        run.save(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run = loop(problem=problem, inner=pair(torch.zeros(2), torch.zeros(2)), estimator=bl.FirstOrder())
+    next(run)
+    run.save(tmp_path / "run")  # y itself is no difficulty
+    run.load(tmp_path / "run")
+    assert isinstance(run.inner, pair)
+
+
 @pytest.mark.filterwarnings("ignore:outer variable")
 def test_tensors_that_are_shared_or_only_in_the_optimizer(tmp_path):
     def make():
@@ -374,3 +394,62 @@ def test_memories_of_a_wider_dtype_stay_so():
     again.load_state_dict(state)
     assert bits(again.state_dict()) == bits(state)
     assert state["optimizer"]["state"][0]["sum"].dtype is torch.float64
+
+
+@pytest.mark.parametrize("label", ["soba", "saba", "meha", "lv-hba", "f2sa"])
+@pytest.mark.filterwarnings("ignore:OuterLoop\\(\\) stepped through", "ignore:.*other settings.*device was cpu")
+def test_counters_stay_on_the_host_wherever_a_state_goes(label):
+    run = loop(estimator=bl.TaskMean(ENTRIES[label].estimator), loader=Draws(2, 2), tasks=2)
+    next(run)
+    state = run.state_dict()
+    there = plain.placed(state["state"], torch.device("meta"), state["on_host"])["state"]
+    devices = {name: {leaf.device.type for leaf in tree.tensors(part)} for name, part in there.items()}
+    host = {name for name, found in devices.items() if found == {"cpu"}}
+    assert host == {"rounds", "calls", "inner_seen", "outer_seen"} & set(there)
+    assert {name for name, found in devices.items() if found == {"meta"}} == set(there) - host - {"owner"}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("label", ["soba", "saba", "lv-hba", "memory reduced"])
+@pytest.mark.filterwarnings("ignore:OuterLoop\\(\\) stepped through")
+def test_a_run_on_a_gpu_goes_on_to_the_bit_and_moves_to_and_from_the_cpu(tmp_path, label):
+    def on(device):
+        return made(ENTRIES[label].estimator, [bl.Batches(H[0].to(device), H[1].to(device))] * STEPS, device=device)
+
+    seeded(1)
+    whole = on("cuda")
+    for step in whole:
+        if step.index == 2:
+            file = whole.save(tmp_path)
+    seeded(2)
+    again = on("cuda")
+    again.load(file)
+    list(again)
+    assert bits(again.state_dict()) == bits(whole.state_dict())
+    for here, there in (("cuda", "cpu"), ("cpu", "cuda")):
+        state, other = on(here), on(there)
+        next(state)
+        with pytest.warns(UserWarning, match=f"device was '?{here}'? and is '?{there}'?"):
+            other.load_state_dict(state.state_dict())
+        next(other)
+
+
+def test_saved_before_the_first_step_and_saved_again_as_it_was_loaded(tmp_path):
+    seeded(1)
+    whole = loop()
+    whole.save(tmp_path)
+    list(whole)
+    for seed in range(4):
+        seeded(seed + 2)
+        run = loop()
+        run.load(tmp_path)
+        run.save(tmp_path)  # no step since
+        next(run)
+        if seed % 2:
+            run.save(tmp_path)
+    run = loop()
+    run.load(tmp_path)
+    assert run.index == 2
+    list(run)
+    assert bits(run.state_dict()) == bits(whole.state_dict())
