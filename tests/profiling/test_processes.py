@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from bilevel_profiling import DATA, Parallel, Rank, Record, compare
+from bilevel_profiling import DATA, Parallel, Record, compare
 from bilevel_profiling.cases.case_file import CaseError
 from bilevel_profiling.cli import main
 from bilevel_profiling.comparison.diff import compare_records
