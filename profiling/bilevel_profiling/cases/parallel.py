@@ -52,6 +52,8 @@ def _rows(inner: Any, ranks: Ranks) -> Any:
 
 
 def _mean(estimator: bl.Estimator, ranks: Ranks) -> bl.Estimator:
+    if not isinstance(estimator, bl.TaskMean):
+        raise TypeError(f"TASKS splits the tasks of a TaskMean, and the estimator is a {type(estimator).__name__}")
     return dataclasses.replace(estimator, group=ranks)
 
 

@@ -110,8 +110,8 @@ class Settled:
     plan: Plan
     case: Definition
     labels: tuple[str, ...]
-    processes: tuple[int | None, ...] = (None,)
     seed: int = 0
+    processes: tuple[int | None, ...] = (None,)
 
     @property
     def cells(self) -> list[Cell]:

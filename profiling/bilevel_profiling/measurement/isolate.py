@@ -140,7 +140,9 @@ class Child:
         self._payload = pickle.dumps((function, tuple(arguments), around is not None, surroundings))
         self._around, self._memory_limit = around, memory_limit
         self._watching = contextlib.ExitStack()
-        self._value, self._failure, self._begun = None, None, False
+        self._value: Any = None
+        self._failure: Failure | None = None
+        self._begun = False
         self.done, self.outcome = False, Outcome()
 
     def __enter__(self) -> Self:

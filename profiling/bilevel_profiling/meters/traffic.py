@@ -120,11 +120,11 @@ def _name(own: str) -> str:
 
 
 def _group(given: dict[str, Any]) -> dist.ProcessGroup:
-    named = given.get("process_group", given.get("group_name"))
+    named: Any = given.get("process_group", given.get("group_name"))
     if isinstance(named, dist.ProcessGroup):
         return named
     if isinstance(named, str):
-        return dist.distributed_c10d._resolve_process_group(named)
+        return dist.distributed_c10d._resolve_process_group(dist.GroupName(named))
     return dist.ProcessGroup.unbox(named)
 
 

@@ -131,8 +131,8 @@ def _settings(each: Group) -> list[tuple[str, str]]:
 def _sizes(each: Group) -> str:
     first = each.records[0]
     sizes = (("P", first.inner_size, "inner"), ("Q", first.outer_size, "outer"), ("T", first.tasks, "tasks"))
-    sizes = (*sizes, ("N", each.processes, "processes"))
-    known = [f"{name} = {size:,} {what}" for name, size, what in sizes if size is not None]
+    more = (("N", each.processes, "processes"),)
+    known = [f"{name} = {size:,} {what}" for name, size, what in (*sizes, *more) if size is not None]
     return "  ·  ".join([clean(first.device), clean(first.dtype), *known])
 
 
