@@ -83,7 +83,7 @@ def table(rows):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU, 1 and 2 processes")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU, 2 processes")
     parser.add_argument("--models", default=",".join(SIZES["cpu"]), help="which, by comma")
     parser.add_argument("--estimators", default=",".join(ESTIMATORS), help="which, by comma")
     parser.add_argument(
@@ -94,8 +94,8 @@ def main(arguments=None):
     if device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device here; --smoke rehearses the run on a CPU", file=sys.stderr)
         return 2
-    most = 2 if given.smoke else torch.cuda.device_count()
-    counts = [2**power for power in range(most.bit_length()) if 2**power <= most]
+    most = torch.cuda.device_count()
+    counts = [2] if given.smoke else [2**power for power in range(most.bit_length())]
     out = given.out
     if out is None and device == "cuda":
         name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")

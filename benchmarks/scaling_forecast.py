@@ -168,8 +168,6 @@ def table(rows):
     sizes, numbers = rows[0]["sizes"], sorted({row["gpus"] for row in rows})
     found = {(row["way"], row["estimator"], row["gpus"]): row for row in rows}
     lines = [
-        "# 8 to 512 GPUs, forecast",
-        "",
         f"A transformer of {sizes['layers']} layers of width {sizes['width']}, {sizes['heads']} heads, "
         f"{sizes['context']} tokens. Memory of a rank in GiB / GiB that it sends in an outer step.",
         "",

@@ -22,7 +22,7 @@ def test_it_is_rehearsed_on_a_cpu(section, capsys):
     assert section.main(["--smoke", "--models", "perceptron", "--estimators", "unrolled"]) == 0
     shown = capsys.readouterr().out
     rows = [line for line in shown.partition("\n\n")[2].splitlines() if line.startswith("| perceptron")]
-    assert [row.split(" | ")[2] for row in rows] == ["1", "2"]
+    assert [row.split(" | ")[2] for row in rows] == ["2"]
     for row in rows:
         memory, sent, status = row.removesuffix(" |").split(" | ")[-3:]
         assert status.strip() == "OK", shown
@@ -39,6 +39,7 @@ def test_it_says_what_it_needs(section, capsys):
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_ranks_on_gpus(section):
     count = torch.cuda.device_count()
     real, wanted = section.cell("perceptron", "unrolled", "cuda", count)
