@@ -96,7 +96,7 @@ LIBRARY = House(
             "engine.twice",
             "engine.evaluation",
         },
-        {"engine.along", "engine.compiled"},
+        {"engine.along", "engine.compiled", "engine.shards"},
         {"inner.dynamics", "engine.embedding"},
         {"inner.gradient", "engine.linearization", "engine.point"},
         {"inner.base"},
@@ -212,6 +212,7 @@ DIFFERENTIATION = {
         "engine.layer",
         "engine.implied",
         "engine.collectives",
+        "engine.shards",
         "engine.compiled.engine",
     },
     "torch.func": {
