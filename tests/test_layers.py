@@ -97,7 +97,7 @@ LIBRARY = House(
             "engine.evaluation",
         },
         {"engine.along", "engine.compiled", "engine.shards"},
-        {"inner.dynamics", "engine.embedding"},
+        {"inner.dynamics", "engine.embedding", "engine.hooked"},
         {"inner.gradient", "engine.linearization", "engine.point"},
         {"inner.base"},
         {"inner", "engine.refusals"},
@@ -213,6 +213,7 @@ DIFFERENTIATION = {
         "engine.implied",
         "engine.collectives",
         "engine.shards",
+        "engine.hooked",
         "engine.compiled.engine",
     },
     "torch.func": {

@@ -1,4 +1,5 @@
 """Many processes: the ranks of a torch.distributed group that compute one hypergradient together."""
 
+from bilevel.distributed.fully_sharded import fully_sharded as fully_sharded
 from bilevel.space.ranks import RankError as RankError
 from bilevel.space.ranks import Ranks as Ranks

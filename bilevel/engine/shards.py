@@ -217,6 +217,12 @@ def wrapped(sharding: Sharding, outer: Tree, which: tuple[bool, ...]) -> Tree:
     return tree.like(outer, leaves)
 
 
+def local(value: Any) -> Tensor:
+    """This rank's part of a DTensor, with its graph."""
+    found: Tensor = _Local.apply(value)
+    return found
+
+
 def plain(value: Any) -> Tensor:
     """A DTensor as the whole plain tensor, the same on every rank."""
     from torch.distributed.tensor import Replicate

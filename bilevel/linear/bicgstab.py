@@ -58,8 +58,6 @@ class BiCGSTAB(LinearSolver):
         tensor([1., 2.])
     """
 
-    sharded = True
-
     max_steps: int = 20
     tol: float = 1e-6
     damping: float = 0.0

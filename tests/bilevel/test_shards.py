@@ -47,8 +47,9 @@ def whole(value: Any) -> Any:
     return {name: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf for name, leaf in value.items()}
 
 
-SOLVERS = {
-    "sgd": bl.Descent(bl.SGD(0.2), 6),
+SGD = bl.Descent(bl.SGD(0.2), 5)
+ESTIMATORS = {entry.label: entry.usual for entry in testing.ENTRIES} | {
+    "implicit neumann": bl.Implicit(bl.Neumann(steps=4, step_size=0.5)),
 }
 
 
@@ -91,4 +92,61 @@ def mesh_of(ranks: Ranks) -> DeviceMesh:
 
 def all_estimators(ranks: Ranks) -> dict[str, Any]:
     mesh = mesh_of(ranks)
-    return {entry.label: attempt(entry.estimator, SOLVERS["sgd"], mesh) for entry in testing.ENTRIES}
+    return {label: attempt(estimator, SGD, mesh) for label, estimator in ESTIMATORS.items()}
+
+
+def net() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.GELU(), torch.nn.Linear(7, 3)).double()
+
+
+def weighted(module: Any, x: Any, batch: Any) -> Tensor:
+    losses = torch.nn.functional.cross_entropy(module(batch["rows"]), batch["labels"], reduction="none")
+    return (x["weights"][batch["index"]].sigmoid() * losses).mean() + 0.01 * sum(p.square().sum() for p in x.values())
+
+
+def clean(module: Any, x: Any, batch: Any) -> Tensor:
+    return torch.nn.functional.cross_entropy(module(batch["rows"]), batch["labels"])
+
+
+def fsdp_data(part: slice = slice(None)) -> tuple[Any, Any]:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(16, 5, generator=generator, dtype=D)
+    labels = torch.randint(0, 3, (16,), generator=generator)
+    index = torch.arange(8)
+    inner = {"rows": rows[:8][part], "labels": labels[:8][part], "index": index[part]}
+    outer = {"rows": rows[8:][part], "labels": labels[8:][part]}
+    return {"weights": torch.linspace(-1, 1, 8, dtype=D)}, bl.Batches(inner, outer)
+
+
+FIRST = {
+    "corrected": bl.FirstOrderCorrected(0.01),
+    "sama": bl.estimators.Sama(),
+    "darts": bl.estimators.Darts(),
+    "pbgd": bl.estimators.PBGD(2.0),
+}
+
+
+def fsdp(ranks: Ranks, split: bool) -> dict[str, Any]:
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.simplefilter("ignore")
+    mesh, module, found = mesh_of(ranks), net(), {}
+    for layer in (module[0], module[2], module):
+        fully_shard(layer, mesh=mesh)
+    x, batches = fsdp_data(slice(ranks.rank, None, ranks.size) if split else slice(None))
+    inner_loss, outer_loss = (bl.distributed.fully_sharded(module, loss) for loss in (weighted, clean))
+    problem, before = bl.Problem(inner_loss, outer_loss), [p.full_tensor().clone() for p in module.parameters()]
+    y = dict(module.named_parameters())
+    for name, estimator in FIRST.items():
+        hg = bl.hypergradient(problem, x, y, batches, solver=bl.Descent(bl.SGD(0.3), 4), estimator=estimator)
+        found[name] = {"x": hg.grad["weights"], **whole(hg.inner), "f": hg.outer_loss, "g": hg.inner_loss}
+    for a, b in zip(before, module.parameters(), strict=True):
+        assert torch.equal(a, b.full_tensor()), "the module's own parameters moved"
+        assert b.grad is None
+    for name, estimator in {"unrolled": bl.Unrolled(), "implicit": bl.Implicit(bl.CG(2))}.items():
+        try:
+            bl.hypergradient(problem, x, y, batches, solver=bl.Descent(bl.SGD(0.3), 2), estimator=estimator)
+        except bl.NotTwiceDifferentiableError as error:
+            found[name] = str(error)
+    return found
