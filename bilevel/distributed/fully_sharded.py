@@ -134,8 +134,7 @@ class _FullySharded:
         self._reshard()
         own = [parameter.to_local().data for parameter in self._parameters.values()]  # type: ignore[attr-defined]
         kept = [
-            None if leaf.data_ptr() == part.data_ptr() else leaf.clone()
-            for leaf, part in zip(own, parts, strict=True)
+            None if _same(leaf, part) else leaf.clone() for leaf, part in zip(own, parts, strict=True)
         ]
         gradients = [parameter.grad for parameter in self._parameters.values()]
         try:
@@ -158,3 +157,9 @@ class _FullySharded:
         for layer in self._module.modules():
             if hasattr(layer, "reshard"):
                 layer.reshard()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape are the same memory."""
+    storages = (one.untyped_storage()._cdata, other.untyped_storage()._cdata)
+    return storages[0] == storages[1] and one.storage_offset() == other.storage_offset()

@@ -1,5 +1,6 @@
 """An inner variable that is sharded over ranks: every hypergradient is that of one process, or is refused."""
 
+import functools
 import warnings
 from typing import Any
 
@@ -47,10 +48,43 @@ def whole(value: Any) -> Any:
     return {name: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf for name, leaf in value.items()}
 
 
-SGD = bl.Descent(bl.SGD(0.2), 5)
-ESTIMATORS = {entry.label: entry.usual for entry in testing.ENTRIES} | {
-    "implicit neumann": bl.Implicit(bl.Neumann(steps=4, step_size=0.5)),
+SGD = bl.Descent(bl.SGD(0.2), 3)
+CHOICES: dict[str, tuple[Any, Any]] = {
+    **{entry.label: (entry.usual, SGD) for entry in testing.ENTRIES if entry.label != "first order"},
+    "implicit neumann": (bl.Implicit(bl.Neumann(steps=4, step_size=0.5)), SGD),
+    "levenberg-marquardt": (bl.Implicit(bl.linear.LevenbergMarquardt(bl.linear.LSMR(8))), SGD),
+    "converge": (bl.Implicit(bl.CG(12)), bl.Converge(bl.SGD(0.2), tol=1e-3, max_steps=60)),
+    "adam": (bl.Unrolled(), bl.Descent(bl.Adam(0.05, weight_decay=0.1), 3)),
+    "learned rate": (bl.Unrolled(), bl.Descent(bl.SGD(lr=lambda x: 0.1 * x["decay"].exp(), momentum=0.5), 3)),
+    "learned decay": (
+        bl.Implicit(bl.CG(12)),
+        bl.Descent(bl.SGD(0.2, weight_decay=lambda x: x["decay"].exp()), 3),
+    ),
+    "learned betas": (
+        bl.Unrolled(),
+        bl.Descent(bl.Adam(0.05, betas=(lambda x: 0.5 + 0.1 * x["decay"].tanh(), 0.9)), 3),
+    ),
+    "groups": (bl.FirstOrderCorrected(0.01), bl.Descent(bl.optim.Groups({"w": bl.SGD(0.1), "": bl.SGD(0.2)}), 3)),
+    "lbfgs": (bl.Implicit(bl.CG(12)), bl.Descent(bl.inner.LBFGS(memory=3, search=bl.inner.Armijo()), 3)),
+    "newton": (bl.Implicit(bl.CG(12)), bl.Descent(bl.inner.Newton(bl.CG(12)), 2)),
+    "averaged": (bl.Unrolled(), bl.Descent(bl.inner.Averaged(bl.SGD(0.2), decay=0.5), 3)),
+    "clipped by value": (bl.Unrolled(), bl.Descent(bl.optim.ClippedByValue(bl.SGD(0.2), 0.3), 3)),
 }
+REFUSED: dict[str, tuple[Any, Any]] = {
+    "muon": (bl.Unrolled(), bl.Descent(bl.optim.Muon(0.1), 2)),
+    "clipped by norm": (bl.Unrolled(), bl.Descent(bl.optim.ClippedByNorm(bl.SGD(0.2), 1.0), 2)),
+    "of torch": (bl.Unrolled(), bl.Descent(bl.optim.FromTorch(torch.optim.SGD, lr=0.1), 2)),
+    "groups by shape": (
+        bl.Unrolled(),
+        bl.Descent(bl.optim.Groups([(lambda name, shape: len(shape) > 1, bl.SGD(0.1)), ("", bl.SGD(0.2))]), 2),
+    ),
+    "langevin": (bl.Unrolled(), bl.Descent(bl.inner.Langevin(0.1, temperature=0.1), 2)),
+    "unrolled lbfgs": (bl.Unrolled(), bl.Descent(bl.inner.LBFGS(memory=3), 3)),
+    "preconditioned": (bl.Implicit(bl.CG(3, preconditioner=bl.linear.Jacobi())), SGD),
+    "preconditioned by a function": (bl.Implicit(bl.CG(3, preconditioner=lambda r: r)), SGD),
+    "tasks": (bl.TaskMean(bl.Unrolled()), SGD),
+}
+LABELS = ("graph", "implicit cg", "corrected", "sama", "darts", "pbgd", "learned rate", "lbfgs")
 
 
 def estimate(estimator: Any, solver: Any, mesh: DeviceMesh | None, **options: Any) -> dict[str, Any]:
@@ -62,6 +96,8 @@ def estimate(estimator: Any, solver: Any, mesh: DeviceMesh | None, **options: An
     torch.manual_seed(0)
     problem, state, codes = bl.Problem(inner_loss, outer_loss), None, []
     for _ in range(2):
+        if codes and state is None and found.next_inner is None:
+            break
         found = bl.hypergradient(
             problem, x, y, bl.Batches(batch, batch), solver=solver, estimator=estimator, state=state, **options
         )
@@ -90,9 +126,52 @@ def mesh_of(ranks: Ranks) -> DeviceMesh:
     return DeviceMesh.from_group(ranks.group, "cpu")
 
 
-def all_estimators(ranks: Ranks) -> dict[str, Any]:
-    mesh = mesh_of(ranks)
-    return {label: attempt(estimator, SGD, mesh) for label, estimator in ESTIMATORS.items()}
+def attempts(ranks: Ranks, labels: tuple[str, ...]) -> dict[str, Any]:
+    mesh, every = mesh_of(ranks), CHOICES | REFUSED
+    return {label: attempt(*every[label], mesh) for label in labels}
+
+
+@functools.cache
+def alone(label: str) -> Any:
+    return estimate(*CHOICES[label], None)
+
+
+def assert_same(found: dict[str, Any], label: str) -> None:
+    expected = alone(label)
+    assert found["codes"] == expected["codes"], label
+    # A quotient by a radius or by nu has its rounding errors divided, too.
+    loose = 1e-8 if label in ("corrected forward", "fdehbo") else 1e-10
+    for name in expected.keys() - {"codes"}:
+        torch.testing.assert_close(found[name], expected[name], rtol=loose, atol=loose, msg=f"{label}: {name}")
+
+
+def test_every_estimator_solver_and_optimizer_is_right_on_parts_or_refused(ranks: Any) -> None:
+    first, second = ranks.run(2, attempts, (*CHOICES, *REFUSED))
+    right = set()
+    for label, found in first.items():
+        assert isinstance(found, str) == isinstance(second[label], str)
+        if isinstance(found, str):
+            assert "sharded over processes" in found, f"{label}: {found}"
+            continue
+        assert_same(found, label)
+        assert_same(second[label], label)
+        right.add(label)
+    assert not right & REFUSED.keys()
+    refused = {entry.label for entry in testing.ENTRIES} - right
+    assert refused == {
+        *("first order", "revolve", "forward", "forward gradient", "forward gradient, normal", "gamma decay"),
+        *("gamma decay, running", "implicit bicgstab", "implicit dense", "implicit cg, nystrom preconditioner"),
+        *("gauss-newton", "reversible", "evolution", "persistent evolution", "partial zeroth order", "bootstrapped"),
+        *("probed",),
+    } & {entry.label for entry in testing.ENTRIES}
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_parts_may_be_uneven_or_empty(ranks: Any, count: int) -> None:
+    for found in ranks.run(count, attempts, LABELS):
+        for label in LABELS:
+            assert not isinstance(found[label], str), found[label]
+            assert_same(found[label], label)
 
 
 def net() -> torch.nn.Module:
@@ -150,3 +229,129 @@ def fsdp(ranks: Ranks, split: bool) -> dict[str, Any]:
         except bl.NotTwiceDifferentiableError as error:
             found[name] = str(error)
     return found
+
+
+@functools.cache
+def fsdp_alone() -> dict[str, Any]:
+    warnings.simplefilter("ignore")
+    call, y = bl.functional(net())
+    x, batches = fsdp_data()
+    problem, found = bl.Problem(*(lambda y, x, b, f=f: f(lambda rows: call(y, rows), x, b) for f in (weighted, clean))), {}
+    for name, estimator in FIRST.items():
+        hg = bl.hypergradient(problem, x, y, batches, solver=bl.Descent(bl.SGD(0.3), 4), estimator=estimator)
+        found[name] = {"x": hg.grad["weights"], **hg.inner, "f": hg.outer_loss, "g": hg.inner_loss}
+    return found
+
+
+@pytest.mark.parametrize(("count", "split"), [(2, True), (4, False), (4, True)])
+def test_a_fully_sharded_module_has_the_hypergradients_of_the_module(ranks: Any, count: int, split: bool) -> None:
+    for found in ranks.run(count, fsdp, split):
+        for name, expected in fsdp_alone().items():
+            for key, leaf in expected.items():
+                torch.testing.assert_close(found[name][key], leaf, rtol=1e-10, atol=1e-10, msg=f"{name}: {key}")
+        for name in ("unrolled", "implicit"):
+            assert "FirstOrderCorrected()" in found[name]
+
+
+def refusals(ranks: Ranks) -> dict[str, str]:
+    mesh, found = mesh_of(ranks), {}
+    x, y, batch = spread(X, mesh), spread(Y, mesh, PLACES), spread(BATCH, mesh)
+    problem, batches = bl.Problem(inner_loss, outer_loss), bl.Batches(batch, batch)
+
+    def refused(name: str, **changed: Any) -> None:
+        given = {"problem": problem, "outer": x, "inner": y, "batches": batches, "solver": SGD, "estimator": bl.Unrolled()}
+        try:
+            given |= changed
+            bl.hypergradient(**given)
+            found[name] = "nothing was raised"
+        except (ValueError, TypeError, RuntimeError) as error:
+            found[name] = str(error)
+
+    mixed = {**y, "b": Y["b"]}
+    refused("a plain tensor beside DTensors", inner=mixed)
+    refused("sharded outer", outer={**x, "a": distribute_tensor(X["a"], mesh, [Shard(0)])})
+    refused("another x on each rank", outer={"a": X["a"] + ranks.rank, "decay": X["decay"]})
+    refused("init", problem=bl.Problem(inner_loss, outer_loss, init=lambda x, b: y), inner=None)
+    refused("init and inner", problem=bl.Problem(inner_loss, outer_loss, init=lambda x, b: y))
+    refused("compiled", engine=bl.Compiled())
+    own = bl.Problem(lambda y, x, b: _Cube.apply(y["w"]).full_tensor().sum() + inner_loss(y, x, b), outer_loss)
+    refused("an operator of the user's", problem=own)
+
+    def by_rank(y: Any, x: Any, b: Any) -> Tensor:
+        whole = bl.distributed.gathered(y)
+        return ((1 + ranks.rank) * whole["w"].square().sum() + sum(leaf.square().sum() for leaf in whole.values())
+                ) * x["a"].exp().sum()
+
+    refused("another loss on each rank", problem=bl.Problem(by_rank, by_rank), outer=X)
+    try:
+        bl.solution(inner_loss, x, y, batch, solver=SGD)
+    except (ValueError, TypeError) as error:
+        found["another entry point"] = str(error)
+    return found
+
+
+class _Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Any) -> Any:
+        ctx.save_for_backward(value)
+        return value**3
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Any) -> Any:
+        (value,) = ctx.saved_tensors
+        return 3 * value**2 * cotangent
+
+
+SAID = {
+    "a plain tensor beside DTensors": "['b']",
+    "sharded outer": "must be whole on every rank",
+    "another x on each rank": "differ between the ranks",
+    "init": "one start too many|plain|init",
+    "init and inner": "leave init out",
+    "compiled": "bilevel.Eager()",
+    "an operator of the user's": "_CubeBackward",
+    "another loss on each rank": "differ between the ranks",
+    "another entry point": "DTensor",
+}
+
+
+def test_what_cannot_be_right_is_refused_in_words(ranks: Any) -> None:
+    for found in ranks.run(2, refusals):
+        for name, words in SAID.items():
+            assert any(word in found.get(name, "nothing") for word in words.split("|")), f"{name}: {found.get(name)}"
+
+
+def by_gathering(ranks: Ranks) -> dict[str, Any]:
+    """Losses of plain tensors from gathered weights, by layers that gather inside rematerialized blocks."""
+    warnings.simplefilter("ignore")
+    mesh, found = mesh_of(ranks), {}
+    x, batches = fsdp_data()
+    y = {name: distribute_tensor(leaf, mesh, [Shard(0)]) for name, leaf in bl.functional(net())[1].items()}
+    first = bl.rematerialize(lambda h, w, b: torch.nn.functional.gelu(torch.nn.functional.linear(h, *gather(w, b))))
+    second = bl.rematerialize(lambda h, w, b: torch.nn.functional.linear(h, *gather(w, b)))
+
+    def gather(*leaves: Any) -> Any:
+        return bl.distributed.gathered(list(leaves))
+
+    def call(y: Any, rows: Tensor) -> Tensor:
+        return second(first(rows, y["0.weight"], y["0.bias"]), y["2.weight"], y["2.bias"])
+
+    problem = bl.Problem(*(lambda y, x, b, f=f: f(lambda rows: call(y, rows), x, b) for f in (weighted, clean)))
+    for name, estimator in {**FIRST, "unrolled": bl.Unrolled(), "implicit": bl.Implicit(bl.CG(5))}.items():
+        hg = bl.hypergradient(problem, x, y, batches, solver=bl.Descent(bl.SGD(0.3), 4), estimator=estimator)
+        found[name] = {"x": hg.grad["weights"], **whole(hg.inner), "f": hg.outer_loss, "g": hg.inner_loss}
+    return found
+
+
+def test_gathered_weights_are_differentiated_twice_inside_rematerialized_blocks(ranks: Any) -> None:
+    expected = dict(fsdp_alone())
+    call, y = bl.functional(net())
+    x, batches = fsdp_data()
+    problem = bl.Problem(*(lambda y, x, b, f=f: f(lambda rows: call(y, rows), x, b) for f in (weighted, clean)))
+    for name, estimator in {"unrolled": bl.Unrolled(), "implicit": bl.Implicit(bl.CG(5))}.items():
+        hg = bl.hypergradient(problem, x, y, batches, solver=bl.Descent(bl.SGD(0.3), 4), estimator=estimator)
+        expected[name] = {"x": hg.grad["weights"], **hg.inner, "f": hg.outer_loss, "g": hg.inner_loss}
+    for found in ranks.run(3, by_gathering):
+        for name, values in expected.items():
+            for key, leaf in values.items():
+                torch.testing.assert_close(found[name][key], leaf, rtol=1e-9, atol=1e-10, msg=f"{name}: {key}")
