@@ -23,19 +23,21 @@ Y = {
     "s": torch.tensor(0.4, dtype=D),
     "v": torch.randn(2, 6, generator=G, dtype=D),
 }
+FEW, ALL = "wb", "wbsv"
 PLACES = {"w": Shard(0), "b": Replicate(), "s": Replicate(), "v": Shard(1)}
 BATCH = {"rows": torch.randn(4, 5, generator=G, dtype=D), "goal": torch.randn(2, 6, generator=G, dtype=D)}
 
 
 def inner_loss(y: Any, x: Any, batch: Any) -> Tensor:
     hidden = batch["rows"] @ y["w"] + y["b"]
-    fit = ((hidden - x["a"]).square().mean() + 0.1 * (y["s"] * hidden).sin().mean()) / 2
-    decay = 0.3 * x["decay"].exp() * sum(leaf.square().sum() for leaf in y.values())
-    return fit + decay + (0.2 * (y["v"] - batch["goal"]).square().sum())
+    fit = ((hidden - x["a"]).square().mean() + 0.1 * (hidden * y["s"] if "s" in y else hidden).sin().mean()) / 2
+    loss = fit + 0.3 * x["decay"].exp() * sum(leaf.square().sum() for leaf in y.values())
+    return loss + 0.2 * (y["v"] - batch["goal"]).square().sum() if "v" in y else loss
 
 
 def outer_loss(y: Any, x: Any, batch: Any) -> Tensor:
-    return (batch["rows"] @ y["w"] * y["s"]).square().mean() + (y["v"] * y["b"].sum()).tanh().sum() + x["a"].square().sum()
+    loss = (batch["rows"] @ y["w"]).square().mean() + x["a"].square().sum() * y["b"].sum().tanh()
+    return loss + (y["v"] * y["s"]).tanh().sum() if "v" in y else loss
 
 
 def spread(value: dict[str, Tensor], mesh: DeviceMesh, places: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -52,12 +54,12 @@ SGD = bl.Descent(bl.SGD(0.2), 3)
 CHOICES: dict[str, tuple[Any, Any]] = {
     **{entry.label: (entry.usual, SGD) for entry in testing.ENTRIES if entry.label != "first order"},
     "implicit neumann": (bl.Implicit(bl.Neumann(steps=4, step_size=0.5)), SGD),
-    "levenberg-marquardt": (bl.Implicit(bl.linear.LevenbergMarquardt(bl.linear.LSMR(8))), SGD),
-    "converge": (bl.Implicit(bl.CG(12)), bl.Converge(bl.SGD(0.2), tol=1e-3, max_steps=60)),
+    "levenberg-marquardt": (bl.Implicit(bl.linear.LevenbergMarquardt(bl.linear.LSMR(3), attempts=2)), SGD),
+    "converge": (bl.Implicit(bl.CG(4)), bl.Converge(bl.SGD(0.2), tol=0.2, max_steps=20)),
     "adam": (bl.Unrolled(), bl.Descent(bl.Adam(0.05, weight_decay=0.1), 3)),
     "learned rate": (bl.Unrolled(), bl.Descent(bl.SGD(lr=lambda x: 0.1 * x["decay"].exp(), momentum=0.5), 3)),
     "learned decay": (
-        bl.Implicit(bl.CG(12)),
+        bl.Implicit(bl.CG(4)),
         bl.Descent(bl.SGD(0.2, weight_decay=lambda x: x["decay"].exp()), 3),
     ),
     "learned betas": (
@@ -65,8 +67,8 @@ CHOICES: dict[str, tuple[Any, Any]] = {
         bl.Descent(bl.Adam(0.05, betas=(lambda x: 0.5 + 0.1 * x["decay"].tanh(), 0.9)), 3),
     ),
     "groups": (bl.FirstOrderCorrected(0.01), bl.Descent(bl.optim.Groups({"w": bl.SGD(0.1), "": bl.SGD(0.2)}), 3)),
-    "lbfgs": (bl.Implicit(bl.CG(12)), bl.Descent(bl.inner.LBFGS(memory=3, search=bl.inner.Armijo()), 3)),
-    "newton": (bl.Implicit(bl.CG(12)), bl.Descent(bl.inner.Newton(bl.CG(12)), 2)),
+    "lbfgs": (bl.Implicit(bl.CG(4)), bl.Descent(bl.inner.LBFGS(memory=3, search=bl.inner.Armijo()), 3)),
+    "newton": (bl.Implicit(bl.CG(4)), bl.Descent(bl.inner.Newton(bl.CG(12)), 2)),
     "averaged": (bl.Unrolled(), bl.Descent(bl.inner.Averaged(bl.SGD(0.2), decay=0.5), 3)),
     "clipped by value": (bl.Unrolled(), bl.Descent(bl.optim.ClippedByValue(bl.SGD(0.2), 0.3), 3)),
 }
@@ -84,22 +86,22 @@ REFUSED: dict[str, tuple[Any, Any]] = {
     "preconditioned by a function": (bl.Implicit(bl.CG(3, preconditioner=lambda r: r)), SGD),
     "tasks": (bl.TaskMean(bl.Unrolled()), SGD),
 }
-LABELS = ("graph", "implicit cg", "corrected", "sama", "darts", "pbgd", "learned rate", "lbfgs")
+LABELS = ("graph", "implicit cg", "corrected", "sama", "learned rate")
 
 
-def estimate(estimator: Any, solver: Any, mesh: DeviceMesh | None, **options: Any) -> dict[str, Any]:
+def estimate(estimator: Any, solver: Any, mesh: DeviceMesh | None, leaves: str) -> dict[str, Any]:
     """Two calls, the second with what the first carries."""
     warnings.simplefilter("ignore")
-    x, y, batch = X, Y, BATCH
+    x, y, batch = X, {name: Y[name] for name in leaves}, BATCH
     if mesh is not None:
-        x, y, batch = spread(X, mesh), spread(Y, mesh, PLACES), spread(BATCH, mesh)
+        x, y, batch = spread(X, mesh), spread(y, mesh, PLACES), spread(BATCH, mesh)
     torch.manual_seed(0)
     problem, state, codes = bl.Problem(inner_loss, outer_loss), None, []
     for _ in range(2):
         if codes and state is None and found.next_inner is None:
             break
         found = bl.hypergradient(
-            problem, x, y, bl.Batches(batch, batch), solver=solver, estimator=estimator, state=state, **options
+            problem, x, y, bl.Batches(batch, batch), solver=solver, estimator=estimator, state=state
         )
         state, y = found.state, found.inner if found.next_inner is None else found.next_inner
         codes.append(found.status.name)
@@ -115,9 +117,9 @@ def estimate(estimator: Any, solver: Any, mesh: DeviceMesh | None, **options: An
     }
 
 
-def attempt(estimator: Any, solver: Any, mesh: DeviceMesh | None) -> Any:
+def attempt(estimator: Any, solver: Any, mesh: DeviceMesh | None, leaves: str) -> Any:
     try:
-        return estimate(estimator, solver, mesh)
+        return estimate(estimator, solver, mesh, leaves)
     except (ValueError, TypeError, bl.BilevelError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
 
@@ -126,18 +128,18 @@ def mesh_of(ranks: Ranks) -> DeviceMesh:
     return DeviceMesh.from_group(ranks.group, "cpu")
 
 
-def attempts(ranks: Ranks, labels: tuple[str, ...]) -> dict[str, Any]:
+def attempts(ranks: Ranks, labels: tuple[str, ...], leaves: str) -> dict[str, Any]:
     mesh, every = mesh_of(ranks), CHOICES | REFUSED
-    return {label: attempt(*every[label], mesh) for label in labels}
+    return {label: attempt(*every[label], mesh, leaves) for label in labels}
 
 
 @functools.cache
-def alone(label: str) -> Any:
-    return estimate(*CHOICES[label], None)
+def alone(label: str, leaves: str) -> Any:
+    return estimate(*CHOICES[label], None, leaves)
 
 
-def assert_same(found: dict[str, Any], label: str) -> None:
-    expected = alone(label)
+def assert_same(found: dict[str, Any], label: str, leaves: str) -> None:
+    expected = alone(label, leaves)
     assert found["codes"] == expected["codes"], label
     # A quotient by a radius or by nu has its rounding errors divided, too.
     loose = 1e-8 if label in ("corrected forward", "fdehbo") else 1e-10
@@ -146,15 +148,15 @@ def assert_same(found: dict[str, Any], label: str) -> None:
 
 
 def test_every_estimator_solver_and_optimizer_is_right_on_parts_or_refused(ranks: Any) -> None:
-    first, second = ranks.run(2, attempts, (*CHOICES, *REFUSED))
+    first, second = ranks.run(2, attempts, (*CHOICES, *REFUSED), FEW)
     right = set()
     for label, found in first.items():
         assert isinstance(found, str) == isinstance(second[label], str)
         if isinstance(found, str):
             assert "sharded over processes" in found, f"{label}: {found}"
             continue
-        assert_same(found, label)
-        assert_same(second[label], label)
+        assert_same(found, label, FEW)
+        assert_same(second[label], label, FEW)
         right.add(label)
     assert not right & REFUSED.keys()
     refused = {entry.label for entry in testing.ENTRIES} - right
@@ -166,12 +168,12 @@ def test_every_estimator_solver_and_optimizer_is_right_on_parts_or_refused(ranks
     } & {entry.label for entry in testing.ENTRIES}
 
 
-@pytest.mark.parametrize("count", [1, 3, 4])
+@pytest.mark.parametrize("count", [1, 4])
 def test_parts_may_be_uneven_or_empty(ranks: Any, count: int) -> None:
-    for found in ranks.run(count, attempts, LABELS):
+    for found in ranks.run(count, attempts, LABELS, ALL):
         for label in LABELS:
             assert not isinstance(found[label], str), found[label]
-            assert_same(found[label], label)
+            assert_same(found[label], label, ALL)
 
 
 def net() -> torch.nn.Module:
@@ -284,7 +286,7 @@ def refusals(ranks: Ranks) -> dict[str, str]:
 
     refused("another loss on each rank", problem=bl.Problem(by_rank, by_rank), outer=X)
     try:
-        bl.solution(inner_loss, x, y, batch, solver=SGD)
+        bl.solution(problem, x, y, batches, solver=SGD, estimator=bl.Unrolled())
     except (ValueError, TypeError) as error:
         found["another entry point"] = str(error)
     return found
