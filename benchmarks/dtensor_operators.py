@@ -27,7 +27,10 @@ TOKENS = torch.tensor([[1, 0, 3], [5, 2, 1]])
 Loss = Callable[[dict[str, Any], Callable[[Tensor], Any]], Any]
 OPERATORS: dict[str, tuple[dict[str, tuple[int, ...]], Loss]] = {
     "linear": ({"w": (6, 4), "b": (6,)}, lambda y, c: F.linear(c(X), y["w"], y["b"]).tanh().sum()),
-    "two linear": ({"w": (6, 4), "v": (3, 6)}, lambda y, c: F.linear(F.linear(c(X), y["w"]).tanh(), y["v"]).square().sum()),
+    "two linear": (
+        {"w": (6, 4), "v": (3, 6)},
+        lambda y, c: F.linear(F.linear(c(X), y["w"]).tanh(), y["v"]).square().sum(),
+    ),
     "matmul": ({"w": (4, 6)}, lambda y, c: (c(X) @ y["w"]).tanh().sum()),
     "einsum": ({"w": (6, 4)}, lambda y, c: torch.einsum("bi,oi->bo", c(X), y["w"]).tanh().sum()),
     "embedding": ({"w": (6, 4)}, lambda y, c: F.embedding(c(TOKENS), y["w"]).pow(3).sum()),
@@ -39,12 +42,18 @@ OPERATORS: dict[str, tuple[dict[str, tuple[int, ...]], Loss]] = {
     "gelu": ({"w": (6, 4)}, lambda y, c: F.gelu(F.linear(c(X), y["w"])).sum()),
     "silu": ({"w": (6, 4)}, lambda y, c: F.silu(F.linear(c(X), y["w"])).sum()),
     "relu": ({"w": (6, 4)}, lambda y, c: F.relu(F.linear(c(X), y["w"])).square().sum()),
-    "layer_norm": ({"w": (6, 4), "g": (6,), "b": (6,)}, lambda y, c: F.layer_norm(F.linear(c(X), y["w"]), (6,), y["g"], y["b"]).pow(3).sum()),
+    "layer_norm": (
+        {"w": (6, 4), "g": (6,), "b": (6,)},
+        lambda y, c: F.layer_norm(F.linear(c(X), y["w"]), (6,), y["g"], y["b"]).pow(3).sum(),
+    ),
     "rms_norm": ({"w": (6, 4), "g": (6,)}, lambda y, c: F.rms_norm(F.linear(c(X), y["w"]), (6,), y["g"]).pow(3).sum()),
     "group_norm": ({"w": (6, 4)}, lambda y, c: F.group_norm(F.linear(c(X), y["w"]), 2).pow(3).sum()),
     "attention, written out": ({"q": (4, 4), "k": (4, 4), "v": (4, 4)}, lambda y, c: attention(y, c, fused=False)),
     "scaled_dot_product_attention": ({"q": (4, 4), "k": (4, 4), "v": (4, 4)}, lambda y, c: attention(y, c, fused=True)),
-    "heads (unflatten, transpose)": ({"w": (6, 4)}, lambda y, c: F.linear(c(X), y["w"]).unflatten(-1, (2, 3)).transpose(0, 1).pow(3).sum()),
+    "heads (unflatten, transpose)": (
+        {"w": (6, 4)},
+        lambda y, c: F.linear(c(X), y["w"]).unflatten(-1, (2, 3)).transpose(0, 1).pow(3).sum(),
+    ),
     "cat": ({"w": (6, 4), "v": (6, 4)}, lambda y, c: torch.cat([y["w"], y["v"]]).pow(3).sum()),
     "conv2d": ({"w": (6, 2, 2, 2)}, lambda y, c: F.conv2d(c(IMAGE), y["w"]).tanh().sum()),
     "weight decay": ({"w": (6, 4), "b": (6,)}, lambda y, c: sum(leaf.pow(4).sum() for leaf in y.values())),
@@ -94,10 +103,15 @@ def looked_at(ranks: Ranks) -> dict[str, list[str]]:
         cut = {key: distribute_tensor(leaf, mesh, [Shard(0)]) for key, leaf in full.items()}
         sharding = Sharding.of("this", cut)
         assert sharding is not None
-        parts = [list(sharding.parts({k: distribute_tensor(v, mesh, [Shard(0)]) for k, v in each.items()}).values()) for each in (full, along)]
+        parts = [
+            list(sharding.parts({k: distribute_tensor(v, mesh, [Shard(0)]) for k, v in each.items()}).values())
+            for each in (full, along)
+        ]
 
         def on_parts(leaves: list[Tensor], keys: Any = tuple(full), loss: Any = loss, s: Any = sharding) -> Tensor:
-            value = loss(joined(s, dict(zip(keys, leaves, strict=True))), lambda t: distribute_tensor(t, mesh, [Replicate()]))
+            value = loss(
+                joined(s, dict(zip(keys, leaves, strict=True))), lambda t: distribute_tensor(t, mesh, [Replicate()])
+            )
             return plain(value)
 
         def alone(leaves: list[Tensor], keys: Any = tuple(full), loss: Any = loss) -> Tensor:
@@ -113,7 +127,9 @@ def looked_at(ranks: Ranks) -> dict[str, list[str]]:
                 said[name].append(f"of plain tensors: {other}")
             else:
                 whole = sharding.joined(dict(zip(full, one, strict=True))).values()
-                same = all(torch.allclose(a.full_tensor(), b, rtol=1e-9, atol=1e-9) for a, b in zip(whole, other, strict=True))
+                same = all(
+                    torch.allclose(a.full_tensor(), b, rtol=1e-9, atol=1e-9) for a, b in zip(whole, other, strict=True)
+                )
                 said[name].append("right" if same else "WRONG")
     return said
 
@@ -128,7 +144,11 @@ def table(pool: Pool) -> str:
         cells = []
         for order in range(2):
             seen = {answers[count][rank][name][order]: count for count in counts for rank in range(count)}
-            cells.append("; ".join(sorted(seen)) if len(seen) == 1 else "; ".join(f"{word} ({count} ranks)" for word, count in sorted(seen.items())))
+            cells.append(
+                "; ".join(sorted(seen))
+                if len(seen) == 1
+                else "; ".join(f"{word} ({count} ranks)" for word, count in sorted(seen.items()))
+            )
         lines.append(f"| {name} | " + " | ".join(cells).replace("\n", " ") + " |")
     return "\n".join(lines) + "\n"
 

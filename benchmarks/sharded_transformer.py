@@ -142,8 +142,10 @@ def limited(limit: int | None, run: Any) -> Any:
 SMALL = {"layers": 1, "width": 32, "heads": 2, "context": 8, "batch": 8}
 
 
-def measured(sizes: dict[str, int], estimator: str, mesh: Any, part: tuple[int, int], limit: int | None) -> dict[str, Any]:
-    """A step without a limit, metered; then one with the limit, after a small one that takes what torch itself takes."""
+def measured(
+    sizes: dict[str, int], estimator: str, mesh: Any, part: tuple[int, int], limit: int | None
+) -> dict[str, Any]:
+    """A step, metered or under a limit, after a small one that takes what torch itself takes."""
     warnings.simplefilter("ignore")
     step(SMALL, estimator, mesh, part)
     began = time.perf_counter()
@@ -275,8 +277,10 @@ def main() -> None:
         dist.destroy_process_group()
         return
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(f"# A transformer under a limit of bytes\n\nMade by benchmarks/{pathlib.Path(__file__).name}.\n\n"
-                      + table(sizes, given.share))
+    RESULT.write_text(
+        f"# A transformer under a limit of bytes\n\nMade by benchmarks/{pathlib.Path(__file__).name}.\n\n"
+        + table(sizes, given.share)
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from bilevel.batches import Batches, PerStep
 from bilevel.engine import autodiff, shards, spans
 from bilevel.engine.base import Derivatives, Engine
 from bilevel.engine.eager import Eager
+from bilevel.engine.split import split_over
+from bilevel.engine.together import guarded, together
 from bilevel.estimators.base import Estimator, Instance
 from bilevel.estimators.run import estimated
 from bilevel.estimators.state import State
@@ -41,7 +43,9 @@ def hypergradient(
     Args:
         problem: the two losses.
         outer: x, a pytree of floating tensors of one device and dtype; not changed.
-        inner: the start of y, a pytree likewise; not changed. None if the problem has `init`.
+        inner: the start of y, a pytree likewise; not changed. None if the problem has `init`. DTensors if y is sharded
+            over processes: all ranks then call this together, the losses receive DTensors, and so do the results
+            `inner` and `next_inner`; `state` holds this rank's parts. See `bilevel.distributed.fully_sharded`.
         batches: the data.
         solver: how y moves.
         estimator: how the hypergradient is estimated.
@@ -91,12 +95,13 @@ def _on_parts(
 ) -> Hypergradient:
     """The hypergradient where each rank has a part of y: of DTensors, by way of their parts."""
     eager = engine is None or isinstance(engine, Eager)
-    shards.check("hypergradient", problem, (estimator, solver), eager=eager)
+    check_kind("hypergradient", "problem", problem, Problem, "bilevel.Problem(inner_loss, outer_loss)")
+    shards.check("hypergradient", problem, (estimator, solver), eager=eager, split=split_over(problem) is not None)
     given = shards.Whole.of("hypergradient", outer, sharding)
     shards.check_same("the outer variables", given.plain, sharding.ranks, exact=True)
-    posed, parts = shards.posed(problem, sharding, given.spread), sharding.parts(inner)
+    posed, part = shards.posed(problem, sharding, given.spread), sharding.parts(inner)
     moves = shards.shared(solver, sharding.ranks)
-    found = _estimated(posed, given.plain, parts, batches, moves, estimator, state, engine, sharding.ranks)
+    found = _estimated(posed, given.plain, part, batches, moves, estimator, state, engine, sharding.ranks)
     shards.check_same("the losses", [found.outer_loss, found.inner_loss], sharding.ranks)
     (code,) = sharding.ranks.largest([torch.as_tensor(found.code)])
     return dataclasses.replace(
@@ -117,22 +122,28 @@ def _estimated(
     estimator: Estimator,
     state: Any,
     engine: Engine | None,
-    ranks: Ranks | None,
+    parts: Ranks | None,
 ) -> Hypergradient:
-    check_arguments("hypergradient", problem, outer, inner, batches, solver)
-    derivatives = opened("hypergradient", engine)
-    start = None if inner is None else tree.detach(inner)
-    instance = Instance(problem, tree.detach(outer), start, batches, solver, engine=derivatives, ranks=ranks)
+    ranks = split_over(problem)
+    with estimator.company.guarded(), guarded(ranks, outer):
+        check_arguments("hypergradient", problem, outer, inner, batches, solver)
+        derivatives = opened("hypergradient", engine)
+        start = None if inner is None else tree.detach(inner)
+        instance = Instance(problem, tree.detach(outer), start, batches, solver, engine=derivatives, ranks=parts)
     calls = spans.Calls()
-    with prepared(), spans.listen(calls):
+    given = estimator, solver, state
+    with prepared(), spans.listen(calls), contextlib.ExitStack() as stack:
+        with estimator.company.guarded():
+            same = stack.enter_context(together("hypergradient", ranks, instance, given))
         estimate = estimated(estimator, instance, state)
+        same([estimate.grad, estimate.inner, estimate.outer_loss, estimate.inner_loss])
     names = tree.names(instance.outer)
     if estimate.unused:
         warnings.warn(
             f"outer variable {', '.join(names[i] for i in sorted(estimate.unused))} influences neither loss: its "
             f"hypergradient is zero. Is it used in inner_loss or outer_loss, from the `outer` argument and not from a "
             f"copy of it?",
-            stacklevel=3 if ranks is None else 4,
+            stacklevel=3 if parts is None else 4,
         )
     xs = tree.tensors(instance.outer)
     own = Owned([*xs, *tree.tensors(instance.inner), *given_in(batches)])
@@ -195,7 +206,9 @@ class Owned:
 
     def __init__(self, given: Sequence[Tensor]) -> None:
         # (A sparse tensor of a batch has no storage of its own, and nothing that is returned is sparse.)
-        self._seen = {leaf.untyped_storage()._cdata for leaf in given if leaf.layout is torch.strided and not spread(leaf)}
+        self._seen = {
+            leaf.untyped_storage()._cdata for leaf in given if leaf.layout is torch.strided and not spread(leaf)
+        }
 
     def tensor(self, leaf: Tensor) -> Tensor:
         """The tensor, or a copy."""

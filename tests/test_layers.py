@@ -85,6 +85,7 @@ LIBRARY = House(
             "problem",
             "functional",
         },
+        {"engine.split", "engine.together"},
         {
             "optim",
             "linear",
@@ -105,7 +106,7 @@ LIBRARY = House(
         {"engine.oracles"},
         {"engine.maps", "engine.gauss_newton"},
         {"engine.again"},
-        {"engine.implied", "estimators.state", "estimators.known"},
+        {"engine.implied", "estimators.state", "estimators.known", "estimators.company"},
         {"estimators.base"},
         {
             "estimators.paths",
@@ -129,7 +130,8 @@ LIBRARY = House(
         },
         {"estimators"},
         {"tasks", "hypergradient"},
-        {"iterate", "adapt", "layer"},
+        {"loop", "adapt", "layer"},
+        {"iterate"},
         {"solution"},
         {"data"},
         {"meta"},
@@ -155,6 +157,8 @@ LIBRARY = House(
         "linear.system",
         "optim.entrywise",
         "optim.trial",
+        "tasks.rows",
+        "tasks.together",
     },
     # A byte budget is kept by a forecast; which is asked for inside a function, so that the library does without it.
     excepted={"estimators.reverse.auto": {"bilevel_profiling"}},

@@ -86,7 +86,7 @@ class _FullySharded:
     def __init__(self, module: nn.Module, loss: Loss) -> None:
         self._module, self._loss = module, loss
         self._parameters = dict(module.named_parameters())
-        mesh = next(iter(self._parameters.values())).device_mesh  # type: ignore[union-attr]
+        mesh = next(iter(self._parameters.values())).device_mesh  # type: ignore[attr-defined]
         self._ranks = Ranks(mesh.get_group())
 
     def __call__(self, inner: Tree, outer: Tree, batch: Any) -> Tensor:
@@ -113,7 +113,9 @@ class _FullySharded:
                 value = self._loss(self._module, x, data)
                 if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
                     given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
-                    raise ValueError(f"the loss given to fully_sharded() returned {given}; a floating 0-dim tensor was needed")
+                    raise ValueError(
+                        f"the loss given to fully_sharded() returned {given}; a floating 0-dim tensor was needed"
+                    )
                 if any(wanted):
                     backward(value)
                 slopes = [
@@ -133,9 +135,7 @@ class _FullySharded:
         """Other numbers in the place of the module's parameters, and no gradients."""
         self._reshard()
         own = [parameter.to_local().data for parameter in self._parameters.values()]  # type: ignore[attr-defined]
-        kept = [
-            None if _same(leaf, part) else leaf.clone() for leaf, part in zip(own, parts, strict=True)
-        ]
+        kept = [None if _same(leaf, part) else leaf.clone() for leaf, part in zip(own, parts, strict=True)]
         gradients = [parameter.grad for parameter in self._parameters.values()]
         try:
             for leaf, part, other in zip(own, parts, kept, strict=True):
@@ -154,8 +154,10 @@ class _FullySharded:
 
     def _reshard(self) -> None:
         """Nothing gathered from other numbers is used again."""
+        from torch.distributed.fsdp import FSDPModule
+
         for layer in self._module.modules():
-            if hasattr(layer, "reshard"):
+            if isinstance(layer, FSDPModule):
                 layer.reshard()
 
 

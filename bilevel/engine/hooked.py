@@ -64,4 +64,3 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         raise autodiff.not_twice_differentiable("bilevel.distributed.fully_sharded")
-

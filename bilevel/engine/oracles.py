@@ -79,7 +79,9 @@ class Oracles:
         self.dynamics = dynamics if tasks is None else dynamics.over(tasks)
         self.x, self.attached = tree.detach(outer), tree.attach(outer, constant)
         self.evaluation, self.engine = Evaluation(problem, tasks, ranks), engine or Eager().open()
-        self._posed = (self.evaluation, batches.outer) if posed is None else (Evaluation(posed[0], tasks, ranks), posed[1])
+        self._posed = (
+            (self.evaluation, batches.outer) if posed is None else (Evaluation(posed[0], tasks, ranks), posed[1])
+        )
         self.generators = Generators(tree.tensors(outer)[0].device)
         # (It must not hold an embedding: such a cycle would keep every call's tensors until a collection.)
         self.source = Source(self.evaluation, self.generators, self.x, self.attached)

@@ -89,13 +89,18 @@ class Whole:
             return wrapped(self.sharding, leaves, self.spread)
 
 
-def check(who: str, problem: Problem, strategies: tuple[Any, ...], *, eager: bool) -> None:
+def check(who: str, problem: Problem, strategies: tuple[Any, ...], *, eager: bool, split: bool) -> None:
     """Raise ValueError unless a problem can be solved on parts of y by these strategies."""
     advice = "with an inner variable that is sharded over processes (DTensors)"
     if problem.init is not None:
         raise ValueError(
             f"{who}() was given a problem with init {advice}; y must begin at DTensors that are given as inner: leave "
             f"init out"
+        )
+    if split:
+        raise ValueError(
+            f"{who}() was given a problem of data_parallel() {advice}; let the batches be DTensors that are cut along "
+            f"their rows, or take bilevel.distributed.fully_sharded, where each rank has its own rows"
         )
     if not eager:
         raise ValueError(f"{who}() was given an engine that compiles {advice}; leave it out, or write bilevel.Eager()")
@@ -115,7 +120,9 @@ def check_same(what: str, value: Tree, ranks: Ranks, *, exact: bool = False) -> 
     if not leaves or not readable(leaves[0]):
         return
     # Two sums of each: one would not see two numbers that have changed places.
-    sums = [torch.stack([leaf.sum(), (leaf * torch.arange(1, leaf.numel() + 1).to(leaf).rsqrt()).sum()]) for leaf in leaves]
+    sums = [
+        torch.stack([leaf.sum(), (leaf * torch.arange(1, leaf.numel() + 1).to(leaf).rsqrt()).sum()]) for leaf in leaves
+    ]
     found = torch.nan_to_num(torch.cat(sums))
     high, low = ranks.largest([torch.stack([found, -found])])[0]
     loose = 0.0 if exact else max(torch.finfo(leaf.dtype).eps for leaf in tree.tensors(value)) ** 0.5
@@ -237,9 +244,7 @@ class _Whole(torch.autograd.Function):
         from torch.distributed.tensor import DTensor
 
         ctx.placement = placement
-        return DTensor.from_local(
-            part.view_as(part), mesh, [placement], run_check=False, shape=shape, stride=stride
-        )
+        return DTensor.from_local(part.view_as(part), mesh, [placement], run_check=False, shape=shape, stride=stride)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Any) -> Any:

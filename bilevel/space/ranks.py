@@ -4,14 +4,16 @@ All collectives of the library are here. Each is called by every rank of the gro
 span, so that a profiler sees its time.
 """
 
+import contextlib
 import dataclasses
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bilevel.engine import spans
 
@@ -32,6 +34,20 @@ class Ranks:
 
     group: "dist.ProcessGroup | None" = None
 
+    def __repr__(self) -> str:
+        return "Ranks()" if self.group is None else f"Ranks({dist.get_process_group_ranks(self.group)})"
+
+    def __deepcopy__(self, memo: Any) -> "Ranks":
+        return self
+
+    def __getstate__(self) -> Any:
+        if self.group is not None:
+            raise TypeError(
+                f"{self!r} belongs to this process and cannot be pickled: a process group is made by each process for "
+                f"itself. Pickle what holds it without it; Ranks() of all processes can be"
+            )
+        return {"group": None}
+
     @property
     def size(self) -> int:
         """How many processes there are."""
@@ -43,6 +59,12 @@ class Ranks:
         """The place of this process among them, from 0."""
         _check_initialized()
         return dist.get_rank(self.group)
+
+    @property
+    def members(self) -> list[int]:
+        """The processes by their ranks among all, in the order of this group's."""
+        _check_initialized()
+        return dist.get_process_group_ranks(dist.group.WORLD if self.group is None else self.group)
 
     def sum(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The sum over ranks of each tensor, the same bits on every rank; one all-reduce for each dtype.
@@ -59,7 +81,7 @@ class Ranks:
         """What every rank has for a small picklable value, in the order of the ranks."""
         size = self.size
         found: list[Any] = [None] * size
-        with spans.span(spans.COLLECTIVE):
+        with spans.span(spans.COLLECTIVE), _told():
             dist.all_gather_object(found, pickle.dumps(value), group=self.group)
         return [pickle.loads(one) for one in found]
 
@@ -82,12 +104,14 @@ class Ranks:
 
     def _reduced(self, leaves: Sequence[Tensor], operation: Any) -> tuple[Tensor, ...]:
         _check_initialized()
+        if any(without_data(leaf) for leaf in leaves):
+            return tuple(leaf.clone() for leaf in leaves)
         found: list[Tensor | None] = [None] * len(leaves)
         kinds = {(leaf.dtype, leaf.device): None for leaf in leaves}
         for kind in kinds:
             places = [i for i, leaf in enumerate(leaves) if (leaf.dtype, leaf.device) == kind]
             flat = torch.cat([leaves[i].detach().reshape(-1) for i in places])
-            with spans.span(spans.COLLECTIVE):
+            with spans.span(spans.COLLECTIVE), _told():
                 dist.all_reduce(flat, operation, group=self.group)
             parts = flat.split([leaves[i].numel() for i in places])
             for i, part in zip(places, parts, strict=True):
@@ -97,6 +121,49 @@ class Ranks:
 
 class RankError(RuntimeError):
     """Another rank of the group failed, so that what all of them compute together cannot be had."""
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What torch says where a rank is gone, as the error of the other ranks."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            f"a sum over ranks was not taken: another process of the group has ended, or has not come in time; its own "
+            f"output says why. torch says: {error}"
+        ) from error
+
+
+def without_data(leaf: Tensor) -> bool:
+    """Whether a tensor has no numbers to send: a forecast, or a look at what is used."""
+    return isinstance(leaf, FakeTensor) or leaf.device.type == "meta"
+
+
+def ranks_of(who: str, group: Any) -> Ranks:
+    """The ranks of what was given as a group.
+
+    Args:
+        who: was given it, for the message.
+        group: Ranks, or a process group of torch.distributed.
+
+    Raises:
+        TypeError, ValueError: it is neither, or one that this process is no member of.
+    """
+    if isinstance(group, Ranks):
+        return group
+    if dist.is_available():
+        if isinstance(group, dist.ProcessGroup):
+            return Ranks(group)
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                f"{who} was given a group that this process is no member of (what torch.distributed.new_group returns "
+                f"there); make the call on its members alone"
+            )
+    hint = ". Of a device mesh write mesh.get_group('name')" if hasattr(group, "get_group") else ""
+    raise TypeError(
+        f"{who} was given group={group!r}; None, bilevel.distributed.Ranks() or a process group was needed{hint}"
+    )
 
 
 def _check_initialized() -> None:

@@ -78,7 +78,9 @@ class Sharding:
 
     def parts(self, inner: Tree) -> Tree:
         """This rank's part of each DTensor, sharing its memory where it can; without a graph."""
-        leaves = [self._part(leaf.detach(), place) for leaf, place in zip(tree.tensors(inner), self.places, strict=True)]
+        leaves = [
+            self._part(leaf.detach(), place) for leaf, place in zip(tree.tensors(inner), self.places, strict=True)
+        ]
         return tree.like(inner, leaves)
 
     def joined(self, parts: Tree) -> Tree:
@@ -101,9 +103,7 @@ class Sharding:
 
         scalar = not place.shape
         shape, stride = (torch.Size([1]), (1,)) if scalar else (place.shape, place.stride)
-        return DTensor.from_local(
-            part, self.mesh, [Shard(place.dim)], run_check=False, shape=shape, stride=stride
-        )
+        return DTensor.from_local(part, self.mesh, [Shard(place.dim)], run_check=False, shape=shape, stride=stride)
 
     def _part(self, leaf: Any, place: Place) -> Tensor:
         from torch.distributed.tensor import Shard

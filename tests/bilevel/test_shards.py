@@ -97,8 +97,9 @@ def estimate(estimator: Any, solver: Any, mesh: DeviceMesh | None, leaves: str) 
         x, y, batch = spread(X, mesh), spread(y, mesh, PLACES), spread(BATCH, mesh)
     torch.manual_seed(0)
     problem, state, codes = bl.Problem(inner_loss, outer_loss), None, []
+    found = None
     for _ in range(2):
-        if codes and state is None and found.next_inner is None:
+        if found is not None and state is None and found.next_inner is None:
             break
         found = bl.hypergradient(
             problem, x, y, bl.Batches(batch, batch), solver=solver, estimator=estimator, state=state
@@ -238,7 +239,10 @@ def fsdp_alone() -> dict[str, Any]:
     warnings.simplefilter("ignore")
     call, y = bl.functional(net())
     x, batches = fsdp_data()
-    problem, found = bl.Problem(*(lambda y, x, b, f=f: f(lambda rows: call(y, rows), x, b) for f in (weighted, clean))), {}
+    problem, found = (
+        bl.Problem(*(lambda y, x, b, f=f: f(lambda rows: call(y, rows), x, b) for f in (weighted, clean))),
+        {},
+    )
     for name, estimator in FIRST.items():
         hg = bl.hypergradient(problem, x, y, batches, solver=bl.Descent(bl.SGD(0.3), 4), estimator=estimator)
         found[name] = {"x": hg.grad["weights"], **hg.inner, "f": hg.outer_loss, "g": hg.inner_loss}
@@ -261,7 +265,14 @@ def refusals(ranks: Ranks) -> dict[str, str]:
     problem, batches = bl.Problem(inner_loss, outer_loss), bl.Batches(batch, batch)
 
     def refused(name: str, **changed: Any) -> None:
-        given = {"problem": problem, "outer": x, "inner": y, "batches": batches, "solver": SGD, "estimator": bl.Unrolled()}
+        given = {
+            "problem": problem,
+            "outer": x,
+            "inner": y,
+            "batches": batches,
+            "solver": SGD,
+            "estimator": bl.Unrolled(),
+        }
         try:
             given |= changed
             bl.hypergradient(**given)
@@ -281,8 +292,9 @@ def refusals(ranks: Ranks) -> dict[str, str]:
 
     def by_rank(y: Any, x: Any, b: Any) -> Tensor:
         whole = bl.distributed.gathered(y)
-        return ((1 + ranks.rank) * whole["w"].square().sum() + sum(leaf.square().sum() for leaf in whole.values())
-                ) * x["a"].exp().sum()
+        return ((1 + ranks.rank) * whole["w"].square().sum() + sum(leaf.square().sum() for leaf in whole.values())) * x[
+            "a"
+        ].exp().sum()
 
     refused("another loss on each rank", problem=bl.Problem(by_rank, by_rank), outer=X)
     try:
