@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import backward as accumulate
 
 from bilevel.engine import autodiff
 from bilevel.engine.shards import local
@@ -35,7 +36,7 @@ def part_of(tensor: Any) -> Tensor:
 
 def backward(loss: Tensor) -> None:
     """What hooks expect: gradients are accumulated into leaves."""
-    torch.autograd.backward(loss)
+    accumulate(loss)
 
 
 class _Hooked(torch.autograd.Function):
