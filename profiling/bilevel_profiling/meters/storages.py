@@ -33,8 +33,9 @@ def storages_of(tensor: Tensor) -> Iterator[UntypedStorage]:
     """The storages a tensor lies on: one, or those of the parts of a sparse tensor or of a wrapper."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            yield from storages_of(getattr(tensor, name))
+        for part in (getattr(tensor, name) for name in names):
+            if isinstance(part, Tensor):  # (a DTensor also names its mesh)
+                yield from storages_of(part)
     elif tensor.layout == torch.strided:
         yield tensor.untyped_storage()
     elif tensor.layout == torch.sparse_coo:
