@@ -167,6 +167,7 @@ PROFILER = House(
     name="bilevel_profiling",
     folder=ROOT / "profiling" / "bilevel_profiling",
     layers=(
+        {"cases.parallel"},
         {"records", "cases.builtin"},
         {"baselines"},
         {"cases", "meters", "report.content"},

@@ -33,8 +33,8 @@ def storages_of(tensor: Tensor) -> Iterator[UntypedStorage]:
     """The storages a tensor lies on: one, or those of the parts of a sparse tensor or of a wrapper."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        for part in (getattr(tensor, name) for name in names):
-            if isinstance(part, Tensor):  # (a DTensor also names its mesh)
+        for name in names:
+            if isinstance(part := getattr(tensor, name), Tensor):  # a DTensor names its mesh as well
                 yield from storages_of(part)
     elif tensor.layout == torch.strided:
         yield tensor.untyped_storage()
