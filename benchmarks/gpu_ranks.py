@@ -76,7 +76,7 @@ def table(rows):
             f"| {real.case} | {real.estimator} | {real.processes} | {1e3 * (real.wall_seconds or 0):.1f} "
             f"| {1e3 * (real.collective_seconds or 0):.1f} "
             f"| {peak / 2**20:.1f} ({wanted.peak_tensor_bytes / 2**20:.1f}) "
-            f"| {sent / 2**20:.2f} ({wanted.sent_bytes / 2**20:.2f}) | {real.status} |"
+            f"| {sent / 2**20:.2f} ({wanted.sent_bytes / 2**20:.2f}) | {real.status} {real.reason} |"
         )
     return "\n".join(lines)
 
