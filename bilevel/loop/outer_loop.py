@@ -1,23 +1,29 @@
 """OuterLoop: hypergradient, outer step, repeat, as an object that can stop."""
 
-import dataclasses
 import inspect
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from bilevel.batches import Batches
 from bilevel.engine import spans
 from bilevel.engine.base import Engine
 from bilevel.estimators.base import Estimator
-from bilevel.hypergradient import check_movable, hypergradient, set_grad
+from bilevel.hypergradient import check_movable
 from bilevel.inner.base import InnerSolver
+from bilevel.loop.accumulation import mean
+from bilevel.loop.computing import Computing, status_seen, usable
+from bilevel.loop.early_stopping import EarlyStopping
+from bilevel.loop.mixed_precision import MixedPrecision
+from bilevel.loop.precision_check import Precision, PrecisionCheck
 from bilevel.loop.step import Step
-from bilevel.outcome import BilevelError, Hypergradient, Status, readable
+from bilevel.loop.stepping import Stepping, checked_schedulers
+from bilevel.outcome import BilevelError, Hypergradient, Status
 from bilevel.problem import Problem
 from bilevel.space import tree
 from bilevel.space.tree import Tree
@@ -44,6 +50,9 @@ class OuterLoop:
         scheduler: LRScheduler | Sequence[LRScheduler] = (),
         accumulate: int = 1,
         clip: float | Callable[[list[Tensor]], Any] | None = None,
+        precision: MixedPrecision | None = None,
+        check: PrecisionCheck | None = None,
+        stop: EarlyStopping | None = None,
         generators: Sequence[Any] = (),
         also: Mapping[str, Any] | None = None,
     ) -> None:
@@ -51,8 +60,10 @@ class OuterLoop:
         self.problem, self.outer, self.inner, self.loader = problem, outer, inner, loader
         self.solver, self.estimator, self.optimizer, self.engine = solver, estimator, optimizer, engine
         self.carry, self.state, self.tolerate = carry, state, tolerate
-        self.epochs, self.accumulate, self.clip = epochs, accumulate, clip
-        self.schedulers = tuple(scheduler) if isinstance(scheduler, Sequence) else (scheduler,)
+        self.epochs, self.accumulate = epochs, accumulate
+        self.stepping = Stepping(optimizer, checked_schedulers(scheduler), clip)
+        self.computing = Computing(problem, solver, estimator, engine, precision, check)
+        self.precision, self.stop = precision, stop
         self.generators, self.also = tuple(generators), dict(also or {})
         self.index = 0
         self._iterator = iter(loader)
@@ -62,15 +73,33 @@ class OuterLoop:
         return self
 
     def __next__(self) -> Step:
-        found = self._group()
+        if self.stop is not None and self.stop.stopped:
+            raise StopIteration
+        begun, lr = time.perf_counter(), self.stepping.rates()
+        found, precision, sound = self._group()
         with spans.span(spans.OUTER):
-            self._move(found)
+            if self.precision is not None:
+                self.precision.update(sound, tree.tensors(self.outer)[0].device)
+            if sound and self.stop is not None:
+                self.stop.see(found.outer_loss)  # before x moves: it is the loss of this x
+            if sound:
+                self.stepping.move(self.outer, found)
         self.index += 1
-        return Step(self.index - 1, found)
+        return Step(
+            self.index - 1,
+            found,
+            lr=lr,
+            seconds=time.perf_counter() - begun,
+            precision=precision,
+            skipped=not sound,
+        )
 
-    def _group(self) -> Hypergradient:
-        """The mean over `accumulate` batches, each begun where the one before ended."""
+    def _group(self) -> tuple[Hypergradient, Precision | None, bool]:
+        """The mean over `accumulate` batches, each begun where the one before ended; how much of the first was kept,
+        and whether it may be used.
+        """
         found, inner, state = list[Hypergradient](), self.inner, self.state
+        looked: Precision | None = None
         for _ in range(self.accumulate):
             try:
                 batches = next(self._iterator)
@@ -78,38 +107,31 @@ class OuterLoop:
                 if found:
                     break  # what a pass leaves over is a smaller group
                 raise
-            one = self._one(batches, inner, state)
+            one, precision, sound = self._one(batches, inner, state, look=not found)
+            looked = looked or precision
+            if not sound:
+                return one, looked, False
             state = one.state
             if self.carry and self.problem.init is None:
                 inner = tree.detach(one.inner if one.next_inner is None else one.next_inner)
             found.append(one)
         self.inner, self.state = inner, state
-        return _mean(found)
+        return mean(found), looked, True
 
-    def _one(self, batches: Any, inner: Tree | None, state: Any) -> Hypergradient:
+    def _one(
+        self, batches: Any, inner: Tree | None, state: Any, look: bool
+    ) -> tuple[Hypergradient, Precision | None, bool]:
         if not isinstance(batches, Batches):
             raise TypeError(
                 f"iterate()'s loader yielded a {type(batches).__name__}; write (bilevel.Batches(inner=a, outer=b) for "
                 f"a, b in zip(train, valid))"
             )
-        found = hypergradient(
-            self.problem,
-            self.outer,
-            inner,
-            batches,
-            solver=self.solver,
-            estimator=self.estimator,
-            state=state,
-            engine=self.engine,
-        )
+        found, precision = self.computing.hypergradient(self.index, look, self.outer, inner, batches, state)
         with spans.span(spans.OUTER):
-            # Without data nothing can be seen to fail: a forecast takes the step that a sound hypergradient would.
-            status = found.status if not isinstance(found.code, Tensor) or readable(found.code) else Status.OK
-            if status.failed and (
-                status not in self.tolerate
-                or status in (Status.NONFINITE, Status.DIVERGED)
-                or not bool(tree.finite(found.grad))
-            ):
+            if self.computing.overflowed(found):
+                return found, precision, False  # torch.amp.GradScaler leaves such a step out, too
+            status = status_seen(found)
+            if status.failed and (status not in self.tolerate or not usable(found)):
                 raise BilevelError(
                     f"outer step {self.index}: {status.name}: {status.value} The outer variable was not moved by this "
                     f"step.",
@@ -118,33 +140,7 @@ class OuterLoop:
             if status.failed or (status is Status.INNER_UNSTABLE and not self._warned):
                 warnings.warn(f"iterate() stepped through {status.name}: {status.value}", stacklevel=4)
                 self._warned = True
-        return found
-
-    def _move(self, found: Hypergradient) -> None:
-        set_grad(self.outer, found.grad)
-        if self.clip is not None:
-            self._clipped(tree.tensors(self.outer))
-        self.optimizer.step()
-        for scheduler in self.schedulers:
-            if isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.step(found.outer_loss)
-            else:
-                scheduler.step()
-
-    def _clipped(self, xs: list[Tensor]) -> None:
-        if callable(self.clip):
-            self.clip(xs)
-        elif self.clip is not None:
-            torch.nn.utils.clip_grad_norm_(xs, self.clip)
-
-
-def _mean(found: list[Hypergradient]) -> Hypergradient:
-    if len(found) == 1:
-        return found[0]
-    count = len(found)
-    grad = tree.tree_map(lambda *leaves: sum(leaves[1:], leaves[0]) / count, *(one.grad for one in found))
-    losses = {name: sum(getattr(one, name) for one in found) / count for name in ("outer_loss", "inner_loss")}
-    return dataclasses.replace(found[-1], grad=grad, **losses)
+        return found, precision, True
 
 
 def check_optimizer(who: str, outer: Tree, optimizer: Any) -> None:
