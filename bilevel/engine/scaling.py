@@ -72,6 +72,11 @@ def left(value: Tree, scale: float) -> Tree:
     return tree.tree_map(lambda leaf: _Leave.apply(leaf, 1.0, scale) if _derives(leaf) else leaf, value)
 
 
+def is_edge(node: Any) -> bool:
+    """Whether a node of a graph is one of these, whose derivatives of all orders are known to be there."""
+    return isinstance(node, (_Enter._backward_cls, _Leave._backward_cls))  # type: ignore[attr-defined]
+
+
 def _derives(leaf: Any) -> bool:
     """Whether derivatives may pass through: also under torch.func, whose tensors do not say."""
     return (

@@ -14,9 +14,9 @@ from bilevel.batches import Batches
 from bilevel.engine import spans
 from bilevel.engine.base import Engine
 from bilevel.estimators.base import Estimator
-from bilevel.hypergradient import check_movable
+from bilevel.hypergradient import check_kind, check_movable
 from bilevel.inner.base import InnerSolver
-from bilevel.loop.accumulation import mean
+from bilevel.loop.accumulation import checked, mean
 from bilevel.loop.computing import Computing, status_seen, usable
 from bilevel.loop.early_stopping import EarlyStopping
 from bilevel.loop.mixed_precision import MixedPrecision
@@ -60,8 +60,10 @@ class OuterLoop:
         self.problem, self.outer, self.inner, self.loader = problem, outer, inner, loader
         self.solver, self.estimator, self.optimizer, self.engine = solver, estimator, optimizer, engine
         self.carry, self.state, self.tolerate = carry, state, tolerate
-        self.epochs, self.accumulate = epochs, accumulate
+        self.epochs, self.accumulate = epochs, checked(accumulate)
         self.stepping = Stepping(optimizer, checked_schedulers(scheduler), clip)
+        if stop is not None:
+            check_kind("OuterLoop", "stop", stop, EarlyStopping, "bilevel.loop.EarlyStopping(patience=10)")
         self.computing = Computing(problem, solver, estimator, engine, precision, check)
         self.precision, self.stop = precision, stop
         self.generators, self.also = tuple(generators), dict(also or {})
