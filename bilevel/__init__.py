@@ -26,12 +26,13 @@ from bilevel.hypergradient import set_grad as set_grad
 from bilevel.inner import Converge as Converge
 from bilevel.inner import Descent as Descent
 from bilevel.inner import InnerSolver as InnerSolver
-from bilevel.iterate import Step as Step
 from bilevel.iterate import iterate as iterate
 from bilevel.linear import CG as CG
 from bilevel.linear import Dense as Dense
 from bilevel.linear import LinearSolver as LinearSolver
 from bilevel.linear import Neumann as Neumann
+from bilevel.loop import OuterLoop as OuterLoop
+from bilevel.loop import Step as Step
 from bilevel.meta import Learner as Learner
 from bilevel.optim import SGD as SGD
 from bilevel.optim import Adam as Adam

@@ -1,42 +1,22 @@
 """iterate(): the optional outer loop, as a generator, so that the loop body stays the user's."""
 
-import dataclasses
-import inspect
-import warnings
+import itertools
+import time
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bilevel.batches import Batches
-from bilevel.engine import spans
 from bilevel.engine.base import Engine
 from bilevel.estimators.base import Estimator
-from bilevel.hypergradient import check_movable, hypergradient, set_grad
 from bilevel.inner.base import InnerSolver
-from bilevel.outcome import BilevelError, Hypergradient, Status, readable
+from bilevel.loop.checks import check_optimizer
+from bilevel.loop.step import Step
+from bilevel.loop.stepping import Carried, Stepping
+from bilevel.outcome import Status
 from bilevel.problem import Problem
-from bilevel.space import tree
 from bilevel.space.tree import Tree
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One outer step, after x was moved.
-
-    Attributes:
-        index: 0, 1, 2, ...
-        hypergradient: the hypergradient the step was made with.
-    """
-
-    index: int
-    hypergradient: Hypergradient
-
-    @property
-    def outer_loss(self) -> Tensor:
-        """The outer loss before the step."""
-        return self.hypergradient.outer_loss
 
 
 def iterate(
@@ -95,69 +75,20 @@ def iterate(
         >>> step.index, round(x.item(), 3)
         (29, 3.0)
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"iterate() was given a {type(optimizer).__name__} as optimizer; a torch.optim optimizer over outer was "
-            f"needed, such as torch.optim.Adam(outer.values(), lr=0.01) (bilevel.SGD and its kin are for the inner "
-            f"variable)"
-        )
-    if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
-        raise TypeError(
-            f"iterate() was given {type(optimizer).__name__} as optimizer, whose step needs a closure that evaluates "
-            f"the loss again; iterate() makes one hypergradient a step. Use torch.optim.Adam or SGD, or call "
-            f"hypergradient() and set_grad() in a closure of your own"
-        )
-    check_movable(outer)
-    held = {id(x) for group in optimizer.param_groups for x in group["params"]}
-    if not any(id(x) in held for x in tree.tensors(outer)):
-        raise ValueError(
-            "iterate() was given an optimizer that holds none of the tensors of outer, so outer would never move; make "
-            "it over outer.values()"
-        )
-    return _steps(problem, outer, inner, loader, solver, estimator, optimizer, carry, state, tolerate, engine)
+    check_optimizer("iterate", outer, optimizer)
+    parts = (problem, outer, solver, estimator, optimizer, carry, frozenset(tolerate), engine)
+    return _steps(Stepping("iterate", *parts), Carried(inner, state), loader)
 
 
-def _steps(
-    problem: Problem,
-    outer: Tree,
-    inner: Tree | None,
-    loader: Iterable[Batches],
-    solver: InnerSolver,
-    estimator: Estimator,
-    optimizer: torch.optim.Optimizer,
-    carry: bool,
-    state: Any,
-    tolerate: Collection[Status],
-    engine: Engine | None,
-) -> Iterator[Step]:
-    warned = False
-    for index, batches in enumerate(loader):
-        if not isinstance(batches, Batches):
-            raise TypeError(
-                f"iterate()'s loader yielded a {type(batches).__name__}; write (bilevel.Batches(inner=a, outer=b) for "
-                f"a, b in zip(train, valid))"
-            )
-        found = hypergradient(
-            problem, outer, inner, batches, solver=solver, estimator=estimator, state=state, engine=engine
-        )
-        with spans.span(spans.OUTER):
-            # Without data nothing can be seen to fail: a forecast takes the step that a sound hypergradient would.
-            status = found.status if not isinstance(found.code, Tensor) or readable(found.code) else Status.OK
-            if status.failed and (
-                status not in tolerate
-                or status in (Status.NONFINITE, Status.DIVERGED)
-                or not bool(tree.finite(found.grad))
-            ):
-                raise BilevelError(
-                    f"outer step {index}: {status.name}: {status.value} The outer variable was not moved by this step.",
-                    status,
-                )
-            if status.failed or (status is Status.INNER_UNSTABLE and not warned):
-                warnings.warn(f"iterate() stepped through {status.name}: {status.value}", stacklevel=2)
-                warned = True
-            set_grad(outer, found.grad)
-            optimizer.step()
-        state = found.state
-        if carry and problem.init is None:
-            inner = tree.detach(found.inner if found.next_inner is None else found.next_inner)
-        yield Step(index, found)
+def _steps(stepping: Stepping, carried: Carried, loader: Iterable[Batches]) -> Iterator[Step]:
+    """`OuterLoop`'s steps, without what it takes to stop and go on."""
+    take = iter(loader).__next__
+    for index in itertools.count():
+        begun, lr = time.perf_counter(), stepping.rates()
+        made = stepping.group(take, carried, index)
+        if made is None:
+            return
+        carried = made.left
+        stepping.show(made.hypergradient)
+        stepping.move(made)
+        yield Step(index, made.hypergradient, lr, time.perf_counter() - begun)

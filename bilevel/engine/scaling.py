@@ -74,7 +74,7 @@ def left(value: Tree, scale: float) -> Tree:
 
 def is_edge(node: Any) -> bool:
     """Whether a node of a graph is one of these, whose derivatives of all orders are known to be there."""
-    return isinstance(node, (_Enter._backward_cls, _Leave._backward_cls))  # type: ignore[attr-defined]
+    return isinstance(node, (_Enter._backward_cls, _Leave._backward_cls))
 
 
 def _derives(leaf: Any) -> bool:

@@ -34,20 +34,6 @@ def mean(found: Sequence[Hypergradient]) -> Hypergradient:
     )
 
 
-def checked(accumulate: int) -> int:
-    """How many batches make an outer step.
-
-    Raises:
-        ValueError: it is no whole number of at least 1.
-    """
-    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
-        raise ValueError(
-            f"OuterLoop() was given accumulate={accumulate!r}; a whole number of batches an outer step, at least 1, "
-            f"was needed"
-        )
-    return accumulate
-
-
 def _sum(leaves: Sequence[Tensor]) -> Tensor:
     total = leaves[0]
     for leaf in leaves[1:]:

@@ -12,6 +12,7 @@ from bilevel.hypergradient import hypergradient
 from bilevel.inner.base import InnerSolver
 from bilevel.loop.mixed_precision import MixedPrecision
 from bilevel.loop.precision_check import Precision, PrecisionCheck
+from bilevel.loop.randomness import Randomness
 from bilevel.outcome import Hypergradient, Status, readable
 from bilevel.problem import Problem
 from bilevel.space import tree
@@ -26,9 +27,7 @@ class Computing:
         problem, solver, estimator, engine: as of `hypergradient`.
         precision: of the losses; None for that of the variables.
         check: holds some against full precision; None for none.
-
-    Raises:
-        TypeError: precision or check is something else.
+        random: the generators, which it leaves as they are.
     """
 
     problem: Problem
@@ -37,19 +36,12 @@ class Computing:
     engine: Engine | None = None
     precision: MixedPrecision | None = None
     check: PrecisionCheck | None = None
-
-    def __post_init__(self) -> None:
-        for name, value, kind, write in (
-            ("precision", self.precision, MixedPrecision, "bilevel.loop.MixedPrecision(torch.bfloat16)"),
-            ("check", self.check, PrecisionCheck, "bilevel.loop.PrecisionCheck(every=100)"),
-        ):
-            if value is not None and not isinstance(value, kind):
-                raise TypeError(f"OuterLoop() was given a {type(value).__name__} as {name}; {write} was needed")
+    random: Randomness = dataclasses.field(default_factory=Randomness)
 
     def hypergradient(
-        self, index: int, look: bool, outer: Tree, inner: Tree | None, batches: Batches, state: Any
+        self, look: int | None, outer: Tree, inner: Tree | None, batches: Batches, state: Any
     ) -> tuple[Hypergradient, Precision | None]:
-        """A hypergradient for the step `index`, and what is left of it, where `look` allows to look and it is due."""
+        """A hypergradient, and how much of it is kept, where the step `look` is one that is looked at."""
         given = (outer, inner, batches)
         how: dict[str, Any] = {
             "solver": self.solver,
@@ -58,15 +50,16 @@ class Computing:
             "engine": self.engine,
         }
         problem = self.problem if self.precision is None else self.precision.problem(self.problem)
-        if self.check is None or not look or not self.check.due(index):
+        if self.check is None or look is None or not self.check.due(look):
             return hypergradient(problem, *given, **how), None
-        # Before the other one, so that not both are held at a time; the generators are put back.
-        full, seconds = self.check.full(self.problem, *given, **how)
+        # Before the other one, so that not both are held at a time.
+        before = self.random.peek()
+        try:
+            full, seconds = self.check.full(self.problem, *given, **how)
+        finally:
+            self.random.set(before)
         found = hypergradient(problem, *given, **how)
-        precision = self.check.compare(found.grad, full, seconds)
-        if not self.overflowed(found):  # of which the scaler takes care
-            self.check.warn(index, precision)
-        return found, precision
+        return found, self.check.compare(found.grad, full, seconds)
 
     def overflowed(self, found: Hypergradient) -> bool:
         """Whether S of float16 was too large for this one, which must not be used then."""

@@ -72,18 +72,14 @@ class MixedPrecision:
                 "enabled=False); leave it out, or write torch.amp.GradScaler with the device of the variables"
             )
         self.dtype = dtype
-        self._scaler = scaler
-        self._loaded: dict[str, Any] | None = None
+        self._given = scaler is not None
+        self._scaler = torch.amp.GradScaler("cpu") if scaler is None and dtype is torch.float16 else scaler
         self._made: tuple[Problem, float, Problem] | None = None
 
     @property
     def scale(self) -> float:
         """S, 1 for bfloat16."""
-        if self.dtype is torch.bfloat16:
-            return 1.0
-        if self._scaler is not None:
-            return float(self._scaler.get_scale())
-        return 65536.0 if self._loaded is None else float(self._loaded["scale"])
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
 
     def problem(self, problem: Problem) -> Problem:
         """The same problem, its losses and features under autocast with the present S.
@@ -99,15 +95,14 @@ class MixedPrecision:
 
         Args:
             sound: whether it was.
-            device: where the variables are; the scaler's numbers go there.
+            device: where the variables are, and the numbers of a scaler that was given.
         """
-        if self.dtype is torch.bfloat16:
+        scaler, place = self._scaler, device if self._given else "cpu"
+        if scaler is None:
             return
-        device = torch.device(device)
-        scaler = self._ready(device)
         # The scaler looks at the gradients of an optimizer's tensors. It is shown one number of our own: x.grad is
         # not S times too large, and the user's optimizer may hold tensors that are none of x.
-        shown = torch.zeros((), device=device, requires_grad=True)
+        shown = torch.zeros((), device=place, requires_grad=True)
         optimizer = torch.optim.SGD([shown], lr=0.0)
         scaler.scale(shown.detach())
         shown.grad = torch.full_like(shown, 0.0 if sound else math.inf)
@@ -117,9 +112,7 @@ class MixedPrecision:
 
     def state_dict(self) -> dict[str, Any]:
         """S and what its growth depends on; empty for bfloat16."""
-        if self._scaler is not None:
-            return self._scaler.state_dict()
-        return dict(self._loaded or {})
+        return {} if self._scaler is None else self._scaler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned.
@@ -127,22 +120,13 @@ class MixedPrecision:
         Raises:
             ValueError: it is that of another dtype.
         """
-        if bool(state) != (self.dtype is torch.float16) and (state or self._scaler is not None):
+        if bool(state) != (self._scaler is not None):
             raise ValueError(
                 f"MixedPrecision({self.dtype}) was given the state of one with another dtype; make it with the dtype "
                 f"of the run that was saved"
             )
         if self._scaler is not None:
             self._scaler.load_state_dict(dict(state))
-        else:
-            self._loaded = dict(state) or None
-
-    def _ready(self, device: torch.device) -> torch.amp.GradScaler:
-        if self._scaler is None:
-            self._scaler = torch.amp.GradScaler(device.type)
-            if self._loaded is not None:
-                self._scaler.load_state_dict(self._loaded)
-        return self._scaler
 
     def _cast(self, problem: Problem) -> Problem:
         def cast(function: Callable[..., Any]) -> Callable[..., Any]:

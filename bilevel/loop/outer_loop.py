@@ -1,36 +1,92 @@
-"""OuterLoop: hypergradient, outer step, repeat, as an object that can stop."""
+"""OuterLoop: hypergradient, outer step, repeat, as an object that can stop, be saved, and go on to the bit."""
 
-import inspect
+import contextlib
+import os
+import pathlib
 import time
-import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
-import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bilevel.batches import Batches
-from bilevel.engine import spans
 from bilevel.engine.base import Engine
 from bilevel.estimators.base import Estimator
-from bilevel.hypergradient import check_kind, check_movable
 from bilevel.inner.base import InnerSolver
-from bilevel.loop.accumulation import checked, mean
-from bilevel.loop.computing import Computing, status_seen, usable
+from bilevel.loop import checks, files, snapshot
 from bilevel.loop.early_stopping import EarlyStopping
 from bilevel.loop.mixed_precision import MixedPrecision
-from bilevel.loop.precision_check import Precision, PrecisionCheck
+from bilevel.loop.moving import finished_first
+from bilevel.loop.precision_check import PrecisionCheck
+from bilevel.loop.randomness import Randomness, owned_by
+from bilevel.loop.reader import Reader
 from bilevel.loop.step import Step
-from bilevel.loop.stepping import Stepping, checked_schedulers
-from bilevel.outcome import BilevelError, Hypergradient, Status
+from bilevel.loop.stepping import Carried, Stepping
+from bilevel.outcome import Status
 from bilevel.problem import Problem
-from bilevel.space import tree
 from bilevel.space.tree import Tree
 
 
 class OuterLoop:
-    """Skeleton; the seams are final: scheduler, accumulate, clip, epochs, generators, also."""
+    """Hypergradient, outer step, repeat: an iterator of steps that can be left, saved, and gone on with.
+
+    It makes the steps that `iterate` makes. What a step depends on is its own: `save` writes all of it, and a loop that
+    is made anew in the same way and loads the file goes on as if it had never stopped, to the bit.
+
+    A loop that was left (break, an exception in the body, Ctrl-C, a hypergradient that failed) goes on where it is with
+    the next `for step in loop`. A step that was not finished has not happened: x, generators and the place in the data
+    are those before it, and its batches come again; `skip()` leaves them out. Ctrl-C waits while x is moved.
+
+    Args:
+        problem, outer, inner, loader, solver, estimator, optimizer, carry, state, tolerate, engine: as for `iterate`.
+        epochs: passes over `loader`, which is then read anew each time; None for no end.
+        scheduler: a learning rate scheduler of `optimizer`, or a list of them; each takes a step after each outer step
+            (ReduceLROnPlateau with the outer loss).
+        accumulate: batches of a step: it is made with the mean of their hypergradients. Each begins with the y and the
+            estimator's state that the one before left. What a pass leaves over makes a step with fewer.
+        clip: what the norm of the hypergradient is clipped to, over all outer tensors; or a function that is called
+            with the list of outer tensors once their `.grad` is set, and changes it. Of a mean it is the mean that is
+            clipped; the step's hypergradient is the one before.
+        precision: runs the losses in reduced precision. Of float16 a hypergradient that overflows is skipped, with its
+            batches; the step says so.
+        check: computes hypergradients once more in full precision now and then, and warns where they differ.
+        stop: ends the loop when the outer loss gets no better. It and `precision` are saved and loaded along.
+        generators: those that losses or the loader draw from besides the global ones: `torch.Generator`,
+            `random.Random`, numpy's. Those that a DataLoader, its sampler or its data set have as attributes are found.
+        also: objects with `state_dict` and `load_state_dict` to save and load along, by name.
+
+    Attributes:
+        index: how many steps were made: the index of the next one.
+        epoch: how many passes were finished.
+        inner, state: where y is, and what the estimator carries.
+
+    Raises:
+        TypeError, ValueError: as `iterate`; an argument is of the wrong kind or out of range.
+
+    Memory: that of `iterate`, and a batch; saving copies all tensors once.
+
+    Cost: reading the generators, 0.1 ms a step. Loading reads the batches of the pass again unless the loader has a
+        `state_dict` (`bilevel.data.Episodes`, torchdata's StatefulDataLoader), which says where it is.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.Problem(lambda y, x, b: (y - x) ** 2, lambda y, x, b: (y - b) ** 2)
+        >>> def made():
+        ...     x = torch.tensor(1.0, requires_grad=True)
+        ...     return bl.OuterLoop(problem, x, torch.tensor(0.0), [bl.Batches(None, float(b)) for b in range(6)],
+        ...         solver=bl.Descent(bl.SGD(lr=0.25), steps=5), estimator=bl.Implicit(bl.CG(1)),
+        ...         optimizer=torch.optim.Adam([x], lr=0.25))
+        >>> loop = made()
+        >>> for step in loop:
+        ...     if step.index == 3:
+        ...         saved = loop.save(getfixture("tmp_path"), keep=2)
+        >>> again = made()
+        >>> _ = again.load(saved)
+        >>> [step.index for step in again], torch.equal(again.outer, loop.outer)
+        ([4, 5], True)
+    """
 
     def __init__(
         self,
@@ -41,7 +97,7 @@ class OuterLoop:
         *,
         solver: InnerSolver,
         estimator: Estimator,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         carry: bool = True,
         state: Any = None,
         tolerate: Collection[Status] = (Status.NEGATIVE_CURVATURE,),
@@ -56,113 +112,206 @@ class OuterLoop:
         generators: Sequence[Any] = (),
         also: Mapping[str, Any] | None = None,
     ) -> None:
-        check_optimizer("OuterLoop", outer, optimizer)
-        self.problem, self.outer, self.inner, self.loader = problem, outer, inner, loader
-        self.solver, self.estimator, self.optimizer, self.engine = solver, estimator, optimizer, engine
-        self.carry, self.state, self.tolerate = carry, state, tolerate
-        self.epochs, self.accumulate = epochs, checked(accumulate)
-        self.stepping = Stepping(optimizer, checked_schedulers(scheduler), clip)
-        if stop is not None:
-            check_kind("OuterLoop", "stop", stop, EarlyStopping, "bilevel.loop.EarlyStopping(patience=10)")
-        self.computing = Computing(problem, solver, estimator, engine, precision, check)
-        self.precision, self.stop = precision, stop
-        self.generators, self.also = tuple(generators), dict(also or {})
-        self.index = 0
-        self._iterator = iter(loader)
-        self._warned = False
+        checks.check_optimizer("OuterLoop", outer, optimizer)
+        checks.check_options("OuterLoop", loader, epochs, accumulate, clip, also)
+        checks.check_objects("OuterLoop", precision, check, stop)
+        schedulers = checks.schedulers("OuterLoop", scheduler, optimizer)
+        parts = (problem, outer, solver, estimator, optimizer, carry, frozenset(tolerate), engine)
+        random = Randomness([*generators, *owned_by(loader)])
+        stepping = Stepping("OuterLoop", *parts, schedulers, accumulate, clip, frames=5)
+        stepping.stop, stepping.precision, stepping.check, stepping.random = stop, precision, check, random
+        reader, made_with = Reader(loader, epochs, random), snapshot.settings(stepping, loader)
+        own = {"(precision)": precision, "(stop)": stop}
+        saved = {**(also or {}), **{name: value for name, value in own.items() if value is not None}}
+        self._parts = snapshot.Parts(stepping, reader, random, saved, made_with)
+        self._carried = Carried(inner, state)
+        self._index = 0
+        self._busy = self._torn = ""
+
+    @property
+    def index(self) -> int:
+        """How many steps were made: the index of the next one."""
+        return self._index
+
+    @property
+    def outer(self) -> Tree:
+        """x."""
+        return self._parts.stepping.outer
+
+    @property
+    def inner(self) -> Tree | None:
+        """Where the next step's inner loop begins; None where the problem says."""
+        return self._carried.inner
+
+    @property
+    def state(self) -> Any:
+        """What the estimator carries to the next step."""
+        return self._carried.state
+
+    @property
+    def epoch(self) -> int:
+        """How many passes over the loader were finished."""
+        return self._parts.reader.epoch
+
+    @property
+    def total(self) -> int | None:
+        """How many steps there are in all, from the first on; None where the loader has no length or the passes no
+        end. Early stopping and `skip` make fewer.
+        """
+        reader = self._parts.reader
+        if reader.epochs is None or not hasattr(reader.loader, "__len__"):
+            return None
+        return reader.epochs * -(-len(reader.loader) // self._parts.stepping.accumulate)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Step:
-        if self.stop is not None and self.stop.stopped:
-            raise StopIteration
-        begun, lr = time.perf_counter(), self.stepping.rates()
-        found, precision, sound = self._group()
-        with spans.span(spans.OUTER):
-            if self.precision is not None:
-                self.precision.update(sound, tree.tensors(self.outer)[0].device)
-            if sound and self.stop is not None:
-                self.stop.see(found.outer_loss)  # before x moves: it is the loss of this x
-            if sound:
-                self.stepping.move(self.outer, found)
-        self.index += 1
-        return Step(
-            self.index - 1,
-            found,
-            lr=lr,
-            seconds=time.perf_counter() - begun,
-            precision=precision,
-            skipped=not sound,
-        )
+        """Make one step.
 
-    def _group(self) -> tuple[Hypergradient, Precision | None, bool]:
-        """The mean over `accumulate` batches, each begun where the one before ended; how much of the first was kept,
-        and whether it may be used.
+        Raises:
+            StopIteration: the data have ended.
+            BilevelError: the hypergradient failed, as in `iterate`; the step has not happened.
+            RuntimeError: a step is being made already, or x was left half moved.
         """
-        found, inner, state = list[Hypergradient](), self.inner, self.state
-        looked: Precision | None = None
-        for _ in range(self.accumulate):
-            try:
-                batches = next(self._iterator)
-            except StopIteration:
-                if found:
-                    break  # what a pass leaves over is a smaller group
-                raise
-            one, precision, sound = self._one(batches, inner, state, look=not found)
-            looked = looked or precision
-            if not sound:
-                return one, looked, False
-            state = one.state
-            if self.carry and self.problem.init is None:
-                inner = tree.detach(one.inner if one.next_inner is None else one.next_inner)
-            found.append(one)
-        self.inner, self.state = inner, state
-        return mean(found), looked, True
+        self._check_whole("go on")
+        self._busy = "a step is being made"
+        try:
+            return self._step()
+        finally:
+            self._busy = ""
 
-    def _one(
-        self, batches: Any, inner: Tree | None, state: Any, look: bool
-    ) -> tuple[Hypergradient, Precision | None, bool]:
-        if not isinstance(batches, Batches):
-            raise TypeError(
-                f"iterate()'s loader yielded a {type(batches).__name__}; write (bilevel.Batches(inner=a, outer=b) for "
-                f"a, b in zip(train, valid))"
+    def _step(self) -> Step:
+        parts, made = self._parts, None
+        begun, lr = time.perf_counter(), parts.stepping.rates()
+        while made is None:
+            if parts.reader.over or (parts.stepping.stop is not None and parts.stepping.stop.stopped):
+                raise StopIteration
+            with self._undone():
+                made = parts.stepping.group(parts.reader.take, self._carried, self._index)
+                if made is not None and not made.skipped:
+                    parts.stepping.show(made.hypergradient)
+            if made is None:
+                parts.reader.turn()
+        with finished_first():
+            self._torn = f"outer step {self._index} was cut off while x was being moved"
+            parts.stepping.move(made)
+            parts.reader.settle()
+            self._carried, self._index, self._torn = made.left, self._index + 1, ""
+        seconds = time.perf_counter() - begun
+        return Step(self._index - 1, made.hypergradient, lr, seconds, made.precision, made.skipped)
+
+    @contextlib.contextmanager
+    def _undone(self) -> Iterator[None]:
+        """What raises in this block leaves generators and data as they were before it."""
+        before = self._parts.random.peek()
+        try:
+            yield
+        except BaseException:
+            self._parts.reader.put_back()
+            self._parts.random.set(before)
+            raise
+
+    def skip(self) -> None:
+        """Leave out the batches of the next step, such as those at which it failed; its index goes to those after.
+
+        Raises:
+            RuntimeError: a step is being made, or x was left half moved.
+        """
+        self._check_whole("skip batches")
+        reader = self._parts.reader
+        with self._undone(), contextlib.suppress(StopIteration):
+            for _ in range(self._parts.stepping.accumulate):
+                reader.take()
+        reader.settle()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, as it is after the last one: copies, so that later steps do not
+        change them. Tensors stay on their devices.
+
+        Raises:
+            RuntimeError: a step is being made, or x was left half moved.
+            TypeError: something in it is no tensor, number, string, or dict, list or tuple of these.
+        """
+        self._check_whole("say what its state is")
+        return self._parts.state_dict(self._carried, self._index)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the state was taken, to the bit; everything is copied, to the devices of what is at hand.
+
+        Random numbers that are drawn between this call and the next step move the generators, as everywhere.
+
+        Args:
+            state: of a loop that was made in the same way.
+
+        Raises:
+            TypeError: it is no state of a loop.
+            ValueError: it does not fit this loop, or the loader cannot be got there; the message says what differs.
+                Nothing was loaded.
+            RuntimeError: a step is being made.
+
+        Warns:
+            UserWarning: settings differ, so that the run will not go on as it would have.
+        """
+        if self._busy:
+            raise RuntimeError(f"OuterLoop cannot load a state: {self._busy}. Load between steps, in the loop's body")
+        self._parts.check(state, self._carried.inner)
+        self._parts.go_to(state)
+        self._torn = "loading was cut off"
+        self._carried = self._parts.take_over(state, self._carried.inner)
+        self._index, self._torn = state["index"], ""
+
+    def save(self, folder: str | os.PathLike[str], *, keep: int | None = 3) -> pathlib.Path:
+        """Write `state_dict()` to a new file in a folder, whole or not at all, and delete the oldest files there.
+
+        A process that is killed at any moment leaves whole files behind, and so does a computer that loses its power.
+        Of several processes each needs a folder of its own.
+
+        Args:
+            folder: is made if it is not there.
+            keep: how many files stay; None for all of them.
+
+        Returns:
+            The file, such as `folder/000007-step-700.pt`: the seventh, after 700 steps.
+
+        Raises:
+            ValueError: keep is smaller than 1, or the folder has the name of a file.
+            RuntimeError, TypeError: as `state_dict`.
+        """
+        checks.check_saving(folder, keep)
+        return files.write(pathlib.Path(folder), self._index, self.state_dict(), keep)
+
+    def load(
+        self, path: str | os.PathLike[str], *, older: bool = False, missing_ok: bool = False
+    ) -> pathlib.Path | None:
+        """Load a file of `save`, as `load_state_dict` does.
+
+        Args:
+            path: the file, or the folder, of which the newest is taken.
+            older: take the newest whole file of the folder where newer ones are damaged, with a warning.
+            missing_ok: do nothing where the folder has no files yet, so that one script begins and goes on.
+
+        Returns:
+            The file; None where there is none.
+
+        Raises:
+            FileNotFoundError: there is none.
+            bilevel.loop.DamagedFileError: it is empty, cut short, altered, or was written by something else; the
+                message names the newest whole one before it.
+            TypeError, ValueError, RuntimeError: as `load_state_dict`.
+        """
+        chosen = files.chosen(pathlib.Path(path), older=older, missing_ok=missing_ok)
+        if chosen is None:
+            return None
+        found, state = chosen
+        self.load_state_dict(state)
+        return found
+
+    def _check_whole(self, what: str) -> None:
+        if self._busy:
+            raise RuntimeError(f"OuterLoop cannot {what}: {self._busy}. Do it between steps, in the loop's body")
+        if self._torn:
+            raise RuntimeError(
+                f"OuterLoop cannot {what}: {self._torn}, so that it is at no step. Load the last file, or a "
+                f"state_dict() of before"
             )
-        found, precision = self.computing.hypergradient(self.index, look, self.outer, inner, batches, state)
-        with spans.span(spans.OUTER):
-            if self.computing.overflowed(found):
-                return found, precision, False  # torch.amp.GradScaler leaves such a step out, too
-            status = status_seen(found)
-            if status.failed and (status not in self.tolerate or not usable(found)):
-                raise BilevelError(
-                    f"outer step {self.index}: {status.name}: {status.value} The outer variable was not moved by this "
-                    f"step.",
-                    status,
-                )
-            if status.failed or (status is Status.INNER_UNSTABLE and not self._warned):
-                warnings.warn(f"iterate() stepped through {status.name}: {status.value}", stacklevel=4)
-                self._warned = True
-        return found, precision, True
-
-
-def check_optimizer(who: str, outer: Tree, optimizer: Any) -> None:
-    """Raise TypeError or ValueError unless `optimizer` can move `outer`."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"{who}() was given a {type(optimizer).__name__} as optimizer; a torch.optim optimizer over outer was "
-            f"needed, such as torch.optim.Adam(outer.values(), lr=0.01) (bilevel.SGD and its kin are for the inner "
-            f"variable)"
-        )
-    if inspect.signature(optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
-        raise TypeError(
-            f"{who}() was given {type(optimizer).__name__} as optimizer, whose step needs a closure that evaluates "
-            f"the loss again; {who}() makes one hypergradient a step. Use torch.optim.Adam or SGD, or call "
-            f"hypergradient() and set_grad() in a closure of your own"
-        )
-    check_movable(outer)
-    held = {id(x) for group in optimizer.param_groups for x in group["params"]}
-    if not any(id(x) in held for x in tree.tensors(outer)):
-        raise ValueError(
-            f"{who}() was given an optimizer that holds none of the tensors of outer, so outer would never move; make "
-            f"it over outer.values()"
-        )

@@ -16,7 +16,6 @@ import torch
 
 from bilevel.batches import Batches
 from bilevel.engine.base import Engine
-from bilevel.engine.replay import Generators
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.state import State
 from bilevel.hypergradient import hypergradient
@@ -56,7 +55,7 @@ class PrecisionCheck:
     `OuterLoop`.
 
     Costs one hypergradient in the variables' own dtype every `every` steps, with its memory, but for Q numbers not at
-    the same time as the other. The run is not disturbed: x, y, the state and torch's generators are as they were.
+    the same time as the other. The run is not disturbed: x, y, the state and the generators are as they were.
 
     Args:
         every: n; at the steps 0, n, 2 n, ...
@@ -115,7 +114,7 @@ class PrecisionCheck:
         """The hypergradient in full precision, and the seconds it took. Arguments as of `hypergradient`."""
         begun = time.perf_counter()
         device = tree.tensors(outer)[0].device
-        with Generators(device).kept(), _no_autocast(device), warnings.catch_warnings():
+        with _no_autocast(device), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it has to say is said by the hypergradient that is used
             found: Hypergradient = hypergradient(
                 self.reference or problem,
@@ -143,7 +142,7 @@ class PrecisionCheck:
         unit = [space.scaled(1 / norm, each) for norm, each in zip(norms, (ours, full), strict=True)]
         return Precision(round(float(space.dot(*unit)), 12), norms[0] / norms[1], seconds)
 
-    def warn(self, index: int, found: Precision) -> None:
+    def warn(self, index: int, found: Precision, frames: int = 2) -> None:
         """Warn of a step where too little was kept."""
         if not found.kept >= self.warn_below:
             warnings.warn(
@@ -152,7 +151,7 @@ class PrecisionCheck:
                 f"{self.warn_below}). Take bfloat16 or MixedPrecision(torch.float16) with its scaling where small "
                 f"numbers vanish; another estimator, or a larger nu or radius, where it divides a difference; or leave "
                 f" the last layers and the losses in float32",
-                stacklevel=2,
+                stacklevel=frames,
             )
 
 

@@ -20,7 +20,7 @@ def progress(
 
     Args:
         steps: an `OuterLoop`, or what `iterate` returned.
-        total: how many steps the loop has in all, those before a resume included; None asks len(steps).
+        total: how many steps the loop has in all, those before a resume included; None takes `OuterLoop.total`.
         stream: a terminal; sys.stderr by default.
         seconds: a line is written no more often than that.
 
@@ -41,8 +41,7 @@ def progress(
     if not stream.isatty():
         yield from steps
         return
-    if total is None and hasattr(type(steps), "__len__"):
-        total = len(steps)  # type: ignore[arg-type]
+    total = getattr(steps, "total", None) if total is None else total
     begun = time.monotonic()
     shown, count, width = -float("inf"), 0, 0
     step: Item | None = None

@@ -160,7 +160,7 @@ def small_residuals(residual):
 
 def test_float16_without_scaling_destroys_what_scaling_keeps():
     problem, arguments, how, answer = small_residuals(0.05)
-    # Cotangents of 2 * 0.05 / 4096 are a hundred of float16's smallest steps; a loss that is a ten-thousandth has none left.
+    # Cotangents of 2 * 0.05 / 4096 are 400 of float16's smallest steps; of a ten-thousandth of the loss none is left.
     problem = bl.Problem(problem.inner_loss, lambda y, x, b, f=problem.outer_loss: 1e-4 * f(y, x, b))
     answer = 1e-4 * answer
     unscaled = MixedPrecision(torch.float16, torch.amp.GradScaler("cpu", init_scale=1.0))

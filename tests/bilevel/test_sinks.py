@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import types
+from typing import ClassVar
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_json_has_no_word_for_nan(tmp_path):
 class Writer:
     """torch.utils.tensorboard's SummaryWriter, its signatures, and what TensorBoard makes of the files."""
 
-    folders: dict = {}
+    folders: ClassVar[dict] = {}
 
     def __init__(self, log_dir=None, comment="", purge_step=None, max_queue=10, flush_secs=120, filename_suffix=""):
         self.kept = self.folders.setdefault(log_dir, [])
@@ -254,9 +255,9 @@ def test_what_is_not_installed_is_said(make, module, message, monkeypatch):
 
 def test_wandb_without_a_run_says_what_to_write(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(run=None))
-    with pytest.raises(RuntimeError, match="wandb.init"):
+    with pytest.raises(RuntimeError, match=r"wandb\.init"):
         WandB()
-    with pytest.raises(TypeError, match="wandb.init"):
+    with pytest.raises(TypeError, match=r"wandb\.init"):
         WandB("project")
     with pytest.raises(TypeError, match="SummaryWriter"):
         TensorBoard(3)

@@ -38,7 +38,7 @@ class TensorBoard(Sink):
                 f"TensorBoard() was given a {type(folder).__name__}; a folder or a torch.utils.tensorboard."
                 f"SummaryWriter was needed"
             )
-        self._writer = None if self._folder is not None else folder
+        self._writer: Any = None if self._folder is not None else folder
         self._last: int | None = None
         if self._folder is not None:
             _summary_writer()  # what is missing is said before the first step was made
@@ -51,7 +51,6 @@ class TensorBoard(Sink):
         elif self._writer is None or back:
             self.close()
             self._writer = _summary_writer()(log_dir=self._folder, purge_step=step)
-        assert self._writer is not None
         for name, value in found.items():
             self._writer.add_scalar(name, value, step)
         # A run that is killed has lost nothing that it logged.

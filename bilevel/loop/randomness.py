@@ -1,0 +1,174 @@
+"""The generators that a step may draw from, read and set all at once.
+
+torch's on the CPU and on every CUDA device, Python's, numpy's where it is loaded, and those that somebody owns. Python
+and numpy keep theirs as 624 words, torch as 5 KB: reading all of them takes 30 microseconds and moves none.
+"""
+
+import dataclasses
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+_THROUGH = ("loader", "sampler", "batch_sampler", "dataset")
+"""Where a loader's own generators are looked for, beside the loader itself."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Where the generators stood at one moment; `own` in the order of those that are owned."""
+
+    cpu: Tensor
+    cuda: tuple[Tensor, ...]
+    python: Any
+    numpy: Any
+    own: tuple[Any, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a file: tensors, numbers, strings and containers of these."""
+        return {
+            "cpu": self.cpu.clone(),
+            "cuda": [state.clone() for state in self.cuda],
+            "python": self.python,
+            "numpy": _without_arrays(self.numpy),
+            "own": [_without_arrays(state) for state in self.own],
+        }
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "Drawn":
+        """What `to_dict` wrote."""
+        return cls(
+            saved["cpu"].clone(),
+            tuple(state.clone() for state in saved["cuda"]),
+            _deeply_tuple(saved["python"]),
+            _with_arrays(saved["numpy"]),
+            tuple(_with_arrays(state) for state in saved["own"]),
+        )
+
+
+class Randomness:
+    """All generators, and those that are owned by somebody.
+
+    Args:
+        own: `torch.Generator`, `random.Random`, numpy's `Generator` or `RandomState`.
+
+    Raises:
+        TypeError: something else.
+    """
+
+    def __init__(self, own: Sequence[Any] = ()) -> None:
+        for generator in own:
+            if _kind(generator) is None:
+                raise TypeError(
+                    f"OuterLoop was given a {type(generator).__name__} among generators; a torch.Generator, a "
+                    f"random.Random or one of numpy's was needed"
+                )
+        self.own = tuple({id(generator): generator for generator in own}.values())
+
+    def kinds(self) -> list[str]:
+        """The types of the owned ones, for comparison with a file."""
+        return [str(_kind(generator)) for generator in self.own]
+
+    def peek(self) -> Drawn:
+        """Where they stand."""
+        numpy = sys.modules.get("numpy")
+        with _disable_current_modes():  # a state is real also where tensors are fake, and no meter counts it
+            return Drawn(
+                torch.get_rng_state(),
+                tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else (),
+                random.getstate(),
+                None if numpy is None else numpy.random.get_state(legacy=False),
+                tuple(_read(generator) for generator in self.own),
+            )
+
+    def set(self, drawn: Drawn) -> None:
+        """Put them where they stood. CUDA devices that are not here, and numpy where it is not loaded, are left out."""
+        numpy = sys.modules.get("numpy")
+        with _disable_current_modes():
+            torch.set_rng_state(drawn.cpu)
+            for device, state in enumerate(drawn.cuda[: torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(state, device)
+            random.setstate(drawn.python)
+            if numpy is not None and drawn.numpy is not None:
+                numpy.random.set_state(drawn.numpy)
+            for generator, state in zip(self.own, drawn.own, strict=True):
+                _write(generator, state)
+
+
+def owned_by(loader: Any) -> list[Any]:
+    """The generators that a loader, its samplers and its data set have as attributes, each once."""
+    found: dict[int, Any] = {}
+    queue, seen = [loader], set[int]()
+    while queue:
+        value = queue.pop(0)
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        attributes = getattr(value, "__dict__", {})
+        found |= {id(each): each for each in attributes.values() if _kind(each) is not None}
+        queue += [each for name in _THROUGH if (each := attributes.get(name)) is not None]
+    return list(found.values())
+
+
+def _kind(generator: Any) -> str | None:
+    if isinstance(generator, torch.Generator):
+        return f"torch.Generator on {generator.device.type}"
+    if isinstance(generator, random.Random) and not isinstance(generator, random.SystemRandom):
+        return "random.Random"
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(generator, numpy.random.Generator):
+        return f"numpy.random.Generator of {type(generator.bit_generator).__name__}"
+    if numpy is not None and isinstance(generator, numpy.random.RandomState):
+        return "numpy.random.RandomState"
+    return None
+
+
+def _read(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if hasattr(generator, "bit_generator"):
+        return generator.bit_generator.state
+    return generator.get_state(legacy=False)
+
+
+def _write(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(_deeply_tuple(state))
+    elif hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
+
+
+def _deeply_tuple(value: Any) -> Any:
+    return tuple(_deeply_tuple(part) for part in value) if isinstance(value, (list, tuple)) else value
+
+
+# A file holds no arrays: a loader of weights alone would refuse them.
+
+
+def _without_arrays(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_arrays(part) for key, part in value.items()}
+    if isinstance(value, Tensor):
+        return value.clone()
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):
+        return {"array": value.tolist(), "dtype": str(value.dtype)}
+    return value
+
+
+def _with_arrays(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if set(value) == {"array", "dtype"}:
+            numpy = sys.modules.get("numpy")
+            return value if numpy is None else numpy.asarray(value["array"], dtype=value["dtype"])
+        return {key: _with_arrays(part) for key, part in value.items()}
+    return value.clone() if isinstance(value, Tensor) else value
