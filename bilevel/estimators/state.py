@@ -9,9 +9,12 @@ from torch import Tensor
 from bilevel.space import tree
 
 
-def per_task(**options: Any) -> Any:
-    """A field of a state whose tensors have a leading task dimension under `TaskMean`; other fields are shared."""
-    return dataclasses.field(metadata={"per_task": True}, **options)
+def per_task(*, host: bool = False, **options: Any) -> Any:
+    """A field of a state whose tensors have a leading task dimension under `TaskMean`; other fields are shared.
+
+    `host` says that they are on the CPU wherever the problem is, as counters are that nobody should wait for.
+    """
+    return dataclasses.field(metadata={"per_task": True, "host": host}, **options)
 
 
 @dataclasses.dataclass(frozen=True)

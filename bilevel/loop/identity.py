@@ -50,8 +50,8 @@ def _bytes(leaf: Tensor) -> bytes:
     flat = leaf.detach().reshape(-1)
     if flat.numel() > _LOOKED_AT:
         flat = flat[:: -(-flat.numel() // _LOOKED_AT)]
-    flat = flat.resolve_conj().resolve_neg().contiguous().cpu()
-    return bytes(flat.view(torch.uint8).numpy(force=True)) if flat.numel() else b""
+    flat = flat.cpu().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy(force=True).tobytes() if flat.numel() else b""
 
 
 def described(name: str, value: Any) -> dict[str, str]:

@@ -126,7 +126,9 @@ class OuterLoop:
         self._parts = snapshot.Parts(stepping, reader, random, saved, made_with)
         self._carried = Carried(inner, state)
         self._index = 0
-        self._busy = self._torn = ""
+        self._torn = ""
+        self._busy = False
+        self._done = 0  # steps, and whatever else is not undone
 
     @property
     def index(self) -> int:
@@ -174,42 +176,42 @@ class OuterLoop:
             BilevelError: the hypergradient failed, as in `iterate`; the step has not happened.
             RuntimeError: a step is being made already, or x was left half moved.
         """
-        self._check_whole("go on")
-        self._busy = "a step is being made"
-        try:
+        with self._alone("go on"):
             return self._step()
-        finally:
-            self._busy = ""
 
     def _step(self) -> Step:
-        parts, made = self._parts, None
+        parts = self._parts
         begun, lr = time.perf_counter(), parts.stepping.rates()
-        while made is None:
-            if parts.reader.over or (parts.stepping.stop is not None and parts.stepping.stop.stopped):
-                raise StopIteration
+        while not parts.reader.over and not parts.stepping.stopped:
             with self._undone():
                 made = parts.stepping.group(parts.reader.take, self._carried, self._index)
                 if made is not None and not made.skipped:
                     parts.stepping.show(made.hypergradient)
-            if made is None:
-                parts.reader.turn()
-        with finished_first():
-            self._torn = f"outer step {self._index} was cut off while x was being moved"
-            parts.stepping.move(made)
-            parts.reader.settle()
-            self._carried, self._index, self._torn = made.left, self._index + 1, ""
-        seconds = time.perf_counter() - begun
-        return Step(self._index - 1, made.hypergradient, lr, seconds, made.precision, made.skipped)
+                with finished_first():
+                    if made is not None:
+                        self._torn = f"outer step {self._index} was cut off while x was being moved"
+                        parts.stepping.move(made)
+                        self._carried, self._index, self._torn = made.left, self._index + 1, ""
+                        parts.reader.settle()
+                    else:
+                        parts.reader.turn()
+                    self._done += 1
+            if made is not None:
+                seconds = time.perf_counter() - begun
+                return Step(self._index - 1, made.hypergradient, lr, seconds, made.precision, made.skipped)
+        raise StopIteration
 
     @contextlib.contextmanager
     def _undone(self) -> Iterator[None]:
-        """What raises in this block leaves generators and data as they were before it."""
-        before = self._parts.random.peek()
+        """What raises in this block, before it was done, leaves generators and data as they were before it."""
+        before, done = self._parts.random.peek(), self._done
         try:
             yield
         except BaseException:
-            self._parts.reader.put_back()
-            self._parts.random.set(before)
+            if self._done == done:
+                with finished_first():
+                    self._parts.reader.put_back()
+                    self._parts.random.set(before)
             raise
 
     def skip(self) -> None:
@@ -218,12 +220,14 @@ class OuterLoop:
         Raises:
             RuntimeError: a step is being made, or x was left half moved.
         """
-        self._check_whole("skip batches")
         reader = self._parts.reader
-        with self._undone(), contextlib.suppress(StopIteration):
-            for _ in range(self._parts.stepping.accumulate):
-                reader.take()
-        reader.settle()
+        with self._alone("skip batches"), self._undone():
+            with contextlib.suppress(StopIteration):
+                for _ in range(self._parts.stepping.accumulate):
+                    reader.take()
+            with finished_first():
+                reader.settle()
+                self._done += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, as it is after the last one: copies, so that later steps do not
@@ -233,8 +237,8 @@ class OuterLoop:
             RuntimeError: a step is being made, or x was left half moved.
             TypeError: something in it is no tensor, number, string, or dict, list or tuple of these.
         """
-        self._check_whole("say what its state is")
-        return self._parts.state_dict(self._carried, self._index)
+        with self._alone("say what its state is"):
+            return self._parts.state_dict(self._carried, self._index)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the state was taken, to the bit; everything is copied, to the devices of what is at hand.
@@ -253,13 +257,13 @@ class OuterLoop:
         Warns:
             UserWarning: settings differ, so that the run will not go on as it would have.
         """
-        if self._busy:
-            raise RuntimeError(f"OuterLoop cannot load a state: {self._busy}. Load between steps, in the loop's body")
         self._parts.check(state, self._carried.inner)
-        self._parts.go_to(state)
-        self._torn = "loading was cut off"
-        self._carried = self._parts.take_over(state, self._carried.inner)
-        self._index, self._torn = state["index"], ""
+        with self._alone("load a state", torn=True):
+            self._parts.go_to(state)
+            with finished_first():
+                self._torn = "loading was cut off"
+                self._carried = self._parts.take_over(state, self._carried.inner)
+                self._index, self._torn = state["index"], ""
 
     def save(self, folder: str | os.PathLike[str], *, keep: int | None = 3) -> pathlib.Path:
         """Write `state_dict()` to a new file in a folder, whole or not at all, and delete the oldest files there.
@@ -307,11 +311,21 @@ class OuterLoop:
         self.load_state_dict(state)
         return found
 
-    def _check_whole(self, what: str) -> None:
+    @contextlib.contextmanager
+    def _alone(self, what: str, *, torn: bool = False) -> Iterator[None]:
+        """Nothing else is done with the loop in this block, by what it calls or by another thread."""
         if self._busy:
-            raise RuntimeError(f"OuterLoop cannot {what}: {self._busy}. Do it between steps, in the loop's body")
-        if self._torn:
+            raise RuntimeError(
+                f"OuterLoop cannot {what}: a step is being made, or its state is read. Do it between steps, in the "
+                f"loop's body"
+            )
+        if self._torn and not torn:
             raise RuntimeError(
                 f"OuterLoop cannot {what}: {self._torn}, so that it is at no step. Load the last file, or a "
                 f"state_dict() of before"
             )
+        try:
+            self._busy = True
+            yield
+        finally:
+            self._busy = False

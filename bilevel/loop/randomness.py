@@ -33,9 +33,9 @@ class Drawn:
         return {
             "cpu": self.cpu.clone(),
             "cuda": [state.clone() for state in self.cuda],
-            "python": self.python,
-            "numpy": _without_arrays(self.numpy),
-            "own": [_without_arrays(state) for state in self.own],
+            "python": _packed(self.python),
+            "numpy": _packed(self.numpy),
+            "own": [_packed(state) for state in self.own],
         }
 
     @classmethod
@@ -44,9 +44,9 @@ class Drawn:
         return cls(
             saved["cpu"].clone(),
             tuple(state.clone() for state in saved["cuda"]),
-            _deeply_tuple(saved["python"]),
-            _with_arrays(saved["numpy"]),
-            tuple(_with_arrays(state) for state in saved["own"]),
+            _unpacked(saved["python"]),
+            _unpacked(saved["numpy"]),
+            tuple(_unpacked(state) for state in saved["own"]),
         )
 
 
@@ -141,34 +141,43 @@ def _write(generator: Any, state: Any) -> None:
     if isinstance(generator, torch.Generator):
         generator.set_state(state)
     elif isinstance(generator, random.Random):
-        generator.setstate(_deeply_tuple(state))
+        generator.setstate(state)
     elif hasattr(generator, "bit_generator"):
         generator.bit_generator.state = state
     else:
         generator.set_state(state)
 
 
-def _deeply_tuple(value: Any) -> Any:
-    return tuple(_deeply_tuple(part) for part in value) if isinstance(value, (list, tuple)) else value
+# In a file, words of a generator are a tensor: it holds no arrays, and writes numbers one by one slowly.
 
 
-# A file holds no arrays: a loader of weights alone would refuse them.
-
-
-def _without_arrays(value: Any) -> Any:
+def _packed(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_arrays(part) for key, part in value.items()}
+        return {key: _packed(part) for key, part in value.items()}
     if isinstance(value, Tensor):
         return value.clone()
+    if isinstance(value, tuple) and len(value) > 9:
+        return {"words": torch.tensor(value, dtype=torch.int64, device="cpu")}
+    if isinstance(value, tuple):
+        return tuple(_packed(part) for part in value)
     if hasattr(value, "dtype") and hasattr(value, "tolist"):
-        return {"array": value.tolist(), "dtype": str(value.dtype)}
+        numbers = value.tolist()
+        words = torch.tensor(numbers, dtype=torch.int64, device="cpu") if len(numbers) > 9 else numbers
+        return {"array": words, "dtype": str(value.dtype)}
     return value
 
 
-def _with_arrays(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        if set(value) == {"array", "dtype"}:
-            numpy = sys.modules.get("numpy")
-            return value if numpy is None else numpy.asarray(value["array"], dtype=value["dtype"])
-        return {key: _with_arrays(part) for key, part in value.items()}
-    return value.clone() if isinstance(value, Tensor) else value
+def _unpacked(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, tuple):
+        return tuple(_unpacked(part) for part in value)
+    if not isinstance(value, Mapping):
+        return value
+    if set(value) == {"words"}:
+        return tuple(value["words"].tolist())
+    if set(value) != {"array", "dtype"}:
+        return {key: _unpacked(part) for key, part in value.items()}
+    numpy, words = sys.modules.get("numpy"), value["array"]
+    numbers = words.tolist() if isinstance(words, Tensor) else words
+    return None if numpy is None else numpy.asarray(numbers, dtype=value["dtype"])

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bilevel.loop.identity import digest
+from bilevel.loop.moving import finished_first
 from bilevel.loop.randomness import Drawn, Randomness
 
 
@@ -79,8 +80,9 @@ class Reader:
             RuntimeError: the loader raised before, and cannot be read again.
         """
         if self._ahead:
-            read = self._ahead.popleft()
-            self._taken.append(read)
+            with finished_first():
+                read = self._ahead.popleft()
+                self._taken.append(read)
             self.random.set(read.after)
             return read.batches
         if self._ended:
@@ -90,17 +92,19 @@ class Reader:
         if self._iterator is None:
             self._open()
         assert self._iterator is not None, "it was opened"
-        before = self.random.peek()
+        before, kept = self.random.peek(), len(self._taken)
         try:
             batches = next(self._iterator)
+            read = _Read(batches, before, self.random.peek())
+            with finished_first():
+                self._read += 1
+                self._taken.append(read)
         except StopIteration:
             self._ended = True
             raise
         except BaseException:
-            self._broken = True
+            self._broken = len(self._taken) == kept  # also where it was interrupted just after it
             raise
-        self._read += 1
-        self._taken.append(_Read(batches, before, self.random.peek()))
         return batches
 
     def settle(self) -> None:

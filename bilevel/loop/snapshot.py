@@ -86,12 +86,13 @@ class Parts:
         names, others = held(self.stepping.optimizer, self.stepping.outer)
         plain.loaded_tree("outer variable", self.stepping.outer, saved["outer"])
         plain.loaded_tree("inner variable", inner, saved["inner"])
-        _same("tensors, in groups and in this order, in its optimizer", saved["held"], names)
-        _same("shapes of others in its optimizer", [each.shape for each in saved["others"]], [x.shape for x in others])
-        _same("a", saved["settings"]["optimizer"], self.settings["optimizer"])
-        _same("schedulers", *([_kinds(each, "scheduler[")] for each in (saved["settings"], self.settings)))
+        _same("the tensors of its optimizer, in groups and in this order,", saved["held"], names)
+        shapes = [[tuple(x.shape) for x in each] for each in (saved["others"], others)]
+        _same("other tensors in its optimizer, of shapes", *shapes)
+        _same("the optimizer", saved["settings"]["optimizer"], self.settings["optimizer"])
+        _same("the schedulers", *(_kinds(each, "scheduler[") for each in (saved["settings"], self.settings)))
         _same("the names in also", sorted(saved["also"]), sorted(self.also))
-        _same("generators", saved["generators"], self.random.kinds())
+        _same("the generators", saved["generators"], self.random.kinds())
         if saved["state"] is not None:
             _same("a state of the estimator", saved["settings"]["estimator"], self.settings["estimator"])
         if differ := differences(saved["settings"], self.settings):

@@ -129,6 +129,11 @@ class Stepping:
             self.computing.check.warn(index, precision, self.frames)
         return found, precision
 
+    @property
+    def stopped(self) -> bool:
+        """Whether early stopping has said so."""
+        return self.stop is not None and self.stop.stopped
+
     def rates(self) -> tuple[float, ...]:
         """The lr of each parameter group of the optimizer; NaN where it has none."""
         return tuple(float(group.get("lr", math.nan)) for group in self.optimizer.param_groups)

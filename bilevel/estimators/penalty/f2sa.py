@@ -50,7 +50,7 @@ class F2SAState(State):
 
     penalized: Tree = per_task()
     lower: Tree = per_task()
-    calls: Tensor = per_task()
+    calls: Tensor = per_task(host=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,7 @@ class GradientNormPBGDState(State):
     """The moved y, like the inner variable, and the number of calls that moved it."""
 
     inner: Tree = per_task()
-    calls: Tensor = per_task()
+    calls: Tensor = per_task(host=True)
 
 
 @dataclasses.dataclass(frozen=True)

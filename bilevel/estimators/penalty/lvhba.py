@@ -71,7 +71,7 @@ class LVHBAState(State):
     proximal: Tree = per_task()
     multipliers: Tensor = per_task()
     center: Tensor = per_task()
-    calls: Tensor = per_task()
+    calls: Tensor = per_task(host=True)
     motion: Tensor = per_task()
     growths: Tensor = per_task()
 

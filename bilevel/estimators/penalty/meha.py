@@ -57,7 +57,7 @@ class MEHAState(State):
 
     inner: Tree = per_task()
     proximal: Tree = per_task()
-    calls: Tensor = per_task()
+    calls: Tensor = per_task(host=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,7 @@ class PBGDState(State):
 
     inner: Tree = per_task()
     lower: Tree = per_task()
-    calls: Tensor = per_task()
+    calls: Tensor = per_task(host=True)
 
 
 @dataclasses.dataclass(frozen=True)

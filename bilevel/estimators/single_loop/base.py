@@ -77,7 +77,7 @@ class Pair(State):
 
     inner: Tree = per_task()
     adjoint: Tree = per_task()
-    rounds: Tensor = per_task()
+    rounds: Tensor = per_task(host=True)
 
 
 def counted(instance: Instance, state: Any = None) -> Tensor:

@@ -59,7 +59,7 @@ class Corrected(State):
 
     inner: Tree = per_task()
     adjoint: Tree = per_task()
-    rounds: Tensor = per_task()
+    rounds: Tensor = per_task(host=True)
     old_inner: Tree = per_task()
     old_adjoint: Tree = per_task()
     old_outer: Tree = per_task()

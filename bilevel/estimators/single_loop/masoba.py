@@ -53,7 +53,7 @@ class Averaged(State):
 
     inner: Tree = per_task()
     adjoint: Tree = per_task()
-    rounds: Tensor = per_task()
+    rounds: Tensor = per_task(host=True)
     average: tuple[Tensor, ...] = per_task()
 
 

@@ -68,13 +68,13 @@ class Tables(State):
 
     inner: Tree = per_task()
     adjoint: Tree = per_task()
-    rounds: Tensor = per_task()
+    rounds: Tensor = per_task(host=True)
     inner_rows: tuple[Row, ...] = per_task()
     outer_rows: tuple[Row, ...] = per_task()
     inner_sum: Row = per_task()
     outer_sum: Row = per_task()
-    inner_seen: Tensor = per_task()
-    outer_seen: Tensor = per_task()
+    inner_seen: Tensor = per_task(host=True)
+    outer_seen: Tensor = per_task(host=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Warm(State):
     """Where y goes on, and how many rounds were made."""
 
     inner: Tree = per_task()
-    rounds: Tensor = per_task()
+    rounds: Tensor = per_task(host=True)
 
 
 @dataclasses.dataclass(frozen=True)
