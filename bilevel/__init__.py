@@ -3,6 +3,7 @@
 The problem is written once, every estimator of the hypergradient is one argument. See `hypergradient`.
 """
 
+from bilevel import distributed as distributed
 from bilevel.adapt import adapt as adapt
 from bilevel.batches import Batches as Batches
 from bilevel.batches import PerStep as PerStep
@@ -56,6 +57,7 @@ from bilevel.problem import Problem as Problem
 from bilevel.problem import proximal as proximal
 from bilevel.rematerialize import rematerialize as rematerialize
 from bilevel.solution import solution as solution
+from bilevel.space.ranks import RankError as RankError
 from bilevel.tasks import GivenWeights as GivenWeights
 from bilevel.tasks import GradientSimilarity as GradientSimilarity
 from bilevel.tasks import TaskMean as TaskMean

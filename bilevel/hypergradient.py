@@ -69,11 +69,12 @@ def hypergradient(
         >>> hg.grad
         {'target': tensor([1., 1.])}
     """
-    check_arguments("hypergradient", problem, outer, inner, batches, solver)
     check_kind("hypergradient", "estimator", estimator, Estimator, "bilevel.Implicit(bilevel.CG(max_steps=10))")
-    derivatives = opened("hypergradient", engine)
-    start = None if inner is None else tree.detach(inner)
-    instance = Instance(problem, tree.detach(outer), start, batches, solver, engine=derivatives)
+    with estimator.company.guarded():
+        check_arguments("hypergradient", problem, outer, inner, batches, solver)
+        derivatives = opened("hypergradient", engine)
+        start = None if inner is None else tree.detach(inner)
+        instance = Instance(problem, tree.detach(outer), start, batches, solver, engine=derivatives)
     calls = spans.Calls()
     with prepared(), spans.listen(calls):
         estimate = estimated(estimator, instance, state)

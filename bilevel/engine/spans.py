@@ -26,6 +26,8 @@ HVP = "bilevel.hvp"
 MIXED = "bilevel.mixed"
 ORACLES = (INNER_GRADIENT, OUTER_GRADIENT, HVP, MIXED)
 
+COLLECTIVE = "bilevel.collective"
+"""Numbers go between processes."""
 UNREAD = "bilevel.unread"
 """A test for convergence on tensors without data, which cannot be read: the loop goes on to its step limit."""
 HOST = "bilevel.host"

@@ -18,6 +18,7 @@ from bilevel.engine.base import Derivatives
 from bilevel.engine.oracles import Oracles
 from bilevel.engine.point import At
 from bilevel.engine.refusals import restless
+from bilevel.estimators.company import ALONE, Company
 from bilevel.estimators.known import Known
 from bilevel.estimators.state import State, checked
 from bilevel.inner.base import InnerSolver
@@ -344,6 +345,11 @@ class Estimator(Strategy):
     def one_by_one(self) -> bool:
         """Whether `TaskMean` must take one task after another: the gradient in x of each is needed by itself."""
         return False
+
+    @property
+    def company(self) -> Company:
+        """The processes that make an estimate together."""
+        return ALONE
 
     def missed(self, acts: str) -> str:
         """What to say where it returned None for outer tensors that act, which `acts` names with their paths; "" for

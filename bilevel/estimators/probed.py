@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance
+from bilevel.estimators.company import Company
 from bilevel.estimators.run import estimated
 from bilevel.outcome import Status, code_if, worst
 from bilevel.space import tree
@@ -89,6 +90,10 @@ class Probed(Estimator):
     @property
     def bias(self) -> str:
         return self.estimator.bias
+
+    @property
+    def company(self) -> Company:
+        return self.estimator.company
 
     def init_state(self, instance: Instance) -> Any:
         return self.estimator.init_state(instance)

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from bilevel.outcome import Status, status_of, worst
 
+Scores = tuple[list[float], list[float], list[int]]
+"""Scores, losses and codes of some tasks."""
+
 
 def accuracy(prediction: Tensor, target: Tensor) -> Tensor:
     """The share of rows whose largest entry is at the target.
@@ -98,9 +101,29 @@ class Evaluation:
             status=status_of(code),
         )
 
+    @classmethod
+    def of_all(cls, parts: Sequence[Scores], *, wanted: int | None) -> Self:
+        """The summary of what several processes found, `wanted` tasks or more each."""
+        scores, losses, codes = ([each for part in parts for each in part[i]] for i in range(3))
+        return cls.of(scores, losses, [int(code) for code in codes], wanted=wanted and wanted * len(parts))
+
     def __str__(self) -> str:
         failed = f", {self.status.name}" if self.status.failed else ""
         return f"{self.score:.3f} +- {self.interval:.3f} ({self.tasks} tasks{failed})"
+
+
+def number(score: Any) -> float:
+    """The score of one task as a number.
+
+    Raises:
+        ValueError: it is several.
+    """
+    if isinstance(score, Tensor) and score.numel() != 1:
+        raise ValueError(
+            f"the score of a task is a tensor of shape {tuple(score.shape)}; one number was needed. Reduce it with "
+            f".mean()"
+        )
+    return float(score)
 
 
 def _mean(values: Sequence[float]) -> float:

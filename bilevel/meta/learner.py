@@ -39,7 +39,7 @@ from bilevel.hypergradient import hypergradient
 from bilevel.inner.base import InnerSolver
 from bilevel.inner.descent import Descent
 from bilevel.iterate import Step, iterate
-from bilevel.meta.evaluation import Evaluation, accuracy
+from bilevel.meta.evaluation import Evaluation, Scores, accuracy, number
 from bilevel.meta.head import Head
 from bilevel.meta.model import InFunctionSpace, InParameters, Model
 from bilevel.meta.rates import Rates
@@ -82,6 +82,7 @@ class Learner:
             all at once, too; `bilevel_profiling.largest_fit(case, "8GiB", over="chunk")` finds the one that fits.
         engine: how derivatives are computed, in training and in adaptation, as for `bilevel.hypergradient`; what it
             compiles is kept with the learner.
+        group: the processes that share the tasks, as for `TaskMean`: loaders yield each rank's own.
         reuse_features: where the module is an nn.Sequential and its first layers do not adapt, run those once per task
             instead of once per step. A layer of them that draws random numbers (dropout) then draws once per task.
 
@@ -115,6 +116,7 @@ class Learner:
     chunk: int | None = None
     reuse_features: bool = True
     engine: Engine | None = None
+    group: Any = None
 
     def __post_init__(self) -> None:
         for name, kind, write in (
@@ -235,14 +237,16 @@ class Learner:
             batches: support and query of T tasks.
             state: that of the last result, for estimators that carry one.
         """
-        self._check_outer(outer)
+        estimator = self._task_mean()
+        with estimator.company.guarded():
+            self._check_outer(outer)
         return hypergradient(
             self.problem,
             outer,
             None,
             batches,
             solver=self.inner_solver,
-            estimator=self._task_mean(),
+            estimator=estimator,
             state=state,
             engine=self.engine,
         )
@@ -265,15 +269,17 @@ class Learner:
             state: the estimator's state to begin with.
             **options: of `bilevel.iterate`.
         """
-        self._check_outer(outer)
-        made = self.optimizer(tree.tensors(outer)) if optimizer is None else optimizer
+        estimator = self._task_mean()
+        with estimator.company.guarded():
+            self._check_outer(outer)
+            made = self.optimizer(tree.tensors(outer)) if optimizer is None else optimizer
         return iterate(
             self.problem,
             outer,
             None,
             loader,
             solver=self.inner_solver,
-            estimator=self._task_mean(),
+            estimator=estimator,
             optimizer=made,
             state=state,
             **{"engine": self.engine, **options},
@@ -319,13 +325,21 @@ class Learner:
             score: of one task, called as `score(prediction, target)` on its query; a number. By default the share of
                 rows whose largest entry is at the target.
             solver: another one than at training.
-            tasks: stop after so many; None for all that the loader yields.
+            tasks: stop after so many (on each rank); None for all that the loader yields.
 
         Raises:
-            ValueError: fewer than two tasks, or fewer than `tasks`.
+            ValueError: fewer than two tasks, or fewer than `tasks`. (RankError: another rank failed.)
         """
+        company = self._task_mean().company
+        with company.guarded():
+            own = self._scores(outer, loader, score, solver, tasks)
+        return Evaluation.of_all(company.gathered(own, outer), wanted=tasks)
+
+    def _scores(
+        self, outer: Outer, loader: Iterable[Batches], score: Any, solver: InnerSolver | None, tasks: int | None
+    ) -> Scores:
         self._check_outer(outer)
-        x, scores, losses, codes = tree.detach(outer), list[float](), list[float](), []
+        x, scores, losses, codes = tree.detach(outer), list[float](), list[float](), list[int]()
         for batches in loader:
             found = adapt(
                 self.problem,
@@ -338,7 +352,7 @@ class Learner:
                 engine=self.engine,
             )
             inputs, targets = batches.outer
-            codes.append(found.code)
+            codes.append(int(found.code))
             losses += [] if found.outer_loss is None else found.outer_loss.double().tolist()
             with torch.no_grad():
                 for task in range(len(tree.tensors(batches.outer)[0])):
@@ -346,10 +360,10 @@ class Learner:
                         tree.tree_map(lambda leaf, task=task: leaf[task] if isinstance(leaf, Tensor) else leaf, value)
                         for value in (found.inner, inputs, targets)
                     )
-                    scores.append(_number(score(self.model.predict(y, x, one), target)))
+                    scores.append(number(score(self.model.predict(y, x, one), target)))
             if tasks is not None and len(scores) >= tasks:
                 break
-        return Evaluation.of(scores[:tasks], losses[:tasks], codes, wanted=tasks)
+        return scores[:tasks], losses[:tasks], codes
 
     def _adapted(self, outer: Outer, support: Any, *, tasks: bool, solver: InnerSolver | None) -> Any:
         self._check_outer(outer)
@@ -383,13 +397,4 @@ class Learner:
         return 1 if large and parameters[0].device.type == "cpu" else None
 
     def _task_mean(self) -> TaskMean:
-        return TaskMean(self.estimator, self._chunk if self.weights is None else self.chunk, self.weights)
-
-
-def _number(score: Any) -> float:
-    if isinstance(score, Tensor) and score.numel() != 1:
-        raise ValueError(
-            f"the score of a task is a tensor of shape {tuple(score.shape)}; one number was needed. Reduce it with "
-            f".mean()"
-        )
-    return float(score)
+        return TaskMean(self.estimator, self._chunk if self.weights is None else self.chunk, self.weights, self.group)

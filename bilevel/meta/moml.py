@@ -36,7 +36,8 @@ from bilevel.estimators.state import State
 from bilevel.meta.moving_average import MovingAverage, Personal, check_blend
 from bilevel.space import tree
 from bilevel.space.tree import Tree
-from bilevel.tasks.mean import ByTask, TaskMean
+from bilevel.tasks.mean import TaskMean
+from bilevel.tasks.rows import ByTask
 
 
 @dataclasses.dataclass(frozen=True)
