@@ -24,7 +24,7 @@ from bilevel.loop.early_stopping import EarlyStopping
 from bilevel.loop.mixed_precision import MixedPrecision
 from bilevel.loop.precision_check import Precision, PrecisionCheck
 from bilevel.loop.randomness import Randomness
-from bilevel.outcome import BilevelError, Hypergradient, Status
+from bilevel.outcome import BilevelError, Hypergradient, Status, readable
 from bilevel.problem import Problem
 from bilevel.space import tree
 from bilevel.space.tree import Tree
@@ -135,8 +135,9 @@ class Stepping:
         return self.stop is not None and self.stop.stopped
 
     def rates(self) -> tuple[float, ...]:
-        """The lr of each parameter group of the optimizer; NaN where it has none."""
-        return tuple(float(group.get("lr", math.nan)) for group in self.optimizer.param_groups)
+        """The lr of each parameter group of the optimizer; NaN where it has none, or one without data."""
+        rates = [group.get("lr", math.nan) for group in self.optimizer.param_groups]
+        return tuple(math.nan if isinstance(lr, Tensor) and not readable(lr) else float(lr) for lr in rates)
 
     def show(self, found: Hypergradient) -> None:
         """Put the hypergradient where the optimizer looks for it, clipped."""
