@@ -108,8 +108,9 @@ def made(label, estimator):
     posed = arguments(label)
     x = {name: leaf.clone().requires_grad_() for name, leaf in posed.pop("outer").items()}
     optimizer = torch.optim.Adam(x.values(), lr=1e-4)
+    problem = posed.pop("problem")
     return bl.OuterLoop(
-        posed.pop("problem"),
+        problem,
         x,
         posed.pop("inner"),
         posed.pop("loader"),
@@ -120,7 +121,7 @@ def made(label, estimator):
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100),
         clip=1.0,
         stop=bl.loop.EarlyStopping(patience=10**9, best_of=x),
-        check=bl.loop.PrecisionCheck(every=50),
+        check=bl.loop.PrecisionCheck(every=50, reference=problem),
         tolerate=list(bl.Status),
     )
 

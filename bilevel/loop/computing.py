@@ -55,7 +55,7 @@ class Computing:
         # Before the other one, so that not both are held at a time.
         before = self.random.peek()
         try:
-            full, seconds = self.check.full(self.problem, *given, **how)
+            full, seconds = self.check.full(self.problem, *given, **how, reduced=self.precision is not None)
         finally:
             self.random.set(before)
         found = hypergradient(problem, *given, **how)

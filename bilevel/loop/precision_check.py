@@ -61,7 +61,7 @@ class PrecisionCheck:
         every: n; at the steps 0, n, 2 n, ...
         warn_below: warns where the cosine, the ratio of norms or its inverse is below.
         reference: the same problem in full precision. None: that of the loop, without its `MixedPrecision` and outside
-            of autocast. It is needed where the losses open autocast themselves.
+            of autocast. It is needed where the losses open autocast themselves, which nobody can switch off.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
@@ -110,10 +110,20 @@ class PrecisionCheck:
         estimator: Estimator,
         state: State | None = None,
         engine: Engine | None = None,
+        reduced: bool = True,
     ) -> tuple[Tree, float]:
-        """The hypergradient in full precision, and the seconds it took. Arguments as of `hypergradient`."""
+        """The hypergradient in full precision, and the seconds it took.
+
+        Arguments as of `hypergradient`; `reduced` says whether the other one is made in a precision that `problem` does
+        not have. Raises ValueError where the two would be the same.
+        """
         begun = time.perf_counter()
         device = tree.tensors(outer)[0].device
+        if not reduced and self.reference is None and not torch.is_autocast_enabled(device.type):
+            raise ValueError(
+                "PrecisionCheck() has nothing to compare: the loop has no MixedPrecision and runs outside of autocast. "
+                "Where the losses open autocast themselves, write PrecisionCheck(reference=problem_without_autocast)"
+            )
         with _no_autocast(device), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it has to say is said by the hypergradient that is used
             found: Hypergradient = hypergradient(

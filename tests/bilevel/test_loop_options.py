@@ -464,7 +464,7 @@ def test_options_together():
             clip=0.1,
             scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 12),
             stop=EarlyStopping(50),
-            check=bl.loop.PrecisionCheck(every=5),
+            check=bl.loop.PrecisionCheck(every=5, reference=regression()[0]),
         )
         steps = list(loop)
     assert [step.index for step in steps] == list(range(12))

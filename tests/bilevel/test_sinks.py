@@ -286,7 +286,7 @@ def test_a_loop_and_a_sink_need_nothing_but_a_line_in_the_body(tmp_path):
         solver=bl.Descent(bl.SGD(0.25), 5),
         estimator=bl.Unrolled(),
         optimizer=torch.optim.SGD([{"params": [x]}], lr=0.25),
-        check=bl.loop.PrecisionCheck(every=3),
+        check=bl.loop.PrecisionCheck(every=3, reference=problem),
     )
     with JSONLines(tmp_path / "run.jsonl") as sink:
         for step in loop:
