@@ -72,6 +72,8 @@ def grown(steps, warm, count, window=WINDOW):
     if not warm + 1 < count - window:
         raise ValueError(f"warm={warm} must be below {count - window - 1}")
     begun = time.perf_counter()
+    gc.collect()
+    gc.freeze()  # what was there before is not looked at again and again
 
     def through(number):
         for _ in itertools.islice(steps, number):
@@ -91,6 +93,7 @@ def grown(steps, warm, count, window=WINDOW):
         tensor_bytes = storages.live - half
     del storages  # which knows each storage that is alive
     after = numbers()
+    gc.unfreeze()
     return Growth(after[0] - blocks, after[1] - objects, tensor_bytes, after[2] - kib, time.perf_counter() - begun)
 
 
