@@ -8,6 +8,8 @@ from torch import Tensor
 from bilevel.batches import Batches
 from bilevel.engine import spans
 from bilevel.engine.base import Engine
+from bilevel.engine.split import split_over
+from bilevel.engine.together import guarded, together
 from bilevel.estimators.base import EVERYWHERE, Estimate, Estimator, Instance
 from bilevel.hypergradient import Owned, check_arguments, given_in, opened, prepared
 from bilevel.inner.base import InnerSolver
@@ -78,7 +80,9 @@ def adapt(
         >>> found.inner, found.outer_loss
         (tensor([1., 3.]), tensor([1., 1.]))
     """
-    check_arguments("adapt", problem, outer, inner, batches, solver)
+    ranks = split_over(problem)
+    with guarded(ranks, outer):
+        check_arguments("adapt", problem, outer, inner, batches, solver)
     if chunk is not None and not tasks:
         raise ValueError(f"adapt() was given chunk={chunk} without tasks=True; chunks are of tasks")
     derivatives = opened("adapt", engine)
@@ -86,8 +90,10 @@ def adapt(
     instance = Instance(problem, tree.detach(outer), start, batches, solver, engine=derivatives)
     estimator: Estimator = TaskMean(_Solve(evaluate), chunk) if tasks else _Solve(evaluate)
     calls = spans.Calls()
-    with prepared(), spans.listen(calls):
+    given = (tasks, chunk, evaluate), solver, None
+    with prepared(), spans.listen(calls), together("adapt", ranks, instance, given) as same:
         found = estimator.estimate(instance, None)
+        same([found.inner, found.outer_loss, found.inner_loss])
     report = derivatives.report()
     own = Owned([*tree.tensors(instance.outer), *tree.tensors(instance.inner), *given_in(batches)])
     sound = tree.finite([found.inner_loss, found.outer_loss])

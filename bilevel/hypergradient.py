@@ -13,6 +13,8 @@ from bilevel.batches import Batches, PerStep
 from bilevel.engine import autodiff, spans
 from bilevel.engine.base import Derivatives, Engine
 from bilevel.engine.eager import Eager
+from bilevel.engine.split import split_over
+from bilevel.engine.together import guarded, together
 from bilevel.estimators.base import Estimator, Instance
 from bilevel.estimators.run import estimated
 from bilevel.estimators.state import State
@@ -70,14 +72,19 @@ def hypergradient(
         {'target': tensor([1., 1.])}
     """
     check_kind("hypergradient", "estimator", estimator, Estimator, "bilevel.Implicit(bilevel.CG(max_steps=10))")
-    with estimator.company.guarded():
+    ranks = split_over(problem)
+    with estimator.company.guarded(), guarded(ranks, outer):
         check_arguments("hypergradient", problem, outer, inner, batches, solver)
         derivatives = opened("hypergradient", engine)
         start = None if inner is None else tree.detach(inner)
         instance = Instance(problem, tree.detach(outer), start, batches, solver, engine=derivatives)
     calls = spans.Calls()
-    with prepared(), spans.listen(calls):
+    given = estimator, solver, state
+    with prepared(), spans.listen(calls), contextlib.ExitStack() as stack:
+        with estimator.company.guarded():
+            same = stack.enter_context(together("hypergradient", ranks, instance, given))
         estimate = estimated(estimator, instance, state)
+        same([estimate.grad, estimate.inner, estimate.outer_loss, estimate.inner_loss])
     names = tree.names(instance.outer)
     if estimate.unused:
         warnings.warn(

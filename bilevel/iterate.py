@@ -35,6 +35,8 @@ def iterate(
 ) -> Iterator[Step]:
     """Hypergradient, outer step, repeat: one step for each item of `loader`.
 
+    `OuterLoop` makes the same steps, and can stop, be saved and go on.
+
     Args:
         problem: the two losses.
         outer: leaves that require grad; changed in place by `optimizer`, by nothing else.

@@ -10,6 +10,7 @@ from torch import Tensor
 from bilevel.batches import Batches, PerStep
 from bilevel.engine import layer, spans
 from bilevel.engine.base import Derivatives, Engine
+from bilevel.engine.split import split_over
 from bilevel.estimators import admission, paths
 from bilevel.estimators.base import Estimator, Instance
 from bilevel.estimators.known import Known
@@ -108,6 +109,11 @@ def solution(
     check_kind("solution", "estimator", estimator, Estimator, "bilevel.Implicit(bilevel.CG(max_steps=10))")
     teller = Teller(on_failure, strict, report)
     assert isinstance(problem, Problem)
+    if split_over(problem) is not None:
+        raise ValueError(
+            "solution() was given a problem whose data are split over ranks, and what is computed from its answer "
+            "would be each rank's own. Use hypergradient(), with the rest as the outer loss"
+        )
     xs = tree.tensors(outer)
     follow = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in xs)
     if follow:

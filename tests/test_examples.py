@@ -1,7 +1,9 @@
 """Every example script runs, small: what `make examples` does."""
 
+import os
 import pathlib
 import runpy
+import subprocess
 import sys
 
 import bilevel_profiling
@@ -11,7 +13,8 @@ from bilevel_profiling.cases import case_file
 import bilevel as bl
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*.py") if path.name != "publish.py")
+MANY = sorted((ROOT / "examples" / "distributed").glob("*.py"))
+EXAMPLES = sorted({path for path in (ROOT / "examples").rglob("*.py") if path.name != "publish.py"} - set(MANY))
 
 
 def name(path):
@@ -29,6 +32,22 @@ def test_an_example_runs(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
     runpy.run_path(str(script), run_name="__main__")
     assert capsys.readouterr().out.strip() or script.name == "my_cases.py"
+
+
+@pytest.mark.parametrize("script", MANY, ids=name)
+def test_an_example_of_many_processes_runs_on_two(script, tmp_path):
+    pytest.importorskip("sklearn")
+    here = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "profiling")]),
+        "BILEVEL_CACHE": str(tmp_path / "cache"),
+    }
+    small = {"BILEVEL_EXAMPLE_SMALL": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **here, **small}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 def test_the_example_case_file_is_usable(monkeypatch):

@@ -85,6 +85,7 @@ LIBRARY = House(
             "problem",
             "functional",
         },
+        {"engine.split", "engine.together"},
         {
             "optim",
             "linear",

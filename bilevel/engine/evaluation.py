@@ -13,15 +13,13 @@ from torch import Tensor
 
 from bilevel.engine.lookup import Lookups
 from bilevel.engine.replay import Generators
+from bilevel.engine.split import NEEDS_GRAPH, Withheld, split_over
 from bilevel.problem import Problem, Pulled, distance
 from bilevel.space import tree
 from bilevel.space.tree import Tree
 
 _OF_VMAP = ("vmap", "Batching rule", "functorch", "storage", "transform", "register a hook")
 """What errors name where torch.func.vmap is the cause."""
-
-_NEEDS_GRAPH = "does not require grad"
-"""What torch says when a function takes a gradient inside, of an argument that was passed without a graph."""
 
 
 class Evaluation:
@@ -76,9 +74,14 @@ class Evaluation:
 
     def mapped(self, function: Callable[..., Any], trees: tuple[Tree, ...], outer: Tree, batch: Any) -> Any:
         """function(*trees, outer, batch), for each task: a function of the dynamics' own."""
+        name = getattr(function, "__name__", type(function).__name__)
+        batch = (
+            batch
+            if split_over(self.problem) is None
+            else Withheld(f"{name}, a function of the solver's or the estimator's own,")
+        )
         if self.tasks is None:
             return function(*trees, outer, batch)
-        name = getattr(function, "__name__", type(function).__name__)
         return _over_tasks(name, function, (*[0] * len(trees), None, 0))(*trees, outer, batch)
 
     def without_graph(self, function: Callable[[Tree, Any], Tree], outer: Tree, batch: Any) -> Tree:
@@ -94,7 +97,7 @@ class Evaluation:
         try:
             loss = self._run(name, function, (0, None, 0), (inner, outer, batch))
         except RuntimeError as error:
-            if "in-place operation" in str(error):
+            if "in-place operation" in str(error) or "being modified inplace" in str(error):
                 raise ValueError(self._in_place(name, _mutated(function, inner, outer, batch))) from error
             raise
         now = [leaf._version for leaf in watched]
@@ -140,7 +143,7 @@ class Evaluation:
         try:
             result = function(*arguments)
         except RuntimeError as error:
-            if _NEEDS_GRAPH not in str(error):
+            if NEEDS_GRAPH not in str(error):
                 raise
             if before is not None and state is not None:
                 before.set(state)

@@ -61,6 +61,23 @@ class Generators:
         yield
         self.set(before)
 
+    def seed(self, number: int) -> None:
+        """Begin anew at a number."""
+        torch.default_generator.manual_seed(number)
+        if self._cuda is not None:
+            torch.cuda.default_generators[self._place].manual_seed(number)
+
+    def advance(self) -> None:
+        """Draw a number from each."""
+        torch.rand((), device="cpu")
+        if self._cuda is not None:
+            torch.rand((), device=self._cuda)
+
+    @property
+    def _place(self) -> int:
+        assert self._cuda is not None
+        return torch.cuda.current_device() if self._cuda.index is None else self._cuda.index
+
     def set(self, state: State) -> None:
         """Go back to a state."""
         with _disable_current_modes():

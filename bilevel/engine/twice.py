@@ -15,14 +15,16 @@ from bilevel.engine import autodiff, scaling
 from bilevel.engine.base import Losses
 from bilevel.engine.rematerialize import inside
 from bilevel.engine.replay import Generators
+from bilevel.engine.split import Embedded
 from bilevel.space import tree
 from bilevel.space.tree import PartialLeaves, Tree
 
 _DOUBTFUL = ("WeightNormInterface", "NativeLayerNormBackwardBackward", "NativeBatchNormBackwardBackward")
 """Operators of torch 2.13 whose second derivative was seen to be wrong: torch._weight_norm; and the derivative of layer
 and batch normalization, which is in a loss that takes a gradient through them."""
-_KNOWN = ("BilevelSolutionBackward", "_SolvedBackward", "_InsideBackward")
-"""The nodes of the library's own layers, which refuse in words what they cannot differentiate again."""
+_KNOWN = ("BilevelSolutionBackward", "_SolvedBackward", "_InsideBackward", "_VaryBackward", "_TotalBackward")
+"""The nodes of the library's own: of layers, which refuse in words what they cannot differentiate again, and of sums
+over ranks, which can be differentiated to any order."""
 _KINK_FREE = 0.02
 """Two step sizes must give the same difference this closely: between kinks they do, across kinks they do not."""
 _MISSING = 1e-3
@@ -87,7 +89,8 @@ def _lacking(loss: Losses, inner: Tree, outer: Tree, batch: object, generators: 
     For one tensor z of them at a time, <w, d(dg/dy)/dz v> is taken by autograd and by differences of dg/dy along v.
     """
     ys, xs = tree.tensors(inner), tree.tensors(outer)
-    features = [leaf for leaf in tree.tensors(batch) if leaf.requires_grad]
+    # (Of features whose rows are split over ranks, a difference is that of all rows and a product that of one rank's.)
+    features = [] if isinstance(batch, Embedded) else [leaf for leaf in tree.tensors(batch) if leaf.requires_grad]
     here, seed = [*ys, *xs, *features], torch.Generator(device="cpu").manual_seed(0)
     start = generators.peek()
 
@@ -98,7 +101,7 @@ def _lacking(loss: Losses, inner: Tree, outer: Tree, batch: object, generators: 
         generators.set(start)
         rest = iter(moved[len(ys) + len(xs) :])
         embedded = tree.tree_map(
-            lambda leaf: next(rest) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf, batch
+            lambda leaf: next(rest, leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf, batch
         )
         y, x = tree.like(inner, moved[: len(ys)]), tree.like(outer, moved[len(ys) : len(ys) + len(xs)])
         value = loss(y, x, embedded).sum()

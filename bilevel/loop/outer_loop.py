@@ -41,6 +41,7 @@ class OuterLoop:
 
     Args:
         problem, outer, inner, loader, solver, estimator, optimizer, carry, state, tolerate, engine: as for `iterate`.
+            `loader` must not fill one batch again and again: batches are kept until their step is made.
         epochs: passes over `loader`, which is then read anew each time; None for no end.
         scheduler: a learning rate scheduler of `optimizer`, or a list of them; each takes a step after each outer step
             (ReduceLROnPlateau with the outer loss).
@@ -67,8 +68,10 @@ class OuterLoop:
 
     Memory: that of `iterate`, and a batch; saving copies all tensors once.
 
-    Cost: reading the generators, 0.1 ms a step. Loading reads the batches of the pass again unless the loader has a
-        `state_dict` (`bilevel.data.Episodes`, torchdata's StatefulDataLoader), which says where it is.
+    Cost: reading the generators, 0.3 ms a step. Loading reads the batches of the pass again, and looks whether the last
+        is the one that it was, unless the loader has a `state_dict` (`bilevel.data.Episodes`, torchdata's
+        StatefulDataLoader), which is taken at its word: what is random in the worker processes of a
+        StatefulDataLoader is not in it, and so not to the bit.
 
     Example:
         >>> import torch, bilevel as bl
@@ -199,12 +202,14 @@ class OuterLoop:
             if made is not None:
                 seconds = time.perf_counter() - begun
                 return Step(self._index - 1, made.hypergradient, lr, seconds, made.precision, made.skipped)
+        if not parts.reader.over:
+            parts.stepping.leave()
         raise StopIteration
 
     @contextlib.contextmanager
     def _undone(self) -> Iterator[None]:
         """What raises in this block, before it was done, leaves generators and data as they were before it."""
-        before, done = self._parts.random.peek(), self._done
+        before, done = self._parts.reader.mark(), self._done
         try:
             yield
         except BaseException:

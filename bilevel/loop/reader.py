@@ -61,6 +61,7 @@ class Reader:
         self._used: _Read | _Last | None = None
         self._state: Any = None
         self._ended = self._broken = False
+        self._now: Drawn | None = None
         self._read = 0  # of a loader that can be read only once, in all
 
     @property
@@ -72,6 +73,11 @@ class Reader:
     def _once(self) -> bool:
         return hasattr(self.loader, "__next__")
 
+    def mark(self) -> Drawn:
+        """Where the generators stand, before batches are taken."""
+        self._now = self.random.peek()
+        return self._now
+
     def take(self) -> Any:
         """The next batch of this pass.
 
@@ -80,6 +86,7 @@ class Reader:
             RuntimeError: the loader raised before, and cannot be read again.
         """
         if self._ahead:
+            self._now = None
             with finished_first():
                 read = self._ahead.popleft()
                 self._taken.append(read)
@@ -91,8 +98,10 @@ class Reader:
             self._reopen()
         if self._iterator is None:
             self._open()
+            self._now = None
         assert self._iterator is not None, "it was opened"
-        before, kept = self.random.peek(), len(self._taken)
+        before, kept = self._now or self.random.peek(), len(self._taken)
+        self._now = None
         try:
             batches = next(self._iterator)
             read = _Read(batches, before, self.random.peek())
@@ -158,6 +167,7 @@ class Reader:
         """The place after what was settled."""
         last = self._last()
         return {
+            "over": self.over,
             "epoch": self.epoch,
             "count": self.count,
             "ended": self._ended and not self._ahead,

@@ -93,6 +93,12 @@ class Parts:
         _same("the schedulers", *(_kinds(each, "scheduler[") for each in (saved["settings"], self.settings)))
         _same("the names in also", sorted(saved["also"]), sorted(self.also))
         _same("the generators", saved["generators"], self.random.kinds())
+        data, epochs = saved["data"], self.reader.epochs
+        if epochs is not None and data["epoch"] >= epochs and not data["over"]:
+            raise ValueError(
+                f"OuterLoop was saved in pass {data['epoch']} of its data, counted from 0, and is to make {epochs}: it "
+                f"would be over at once. Give it epochs={data['epoch'] + 1} or more, or None. Nothing was loaded"
+            )
         if saved["state"] is not None:
             _same("a state of the estimator", saved["settings"]["estimator"], self.settings["estimator"])
         if differ := differences(saved["settings"], self.settings):

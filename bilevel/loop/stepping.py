@@ -16,6 +16,7 @@ from bilevel.batches import Batches
 from bilevel.engine import spans
 from bilevel.engine.base import Engine
 from bilevel.estimators.base import Estimator
+from bilevel.estimators.company import ALONE
 from bilevel.hypergradient import set_grad
 from bilevel.inner.base import InnerSolver
 from bilevel.loop.accumulation import mean
@@ -75,6 +76,7 @@ class Stepping:
     stop: EarlyStopping | None = None
     precision: MixedPrecision | None = None
     check: PrecisionCheck | None = None
+    left: bool = False
     random: Randomness = dataclasses.field(default_factory=Randomness)
 
     @functools.cached_property
@@ -87,10 +89,11 @@ class Stepping:
     def group(self, take: Callable[[], Any], carried: Carried, index: int) -> Made | None:
         """The mean hypergradient of the next batches, fewer at the end, and what is left; None after the last batch."""
         found, left, precision = list[Hypergradient](), carried, None
+        company = getattr(self.estimator, "company", ALONE)
         while len(found) < self.accumulate:
-            try:
-                batches = take()
-            except StopIteration:
+            with company.guarded():
+                batches = self._taken(take)
+            if batches is None:
                 break
             one, looked = self._one(batches, left, index, look=not found)
             precision = precision or looked
@@ -102,14 +105,26 @@ class Stepping:
                 inner = tree.detach(one.inner if one.next_inner is None else one.next_inner)
             left = Carried(inner, one.state)
             found.append(one)
+        if not found:
+            company.ended()
         return Made(mean(found), left, precision) if found else None
 
-    def _one(self, batches: Any, carried: Carried, index: int, look: bool) -> tuple[Hypergradient, Precision | None]:
+    def _taken(self, take: Callable[[], Any]) -> Batches | None:
+        """The next batch; None after the last."""
+        try:
+            batches = take()
+        except StopIteration:
+            return None
         if not isinstance(batches, Batches):
             raise TypeError(
                 f"{self.who}()'s loader yielded a {type(batches).__name__}; write (bilevel.Batches(inner=a, outer=b) "
                 f"for a, b in zip(train, valid))"
             )
+        return batches
+
+    def _one(
+        self, batches: Batches, carried: Carried, index: int, look: bool
+    ) -> tuple[Hypergradient, Precision | None]:
         found, precision = self.computing.hypergradient(
             index if look else None, self.outer, carried.inner, batches, carried.state
         )
@@ -133,6 +148,12 @@ class Stepping:
     def stopped(self) -> bool:
         """Whether early stopping has said so."""
         return self.stop is not None and self.stop.stopped
+
+    def leave(self) -> None:
+        """Early stopping ends the loop: others that make the estimates with this process are told, once."""
+        if not self.left:
+            self.left = True
+            getattr(self.estimator, "company", ALONE).ended()
 
     def rates(self) -> tuple[float, ...]:
         """The lr of each parameter group of the optimizer; NaN where it has none, or one without data."""

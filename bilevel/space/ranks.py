@@ -4,14 +4,16 @@ All collectives of the library are here. Each is called by every rank of the gro
 span, so that a profiler sees its time.
 """
 
+import contextlib
 import dataclasses
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bilevel.engine import spans
 
@@ -58,6 +60,12 @@ class Ranks:
         _check_initialized()
         return dist.get_rank(self.group)
 
+    @property
+    def members(self) -> list[int]:
+        """The processes by their ranks among all, in the order of this group's."""
+        _check_initialized()
+        return dist.get_process_group_ranks(dist.group.WORLD if self.group is None else self.group)
+
     def sum(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The sum over ranks of each tensor, the same bits on every rank; one all-reduce for each dtype.
 
@@ -73,7 +81,7 @@ class Ranks:
         """What every rank has for a small picklable value, in the order of the ranks."""
         size = self.size
         found: list[Any] = [None] * size
-        with spans.span(spans.COLLECTIVE):
+        with spans.span(spans.COLLECTIVE), _told():
             dist.all_gather_object(found, pickle.dumps(value), group=self.group)
         return [pickle.loads(one) for one in found]
 
@@ -96,12 +104,14 @@ class Ranks:
 
     def _reduced(self, leaves: Sequence[Tensor], operation: Any) -> tuple[Tensor, ...]:
         _check_initialized()
+        if any(without_data(leaf) for leaf in leaves):
+            return tuple(leaf.clone() for leaf in leaves)
         found: list[Tensor | None] = [None] * len(leaves)
         kinds = {(leaf.dtype, leaf.device): None for leaf in leaves}
         for kind in kinds:
             places = [i for i, leaf in enumerate(leaves) if (leaf.dtype, leaf.device) == kind]
             flat = torch.cat([leaves[i].detach().reshape(-1) for i in places])
-            with spans.span(spans.COLLECTIVE):
+            with spans.span(spans.COLLECTIVE), _told():
                 dist.all_reduce(flat, operation, group=self.group)
             parts = flat.split([leaves[i].numel() for i in places])
             for i, part in zip(places, parts, strict=True):
@@ -111,6 +121,23 @@ class Ranks:
 
 class RankError(RuntimeError):
     """Another rank of the group failed, so that what all of them compute together cannot be had."""
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What torch says where a rank is gone, as the error of the other ranks."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            f"a sum over ranks was not taken: another process of the group has ended, or has not come in time; its own "
+            f"output says why. torch says: {error}"
+        ) from error
+
+
+def without_data(leaf: Tensor) -> bool:
+    """Whether a tensor has no numbers to send: a forecast, or a look at what is used."""
+    return isinstance(leaf, FakeTensor) or leaf.device.type == "meta"
 
 
 def ranks_of(who: str, group: Any) -> Ranks:

@@ -59,7 +59,7 @@ def made(
     """A loop over `PROBLEM` that is made the same way each time, whatever the generators are."""
     here = torch.device(device)
     x = {"u": torch.tensor([0.5, -0.4, 0.3], device=here), "v": torch.tensor([0.2], device=here)}
-    x = {name: leaf.requires_grad_() for name, leaf in x.items()}
+    x = options.pop("outer", None) or {name: leaf.requires_grad_() for name, leaf in x.items()}
     start = torch.tensor([0.1, 0.2], device=here), torch.tensor([-0.1, 0.3], device=here)
     y = {name: leaf if tasks is None else leaf.expand(tasks, 2).clone() for name, leaf in zip("ab", start, strict=True)}
     moved = optimizer(x.values(), lr=0.05)

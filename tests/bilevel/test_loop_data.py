@@ -249,3 +249,30 @@ def test_a_pass_without_end():
     loop = made(ESTIMATOR, [BATCH] * 2, epochs=None)
     assert [next(loop).index for _ in range(7)] == list(range(7))
     assert loop.epoch == 3
+
+
+def test_fewer_passes_than_were_made_are_refused():
+    saved = saved_after(9, LOADERS["shuffled"](), epochs=None)
+    with pytest.raises(ValueError, match=r"saved in pass 1 of its data, .* Give it epochs=2 or more, or None"):
+        loaded(saved, LOADERS["shuffled"]())
+    loaded(saved, LOADERS["shuffled"](), epochs=2)
+
+
+def test_workers_that_go_on_drawing_in_a_second_pass_are_refused():
+    def make():
+        return shuffled(Noisy(ROWS), num_workers=1, persistent_workers=True)
+
+    with pytest.raises(ValueError, match="does not give the batches that it gave"):
+        loaded(saved_after(8, make(), epochs=2), make(), epochs=2)
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_torchdatas_loader_says_where_it_is(tmp_path):
+    stateful = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def make():
+        loader = stateful.StatefulDataLoader(TensorDataset(ROWS), 2, shuffle=True, collate_fn=pairs)
+        return made(ESTIMATOR, loader, epochs=2)
+
+    again, whole = stopped_and_whole(tmp_path, make, 8)
+    assert again == whole

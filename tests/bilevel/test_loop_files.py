@@ -1,5 +1,6 @@
 """Files of a loop: sealed, whole or not there; and what does not fit is refused before anything is changed."""
 
+import collections
 import dataclasses
 import json
 import random
@@ -336,6 +337,23 @@ def test_objects_are_saved_along():
         loop(also={"odd": 3})
 
 
+def test_trees_that_a_file_cannot_hold_are_refused_when_it_is_saved(tmp_path):
+    pair = collections.namedtuple("pair", "a b")
+    problem = bl.Problem(
+        lambda y, x, b: inner_loss({"a": y.a, "b": y.b}, x, b), lambda y, x, b: outer_loss({"a": y.a, "b": y.b}, x, b)
+    )
+    run = loop(problem=problem, inner=pair(torch.zeros(2), torch.zeros(2)))
+    next(run)
+    with pytest.raises(TypeError, match=r"was to save state\['inner'\], a pair; a file holds tensors, numbers"):
+        run.save(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run = loop(problem=problem, inner=pair(torch.zeros(2), torch.zeros(2)), estimator=bl.FirstOrder())
+    next(run)
+    run.save(tmp_path / "run")  # y itself is no difficulty
+    run.load(tmp_path / "run")
+    assert isinstance(run.inner, pair)
+
+
 @pytest.mark.filterwarnings("ignore:outer variable")
 def test_tensors_that_are_shared_or_only_in_the_optimizer(tmp_path):
     def make():
@@ -392,6 +410,7 @@ def test_counters_stay_on_the_host_wherever_a_state_goes(label):
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("label", ["soba", "saba", "lv-hba", "memory reduced"])
 @pytest.mark.filterwarnings("ignore:OuterLoop\\(\\) stepped through")
 def test_a_run_on_a_gpu_goes_on_to_the_bit_and_moves_to_and_from_the_cpu(tmp_path, label):
@@ -414,3 +433,23 @@ def test_a_run_on_a_gpu_goes_on_to_the_bit_and_moves_to_and_from_the_cpu(tmp_pat
         with pytest.warns(UserWarning, match=f"device was '?{here}'? and is '?{there}'?"):
             other.load_state_dict(state.state_dict())
         next(other)
+
+
+def test_saved_before_the_first_step_and_saved_again_as_it_was_loaded(tmp_path):
+    seeded(1)
+    whole = loop()
+    whole.save(tmp_path)
+    list(whole)
+    for seed in range(4):
+        seeded(seed + 2)
+        run = loop()
+        run.load(tmp_path)
+        run.save(tmp_path)  # no step since
+        next(run)
+        if seed % 2:
+            run.save(tmp_path)
+    run = loop()
+    run.load(tmp_path)
+    assert run.index == 2
+    list(run)
+    assert bits(run.state_dict()) == bits(whole.state_dict())

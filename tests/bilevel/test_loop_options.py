@@ -1,5 +1,6 @@
 """What a loop may be told beside the problem: accumulation, clipping, schedulers, when to stop, and its progress."""
 
+import contextlib
 import functools
 import io
 import itertools
@@ -273,6 +274,22 @@ def test_the_loop_ends_when_the_outer_loss_is_no_better():
     loop, _ = loop_of([halves()[0]] * 50, carry=False, lr=0.0, stop=EarlyStopping(patience=3))
     assert len(list(loop)) == 4, "the best one, and three that are no better"
     assert list(loop) == [], "and it stays ended"
+
+
+def test_other_processes_are_told_that_it_stopped(monkeypatch):
+    class Company:
+        told = 0
+
+        def guarded(self):
+            return contextlib.nullcontext()
+
+        def ended(self):
+            self.told += 1
+
+    estimator, company = bl.Unrolled(), Company()
+    monkeypatch.setattr(bl.Unrolled, "company", company)
+    loop, _ = loop_of([halves()[0]] * 50, carry=False, lr=0.0, stop=EarlyStopping(patience=3), estimator=estimator)
+    assert (len(list(loop)), list(loop), company.told) == (4, [], 1)
 
 
 def test_the_best_x_is_that_of_the_best_loss():

@@ -30,8 +30,10 @@ from bilevel.engine import spans
 from bilevel.engine.captures import reachable
 from bilevel.engine.offload import lane_of
 from bilevel.engine.rematerialize import switched
+from bilevel.engine.split import split_over
 from bilevel.estimators.base import Estimate, Estimator, Instance
 from bilevel.space import tree
+from bilevel.space.ranks import without_data
 
 BLOCKS = ", blocks"
 """In the name of a way that runs rematerialized blocks as such."""
@@ -55,7 +57,11 @@ def within(ways: Mapping[str, Way], budget: int, instance: Instance) -> Estimate
         ValueError: none does.
         ImportError: the forecast is not installed.
     """
-    peaks = _peaks(ways, instance)
+    ranks, peaks = split_over(instance.problem), _peaks(ways, instance)
+    if ranks is not None and not without_data(tree.tensors(instance.outer)[0]):
+        # (Ranks of more rows need more, and all must go the same way.)
+        every = ranks.gathered(peaks)
+        peaks = {name: max(each[name] for each in every) for name in peaks}
     blocks = any(name.endswith(BLOCKS) for name in peaks)
 
     def cost(name: str) -> tuple[float, int]:

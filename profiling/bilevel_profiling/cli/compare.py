@@ -2,10 +2,14 @@
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from bilevel_profiling.cli import options as types
 from bilevel_profiling.cli.output import DONE, INTERRUPTED, NOTHING, print_records, say, unwritable, wrong
 from bilevel_profiling.comparison import progress
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 _SETTINGS = ("seed", "repeats", "time_limit", "threads", "memory_limit", "resume", "retry_failed", "trace", "snapshot")
 """Options that are fields of `Settings` under the same name."""
@@ -70,6 +74,12 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=0, metavar="N", help="of data, initialization and random losses (default 0)")
     add(
+        "--seeds",
+        type=types.numbers,
+        metavar="0,1,2",
+        help="all of it with each of these seeds, as cases of their own",
+    )
+    add(
         "--repeats",
         type=types.positive,
         default=5,
@@ -113,6 +123,12 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
         help="--resume, and measure anew what ended with ERROR, CRASHED, TIMEOUT or OUT_OF_MEMORY",
     )
     add(
+        "--executor",
+        metavar="MODULE:FUNCTION",
+        help="measure on the workers of the executor that this function returns (also FILE.py:FUNCTION), such as "
+        "Dask's client.get_executor(); default: here, one run after another",
+    )
+    add(
         "--trace",
         action="store_true",
         help="also write a trace of each run for https://ui.perfetto.dev, into DIR/traces",
@@ -132,6 +148,22 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Do it."""
+    from bilevel_profiling.cli import executors
+
+    try:
+        executor = None if options.executor is None else executors.made(options.executor)
+    except (ValueError, TypeError) as error:
+        return wrong(str(error))
+    status = INTERRUPTED
+    try:
+        status = _compared(options, executor)
+    finally:
+        if executor is not None:  # what has not begun is cancelled already; what has may take its time limit
+            executor.shutdown(wait=status != INTERRUPTED)
+    return status
+
+
+def _compared(options: argparse.Namespace, executor: "Executor | None") -> int:
     # Here and not above: torch takes seconds to load, and --help and show do without it.
     from bilevel_profiling.baselines import packages
     from bilevel_profiling.cases import library
@@ -144,15 +176,15 @@ def run(options: argparse.Namespace) -> int:
         if options.baselines:
             known["baselines"] = packages.named(options.baselines)
         settings = Settings(
-            device=chosen_device(options.device),
+            device=chosen_device(options.device, elsewhere=options.executor is not None),
             command=options.command,
             **{name: getattr(options, name) for name in _SETTINGS},
         )
         labels = options.estimators
         if labels == [library.ALL]:
             known["estimators"], labels = library.ALL, None
-        plans = [Plan(case, known, labels) for case in options.cases]
-        comparison = Comparison(plans, options.out, settings, progress.chosen())
+        plans = [Plan(case, known, labels, seed) for case in options.cases for seed in options.seeds or [None]]
+        comparison = Comparison(plans, options.out, settings, progress.chosen(), executor)
     except (ValueError, TypeError, ImportError) as error:
         return wrong(str(error))
     except OSError as error:
@@ -175,8 +207,8 @@ def run(options: argparse.Namespace) -> int:
     return status
 
 
-def chosen_device(asked: str) -> str:
-    """auto, cpu or cuda, as torch can have it here.
+def chosen_device(asked: str, *, elsewhere: bool = False) -> str:
+    """auto, cpu or cuda, as torch can have it here; what is asked for elsewhere is for that place to have.
 
     Raises:
         CaseError: cuda was asked for and is not there.
@@ -185,6 +217,8 @@ def chosen_device(asked: str) -> str:
 
     from bilevel_profiling.cases.case_file import CaseError
 
+    if elsewhere and asked != "auto":
+        return asked
     if asked == "cuda" and not torch.cuda.is_available():
         raise CaseError(
             "--device cuda was given, but torch finds no CUDA device here; leave it out, or write --device cpu"

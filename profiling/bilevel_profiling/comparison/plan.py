@@ -1,8 +1,10 @@
 """What a comparison is to do and how, checked before any work is begun."""
 
 import dataclasses
+import io
 import pickle
 import sys
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,11 +22,14 @@ class Plan:
         overrides: fields of the case's `Definition` that are to be otherwise.
         labels: which of the case's estimators and baselines; None for all. The baselines among the overrides are always
             taken.
+        seed: in place of that of the settings; the case is then called "name, seed 3", so that its rows stand by
+            themselves.
     """
 
     source: Setup | str
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     labels: Sequence[str] | None = None
+    seed: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,7 @@ class Settings:
             are measured anew.
         trace: also write a torch.profiler trace of each run, into traces/.
         snapshot: also write a snapshot of the CUDA allocator for each run, into snapshots/; of no effect on the CPU.
+        wait_limit: with an executor, seconds without an answer, beyond what a run may take, after which it is given up.
         command: kept in the records' environments.
     """
 
@@ -58,6 +64,7 @@ class Settings:
     retry_failed: bool = False
     trace: bool = False
     snapshot: bool = False
+    wait_limit: float = 3600.0
     command: str = ""
 
 
@@ -94,6 +101,7 @@ class Settled:
     plan: Plan
     case: Definition
     labels: tuple[str, ...]
+    seed: int = 0
 
     @property
     def cells(self) -> list[Cell]:
@@ -124,8 +132,13 @@ def _tasks(estimator: bl.Estimator) -> str:
     return f"tasks {weights}".strip()
 
 
-def settle(plans: Sequence[Plan], settings: Settings | None = None) -> list[Settled]:
+def settle(plans: Sequence[Plan], settings: Settings | None = None, *, far: bool = False) -> list[Settled]:
     """Load the cases and check everything that can be checked beforehand.
+
+    Args:
+        plans: what is compared.
+        settings: how.
+        far: whether the processes may be on other machines, or of another program, and so do not know the main script.
 
     Raises:
         CaseError: a case, a label or a number is not usable.
@@ -135,7 +148,8 @@ def settle(plans: Sequence[Plan], settings: Settings | None = None) -> list[Sett
         >>> settle([Plan("quadratic", labels=["unrolled"])])[0].labels
         ('unrolled',)
     """
-    found = [Settled(plan, given(plan.source, **plan.overrides), ()) for plan in plans]
+    settings = settings or Settings()
+    found = [_loaded(plan, settings) for plan in plans]
     names = [each.case.name for each in found]
     for name in names:
         if names.count(name) > 1:
@@ -143,10 +157,21 @@ def settle(plans: Sequence[Plan], settings: Settings | None = None) -> list[Sett
                 f"two cases are called {name}, and their rows could not be told apart; give each once, or rename a file"
             )
     _check_labels(found)
-    _check_numbers(settings or Settings())
+    _check_numbers(settings)
     for each in found:
-        _check_sendable(each.plan)
+        _check_sendable(each.plan, far)
     return [dataclasses.replace(each, labels=_labels(each)) for each in found]
+
+
+def _loaded(plan: Plan, settings: Settings) -> Settled:
+    case = given(plan.source, **plan.overrides)
+    if plan.seed is None:
+        return Settled(plan, case, (), settings.seed)
+    if type(plan.seed) is not int:
+        raise CaseError(f"a seed is {plan.seed!r}; an integer was needed")
+    name = f"{case.name}, seed {plan.seed}"  # among the overrides, so that other processes call it so as well
+    named = dataclasses.replace(plan, overrides={**plan.overrides, "name": name})
+    return Settled(named, dataclasses.replace(case, name=name), (), plan.seed)
 
 
 def _labels(each: Settled) -> tuple[str, ...]:
@@ -174,6 +199,8 @@ def _check_numbers(settings: Settings) -> None:
         raise CaseError(f"the time limit is {settings.time_limit!r}; a positive number of seconds was needed")
     if not isinstance(settings.repeats, int) or settings.repeats < 1:
         raise CaseError(f"repeats is {settings.repeats!r}; a positive integer was needed")
+    if not settings.wait_limit > 0:
+        raise CaseError(f"wait_limit is {settings.wait_limit!r}; a positive number of seconds was needed")
     if settings.memory_limit is None:
         return
     if not isinstance(settings.memory_limit, int) or settings.memory_limit < 1:
@@ -187,17 +214,37 @@ def _check_numbers(settings: Settings) -> None:
         )
 
 
-def _check_sendable(plan: Plan) -> None:
+class _Pickler(pickle.Pickler):
+    """Notes what belongs to the main script, which only this process and its own children know."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream)
+        self.main: list[str] = []
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, (type, types.FunctionType)) and value.__module__ in ("__main__", "__mp_main__"):
+            self.main.append(value.__qualname__)
+        return NotImplemented
+
+
+def _check_sendable(plan: Plan, far: bool) -> None:
     for name, value in {"setup": plan.source, **plan.overrides}.items():
         if getattr(value, "__module__", None) == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
             raise TypeError(
                 f"{name} is defined in an interactive session, which other processes cannot import; put it into a file"
             )
+        pickler = _Pickler(io.BytesIO())
         try:
-            pickle.dumps(value)
+            pickler.dump(value)
         except Exception as error:  # pickle raises whatever an object's own reduction does
             raise TypeError(
                 f"{name} cannot be sent to another process ({error}). Define functions at the top level of a module, "
                 f"not as lambdas; or write the case as a file with setup(device), ESTIMATORS and OPTIMIZER, and pass "
                 f"its path"
             ) from error
+        if far and pickler.main:
+            raise TypeError(
+                f"{name} needs {pickler.main[0]} of the main script, which the workers of an executor cannot import. "
+                f"Define it in a module that they can, or write the case as a file with setup(device), ESTIMATORS and "
+                f"OPTIMIZER, and pass its path"
+            )

@@ -34,36 +34,44 @@ class ResumeError(ValueError):
     """A comparison that cannot be continued, with a message that says what differs and what to write."""
 
 
-def facts(settled: Settled, settings: Settings) -> Facts:
-    """What the rows of a case are measured with."""
+def facts(settled: Settled, settings: Settings, far: bool = False) -> Facts:
+    """What the rows of a case are measured with. Measured far from here, each row has a processor of its own."""
     case, here = settled.case, environment()
-    return {
-        "device": settings.device,
-        "seed": str(settings.seed),
-        "number of repeats": str(settings.repeats),
-        "number of threads": str(settings.threads),
-        "inner optimizer": plain(case.optimizer),
-        "solver for the solution": plain(case.solution),
-        _STEPS: str(case.outer_steps),
-        _CODE: fingerprint(settled),
-        "version of torch": here["torch"],
-        "version of bilevel": here["bilevel"].partition(" ")[0],
-        "processor": here["cpu"],
-    } | {f"{_CODE} of {label}": mark for label, mark in marks_of_baselines(settled).items()}
+    processor = {} if far else {"processor": here["cpu"]}
+    return (
+        {
+            "device": settings.device,
+            "seed": str(settled.seed),
+            "number of repeats": str(settings.repeats),
+            "number of threads": str(settings.threads),
+            "inner optimizer": plain(case.optimizer),
+            "solver for the solution": plain(case.solution),
+            _STEPS: str(case.outer_steps),
+            _CODE: fingerprint(settled),
+            "version of torch": here["torch"],
+            "version of bilevel": here["bilevel"].partition(" ")[0],
+        }
+        | processor
+        | {f"{_CODE} of {label}": mark for label, mark in marks_of_baselines(settled).items()}
+    )
 
 
-def begin(folder: Folder, settled: Sequence[Settled], settings: Settings) -> tuple[list[Row], list[str]]:
+def begin(
+    folder: Folder, settled: Sequence[Settled], settings: Settings, far: bool = False
+) -> tuple[list[Row], list[str]]:
     """Write down what a new comparison measures with. Earlier rows are set aside, which is said.
 
     Raises:
         OSError: a file cannot be written.
     """
     said = folder.set_aside()
-    _write(folder, {each.case.name: facts(each, settings) for each in settled})
+    _write(folder, {each.case.name: facts(each, settings, far) for each in settled})
     return [], [said] if said else []
 
 
-def resume(folder: Folder, settled: Sequence[Settled], settings: Settings) -> tuple[list[Row], list[str]]:
+def resume(
+    folder: Folder, settled: Sequence[Settled], settings: Settings, far: bool = False
+) -> tuple[list[Row], list[str]]:
     """The rows that are there, and sentences for the user. A half-written last row is taken out of the file and kept
     beside it.
 
@@ -72,7 +80,7 @@ def resume(folder: Folder, settled: Sequence[Settled], settings: Settings) -> tu
         OSError: a file cannot be read or written.
     """
     said: list[str] = []
-    new = {each.case.name: facts(each, settings) for each in settled}
+    new = {each.case.name: facts(each, settings, far) for each in settled}
     old = _read(folder)
     rows: Sequence[Row] = ()
     if folder.records.exists():
@@ -173,7 +181,7 @@ def _check_rows(folder: Folder, settled: Settled, settings: Settings, records: S
         if label in settled.labels or label not in settled.case.baselines
     }
     for record in records:
-        now = {"device": settings.device, "seed": str(settings.seed)}
+        now = {"device": settings.device, "seed": str(settled.seed)}
         then = {"device": record.device, "seed": str(record.seed), "estimator": plain(record.settings)}
         cell = cells.get((record.estimator, record.engine, record.inner_steps or 0))
         known = compared.get(cell.estimator if cell is not None else record.estimator)

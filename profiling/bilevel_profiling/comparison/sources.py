@@ -66,7 +66,12 @@ def _makes(node: ast.stmt, name: str) -> bool:
 
 def imported(path: Path, package: str) -> dict[str, str]:
     """The meaning of each local module that a file imports, and of those that these import, by name."""
-    found: dict[str, str] = {}
+    return {name: meaning(origin.read_bytes()) for name, origin in files(path, package).items()}
+
+
+def files(path: Path, package: str) -> dict[str, Path]:
+    """The file of each of these modules."""
+    found: dict[str, Path] = {}
     waiting = [(path, package)]
     while waiting:
         for name in _names(*waiting.pop()):
@@ -74,7 +79,7 @@ def imported(path: Path, package: str) -> dict[str, str]:
             if spec is None or spec.origin is None:
                 continue
             origin = Path(spec.origin)
-            found[name] = meaning(origin.read_bytes())
+            found[name] = origin
             waiting.append((origin, name if spec.submodule_search_locations else name.rpartition(".")[0]))
     return found
 

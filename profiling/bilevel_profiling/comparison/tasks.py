@@ -1,10 +1,11 @@
-"""The pieces of work of a comparison, each a frozen value that says what it is and does it: a float64 reference, a
-row, the outer loop of a row.
+"""The pieces of work of a comparison, each a frozen value that says what it is, what is to be run for it, and what is
+written when the answer is there: a float64 reference, a row, the outer loop of a row.
 """
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+import pickle
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,23 @@ from bilevel_profiling.comparison.folder import Folder
 from bilevel_profiling.comparison.plan import Cell, Settings, Settled
 from bilevel_profiling.comparison.progress import Task, row_text
 from bilevel_profiling.measurement import cell as cells
-from bilevel_profiling.measurement import isolate
 from bilevel_profiling.measurement.environment import environment
+from bilevel_profiling.measurement.errand import Answer, Errand
 from bilevel_profiling.measurement.passes import described
-from bilevel_profiling.meters.resident import Resident
 from bilevel_profiling.records import units
-from bilevel_profiling.records.failure import OUT_OF_MEMORY, Failure, limited, noted, unfinished
+from bilevel_profiling.records.failure import ERROR, OUT_OF_MEMORY, Failure, limited, noted, unfinished
 from bilevel_profiling.records.note import Note, NoteKind
 from bilevel_profiling.records.record import Iteration, Record, Target
 from bilevel_profiling.records.records_file import RecordsFile
 
 Key = tuple[str, str, str, int | None]
 """Case, label, engine, K."""
+_BESIDE = Note(
+    "Other runs of this comparison were at work on the same machine meanwhile: times may be longer than alone. Memory "
+    "is that of the run's own process.",
+    NoteKind.BESIDE,
+)
+_LATER = Note("It was not begun; --resume measures it.", NoteKind.NOT_RUN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +40,14 @@ class Site:
     folder: Folder
     rows: RecordsFile
     date: str
+    order: Mapping[Key, int] = dataclasses.field(default_factory=dict)
+    """The places of the rows in the plan, which in the end are those in the file."""
+    shared: set[Key] = dataclasses.field(default_factory=set)
+    """Rows whose runs were not alone on their machine, as far as they do not say so yet."""
     missing: dict[Path, str] = dataclasses.field(default_factory=dict)
     """Why a reference could not be made, by its path: what a piece of work leaves for the next."""
-
-    @property
-    def limits(self) -> dict[str, Any]:
-        """Of each process that runs an estimator."""
-        return {"time_limit": self.settings.time_limit, "memory_limit": self.settings.memory_limit}
+    unmade: dict[Path, str] = dataclasses.field(default_factory=dict)
+    """Why a reference was not even begun."""
 
     def place(self, key: Key) -> int | None:
         """Where the row is in the file; None where it is not."""
@@ -59,6 +66,21 @@ class Site:
         else:
             self.rows.replace(place, record)
 
+    def tidy(self) -> None:
+        """Bring the rows into the order of the plan, each that it does not ask for behind the one that it follows, and
+        write the notes of those that were not alone. A row without times needs none.
+        """
+        records, ranks, changed = self.rows.records, [-1], {}
+        for place, record in enumerate(records):
+            key = key_of(record)
+            ranks.append(self.order.get(key, ranks[-1]))
+            if key in self.shared and record.wall_seconds is not None and _BESIDE not in record.notes:
+                changed[place] = dataclasses.replace(record, notes=(*record.notes, _BESIDE))
+        self.shared.clear()
+        places = sorted(range(len(records)), key=lambda place: ranks[place + 1])
+        if changed or places != list(range(len(records))):
+            self.rows.rearrange(places, changed)
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece(abc.ABC):
@@ -73,15 +95,27 @@ class Piece(abc.ABC):
         """What it is, for those who wait."""
 
     @abc.abstractmethod
-    def do(self, site: Site) -> str:
-        """Do it, and say in a few words how it went."""
+    def errand(self, site: Site) -> Errand | Answer | str:
+        """What is to be run; an answer where that is known already; a few words where there is nothing to do."""
+
+    @abc.abstractmethod
+    def take(self, site: Site, answer: Answer) -> str:
+        """Write down what came of it, and say in a few words how it went."""
+
+    @abc.abstractmethod
+    def name(self, site: Site) -> Hashable:
+        """What others that need it call it."""
+
+    def needs(self, site: Site) -> list[Hashable]:
+        """The names of the pieces that must be done before, as far as they are to be done."""
+        return []
 
     @property
     def key(self) -> Key:
         """Of the row."""
         return self.settled.case.name, self.cell.label, self.cell.engine, self.cell.steps
 
-    def job(self, site: Site, **more: Path | None) -> cells.Job:
+    def job(self, site: Site) -> cells.Job:
         """The cell, in a form that another process can make its case from."""
         plan, settings = self.settled.plan, site.settings
         return cells.Job(
@@ -93,10 +127,20 @@ class Piece(abc.ABC):
             engine=self.cell.engine,
             labels=self.settled.labels,
             device=settings.device,
-            seed=settings.seed,
+            seed=self.settled.seed,
             repeats=settings.repeats,
             threads=settings.threads,
             command=settings.command,
+        )
+
+    def asked(self, site: Site, what: str, *arguments: Any, **more: Any) -> Errand:
+        """The errand of a function of `cell`."""
+        return Errand(
+            what=what,
+            job=pickle.dumps(self.job(site)),
+            arguments=arguments,
+            time_limit=site.settings.time_limit,
+            preload=tuple(self.settled.case.preload),
             **more,
         )
 
@@ -123,16 +167,24 @@ class Reference(Piece):
         parts = [self.settled.case.name, self.target.value]
         if self.target is Target.PROGRAM:
             parts += filter(None, [self.cell.solver_name, str(self.cell.steps)])
-        parts += [*filter(None, [self.cell.tasks]), site.settings.device, str(site.settings.seed)]
+        parts += [*filter(None, [self.cell.tasks]), site.settings.device, str(self.settled.seed)]
         return site.folder.reference("-".join(parts))
 
-    def do(self, site: Site) -> str:
-        path, limit = self.path(site), site.settings.time_limit
-        outcome = isolate.run(cells.reference, self.job(site), self.target.value, path, time_limit=limit)
-        if (failure := outcome.failure) is None:
-            return str(outcome.value)
+    def name(self, site: Site) -> Hashable:
+        return self.path(site)
+
+    def errand(self, site: Site) -> Errand | Answer | str:
+        path = self.path(site)
+        return self.asked(site, "reference", self.target.value, path, reads=(path,), writes=(path,))
+
+    def take(self, site: Site, answer: Answer) -> str:
+        path = self.path(site)
+        if (failure := answer.failure) is None:
+            return str(answer.value)
         site.missing[path] = f"none, because making it ended with {failure.status}: {failure.reason}"
-        site.folder.keep_log(outcome.log, path.stem)
+        if not answer.begun:
+            site.unmade[path] = failure.reason
+        site.folder.keep_log(answer.log, path.stem)
         return failure.status
 
 
@@ -144,56 +196,83 @@ class Row(Piece):
     def task(self) -> Task:
         return Task(self.settled.case.name, f"{self.cell.title}, K = {self.cell.steps}", 15 + self.cell.steps)
 
-    def do(self, site: Site) -> str:
+    def name(self, site: Site) -> Hashable:
+        return self.key
+
+    def needs(self, site: Site) -> list[Hashable]:
+        return [each.path(site) for each in self.references]
+
+    @property
+    def references(self) -> list[Reference]:
+        """What its errors are measured against."""
+        targets = [Target.PROGRAM] if self.settled.case.solution is None else [Target.PROGRAM, Target.SOLUTION]
+        return [Reference(self.settled, self.cell, target) for target in targets]
+
+    def errand(self, site: Site) -> Errand | Answer | str:
         settings, folder = site.settings, site.folder
-        job = self.job(
+        paths = [each.path(site) for each in self.references]
+        for path in paths:
+            if (why := site.unmade.get(path)) is not None:
+                reason = f"Not run, because its float64 reference was not made: {why}"
+                return Answer(failure=Failure(ERROR, reason), begun=False)
+        sources: list[Path | str] = [site.missing.get(path, path) for path in paths]
+        if len(sources) == 1:
+            sources.append("the case declares no solver for it.")
+        files: dict[str, Path] = {}
+        if settings.trace:
+            files["trace"] = folder.trace(self.stem())
+        if settings.snapshot and settings.device == "cuda":
+            files["snapshot"] = folder.snapshot(self.stem())
+        return self.asked(
             site,
-            trace=folder.trace(self.stem()) if settings.trace else None,
-            snapshot=folder.snapshot(self.stem()) if settings.snapshot and settings.device == "cuda" else None,
+            "cost",
+            *sources,
+            changes=files,
+            reads=tuple(each for each in sources if isinstance(each, Path)),
+            writes=tuple(files.values()),
+            watched=True,
+            memory_limit=settings.memory_limit,
         )
-        sources = [self._reference(site, target) for target in (Target.PROGRAM, Target.SOLUTION)]
-        outcome = isolate.run(cells.cost, job, *sources, **site.limits)
-        if outcome.failure is not None:
-            record = self._blank(site, job, outcome.failure)
-            folder.keep_log(outcome.log, self.stem())
+
+    def take(self, site: Site, answer: Answer) -> str:
+        settings, folder = site.settings, site.folder
+        if answer.failure is None and key_of(answer.value) != self.key:
+            said = f"The answer is that of another row: {key_of(answer.value)} for {self.key}"
+            answer = dataclasses.replace(answer, failure=Failure(ERROR, said))
+        if answer.failure is not None:
+            record = self._blank(site, answer.failure)
+            record = record if answer.begun else dataclasses.replace(record, notes=(*record.notes, _LATER))
+            folder.keep_log(answer.log, self.stem())
         else:
-            record = outcome.value
+            record = answer.value
             if record.status == OUT_OF_MEMORY and settings.memory_limit is not None:
                 record = dataclasses.replace(record, reason=limited(record.reason, settings.memory_limit))
-            if record.wall_seconds is not None:
-                record = dataclasses.replace(record, resident_bytes=self._resident(site, job))
-        record = dataclasses.replace(record, environment={**record.environment, "date": site.date})
-        site.put(record)
+            record = self._on_another_machine(site, dataclasses.replace(record, resident_bytes=answer.resident_bytes))
+            folder.keep_log(answer.resident_log, self.stem("resident"))
+        made = {**record.environment, "date": site.date, **answer.place}
+        site.put(record := dataclasses.replace(record, environment=made))
         return row_text(record)
 
-    def _reference(self, site: Site, target: Target) -> Path | str:
-        if target is Target.SOLUTION and self.settled.case.solution is None:
-            return "the case declares no solver for it."
-        path = Reference(self.settled, self.cell, target).path(site)
-        return site.missing.get(path, path)
+    def _on_another_machine(self, site: Site, record: Record) -> Record:
+        """With a note where the processor or the GPU is not that of the first row of the case."""
+        others = (dict(r.environment) for r in site.rows.records if r.case == record.case and not unfinished(r))
+        first = next(others, {})
+        for kind in ("cpu", "gpu"):
+            here, there = record.environment.get(kind), first.get(kind)
+            if here and there and here != there:
+                said = f"Measured on {here}, and the first row of this case on {there}: their times cannot be compared."
+                record = dataclasses.replace(record, notes=(*record.notes, Note(said)))
+        return record
 
-    def _resident(self, site: Site, job: cells.Job) -> int | None:
-        meters: list[Resident] = []
-
-        def around(pid: int) -> Resident:
-            meters.append(Resident(pid))
-            return meters[-1]
-
-        try:
-            outcome = isolate.run(cells.resident, job, around=around, **site.limits)
-        except ImportError:  # memory-profiler is optional
-            return None
-        if outcome.failure is not None:
-            said = f"{outcome.failure.status}: {outcome.failure.reason}"
-            site.folder.keep_log(f"{said}\n{outcome.log}", self.stem("resident"))
-            return None
-        return meters[-1].figures()["resident_bytes"]
-
-    def _blank(self, site: Site, job: cells.Job, failure: Failure) -> Record:
+    def _blank(self, site: Site, failure: Failure) -> Record:
         """A row without figures, as far as it is known without having run anything."""
-        others = site.rows.records
+        job, others = self.job(site), site.rows.records
         dtypes = (r.dtype for r in others if r.case == self.settled.case.name)
-        environments = (r.environment for r in others if r.device == job.device)
+        environments = (
+            {name: value for name, value in r.environment.items() if name not in ("host", "worker")}
+            for r in others
+            if r.device == job.device
+        )
         return dataclasses.replace(
             described(job.case(self.settled.case), site.settings.command),
             dtype=next(dtypes, "float32"),
@@ -213,24 +292,36 @@ class OuterLoop(Piece):
         weight = (15 + self.cell.steps) * (0.5 + steps / 12)
         return Task(self.settled.case.name, f"{self.cell.title}, outer loop of {steps}", weight)
 
-    def do(self, site: Site) -> str:
+    def name(self, site: Site) -> Hashable:
+        return "outer loop", self.key
+
+    def needs(self, site: Site) -> list[Hashable]:
+        return [self.key]
+
+    def errand(self, site: Site) -> Errand | Answer | str:
         records, place = site.rows.records, site.place(self.key)
         if place is None or unfinished(records[place]):
             return "left out: its single hypergradient failed"
-        row = records[place]
-        if any(note.kind is NoteKind.WITHOUT_INNER for note in row.notes):
+        if any(note.kind is NoteKind.WITHOUT_INNER for note in records[place].notes):
             return "left out: it returns no inner variable"
-        before = next((r.metrics_before for r in records if r.case == row.case and r.metrics_before), None)
-        outcome = isolate.run(cells.loop, self.job(site), self.settled.case.outer_steps, before, **site.limits)
+        case = self.settled.case
+        before = next((dict(r.metrics_before) for r in records if r.case == case.name and r.metrics_before), None)
+        return self.asked(site, "loop", case.outer_steps, before, memory_limit=site.settings.memory_limit)
+
+    def take(self, site: Site, answer: Answer) -> str:
+        place = site.place(self.key)
+        assert place is not None, "an outer loop is run where there is a row"
+        row = site.rows.records[place]
         notes = tuple(note for note in row.notes if note.kind is not NoteKind.OUTER_LOOP)
-        if (failure := outcome.failure) is not None:
+        if (failure := answer.failure) is not None:
             said = f"{failure.status}: {failure.reason}"
-            lost = Note(f"The outer loop ended with {said}", NoteKind.OUTER_LOOP)
-            ended = Iteration(index=0, status=failure.status)
-            found = dataclasses.replace(row, iterations=(ended,), notes=(*notes, lost))
-            site.folder.keep_log(outcome.log, self.stem("loop"))
+            how = f"ended with {said}" if answer.begun else f"was not begun ({said}); --resume runs it."
+            lost = Note(f"The outer loop {how}", NoteKind.OUTER_LOOP)
+            ended = (Iteration(index=0, status=failure.status),) if answer.begun else ()
+            found = dataclasses.replace(row, iterations=ended, notes=(*notes, lost))
+            site.folder.keep_log(answer.log, self.stem("loop"))
         else:
-            loop = outcome.value
+            loop = answer.value
             said = _loop_text(loop.iterations, loop.metrics)
             found = dataclasses.replace(
                 row,

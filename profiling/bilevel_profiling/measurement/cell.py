@@ -14,11 +14,11 @@ from bilevel_profiling.cases.case import Case
 from bilevel_profiling.cases.case_file import Definition, given
 from bilevel_profiling.measurement import engines, references
 from bilevel_profiling.measurement.isolate import Gate
-from bilevel_profiling.measurement.loop import Loop, outer_loop
+from bilevel_profiling.measurement.loop import outer_loop
 from bilevel_profiling.measurement.passes import Trial, measure
 from bilevel_profiling.measurement.references import Reference, References
 from bilevel_profiling.meters.resident import trim
-from bilevel_profiling.records.record import Record
+from bilevel_profiling.records.record import Loop, Record
 
 _WATCHED = 0.15
 """Seconds for which a call is repeated while its process is watched: a single short one would fall between two

@@ -4,6 +4,8 @@ Processes are forked from a server that has torch loaded and has done nothing el
     interpreter, starts in a
 tenth of a second, and has no CUDA context, threads or heap of ours in it. What it prints goes to a log, so that it
 cannot corrupt our output.
+
+Several threads may run functions at once, and so may a worker of a pool that was itself started by multiprocessing.
 """
 
 import contextlib
@@ -45,6 +47,9 @@ _NEVER_BEGAN = (
     "Is the call that starts it under `if __name__ == '__main__':`?"
 )
 _WAIT = "OMP_WAIT_POLICY"
+_CHILDREN = threading.Lock()
+"""multiprocessing looks after all children whenever one is started or asked for: two threads that do so at once read
+one exit status twice, and the second reads 255."""
 Gate = Callable[[], None]
 """Called by the function in the other process when it is ready to be watched; returns when it is."""
 
@@ -76,12 +81,8 @@ def warm_up(preload: Sequence[str] = ()) -> None:
     Args:
         preload: modules for the server to load as well; without effect when it runs already.
     """
-    if _context(preload).get_start_method() != "forkserver":
-        return
-    from multiprocessing.forkserver import ensure_running
-
-    with _ignoring_interrupts(), _waiting_passively():
-        ensure_running()
+    with _CHILDREN:
+        _started(_context(preload))
 
 
 def run(
@@ -113,20 +114,22 @@ def run(
     """
     payload = pickle.dumps((function, arguments, around is not None))
     killed_before = _kernel_kills()
-    context = _context()
-    warm_up()
+    with _CHILDREN:
+        context = _started(_context())
     descriptor, log = tempfile.mkstemp(prefix="bilevel-", suffix=".log")
     ours, theirs = context.Pipe()
     process = context.Process(target=_enter, args=(theirs, log, payload, memory_limit))  # type: ignore[attr-defined]
     try:
-        process.start()
+        with _CHILDREN, _allowed_children():
+            process.start()
         theirs.close()
         value, failure = _awaited(ours, process, time_limit, around)
     finally:
         if process.pid is not None:
-            if process.is_alive():
-                process.kill()
-            process.join()
+            with _CHILDREN:
+                if process.is_alive():
+                    process.kill()
+                process.join()
         ours.close()
         with open(descriptor, "rb") as stream:
             text = stream.read().decode("utf-8", errors="replace")
@@ -172,7 +175,8 @@ def _awaited(
             elif kind == "failure":
                 return None, value
             else:
-                process.join(10)
+                with _CHILDREN:
+                    process.join(10)
                 return None, of_exit(process.exitcode) if begun else Failure(ERROR, _NEVER_BEGAN)
 
 
@@ -182,6 +186,40 @@ def _context(preload: Sequence[str] = ()) -> BaseContext:
     if "forkserver" in methods:
         context.set_forkserver_preload([*_PRELOAD, *preload])
     return context
+
+
+def _started(context: BaseContext) -> BaseContext:
+    """The context with its server running; another one in a process that was forked from one that has a server: that
+    one's is not ours to use.
+    """
+    if context.get_start_method() != "forkserver":
+        return context
+    from multiprocessing.forkserver import ensure_running
+
+    try:
+        with _ignoring_interrupts(), _waiting_passively():
+            ensure_running()
+    except ChildProcessError:
+        return multiprocessing.get_context("spawn")
+    return context
+
+
+@contextlib.contextmanager
+def _allowed_children() -> Iterator[None]:
+    """Workers of pools have children only when this is undone: multiprocessing wants none of a daemon, such as a worker
+    of Dask, because they would outlive it (ours end with who started them), and tells them a start method that they may
+    not know, such as loky's.
+    """
+    us: Any = multiprocessing.process.current_process()
+    method = multiprocessing.get_start_method(allow_none=True)
+    with contextlib.ExitStack() as undone:
+        if us.daemon:
+            us.daemon = False
+            undone.callback(setattr, us, "daemon", True)
+        if method is not None and method not in multiprocessing.get_all_start_methods():
+            multiprocessing.set_start_method(_context().get_start_method(), force=True)
+            undone.callback(multiprocessing.set_start_method, method, force=True)
+        yield
 
 
 @contextlib.contextmanager

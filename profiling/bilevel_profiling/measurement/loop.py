@@ -15,20 +15,11 @@ from bilevel_profiling.measurement import engines
 from bilevel_profiling.measurement.passes import Trial
 from bilevel_profiling.measurement.running import Running, status_of
 from bilevel_profiling.measurement.surroundings import without_warnings
-from bilevel_profiling.records.record import Iteration
+from bilevel_profiling.records.record import Iteration, Loop
 
 _METERED = 2
 """Outer iterations whose live bytes are counted: the first makes the outer optimizer's state, the second is like all
 later ones."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Loop:
-    """What an outer loop did."""
-
-    iterations: tuple[Iteration, ...]
-    metrics_before: Mapping[str, float]
-    metrics: Mapping[str, float]
 
 
 def outer_loop(case: Case, definition: Definition, steps: int, before: Mapping[str, float] | None = None) -> Loop:

@@ -8,6 +8,7 @@ import enum
 import signal
 import sys
 
+from bilevel_profiling.records.note import NoteKind
 from bilevel_profiling.records.record import Iteration, Record
 
 OK = "OK"
@@ -72,6 +73,11 @@ def noted(row: Record | Iteration) -> bool:
 def unfinished(row: Record | Iteration) -> bool:
     """Whether the run itself failed, so that there are no figures, or not all; running it again may end otherwise."""
     return row.status in FAILURES
+
+
+def never_begun(row: Record) -> bool:
+    """Whether the row stands for a run that was not begun: that is no result, so that continuing measures it."""
+    return any(note.kind is NoteKind.NOT_RUN for note in row.notes)
 
 
 def carried(error: BaseException) -> str | None:

@@ -14,6 +14,10 @@ class NoteKind(enum.StrEnum):
     """The outer loop of the row failed."""
     WITHOUT_INNER = "without inner"
     """No inner variable came back, so that the row has no outer loop."""
+    NOT_RUN = "not run"
+    """The row was never begun, because what it was to run on was lost: --resume measures it."""
+    BESIDE = "beside"
+    """Other runs were at work on the same machine."""
 
 
 @dataclasses.dataclass(frozen=True)

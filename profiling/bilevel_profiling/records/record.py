@@ -98,6 +98,15 @@ class Iteration:
     """What the user logged in this iteration."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What the outer loop of a row did."""
+
+    iterations: tuple[Iteration, ...]
+    metrics_before: Mapping[str, float]
+    metrics: Mapping[str, float]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
     """One measured cell: an estimator on a case with K inner steps. Sizes are bytes, times seconds, counts calls of one

@@ -10,7 +10,7 @@ the next one is begun, and a row that grows is replaced together with its file: 
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -155,7 +155,11 @@ class RecordsFile:
 
     def replace(self, place: int, record: Record) -> None:
         """Write another record in the place of a row; the other rows stay as they are, byte for byte."""
-        rows = [*self._rows[:place], Row(record, _bytes(record)), *self._rows[place + 1 :]]
+        self.rearrange(range(len(self._rows)), {place: record})
+
+    def rearrange(self, places: Sequence[int], changed: Mapping[int, Record]) -> None:
+        """Write all rows in another order, given by the places that they had, and some with another record."""
+        rows = [Row(changed[at], _bytes(changed[at])) if at in changed else self._rows[at] for at in places]
         replace_file(self.path, b"".join(row.text for row in rows))
         self._rows = rows
 
