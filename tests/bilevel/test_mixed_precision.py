@@ -410,6 +410,27 @@ def test_an_overflow_is_seen_whatever_the_estimator(label):
         assert not usable(each) or cosine(each.grad, found[0].grad) > 0.95
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("scaler", [None, "cuda"])
+def test_the_same_on_a_gpu(scaler):
+    problem, x, _ = coupled()
+    loss = {name: getattr(problem, name) for name in ("inner_loss", "outer_loss")}
+    moved = bl.Problem(*(lambda y, x, b, f=f: f(y.cpu(), x.cpu(), b).cuda() for f in loss.values()))
+    made = None if scaler is None else torch.amp.GradScaler(scaler, init_scale=2.0**8)
+    loop = loop_of(
+        moved,
+        x.cuda(),
+        torch.zeros(8, device="cuda"),
+        12,
+        solver=bl.Descent(bl.SGD(0.5), 30),
+        estimator=bl.Unrolled(),
+        precision=MixedPrecision(torch.float16, made),
+        check=PrecisionCheck(every=11),
+    )
+    assert list(loop)[-1].precision.cosine > 0.99
+
+
 def test_what_is_not_finite_at_scale_one_is_an_error():
     problem = bl.Problem(lambda y, x, b: (y - x).square().sum(), lambda y, x, b: (y - x).sum() / 0.0)
     precision = MixedPrecision(torch.float16, torch.amp.GradScaler("cpu", init_scale=4.0))
