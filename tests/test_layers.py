@@ -72,7 +72,7 @@ LIBRARY = House(
             "engine.lean",
             "_layout",
         },
-        {"engine.block", "engine.offload"},
+        {"engine.block", "engine.offload", "engine.scaling"},
         {"engine.rematerialize"},
         {"outcome", "batches", "checkpointing", "rematerialize", "_blocks"},
         {
@@ -213,6 +213,7 @@ DIFFERENTIATION = {
         "engine.rematerialize",
         "engine.block",
         "engine.lean",
+        "engine.scaling",
         "engine.compiled.linear",
         "engine.layer",
         "engine.implied",
