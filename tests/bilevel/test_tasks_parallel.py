@@ -1,12 +1,14 @@
 """TaskMean(group=): the tasks of all ranks are one mean, whatever the estimator and the split."""
 
 import dataclasses
+import functools
 import warnings
 from typing import Any
 
+import catalogue
 import pytest
 import torch
-from tasks_of_ranks import Found, T, posed, same, stacked
+from tasks_of_ranks import D, Found, T, outcome, posed, same, stacked
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -23,26 +25,35 @@ SETTLED = [
 ]
 
 
-def run(entries: Any, ranks: Ranks | None, chunk: int | None, calls: int = 2, **options: Any) -> dict[str, Found]:
+def run(entries: Any, ranks: Ranks | None, chunk: int | None) -> dict[str, Found]:
     answers = {}
     for entry in entries:
-        arguments, state = posed(ranks, **options), None
-        for _ in range(calls):
+        arguments, state = posed(ranks), None
+        for call in range(2):
+            if call and state is None:
+                break
             hg = bl.hypergradient(**arguments, estimator=bl.TaskMean(entry.estimator, chunk, group=ranks), state=state)
             state, arguments["inner"] = hg.state, hg.inner if hg.next_inner is None else hg.next_inner
         answers[entry.label] = Found.of(hg)
     return answers
 
 
-def of_ranks(ranks: Ranks, chunk: int | None) -> dict[str, Found]:
-    return run(SETTLED, ranks, chunk)
+def of_ranks(ranks: Ranks, chunk: int | None, labels: set[str]) -> dict[str, Found]:
+    return run([entry for entry in SETTLED if entry.label in labels], ranks, chunk)
 
 
-@pytest.mark.parametrize(("count", "chunk"), [(1, None), (2, None), (4, 1)])
+@functools.cache
+def of_one() -> dict[str, Found]:
+    return run(SETTLED, None, None)
+
+
+@pytest.mark.parametrize(("count", "chunk"), [(1, 2), (2, None), (4, None)])
 def test_many_ranks_are_one_for_every_estimator(ranks: Any, count: int, chunk: int | None) -> None:
-    whole = run(SETTLED, None, chunk)
-    answers = ranks.run(count, of_ranks, chunk)
-    for entry in SETTLED:
+    """And for four ranks, every one that does not share its code with another."""
+    entries = {1: SETTLED[:1], 2: SETTLED, 4: [entry for entry in SETTLED if entry.label not in catalogue.ALIKE]}[count]
+    whole = of_one() if chunk is None else run(entries, None, chunk)
+    answers = ranks.run(count, of_ranks, chunk, {entry.label for entry in entries})
+    for entry in entries:
         one, each = whole[entry.label], [answer[entry.label] for answer in answers]
         # (A finite difference amplifies rounding.)
         close = {"rtol": 1e-6, "atol": 1e-8} if entry.bias is not None else {"rtol": 1e-10, "atol": 1e-12}
@@ -56,7 +67,7 @@ def test_many_ranks_are_one_for_every_estimator(ranks: Any, count: int, chunk: i
             if isinstance(value, Tensor) and value.shape == (T,):
                 torch.testing.assert_close(each[0].stats[name], value, **close)
             elif isinstance(value, Tensor):  # one for each part of the tasks
-                assert each[0].stats[name].numel() == count, (entry.label, name)
+                assert each[0].stats[name].numel() == (count if chunk is None else value.numel()), (entry.label, name)
         torch.testing.assert_close(stacked([other.inner for other in each]), one.inner, **close)
         if one.next_inner is not None:
             torch.testing.assert_close(stacked([other.next_inner for other in each]), one.next_inner, **close)
@@ -69,6 +80,48 @@ def test_many_ranks_are_one_for_every_estimator(ranks: Any, count: int, chunk: i
                 torch.testing.assert_close(*summed, **close)
             else:
                 assert all(value == wanted for value in values), (entry.label, field.name)
+
+
+# --- a mesh of tasks and examples
+
+
+def fitted(y: Tensor, x: dict[str, Tensor], rows: tuple[Tensor, Tensor]) -> Tensor:
+    return (rows[0] @ y - rows[1]).square().mean() + x["decay"].exp() * y.square().sum()
+
+
+def lines() -> tuple[dict[str, Tensor], bl.Batches]:
+    g = torch.Generator().manual_seed(0)
+    rows = [(torch.randn(T, n, 3, generator=g, dtype=D), torch.randn(T, n, generator=g, dtype=D)) for n in (7, 6)]
+    return {"start": torch.ones(3, dtype=D), "decay": torch.tensor(-2.0, dtype=D)}, bl.Batches(*rows)
+
+
+def meshed(ranks: Ranks) -> tuple[Found, tuple[str, str]]:
+    """Two by two: tasks over ranks (0, 2) and (1, 3), examples over (0, 1) and (2, 3)."""
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("tasks", "examples"))
+    over_tasks, examples = (Ranks(mesh.get_group(name)) for name in ("tasks", "examples"))
+    x, batches = lines()
+    problem = bl.distributed.data_parallel(bl.Problem(fitted, fitted, init=lambda x, b: x["start"]), examples)
+    mine = bl.distributed.split(bl.distributed.split(batches, over_tasks), examples, dim=1)
+    estimator = bl.TaskMean(bl.Unrolled(), group=over_tasks)
+
+    def call(x: dict[str, Tensor]) -> bl.Hypergradient:
+        return bl.hypergradient(problem, x, None, mine, solver=bl.Descent(bl.SGD(0.1), 3), estimator=estimator)
+
+    other = {**x, "decay": x["decay"] + (ranks.rank == 0)}
+    return Found.of(call(x)), outcome(lambda: call(other))
+
+
+def test_tasks_and_examples_are_split_at_once(ranks: Any) -> None:
+    x, batches = lines()
+    problem, solver = bl.Problem(fitted, fitted, init=lambda x, b: x["start"]), bl.Descent(bl.SGD(0.1), 3)
+    plain = Found.of(bl.hypergradient(problem, x, None, batches, solver=solver, estimator=bl.TaskMean(bl.Unrolled())))
+    answers, refused = zip(*ranks.run(4, meshed), strict=True)
+    assert [kind for kind, _ in refused] == ["ValueError", "ValueError", "RankError", "RankError"]
+    for found in answers:
+        assert same(found.agreed, answers[0].agreed)
+        torch.testing.assert_close(found.grad, plain.grad, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(found.losses, plain.losses, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(stacked([answers[0].inner, answers[2].inner]), plain.inner)
 
 
 # --- what is drawn

@@ -128,6 +128,22 @@ def test_ranks_that_do_not_compute_one_thing_are_refused_on_all(ranks: Any) -> N
     assert one[-1] == other[-1] == ("", "OK")  # parts of another size are the same mean
 
 
+def not_split(ranks: Ranks) -> tuple[Any, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hg = ask(ranks, goals(None))
+        ask(ranks, goals(None, GOALS[:1].expand(3, 2)))  # tasks that are alike say nothing
+    return hg.grad, [str(each.message) for each in caught]
+
+
+def test_who_forgets_to_split_is_told(ranks: Any) -> None:
+    plain = ask(None).grad
+    for grad, said in ranks.run(2, not_split):
+        torch.testing.assert_close(grad, plain, rtol=1e-14, atol=1e-15)
+        assert len(said) == 1
+        assert "bilevel.distributed.split(batches, ranks)" in said[0]
+
+
 # --- gradients
 
 
@@ -539,4 +555,5 @@ def test_a_rank_that_dies_is_an_error_on_the_others(tmp_path: pathlib.Path) -> N
     pool, path = Pool(), tmp_path / "said"
     with pytest.raises((EOFError, ConnectionError)):
         pool.run(2, lost, str(path))
-    assert path.read_text().startswith("RankError a rank was lost, or makes other calls than this one")
+    assert path.read_text().startswith("RankError ")
+    assert "another process of the group has ended" in path.read_text()
