@@ -84,9 +84,10 @@ def check_saving(folder: Any, keep: Any) -> None:
         raise ValueError(f"OuterLoop.save() was given keep={keep!r}; an integer of at least 1, or None, was needed")
     path = pathlib.Path(folder)
     if path.is_file() or path.suffix in (".pt", ".pth", ".ckpt"):
+        other = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}-steps")
         raise ValueError(
             f"OuterLoop.save() was given {str(path)!r}; a folder was needed, in which each save is a new file: write "
-            f"save({str(path.with_suffix(''))!r})"
+            f"save({str(other)!r})"
         )
 
 

@@ -55,7 +55,8 @@ class OuterLoop:
         check: computes hypergradients once more in full precision now and then, and warns where they differ.
         stop: ends the loop when the outer loss gets no better. It and `precision` are saved and loaded along.
         generators: those that losses or the loader draw from besides the global ones: `torch.Generator`,
-            `random.Random`, numpy's. Those that a DataLoader, its sampler or its data set have as attributes are found.
+            `random.Random`, numpy's. Those that the loader, and DataLoaders, samplers and data sets that it has as
+            attributes, have as attributes are found.
         also: objects with `state_dict` and `load_state_dict` to save and load along, by name.
 
     Attributes:
@@ -260,7 +261,8 @@ class OuterLoop:
             RuntimeError: a step is being made.
 
         Warns:
-            UserWarning: settings differ, so that the run will not go on as it would have.
+            UserWarning: settings differ, so that the run will not go on as it would have. Of functions, their names and
+                what they close over are compared: numbers, fixed tensors, layers; not what they do, nor globals.
         """
         self._parts.check(state, self._carried.inner)
         with self._alone("load a state", torn=True):
@@ -285,6 +287,7 @@ class OuterLoop:
 
         Raises:
             ValueError: keep is smaller than 1, or the folder has the name of a file.
+            OSError: it could not be written, as on a full disk; the files of before stay, and the loop can go on.
             RuntimeError, TypeError: as `state_dict`.
         """
         checks.check_saving(folder, keep)
@@ -305,8 +308,8 @@ class OuterLoop:
 
         Raises:
             FileNotFoundError: there is none.
-            bilevel.loop.DamagedFileError: it is empty, cut short, altered, or was written by something else; the
-                message names the newest whole one before it.
+            bilevel.loop.DamagedFileError: it is empty, cut short, altered, cannot be read, or was written by something
+                else; the message names the newest whole one before it.
             TypeError, ValueError, RuntimeError: as `load_state_dict`.
         """
         chosen = files.chosen(pathlib.Path(path), older=older, missing_ok=missing_ok)
