@@ -27,6 +27,8 @@ from bilevel.space.tree import Tree
 NEEDS_GRAPH = "does not require grad"
 """What torch says when a function takes a gradient inside, of an argument that was passed without a graph."""
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Of losses, by what ranks say of them."""
 _LOOSE = 1e3
 """Roundings by which the mean of two halves may differ from the whole."""
 _LOOSEST = 0.05
@@ -97,17 +99,13 @@ class Rows:
             seed = sum(int(bits.of(number)) for number in generators.peek().numbers)
             generators.seed((seed + 0x9E3779B97F4A7C15 * (self.ranks.rank + 1)) % (1 << 63))
 
-    def settled(self, like: Tensor, failed: Tensor, drew: Tensor, error: Exception | None) -> None:
+    def settled(self, like: Tensor, failed: float, drew: float, error: Exception | None) -> None:
         """After the all-reduce: raise on every rank if one failed; move the common stream if one drew."""
-        if without_data(like):
-            if error is not None:
-                raise error
-            return
-        if self.ranks.size == 1 and error is not None:
+        if error is not None and (without_data(like) or self.ranks.size == 1):
             raise error
-        if _number(failed) > 0:
+        if failed > 0:
             self.ranks.agree(error, self.name)
-        if _number(drew) > 0:
+        if drew > 0:
             with _disable_current_modes():
                 Generators(like.device).advance()
 
@@ -138,21 +136,28 @@ class SplitLoss:
         ties += [batch.tie] if embedded else []
         found, drew, error = self.rows.called(like, lambda: self._own(y, x, batch))
         loss, here = (None, 0) if found is None else found
+        # (Not every rank knows the dtype of the loss: one without rows does not call it.)
+        dtype, wide = (
+            (like if loss is None else loss).dtype,
+            torch.float32 if like.device.type == "mps" else torch.float64,
+        )
         if loss is None:
-            loss = like.reshape(-1)[:1].sum().detach() * 0 if like.numel() else torch.zeros_like(like).sum()
-        wide = _wide(loss.dtype)
-        # (Whatever the numbers are, a finite one times 0.)
-        tie = functools.reduce(torch.mul, [torch.tanh(each.to(wide)) for each in ties])
-        here, flags = float(here), (float(error is not None), float(drew))
-        numbers = [torch.full((), each, dtype=wide, device=loss.device) for each in (here, *flags)]
-        weighed = here * loss.to(wide) if here else torch.zeros_like(loss, dtype=wide)
-        summed, count, failed, draws = total(self.rows.ranks, weighed + 0 * tie, *numbers)
+            loss = like.reshape(-1)[:1].sum().detach() * 0
+        # (A finite number times 0, whatever y and x are.)
+        tie = 0 * functools.reduce(torch.mul, [torch.tanh(each.to(wide)) for each in ties])
+        weighed = (here * loss.to(wide) if here else torch.zeros_like(loss, dtype=wide)) + tie
+        said = [here, error is not None, drew, here > 0, (here > 0) * _DTYPES.index(dtype)]
+        summed, numbers = total(self.rows.ranks, weighed, torch.tensor(said, dtype=wide, device=like.device))
+        if without_data(like):
+            self.rows.settled(like, 0, 0, error)
+            return (summed / max(here, 1)).to(dtype)
+        count, failed, draws, full, kinds = _physical(numbers.detach()).tolist()
         self.rows.settled(like, failed, draws, error)
-        if not without_data(like) and _number(count) == 0:
+        if not count:
             raise ValueError(
                 f"{self.rows.name} was given a batch without an example on any rank; at least one was needed"
             )
-        return (summed / count.detach()).to(loss.dtype)
+        return (summed / count).to(_DTYPES[round(kinds / full)])
 
     def _own(self, y: Tree, x: Tree, batch: Any) -> tuple[Tensor | None, int]:
         """The loss of this rank's rows, and how many they are; None where there are none."""
@@ -185,15 +190,16 @@ class SplitLoss:
             with torch.no_grad():
                 parts = _without_a_graph(self.rows.function, y, x, [half for half, _ in halves])
             if before.same(state, before.peek()):
-                self._check_mean(loss, parts, [size / here for _, size in halves])
-                self.rows.known["mean"] = True
+                self.rows.known["mean"] = self._is_mean(loss, parts, [size / here for _, size in halves])
         return loss, here
 
-    def _check_mean(self, loss: Tensor, parts: list[Tensor], shares: list[float]) -> None:
+    def _is_mean(self, loss: Tensor, parts: list[Tensor], shares: list[float]) -> bool:
         with torch.no_grad():
             whole, *own = (_physical(each).detach().double() for each in (loss, *parts))
             mean = torch.stack([share * part for share, part in zip(shares, own, strict=True)]).sum(0)
             size = torch.stack([whole.abs(), *(part.abs() for part in own)]).amax(0)
+            if not bool(whole.isfinite().all()):
+                return False
             off = (mean - whole).abs() > min(_LOOSE * torch.finfo(loss.dtype).eps, _LOOSEST) * size
         if bool(off.any()):
             raise ValueError(
@@ -203,6 +209,7 @@ class SplitLoss:
                 f"what belongs to an example by an index in the batch, not by its place; take GroupNorm for BatchNorm. "
                 f"(If it is one, and this is rounding: data_parallel(..., check=False).)"
             )
+        return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +229,7 @@ class SplitFeatures:
         found, drew, error = self.rows.called(like, lambda: self._own(x, batch))
         assert tie is not None, "outer holds floating tensors"
         flags = torch.tensor([float(error is not None), float(drew)], device=like.device)
-        (failed, draws) = self.rows.ranks.sum([flags])[0].unbind()
+        failed, draws = (0.0, 0.0) if without_data(like) else self.rows.ranks.sum([flags])[0].tolist()
         self.rows.settled(like, failed, draws, error)
         value, here = found
         return Embedded(value, torch.full((), here, dtype=torch.int64, device=like.device), tie)
@@ -360,11 +367,6 @@ def _without_a_graph(function: Callable[..., Tensor], y: Tree, x: Tree, batches:
             raise
         with torch.enable_grad():  # (It takes a gradient of its own.)
             return [function(y, x, batch).detach() for batch in batches]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Wide enough to count in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _physical(leaf: Tensor) -> Tensor:

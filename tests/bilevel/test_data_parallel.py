@@ -2,6 +2,7 @@
 what cannot be right is refused, by every rank; a rank that fails is everyone's error.
 """
 
+import collections
 import dataclasses
 import functools
 import os
@@ -186,6 +187,18 @@ def features_and_ranks_without_rows(ranks):
     return found
 
 
+def losses_of_another_dtype(ranks):
+    """float32 losses of float64 variables, where some ranks have no row to learn it from."""
+    outer, inner, batches = posed()
+    whole = reweighted()
+    problem = bl.Problem(
+        lambda *given: whole.inner_loss(*given).float(), lambda *given: whole.outer_loss(*given).float()
+    )
+    rows = bl.Batches(tuple(each[:1] for each in batches.inner), batches.outer)
+    found = call(split_problem(problem, ranks), outer, inner, part(rows, ranks), sgd(3), SOME["unrolled"])[0]
+    return {name: found[name] for name in ("status", "losses", "inner")}
+
+
 def minibatches_of_other_sizes(ranks):
     outer, inner, batches = posed()
     x, y, index = batches.inner
@@ -339,7 +352,7 @@ def outer_steps(ranks):
 
 PROGRAMS = [
     *(features_and_ranks_without_rows, minibatches_of_other_sizes, pulled_to_the_start, many_tasks, features_of_tasks),
-    *(other_loops, unused_tensors, used_on_one_rank_alone, rematerialized, outer_steps),
+    *(losses_of_another_dtype, other_loops, unused_tensors, used_on_one_rank_alone, rematerialized, outer_steps),
 ]
 
 
@@ -440,13 +453,48 @@ def test_a_gradient_takes_one_sum_of_p_numbers_and_a_dot_product_none(ranks):
     p = q = 8 + 1 + 3  # y and x have 8 numbers in 2 tensors each; a tie, and a flag for each of the three
     for found in ranks.run(2, sums_taken):
         assert found == {
-            "inner loss": [4],
-            "inner gradient": [4, p],
-            "outer gradient": [4, q, p],
-            "linearize": [4, p],
+            "inner loss": [6],
+            "inner gradient": [6, p],
+            "outer gradient": [6, q, p],
+            "linearize": [6, p],
             "product": [p],
             "dot product": [],
             "mixed": [q, p],
+        }
+
+
+def sums_of_a_step(ranks):
+    """What one inner step more sends: the sizes of its all-reduces but those of losses."""
+    outer, inner, batches = posed()
+    outer["weights"] = outer["weights"].repeat(3)  # so that P and Q differ
+    problem, sizes, taken, found = split_problem(reweighted(), ranks), [], dist.all_reduce, {}
+
+    def counted(tensor, *arguments, **keywords):
+        sizes.append(tensor.numel())
+        return taken(tensor, *arguments, **keywords)
+
+    dist.all_reduce = counted
+    try:
+        for name in ("unrolled", "iterates", "implicit", "corrected"):
+            seen = []
+            for steps in (2, 2, 3):  # (the first call learns what there is to know of the problem)
+                sizes.clear()
+                call(problem, outer, inner, part(batches, ranks), sgd(steps), SOME[name])
+                seen.append(collections.Counter(size for size in sizes if size != 6))
+            found[name] = dict(seen[2] - seen[1])
+    finally:
+        dist.all_reduce = taken
+    return found
+
+
+def test_a_step_sends_what_the_page_on_many_gpus_says(ranks):
+    p, q = 8 + 1 + 3, 22 + 1 + 3
+    for found in ranks.run(2, sums_of_a_step):
+        assert found == {
+            "unrolled": {p: 2, q: 1},
+            "iterates": {p: 3, q: 1},
+            "implicit": {p: 1},
+            "corrected": {p: 4},
         }
 
 
