@@ -80,7 +80,9 @@ def hypergradient(
         instance = Instance(problem, tree.detach(outer), start, batches, solver, engine=derivatives)
     calls = spans.Calls()
     given = estimator, solver, state
-    with prepared(), spans.listen(calls), together("hypergradient", ranks, instance, given) as same:
+    with prepared(), spans.listen(calls), contextlib.ExitStack() as stack:
+        with estimator.company.guarded():
+            same = stack.enter_context(together("hypergradient", ranks, instance, given))
         estimate = estimated(estimator, instance, state)
         same([estimate.grad, estimate.inner, estimate.outer_loss, estimate.inner_loss])
     names = tree.names(instance.outer)

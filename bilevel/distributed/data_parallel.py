@@ -56,10 +56,10 @@ def data_parallel(
         >>> ranks = bl.distributed.Ranks()
         >>> problem = bl.Problem(lambda y, x, b: (y - x * b).square().mean(), lambda y, x, b: (y - b).square().mean())
         >>> split = bl.distributed.data_parallel(problem, ranks)
-        >>> batches = bl.distributed.split(bl.Batches(torch.arange(7.0), torch.ones(3)), ranks)
+        >>> batches = bl.distributed.split(bl.Batches(torch.arange(8.0), torch.ones(4)), ranks)
         >>> bl.hypergradient(split, torch.tensor(1.0), torch.tensor(0.0), batches,
         ...     solver=bl.Descent(bl.SGD(lr=0.5), steps=1), estimator=bl.Unrolled()).grad
-        tensor(12.)
+        tensor(17.5000)
         >>> dist.destroy_process_group()
     """
     if not isinstance(problem, Problem) or not isinstance(ranks, Ranks):

@@ -14,6 +14,7 @@ from bilevel.batches import Batches
 from bilevel.engine import spans
 from bilevel.engine.base import Engine
 from bilevel.estimators.base import Estimator
+from bilevel.estimators.company import ALONE
 from bilevel.hypergradient import hypergradient, set_grad
 from bilevel.inner.base import InnerSolver
 from bilevel.outcome import BilevelError, Hypergradient, Status, readable
@@ -55,11 +56,11 @@ class Stepping:
 
     def group(self, take: Callable[[], Any], carried: Carried, index: int) -> tuple[Hypergradient | None, Carried]:
         """The mean hypergradient of the next batches, fewer at the end, and what is left; None after the last batch."""
-        found = list[Hypergradient]()
+        found, company = list[Hypergradient](), getattr(self.estimator, "company", ALONE)
         while len(found) < self.accumulate:
-            try:
-                batches = take()
-            except StopIteration:
+            with company.guarded():
+                batches = self._taken(take)
+            if batches is None:
                 break
             one = self._one(batches, carried, index)
             inner = carried.inner
@@ -67,14 +68,24 @@ class Stepping:
                 inner = tree.detach(one.inner if one.next_inner is None else one.next_inner)
             carried = Carried(inner, one.state)
             found.append(one)
+        if not found:
+            company.ended()
         return (_mean(found) if found else None), carried
 
-    def _one(self, batches: Any, carried: Carried, index: int) -> Hypergradient:
+    def _taken(self, take: Callable[[], Any]) -> Batches | None:
+        """The next batch; None after the last."""
+        try:
+            batches = take()
+        except StopIteration:
+            return None
         if not isinstance(batches, Batches):
             raise TypeError(
                 f"{self.who}()'s loader yielded a {type(batches).__name__}; write (bilevel.Batches(inner=a, outer=b) "
                 f"for a, b in zip(train, valid))"
             )
+        return batches
+
+    def _one(self, batches: Batches, carried: Carried, index: int) -> Hypergradient:
         found = hypergradient(
             self.problem,
             self.outer,

@@ -85,7 +85,7 @@ class TaskMean(Estimator):
         RankError: (when used) another rank failed.
 
     Warns:
-        UserWarning: several ranks drew the same random numbers.
+        UserWarning: several ranks drew the same random numbers, or were given the same tasks.
 
     Example:
         >>> import torch, bilevel as bl

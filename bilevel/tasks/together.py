@@ -56,6 +56,10 @@ class Together:
 
     ranks: Ranks
 
+    def __post_init__(self) -> None:
+        if self.ranks.rank < 0:
+            raise ValueError(f"this process is no member of the group {self.ranks}; make the call on its members alone")
+
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
         """A block whose exception all ranks raise: this one as it is, the others as a RankError when they meet."""
@@ -63,7 +67,7 @@ class Together:
             yield
         except Exception as error:
             with contextlib.suppress(RankError):
-                self._gathered(Words("", error=f"{type(error).__name__}: {error}"))
+                self.ranks.gathered(Words("", error=f"{type(error).__name__}: {error}"))
             raise
 
     def ended(self) -> None:
@@ -138,10 +142,12 @@ class Together:
         inner, next_inner = own.inner, own.next_inner
         if not all(each.count for each in everyone):
             inner, next_inner = self._as_elsewhere((inner, next_inner), own.count, xs[0].device)
+        grads = (self._rows if own.each else self._sum)(own, everyone, xs)
+        self._warn(everyone)  # (after the last collective: a filter may make it an error)
         return dataclasses.replace(
             own,
             count=sum(each.count for each in everyone),
-            grads=(self._rows if own.each else self._sum)(own, everyone, xs),
+            grads=grads,
             inner=inner,
             next_inner=next_inner,
             outer_loss=losses[0],
@@ -166,7 +172,7 @@ class Together:
 
     def _met(self, words: Words) -> list[Words]:
         """What all ranks say, if they are at one place and none has failed."""
-        everyone = self._gathered(words)
+        everyone = self.ranks.gathered(words)
         failed = [f"rank {rank} ({each.error})" for rank, each in enumerate(everyone) if each.error is not None]
         if failed:
             raise RankError(f"the tasks of all ranks are one mean, and {' and '.join(failed)} failed")
@@ -192,19 +198,12 @@ class Together:
         if not sum(each.count for each in everyone):
             raise ValueError("TaskMean was given no tasks: the leading size is 0 on every rank, and one was needed")
         self._check_state(everyone)
-        drew = [each.drew for each in everyone if each.drew]
-        if len(set(drew)) < len(drew):
-            warnings.warn(
-                "several ranks drew the same random numbers for different tasks (dropout, directions), so that their "
-                "noise does not average out; write torch.manual_seed(seed + rank) once x is made",
-                stacklevel=2,
-            )
 
     def _check_outer(self, everyone: Sequence[Words], outer: Tree) -> None:
         """Raise unless all have the same x."""
         outers = [each.outer for each in everyone]
         if len({structure for structure, _ in outers}) > 1:
-            found = self._gathered(_structure(outer))
+            found = self.ranks.gathered(_structure(outer))
             raise ValueError(
                 f"the ranks of one mean over tasks were given outer variables of different tensors: "
                 f"{', '.join(f'rank {rank} {text}' for rank, text in enumerate(found))}; one x was needed"
@@ -216,6 +215,24 @@ class Together:
                 f"outer {', '.join(differ)} is not the same on all ranks, to the bit, and a mean of hypergradients at "
                 f"several x is that of none. Make x with the same seed everywhere, or send it once (for leaf in "
                 f"outer.values(): torch.distributed.broadcast(leaf.data, 0)), and let every rank make the same steps"
+            )
+
+    def _warn(self, everyone: Sequence[Words]) -> None:
+        drew = [each.drew for each in everyone if each.drew]
+        if len(set(drew)) < len(drew):
+            warnings.warn(
+                "several ranks drew the same random numbers for different tasks (dropout, directions), so that their "
+                "noise does not average out; write torch.manual_seed(seed + rank) once x is made",
+                stacklevel=2,
+            )
+        # (Tasks that are all alike, or one, say nothing.)
+        found = [each.losses for each in everyone if len(set(each.losses[0])) > 1]
+        if len(set(found)) < len(found):
+            warnings.warn(
+                "several ranks have the same losses of their tasks, to the bit: was each given all tasks? The mean is "
+                "right, and its work is done several times. Take a rank's own with bilevel.distributed.split(batches, "
+                "ranks), and so its own part of inner",
+                stacklevel=2,
             )
 
     def _check_state(self, everyone: Sequence[Words]) -> None:
@@ -233,8 +250,7 @@ class Together:
         """The sum over ranks, in one all-reduce of the tensors that any has reached."""
         places = [i for i in range(len(xs)) if any(grad[i] for each in everyone for grad in each.reached)]
         mine = own.grads[0] if own.grads else (None,) * len(xs)
-        with _none_lost():
-            summed = self.ranks.sum([_or_zeros(mine[i], xs[i]) for i in places])
+        summed = self.ranks.sum([_or_zeros(mine[i], xs[i]) for i in places])
         found: list[Tensor | None] = [None] * len(xs)
         for i, leaf in zip(places, summed, strict=True):
             found[i] = leaf
@@ -250,8 +266,7 @@ class Together:
             for leaf, i in zip(rows, places, strict=True):
                 if (value := grad[i]) is not None:
                     leaf[row] = value
-        with _none_lost():
-            all_rows = dict(zip(places, self.ranks.sum(rows), strict=True))
+        all_rows = dict(zip(places, self.ranks.sum(rows), strict=True))
         return tuple(
             tuple(all_rows[i][row] if there else None for i, there in enumerate(grad))
             for row, grad in enumerate(reached)
@@ -259,25 +274,18 @@ class Together:
 
     def _as_elsewhere(self, own: tuple[Tree, Tree], count: int, device: torch.device) -> tuple[Tree, Tree]:
         """Trees of this rank's tasks; if it has none, like those of others, without rows."""
-        empty = tree.tree_map(lambda leaf: torch.empty(0, *leaf.shape[1:], dtype=leaf.dtype), own) if count else None
-        like = next(found for found in self._gathered(empty) if found is not None)
-        trees: tuple[Tree, Tree] = own if count else tree.tree_map(lambda leaf: leaf.to(device), like)
+
+        def empty(leaf: Any) -> Any:
+            return torch.empty(0, *leaf.shape[1:], dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+        def placed(leaf: Any) -> Any:
+            return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+        with self.guarded():
+            words = Words("what tasks look like", count=count, rest=pickle.dumps(tree.tree_map(empty, own)))
+        like = next(each for each in self._met(words) if each.count)
+        trees: tuple[Tree, Tree] = own if count else tree.tree_map(placed, pickle.loads(like.rest))
         return trees
-
-    def _gathered(self, value: Any) -> list[Any]:
-        with _none_lost():
-            return self.ranks.gathered(value)
-
-
-@contextlib.contextmanager
-def _none_lost() -> Iterator[None]:
-    """A collective. What torch raises in it on the ranks that are left says little of why."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RankError(
-            f"a rank was lost, or makes other calls than this one, while all of them make one mean over tasks: {error}"
-        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

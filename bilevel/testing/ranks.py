@@ -21,10 +21,11 @@ class Pool:
 
     Args:
         seconds: how long a run may take. Then all processes are ended, and the next run starts others.
+        start: how long the processes may take to start.
     """
 
-    def __init__(self, seconds: float = 60.0) -> None:
-        self._seconds = seconds
+    def __init__(self, seconds: float = 60.0, start: float = 300.0) -> None:
+        self._seconds, self._patience = seconds, start
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         self._folder = ""
@@ -81,6 +82,11 @@ class Pool:
             there.close()
             self._processes.append(process)
             self._pipes.append(here)
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(self._patience):
+                self.close()
+                raise TimeoutError(f"rank {rank} did not start in {self._patience} seconds")
+            pipe.recv_bytes()
 
 
 class Failure:
@@ -106,6 +112,7 @@ def _serve(rank: int, folder: str, pipe: Connection, path: list[str]) -> None:
     store = dist.FileStore(os.path.join(folder, "store"), LARGEST)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=LARGEST)
     groups = {count: dist.new_group(list(range(count))) for count in range(1, LARGEST + 1)}
+    pipe.send_bytes(b"ready")
     while True:
         try:
             module, name, count, arguments = pickle.loads(pipe.recv_bytes())

@@ -428,14 +428,7 @@ def test_a_compiler_that_is_wrong_is_caught(which, offset, estimator, monkeypatc
 # --- compiled by TorchInductor
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
-        yield
-
-
-def test_inductor_on_a_net_with_dropout(cache):
+def test_inductor_on_a_net_with_dropout():
     g = torch.Generator().manual_seed(0)
     X = torch.randn(6, 4, generator=g, dtype=D)
     y = {"a": torch.randn(4, 3, generator=g, dtype=D), "b": torch.randn(3, 1, generator=g, dtype=D)}
@@ -449,7 +442,7 @@ def test_inductor_on_a_net_with_dropout(cache):
     assert traced(same(p, torch.zeros(1, dtype=D), y, bl.Batches(X, X), engine=bl.Compiled())) == []
 
 
-def test_inductor_in_a_linear_system(cache):
+def test_inductor_in_a_linear_system():
     p, x, y, X, _, _ = fresh()
     same(p, x, y, bl.Batches(X, X), engine=bl.Compiled(), estimator=bl.Implicit(bl.CG(5, 1e-12)))
 

@@ -1,5 +1,7 @@
 """The mean over tasks equals a plain loop, whatever the estimator and the chunk."""
 
+import functools
+
 import catalogue
 import pytest
 import torch
@@ -14,6 +16,7 @@ def flat(tree):
     return torch.cat([leaf.reshape(-1) for leaf in pytree.tree_leaves(tree)])
 
 
+@functools.cache
 def tasks():
     problem, outer, _, _ = catalogue.meta_start()
     g = torch.Generator().manual_seed(1)
@@ -25,14 +28,24 @@ def one(batches, i):
     return bl.Batches([leaf[i] for leaf in batches.inner], [leaf[i] for leaf in batches.outer])
 
 
+SOLVER = bl.Descent(bl.SGD(0.3), 12)
+
+
+@functools.cache
+def looped(label):
+    """Each task by itself, for all chunks."""
+    problem, outer, batches = tasks()
+    estimator = catalogue.ESTIMATORS[label]
+    return [
+        bl.hypergradient(problem, outer, None, one(batches, i), solver=SOLVER, estimator=estimator) for i in range(T)
+    ]
+
+
 @pytest.mark.parametrize("chunk", [None, 1, 2, 5, 9])
 @pytest.mark.parametrize("estimator", [label for label in catalogue.ESTIMATORS if label not in catalogue.RANDOM])
 def test_task_mean_equals_a_loop(estimator, chunk):
     problem, outer, batches = tasks()
-    solver, estimator = bl.Descent(bl.SGD(0.3), 12), catalogue.ESTIMATORS[estimator]
-    loop = [
-        bl.hypergradient(problem, outer, None, one(batches, i), solver=solver, estimator=estimator) for i in range(T)
-    ]
+    loop, solver, estimator = looped(estimator), SOLVER, catalogue.ESTIMATORS[estimator]
     found = bl.hypergradient(problem, outer, None, batches, solver=solver, estimator=bl.TaskMean(estimator, chunk))
     # a finite difference amplifies rounding by 1 / nu
     rtol = 1e-6 if isinstance(estimator, bl.FirstOrderCorrected) else 1e-10

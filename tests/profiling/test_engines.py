@@ -69,14 +69,12 @@ def nothing_was_compiled_before():
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled():
     """A measurement of compiled code, the forecast of it, and the measurement of eager code."""
     solver = bl.Descent(bl.SGD(lr=0.5), STEPS)
     plain = Case(plain_setup, solver=solver, estimator=bl.Unrolled("iterates"))
     case = dataclasses.replace(plain, engine=bl.Compiled())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
-        return measure(case, repeats=3), forecast(case), measure(plain, repeats=1)
+    return measure(case, repeats=3), forecast(case), measure(plain, repeats=1)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch._inductor imports it

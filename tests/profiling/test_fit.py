@@ -3,7 +3,6 @@ users meet them."""
 
 import dataclasses
 import functools
-import gc
 import math
 
 import pytest
@@ -31,16 +30,6 @@ def setup(device, batch=4, width: int = WIDTH):
 def case(**changes):
     given = {"setup": setup, "solver": bl.Descent(bl.SGD(lr=0.1), 3), "estimator": bl.Unrolled()} | changes
     return Case(given.pop("setup"), **given)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _frozen():
-    """Collections look at what the tests make, and not at all of torch each time."""
-    forecast(case())
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @functools.cache

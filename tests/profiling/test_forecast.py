@@ -26,18 +26,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:outer variable"),
     pytest.mark.filterwarnings("ignore:iterate.. stepped through"),
 ]
-RUNS = ((4, torch.float64), (1, torch.float64), (4, torch.float32))
-"""K and dtype."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _frozen():
-    """Collections look at what the tests make, and not at all of torch each time, with what a first forecast loads."""
-    forecast(quadratic_case())
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+RUNS = ((4, torch.float64), (1, torch.float32))
+"""K and dtype, both at once: a step more is more tensors, another dtype smaller ones."""
 
 
 def metered(case: Case) -> Record:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from bilevel_profiling import forecast, measure
-from bilevel_profiling.measurement.surroundings import frozen_heap
 from torch import nn
 from torch.nn import functional as F
 
@@ -122,12 +121,6 @@ def step(make, inputs):
     wanted = [*(module.parameters() if isinstance(module, nn.Module) else ()), *given]
     wanted = list(dict.fromkeys(leaf for leaf in wanted if leaf.requires_grad))
     torch.autograd.grad(sum(out.abs().sum() for out in outputs), wanted, allow_unused=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _frozen():
-    with frozen_heap():
-        yield
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")

@@ -366,21 +366,13 @@ def test_marks_are_shown_by_pytest_markers(run):
 
 def test_it_works_across_processes(run):
     pytest.importorskip("xdist")
-    result = run(GROWING, "-p", "xdist.plugin", "-n", "2", subprocess=True)
-    result.assert_outcomes(passed=5, failed=1)
+    wrong = "\n@pytest.mark.peak_memory(flat_in='K')\ndef test_wrong():\n    pass\n"
+    result = run(GROWING + wrong, "-p", "xdist.plugin", "-n", "2", subprocess=True)
+    result.assert_outcomes(passed=5, failed=1, errors=1)
     result.stdout.fnmatch_lines(
         ["peak memory grows with inner_steps: 5: 5.00 KiB, 20: 20.0 KiB, 50: 50.0 KiB (1.00 KiB per inner_steps)*"]
     )
-    result = run(
-        "@pytest.mark.peak_memory(flat_in='K')\ndef test_it():\n    pass",
-        "-p",
-        "xdist.plugin",
-        "-n",
-        "1",
-        subprocess=True,
-    )
-    result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(["test_it.py::test_it: the mark peak_memory was given flat_in='K', but *"])
+    result.stdout.fnmatch_lines(["test_it.py::test_wrong: the mark peak_memory was given flat_in='K', but *"])
 
 
 # The judgement alone

@@ -266,15 +266,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _frozen():
-    """Collections look at what the tests make, and not at all of torch each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @contextlib.contextmanager
 def no_collections():
     gc.collect()

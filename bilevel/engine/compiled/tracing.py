@@ -49,7 +49,7 @@ def trace(function: Flat, inputs: Sequence[Tensor]) -> Traced:
     there: list[bool] = []
 
     def listed(*given: Tensor) -> tuple[Tensor, ...]:
-        with Shapes():
+        with Shapes(real=not any(map(_is_fake, given))):
             found = function(list(given))
         there[:] = [each is not None for each in found]
         # (An output that is an input, or one tensor twice, is one node; it comes out as it is.)
@@ -123,7 +123,15 @@ class Numbers(TorchFunctionMode):
 class Shapes(TorchDispatchMode):
     """Within it, an operator whose result's shape, or a Python number, depends on the numbers of a tensor is an error:
     the shape would be fixed in the derivatives.
+
+    The trace notes the shape of each result by a tensor without data. Where the tensors are real it would make a mode
+    for each anew, a third of its time: they share one, which is known while an operator runs and not to the function.
     """
+
+    def __init__(self, *, real: bool) -> None:
+        super().__init__()
+        fake = torch._subclasses.FakeTensorMode(allow_fallback_kernels=True) if real else None
+        self._known = torch._guards.TracingContext(fake) if real else None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.data_dependent_output in func.tags:
@@ -132,7 +140,10 @@ class Shapes(TorchDispatchMode):
             raise not_traceable(
                 "makes a tensor whose shape depends on numbers (a boolean mask as index, nonzero, unique)"
             )
-        return func(*args, **(kwargs or {}))
+        if self._known is None:
+            return func(*args, **(kwargs or {}))
+        with torch._guards.tracing(self._known):
+            return func(*args, **(kwargs or {}))
 
 
 def _indexed_by_numbers(func: Any, args: Any) -> bool:

@@ -58,7 +58,7 @@ class EvolutionStrategies(Estimator):
         >>> seed = torch.manual_seed(0)
         >>> hg = bl.hypergradient(problem, torch.ones(1), torch.zeros(1), bl.Batches(None, None),
         ...     solver=bl.Descent(bl.SGD(lr=0.25), steps=4),
-        ...     estimator=bl.estimators.EvolutionStrategies(std=0.1, pairs=2000))
+        ...     estimator=bl.estimators.EvolutionStrategies(std=0.1, pairs=500))
         >>> round(hg.grad.item(), 1)  # 0.2197
         0.2
     """

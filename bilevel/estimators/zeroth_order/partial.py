@@ -59,7 +59,7 @@ class PZOBO(Estimator):
         >>> problem = bl.Problem(lambda y, x, b: y**2 - x * y, lambda y, x, b: y**2 / 2)
         >>> seed = torch.manual_seed(0)
         >>> hg = bl.hypergradient(problem, torch.tensor(1.0), torch.tensor(0.0), bl.Batches(None, None),
-        ...     solver=bl.Descent(bl.SGD(lr=0.25), steps=4), estimator=bl.estimators.PZOBO(mu=1.0, directions=4000))
+        ...     solver=bl.Descent(bl.SGD(lr=0.25), steps=4), estimator=bl.estimators.PZOBO(mu=1.0, directions=500))
         >>> round(hg.grad.item(), 1)  # 0.2197
         0.2
     """

@@ -79,7 +79,7 @@ class PersistentES(Estimator):
     Example:
         >>> import torch, bilevel as bl
         >>> problem = bl.Problem(lambda y, x, b: -(x * y).sum(), lambda y, x, b: y.sum())  # y grows by x a step
-        >>> estimator, state, total, seed = bl.estimators.PersistentES(0.1, 4000), None, 0.0, torch.manual_seed(0)
+        >>> estimator, state, total, seed = bl.estimators.PersistentES(0.1, 1500), None, 0.0, torch.manual_seed(0)
         >>> for truncation in range(2):
         ...     hg = bl.hypergradient(problem, torch.ones(1), torch.zeros(1), bl.Batches(None, None),
         ...         solver=bl.Descent(bl.SGD(lr=1.0), steps=1), estimator=estimator, state=state)
