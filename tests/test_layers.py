@@ -98,8 +98,8 @@ LIBRARY = House(
             "engine.twice",
             "engine.evaluation",
         },
-        {"engine.along", "engine.compiled"},
-        {"inner.dynamics", "engine.embedding"},
+        {"engine.along", "engine.compiled", "engine.shards"},
+        {"inner.dynamics", "engine.embedding", "engine.hooked"},
         {"inner.gradient", "engine.linearization", "engine.point"},
         {"inner.base"},
         {"inner", "engine.refusals"},
@@ -168,6 +168,7 @@ PROFILER = House(
     name="bilevel_profiling",
     folder=ROOT / "profiling" / "bilevel_profiling",
     layers=(
+        {"cases.parallel"},
         {"records", "cases.builtin"},
         {"baselines"},
         {"cases", "meters", "report.content"},
@@ -217,6 +218,8 @@ DIFFERENTIATION = {
         "engine.layer",
         "engine.implied",
         "engine.collectives",
+        "engine.shards",
+        "engine.hooked",
         "engine.compiled.engine",
     },
     "torch.func": {
