@@ -80,6 +80,7 @@ LIBRARY = House(
             "engine.collectives",
             "engine.jacobian",
             "engine.lookup",
+            "engine.means",
             "engine.base",
             "engine.cotangents",
             "problem",

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from bilevel.engine.lookup import Lookups
+from bilevel.engine.means import NEEDS_GRAPH
 from bilevel.engine.replay import Generators
-from bilevel.engine.split import NEEDS_GRAPH, Withheld, split_over
+from bilevel.engine.split import Withheld, split_over
 from bilevel.problem import Problem, Pulled, distance
 from bilevel.space import tree
 from bilevel.space.ranks import Ranks
