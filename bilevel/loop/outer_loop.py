@@ -15,7 +15,7 @@ from bilevel.batches import Batches
 from bilevel.engine.base import Engine
 from bilevel.estimators.base import Estimator
 from bilevel.inner.base import InnerSolver
-from bilevel.loop import checks, files, snapshot
+from bilevel.loop import checks, files, of_ranks, snapshot
 from bilevel.loop.early_stopping import EarlyStopping
 from bilevel.loop.mixed_precision import MixedPrecision
 from bilevel.loop.moving import finished_first
@@ -26,6 +26,7 @@ from bilevel.loop.step import Step
 from bilevel.loop.stepping import Carried, Stepping
 from bilevel.outcome import Status
 from bilevel.problem import Problem
+from bilevel.space.ranks import Ranks
 from bilevel.space.tree import Tree
 
 
@@ -272,29 +273,39 @@ class OuterLoop:
                 self._carried = self._parts.take_over(state, self._carried.inner)
                 self._index, self._torn = state["index"], ""
 
-    def save(self, folder: str | os.PathLike[str], *, keep: int | None = 3) -> pathlib.Path:
+    def save(self, folder: str | os.PathLike[str], *, keep: int | None = 3, ranks: Ranks | None = None) -> pathlib.Path:
         """Write `state_dict()` to a new file in a folder, whole or not at all, and delete the oldest files there.
 
         A process that is killed at any moment leaves whole files behind, and so does a computer that loses its power.
-        Of several processes each needs a folder of its own.
 
         Args:
             folder: is made if it is not there.
             keep: how many files stay; None for all of them.
+            ranks: the processes that run this loop together. Each writes into a folder of its own below, and old files
+                are deleted when all have written, so that there is always a step of which every rank has a whole file.
 
         Returns:
-            The file, such as `folder/000007-step-700.pt`: the seventh, after 700 steps.
+            The file, such as `folder/000007-step-700.pt`: the seventh, after 700 steps. With ranks
+            `folder/rank-0-of-4/000007-step-700.pt`.
 
         Raises:
-            ValueError: keep is smaller than 1, or the folder has the name of a file.
+            ValueError: keep is smaller than 1, the folder has the name of a file, or the ranks are at different steps.
+            RankError: another rank could not write.
             OSError: it could not be written, as on a full disk; the files of before stay, and the loop can go on.
             RuntimeError, TypeError: as `state_dict`.
         """
         checks.check_saving(folder, keep)
+        if ranks is not None:
+            return of_ranks.write(pathlib.Path(folder), self._index, self.state_dict, keep, ranks)
         return files.write(pathlib.Path(folder), self._index, self.state_dict(), keep)
 
     def load(
-        self, path: str | os.PathLike[str], *, older: bool = False, missing_ok: bool = False
+        self,
+        path: str | os.PathLike[str],
+        *,
+        older: bool = False,
+        missing_ok: bool = False,
+        ranks: Ranks | None = None,
     ) -> pathlib.Path | None:
         """Load a file of `save`, as `load_state_dict` does.
 
@@ -302,6 +313,8 @@ class OuterLoop:
             path: the file, or the folder, of which the newest is taken.
             older: take the newest whole file of the folder where newer ones are damaged, with a warning.
             missing_ok: do nothing where the folder has no files yet, so that one script begins and goes on.
+            ranks: as for `save`: the newest step is taken of which every rank has a whole file, with a warning where
+                some have newer ones. As many ranks are needed as saved.
 
         Returns:
             The file; None where there is none.
@@ -312,11 +325,15 @@ class OuterLoop:
                 else; the message names the newest whole one before it.
             TypeError, ValueError, RuntimeError: as `load_state_dict`.
         """
-        chosen = files.chosen(pathlib.Path(path), older=older, missing_ok=missing_ok)
+        if ranks is None:
+            chosen = files.chosen(pathlib.Path(path), older=older, missing_ok=missing_ok)
+        else:
+            chosen = of_ranks.chosen(pathlib.Path(path), ranks, missing_ok=missing_ok)
         if chosen is None:
             return None
         found, state = chosen
-        self.load_state_dict(state)
+        with contextlib.nullcontext() if ranks is None else of_ranks.agreed(ranks, "OuterLoop.load()"):
+            self.load_state_dict(state)
         return found
 
     @contextlib.contextmanager
