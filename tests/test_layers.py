@@ -72,7 +72,7 @@ LIBRARY = House(
             "engine.lean",
             "_layout",
         },
-        {"engine.block", "engine.offload"},
+        {"engine.block", "engine.offload", "engine.scaling"},
         {"engine.rematerialize"},
         {"outcome", "batches", "checkpointing", "rematerialize", "_blocks"},
         {
@@ -80,6 +80,7 @@ LIBRARY = House(
             "engine.collectives",
             "engine.jacobian",
             "engine.lookup",
+            "engine.means",
             "engine.base",
             "engine.cotangents",
             "problem",
@@ -97,8 +98,8 @@ LIBRARY = House(
             "engine.twice",
             "engine.evaluation",
         },
-        {"engine.along", "engine.compiled"},
-        {"inner.dynamics", "engine.embedding"},
+        {"engine.along", "engine.compiled", "engine.shards"},
+        {"inner.dynamics", "engine.embedding", "engine.hooked"},
         {"inner.gradient", "engine.linearization", "engine.point"},
         {"inner.base"},
         {"inner", "engine.refusals"},
@@ -167,6 +168,7 @@ PROFILER = House(
     name="bilevel_profiling",
     folder=ROOT / "profiling" / "bilevel_profiling",
     layers=(
+        {"cases.parallel"},
         {"records", "cases.builtin"},
         {"baselines"},
         {"cases", "meters", "report.content"},
@@ -200,7 +202,7 @@ PROFILER = House(
 )
 # What the profiler knows of the library besides its public names: it listens to spans, walks trees, asks the catalogue
 # for all estimators, and says that tensors on the CPU stand for those of a device, which may be offloaded.
-PROFILER_SEES = {"engine.spans", "engine.offload", "space.tree", "problems", "integrations", "testing"}
+PROFILER_SEES = {"engine.spans", "engine.offload", "space.tree", "distributed", "problems", "integrations", "testing"}
 
 # Who may call which part of torch's differentiation machinery.
 DIFFERENTIATION = {
@@ -212,10 +214,13 @@ DIFFERENTIATION = {
         "engine.rematerialize",
         "engine.block",
         "engine.lean",
+        "engine.scaling",
         "engine.compiled.linear",
         "engine.layer",
         "engine.implied",
         "engine.collectives",
+        "engine.shards",
+        "engine.hooked",
         "engine.compiled.engine",
     },
     "torch.func": {

@@ -18,20 +18,28 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bilevel.engine.collectives import tied, total
+from bilevel.engine.means import (
+    Mean,
+    Trial,
+    Verdict,
+    across,
+    agreed,
+    halves,
+    moved,
+    no_part,
+    physical,
+    roundings,
+    row_count,
+    wrapped,
+)
 from bilevel.engine.replay import Generators
 from bilevel.problem import Loss, Problem, Pulled
 from bilevel.space import bits, tree
 from bilevel.space.ranks import Ranks, without_data
 from bilevel.space.tree import Tree
 
-NEEDS_GRAPH = "does not require grad"
-"""What torch says when a function takes a gradient inside, of an argument that was passed without a graph."""
-
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Of losses, by what ranks say of them."""
-_LOOSE = 1e3
-"""Roundings by which the mean of two halves may differ from the whole."""
-_LOOSEST = 0.05
 
 
 class Embedded(NamedTuple):
@@ -48,6 +56,15 @@ class Embedded(NamedTuple):
     tie: Tensor
 
 
+class Tried(NamedTuple):
+    """The same with what the features make at another x of these rows and of halves: the losses are held against it."""
+
+    value: Any
+    examples: Tensor
+    tie: Tensor
+    trial: Trial
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """A function of a rank's rows.
@@ -57,7 +74,7 @@ class Rows:
         name: "inner_loss", "outer_loss" or "features".
         ranks: the processes.
         count: how many examples are in a rank's batch; None for the leading dimension of its tensors.
-        check: whether the function is held against its values on two halves.
+        check: whether the function is held against its values on parts of the batch.
         known: what the first calls showed.
     """
 
@@ -132,7 +149,7 @@ class SplitLoss:
         """
         (y, tie_y), (x, tie_x) = tied(self.rows.ranks, inner), tied(self.rows.ranks, outer)
         like, ties = tree.tensors(inner)[0], [tie for tie in (tie_y, tie_x) if tie is not None]
-        embedded = isinstance(batch, Embedded)
+        embedded = isinstance(batch, Embedded | Tried)
         ties += [batch.tie] if embedded else []
         found, drew, error = self.rows.called(like, lambda: self._own(y, x, batch))
         loss, here = (None, 0) if found is None else found
@@ -146,24 +163,29 @@ class SplitLoss:
         # (A finite number times 0, whatever y and x are.)
         tie = 0 * functools.reduce(torch.mul, [torch.tanh(each.to(wide)) for each in ties])
         weighed = (here * loss.to(wide) if here else torch.zeros_like(loss, dtype=wide)) + tie
-        said = [here, error is not None, drew, here > 0, (here > 0) * _DTYPES.index(dtype)]
+        rows = batch.value if embedded else batch
+        asks = self._asks(rows, like, here, embedded)
+        said = [here, error is not None, drew, here > 0, (here > 0) * _DTYPES.index(dtype), asks]
         summed, numbers = total(self.rows.ranks, weighed, torch.tensor(said, dtype=wide, device=like.device))
         if without_data(like):
             self.rows.settled(like, 0, 0, error)
             return (summed / max(here, 1)).to(dtype)
-        count, failed, draws, full, kinds = _physical(numbers.detach()).tolist()
+        count, failed, draws, full, kinds, asked = physical(numbers.detach()).tolist()
         self.rows.settled(like, failed, draws, error)
         if not count:
             raise ValueError(
                 f"{self.rows.name} was given a batch without an example on any rank; at least one was needed"
             )
-        return (summed / count).to(_DTYPES[round(kinds / full)])
+        dtype = _DTYPES[round(kinds / full)]
+        if asked > 0:
+            self._compare_ranks(y, x, rows, here, dtype)
+        return (summed / count).to(dtype)
 
     def _own(self, y: Tree, x: Tree, batch: Any) -> tuple[Tensor | None, int]:
         """The loss of this rank's rows, and how many they are; None where there are none."""
-        embedded = isinstance(batch, Embedded)
+        embedded = isinstance(batch, Embedded | Tried)
         rows = batch.value if embedded else batch
-        here = int(_number(batch.examples)) if embedded else self.rows.examples(batch)
+        here = int(physical(batch.examples.detach()).reshape(-1)[0]) if embedded else self.rows.examples(batch)
         if not here:
             return None, 0
         given = tree.tensors([y, x, rows])
@@ -179,46 +201,66 @@ class SplitLoss:
                 f"{self.rows.name} returned a tensor of shape {tuple(loss.shape)} and dtype {loss.dtype}; a floating "
                 f"0-dim tensor was needed. Reduce it with .mean()"
             )
-        halves = (
-            None if self.rows.known.get("mean") or not self.rows.check or without_data(loss) else _halved(rows, here)
-        )
-        # (One that changed its arguments in place is refused by who called.)
-        kept = versions == [leaf._version for leaf in given]
-        if halves is not None and kept and not self.rows.known.get("random"):
-            before = Generators(loss.device)
-            state = before.peek()
-            with torch.no_grad():
-                parts = _without_a_graph(self.rows.function, y, x, [half for half, _ in halves])
-            if before.same(state, before.peek()):
-                self.rows.known["mean"] = self._is_mean(loss, parts, [size / here for _, size in halves])
+        if versions != [leaf._version for leaf in given]:
+            self.rows.known["changed"] = True  # (It changed its arguments in place, and is refused by who called.)
+        elif not without_data(loss) and self._unknown("mean"):
+            trial = batch.trial if isinstance(batch, Tried) else None
+            if trial is None and not (embedded and (self.rows.count or row_count(rows) != here)):
+                trial = halves(rows, self.rows.count)
+            if trial is not None:
+                before = Generators(loss.device)
+                state = before.peek()
+                verdict = self._verdict(y, x, trial, loss.dtype)
+                if before.same(state, before.peek()):  # (Else it draws, and is another loss at each call.)
+                    self.rows.known["mean"] = agreed(
+                        verdict, self.rows.name, "some of this rank's rows", "parts of them"
+                    )
         return loss, here
 
-    def _is_mean(self, loss: Tensor, parts: list[Tensor], shares: list[float]) -> bool:
-        with torch.no_grad():
-            whole, *own = (_physical(each).detach().double() for each in (loss, *parts))
-            mean = torch.stack([share * part for share, part in zip(shares, own, strict=True)]).sum(0)
-            size = torch.stack([whole.abs(), *(part.abs() for part in own)]).amax(0)
-            if not bool(whole.isfinite().all()):
-                return False
-            off = (mean - whole).abs() > min(_LOOSE * torch.finfo(loss.dtype).eps, _LOOSEST) * size
-        if bool(off.any()):
-            raise ValueError(
-                f"{self.rows.name} is no mean over the examples of its batch: on this rank's rows it is "
-                f"{float(whole.reshape(-1)[0]):.6g}, and the mean of its values on two halves of them is "
-                f"{float(mean.reshape(-1)[0]):.6g}. Data in parallel needs a mean: write .mean() for .sum(); look up "
-                f"what belongs to an example by an index in the batch, not by its place; take GroupNorm for BatchNorm. "
-                f"(If it is one, and this is rounding: data_parallel(..., check=False).)"
-            )
-        return True
+    def _unknown(self, what: str) -> bool:
+        return self.rows.check and not any(self.rows.known.get(each) for each in (what, "random", "changed"))
+
+    def _asks(self, rows: Any, like: Tensor, here: int, embedded: bool) -> bool:
+        """Whether this rank wants to see how the loss is on rows of two ranks."""
+        if not here or self.rows.ranks.size == 1 or not self._unknown("across") or wrapped((like, rows)):
+            return False
+        return row_count(rows) == here if self.rows.count is None else not embedded and row_count(rows) is not None
+
+    def _compare_ranks(self, y: Tree, x: Tree, rows: Any, here: int, dtype: torch.dtype) -> None:
+        """Hold the loss on some rows of this rank and of the next one that has any against its values on each.
+
+        Raises:
+            ValueError: it is no mean.
+            RankError: another rank found so.
+        """
+        error = None
+        trial = across(rows if here else None, self.rows.ranks, self.rows.count)
+        try:
+            if trial is not None:
+                verdict = self._verdict(y, x, trial, dtype)
+                agreed(verdict, self.rows.name, "rows of this rank and of another one", "those of either")
+        except Exception as raised:
+            error = raised
+        self.rows.ranks.agree(error, self.rows.name)
+        self.rows.known["across"] = True
+
+    def _verdict(self, y: Tree, x: Tree, trial: Trial, dtype: torch.dtype) -> Verdict | None:
+        return Mean(self.rows.function, self.rows.name, trial, dtype).verdict(y, x)
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitFeatures:
-    """Features of a rank's rows, whose cotangents in x are summed over ranks."""
+    """Features of a rank's rows, whose cotangents in x are summed over ranks.
+
+    Args:
+        rows: the function.
+        losses: those that receive what it makes.
+    """
 
     rows: Rows
+    losses: tuple[Rows, ...]
 
-    def __call__(self, outer: Tree, batch: Any) -> Embedded:
+    def __call__(self, outer: Tree, batch: Any) -> Embedded | Tried:
         """The embedding of this rank's rows.
 
         Raises:
@@ -231,30 +273,51 @@ class SplitFeatures:
         flags = torch.tensor([float(error is not None), float(drew)], device=like.device)
         failed, draws = (0.0, 0.0) if without_data(like) else self.rows.ranks.sum([flags])[0].tolist()
         self.rows.settled(like, failed, draws, error)
-        value, here = found
-        return Embedded(value, torch.full((), here, dtype=torch.int64, device=like.device), tie)
+        value, here, trial = found
+        number = torch.full((), here, dtype=torch.int64, device=like.device)
+        return Embedded(value, number, tie) if trial is None else Tried(value, number, tie, trial)
 
-    def _own(self, x: Tree, batch: Any) -> tuple[Any, int]:
+    def _own(self, x: Tree, batch: Any) -> tuple[Any, int, Trial | None]:
         here = self.rows.examples(batch)
         if not here:
             # (Of the rows that there are not: no loss looks at it.)
-            return tree.tensors(x)[0].detach().reshape(-1)[:0], 0
+            return tree.tensors(x)[0].detach().reshape(-1)[:0], 0, None
         value = self.rows.function(x, batch)
-        halves = None if self.rows.known.get("rows") or not self.rows.check else _halved(batch, here)
-        leaves = tree.tensors(value)
-        if halves is not None and not any(without_data(leaf) for leaf in leaves) and not self.rows.known.get("random"):
-            part, size = halves[0]
-            for whole, half in zip(leaves, tree.tensors(self.rows.function(x, part)), strict=True):
-                self._check_row(whole, half, here, size)
-            self.rows.known["rows"] = True
-        return value, here
+        known = [each.known for each in (self.rows, *self.losses)]
+        random = self.rows.known.get("random") or any(without_data(leaf) for leaf in tree.tensors(value))
+        # (torch.func.vmap returns tensors alone.)
+        if (
+            not self.rows.check
+            or random
+            or wrapped((value, batch))
+            or all(each.get("mean") or each.get("random") for each in known)
+        ):
+            return value, here, None
+        given = halves(batch, self.rows.count)
+        trial = None if given is None else self._tried(moved(x), given) or self._tried(x, given, told=True)
+        if trial is not None and given is not None:
+            size = row_count(given.parts[0]) or 0
+            for whole, half in zip(tree.tensors(trial.whole), tree.tensors(trial.parts[0]), strict=True):
+                self._check_row(whole, half, row_count(given.whole) or 0, size)
+            self.rows.known["mean"] = True
+        return value, here, trial
+
+    def _tried(self, x: Tree, given: Trial, told: bool = False) -> Trial | None:
+        try:
+            with torch.no_grad():
+                parts = tuple(self.rows.function(x, part) for part in given.parts)
+                return Trial(self.rows.function(x, given.whole), parts, given.shares)
+        except Exception as error:  # (Not everything can be called everywhere.)
+            if told:
+                raise no_part(self.rows.name, error) from error
+            return None
 
     def _check_row(self, whole: Tensor, half: Tensor, here: int, size: int) -> None:
         if not whole.is_floating_point() or not whole.dim() or len(whole) != here or len(half) != size:
             return
         with torch.no_grad():
-            one, other = _physical(whole[:size]).double(), _physical(half).double()
-            bound = min(_LOOSE * torch.finfo(whole.dtype).eps, _LOOSEST) * (1e-30 + one.abs().max())
+            one, other = physical(whole[:size]).double(), physical(half[:size]).double()
+            bound = roundings(whole.dtype) * (1e-30 + one.abs().max())
         if one.shape == other.shape and float((one - other).abs().max()) > float(bound):
             raise ValueError(
                 "features mix the examples of a batch: the rows of one half are not what they are in the whole. Data "
@@ -310,24 +373,19 @@ def split_over(problem: Problem) -> Ranks | None:
 def over(problem: Problem, ranks: Ranks, count: Callable[[Any], int] | None, *, check: bool) -> Problem:
     """A problem whose losses are means over ranks."""
 
-    def made(loss: Loss, name: str) -> Loss:
+    def made(loss: Loss, name: str) -> SplitLoss:
         return SplitLoss(Rows(loss, name, ranks, count, check))
 
     loss, init = problem.inner_loss, None if problem.init is None else SplitStart(problem.init)
-    inner: Loss
+    inner = made(loss.inner_loss if isinstance(loss, Pulled) else loss, "inner_loss")
+    whole: Loss = inner
     if isinstance(loss, Pulled):
         assert init is not None, "a pull is to a start"
-        inner = Pulled(made(loss.inner_loss, "inner_loss"), init, loss.strength)
-    else:
-        inner = made(loss, "inner_loss")
-    features = problem.features
-    return dataclasses.replace(
-        problem,
-        inner_loss=inner,
-        outer_loss=made(problem.outer_loss, "outer_loss"),
-        init=init,
-        features=None if features is None else SplitFeatures(Rows(features, "features", ranks, count, check)),
-    )
+        whole = Pulled(inner, init, loss.strength)
+    outer, features = made(problem.outer_loss, "outer_loss"), problem.features
+    if features is not None:
+        features = SplitFeatures(Rows(features, "features", ranks, count, check), (inner.rows, outer.rows))
+    return dataclasses.replace(problem, inner_loss=whole, outer_loss=outer, init=init, features=features)
 
 
 def examples(batch: Any, who: str) -> int:
@@ -345,37 +403,3 @@ def examples(batch: Any, who: str) -> int:
             f"every rank's batch weighs the same"
         )
     return sizes[0]
-
-
-def _halved(batch: Any, here: int) -> list[tuple[Any, int]] | None:
-    """Two halves of a batch with their sizes; None where it has one row, or tensors of other leading dimensions."""
-    leaves = [leaf for leaf in tree.tensors(batch) if leaf.dim()]
-    if here < 2 or not leaves or any(len(leaf) != here or leaf.layout is not torch.strided for leaf in leaves):
-        return None
-
-    def part(low: int, high: int) -> Any:
-        return tree.tree_map(lambda leaf: leaf[low:high] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch)
-
-    return [(part(0, here // 2), here // 2), (part(here // 2, here), here - here // 2)]
-
-
-def _without_a_graph(function: Callable[..., Tensor], y: Tree, x: Tree, batches: list[Any]) -> list[Tensor]:
-    try:
-        return [function(y, x, batch) for batch in batches]
-    except RuntimeError as error:
-        if NEEDS_GRAPH not in str(error):
-            raise
-        with torch.enable_grad():  # (It takes a gradient of its own.)
-            return [function(y, x, batch).detach() for batch in batches]
-
-
-def _physical(leaf: Tensor) -> Tensor:
-    """The tensor behind those of torch.func.vmap, which may be read."""
-    while torch._C._functorch.is_batchedtensor(leaf):
-        leaf = torch._C._functorch.get_unwrapped(leaf)
-    return leaf
-
-
-def _number(leaf: Tensor) -> float:
-    """The number that all entries of a tensor are."""
-    return float(_physical(leaf.detach()).reshape(-1)[0])

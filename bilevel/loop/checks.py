@@ -8,7 +8,10 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from bilevel.hypergradient import check_movable
+from bilevel.hypergradient import check_kind, check_movable
+from bilevel.loop.early_stopping import EarlyStopping
+from bilevel.loop.mixed_precision import MixedPrecision
+from bilevel.loop.precision_check import PrecisionCheck
 from bilevel.space import tree
 from bilevel.space.tree import Tree
 
@@ -62,6 +65,17 @@ def check_options(who: str, loader: Any, epochs: Any, accumulate: Any, clip: Any
                 f"{who}() was given also={{{name!r}: a {type(value).__name__}}}; objects with state_dict and "
                 f"load_state_dict were needed, by names that are strings"
             )
+
+
+def check_objects(who: str, precision: Any, check: Any, stop: Any) -> None:
+    """Raise TypeError unless these are None or of their kinds."""
+    for name, value, kind, write in (
+        ("precision", precision, MixedPrecision, "bilevel.loop.MixedPrecision(torch.bfloat16)"),
+        ("check", check, PrecisionCheck, "bilevel.loop.PrecisionCheck(every=100)"),
+        ("stop", stop, EarlyStopping, "bilevel.loop.EarlyStopping(patience=10)"),
+    ):
+        if value is not None:
+            check_kind(who, name, value, kind, write)
 
 
 def check_saving(folder: Any, keep: Any) -> None:

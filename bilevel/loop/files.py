@@ -56,10 +56,15 @@ def write(folder: pathlib.Path, index: int, contents: Any, keep: int | None) -> 
         temporary.unlink(missing_ok=True)
         raise
     _sync(folder)
-    if keep is not None:
-        for old in [path, *before][keep:]:
-            old.unlink(missing_ok=True)
+    prune(folder, keep)
     return path
+
+
+def prune(folder: pathlib.Path, keep: int | None) -> None:
+    """Delete all files but the newest; None: delete none."""
+    if keep is not None:
+        for old in listed(folder)[keep:]:
+            old.unlink(missing_ok=True)
 
 
 def _put(contents: Any, temporary: pathlib.Path) -> None:
@@ -79,8 +84,8 @@ def read(path: pathlib.Path) -> Any:
     Raises:
         DamagedFileError: it is empty, cut short, altered, or something else's.
     """
-    if (wrong := _wrong(path)) is not None:
-        raise DamagedFileError(f"{path} {wrong}", path)
+    if (clause := wrong(path)) is not None:
+        raise DamagedFileError(f"{path} {clause}", path)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -99,7 +104,7 @@ def chosen(path: pathlib.Path, *, older: bool, missing_ok: bool) -> tuple[pathli
     try:
         return found[0], read(found[0])
     except DamagedFileError as error:
-        sound = next((each for each in found[1:] if _wrong(each) is None), None)
+        sound = next((each for each in found[1:] if wrong(each) is None), None)
         if sound is None or not older:
             hint = (
                 "There is no whole one before it"
@@ -119,12 +124,19 @@ def _before(path: pathlib.Path) -> list[pathlib.Path]:
     return [each for each in listed(path.parent) if match is None or _serial(each) < int(match[1])]
 
 
+def step_of(path: pathlib.Path) -> int:
+    """After how many steps a file was saved, by its name."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[2])
+
+
 def _serial(path: pathlib.Path) -> int:
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else 0
 
 
-def _wrong(path: pathlib.Path) -> str | None:
+def wrong(path: pathlib.Path) -> str | None:
     """What is wrong with a file, as a clause; None if it is whole."""
     try:
         return _wrong_inside(path)

@@ -453,10 +453,10 @@ def test_a_gradient_takes_one_sum_of_p_numbers_and_a_dot_product_none(ranks):
     p = q = 8 + 1 + 3  # y and x have 8 numbers in 2 tensors each; a tie, and a flag for each of the three
     for found in ranks.run(2, sums_taken):
         assert found == {
-            "inner loss": [6],
-            "inner gradient": [6, p],
-            "outer gradient": [6, q, p],
-            "linearize": [6, p],
+            "inner loss": [7],
+            "inner gradient": [7, p],
+            "outer gradient": [7, q, p],
+            "linearize": [7, p],
             "product": [p],
             "dot product": [],
             "mixed": [q, p],
@@ -480,7 +480,7 @@ def sums_of_a_step(ranks):
             for steps in (2, 2, 3):  # (the first call learns what there is to know of the problem)
                 sizes.clear()
                 call(problem, outer, inner, part(batches, ranks), sgd(steps), SOME[name])
-                seen.append(collections.Counter(size for size in sizes if size != 6))
+                seen.append(collections.Counter(size for size in sizes if size != 7))
             found[name] = dict(seen[2] - seen[1])
     finally:
         dist.all_reduce = taken
