@@ -13,6 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from bilevel.batches import Batches
 from bilevel.engine import spans
 from bilevel.engine.base import Engine
+from bilevel.engine.split import split_over
+from bilevel.engine.together import ended, guarded
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.company import ALONE
 from bilevel.hypergradient import hypergradient, set_grad
@@ -57,8 +59,9 @@ class Stepping:
     def group(self, take: Callable[[], Any], carried: Carried, index: int) -> tuple[Hypergradient | None, Carried]:
         """The mean hypergradient of the next batches, fewer at the end, and what is left; None after the last batch."""
         found, company = list[Hypergradient](), getattr(self.estimator, "company", ALONE)
+        ranks = split_over(self.problem)
         while len(found) < self.accumulate:
-            with company.guarded():
+            with company.guarded(), guarded(ranks, self.outer):
                 batches = self._taken(take)
             if batches is None:
                 break
@@ -69,6 +72,8 @@ class Stepping:
             carried = Carried(inner, one.state)
             found.append(one)
         if not found:
+            with company.guarded():
+                ended(ranks, self.outer)
             company.ended()
         return (_mean(found) if found else None), carried
 
