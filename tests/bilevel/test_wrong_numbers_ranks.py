@@ -90,7 +90,8 @@ NO_MEANS = {
 
 def hypergradient(ranks, loss, rows=COUNT, *, count=None, check=True, x=None, **more):
     batch = {name: leaf[:rows] for name, leaf in BATCH.items()}
-    problem, batches = bl.Problem(loss, loss, **more), bl.Batches(batch, batch)
+    problem = bl.Problem(loss, loss if more else lambda y, x, b: each(y, b).mean(), **more)
+    batches = bl.Batches(batch, batch)
     if ranks is not None:
         problem = bl.distributed.data_parallel(problem, ranks, count, check=check)
         batches = bl.distributed.split(batches, ranks)
