@@ -76,14 +76,14 @@ def table(rows):
             f"| {real.case} | {real.estimator} | {real.processes} | {1e3 * (real.wall_seconds or 0):.1f} "
             f"| {1e3 * (real.collective_seconds or 0):.1f} "
             f"| {peak / 2**20:.1f} ({wanted.peak_tensor_bytes / 2**20:.1f}) "
-            f"| {sent / 2**20:.2f} ({wanted.sent_bytes / 2**20:.2f}) | {real.status} |"
+            f"| {sent / 2**20:.2f} ({wanted.sent_bytes / 2**20:.2f}) | {real.status} {real.reason} |"
         )
     return "\n".join(lines)
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU, 1 and 2 processes")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU, 2 processes")
     parser.add_argument("--models", default=",".join(SIZES["cpu"]), help="which, by comma")
     parser.add_argument("--estimators", default=",".join(ESTIMATORS), help="which, by comma")
     parser.add_argument(
@@ -94,8 +94,8 @@ def main(arguments=None):
     if device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device here; --smoke rehearses the run on a CPU", file=sys.stderr)
         return 2
-    most = 2 if given.smoke else torch.cuda.device_count()
-    counts = [2**power for power in range(most.bit_length()) if 2**power <= most]
+    most = torch.cuda.device_count()
+    counts = [2] if given.smoke else [2**power for power in range(most.bit_length())]
     out = given.out
     if out is None and device == "cuda":
         name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")

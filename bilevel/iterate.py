@@ -1,6 +1,7 @@
 """iterate(): the optional outer loop, as a generator, so that the loop body stays the user's."""
 
 import itertools
+import time
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
@@ -85,9 +86,11 @@ def _steps(stepping: Stepping, carried: Carried, loader: Iterable[Batches]) -> I
     """`OuterLoop`'s steps, without what it takes to stop and go on."""
     take = iter(loader).__next__
     for index in itertools.count():
-        found, carried = stepping.group(take, carried, index)
-        if found is None:
+        begun, lr = time.perf_counter(), stepping.rates()
+        made = stepping.group(take, carried, index)
+        if made is None:
             return
-        stepping.show(found)
-        stepping.move(found)
-        yield Step(index, found)
+        carried = made.left
+        stepping.show(made.hypergradient)
+        stepping.move(made)
+        yield Step(index, made.hypergradient, lr, time.perf_counter() - begun)

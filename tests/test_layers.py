@@ -72,7 +72,7 @@ LIBRARY = House(
             "engine.lean",
             "_layout",
         },
-        {"engine.block", "engine.offload"},
+        {"engine.block", "engine.offload", "engine.scaling"},
         {"engine.rematerialize"},
         {"outcome", "batches", "checkpointing", "rematerialize", "_blocks"},
         {
@@ -202,7 +202,7 @@ PROFILER = House(
 )
 # What the profiler knows of the library besides its public names: it listens to spans, walks trees, asks the catalogue
 # for all estimators, and says that tensors on the CPU stand for those of a device, which may be offloaded.
-PROFILER_SEES = {"engine.spans", "engine.offload", "space.tree", "problems", "integrations", "testing"}
+PROFILER_SEES = {"engine.spans", "engine.offload", "space.tree", "distributed", "problems", "integrations", "testing"}
 
 # Who may call which part of torch's differentiation machinery.
 DIFFERENTIATION = {
@@ -214,6 +214,7 @@ DIFFERENTIATION = {
         "engine.rematerialize",
         "engine.block",
         "engine.lean",
+        "engine.scaling",
         "engine.compiled.linear",
         "engine.layer",
         "engine.implied",

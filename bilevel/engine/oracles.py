@@ -55,8 +55,7 @@ class Oracles:
         dynamics: how y moves.
         tasks: number of tasks, when y and the batches have a leading task dimension.
         engine: how derivatives are computed.
-        posed: the problem and the outer batch whose outer loss a dynamics sees, where an estimator has put another one
-            in the place of f; None for the same.
+        posed: the problem and the outer batch whose outer loss a dynamics sees, where f is not what was given.
         constant: the outer tensors, by position, that nobody differentiates in.
         ranks: the processes of which each holds a part of y; None for one that holds all.
     """
@@ -79,9 +78,9 @@ class Oracles:
         self.dynamics = dynamics if tasks is None else dynamics.over(tasks)
         self.x, self.attached = tree.detach(outer), tree.attach(outer, constant)
         self.evaluation, self.engine = Evaluation(problem, tasks, ranks), engine or Eager().open()
-        self._posed = (
-            (self.evaluation, batches.outer) if posed is None else (Evaluation(posed[0], tasks, ranks), posed[1])
-        )
+        self._posed = (self.evaluation, batches.outer)
+        if posed is not None:
+            self._posed = Evaluation(posed[0], tasks, ranks), posed[1]
         self.generators = Generators(tree.tensors(outer)[0].device)
         # (It must not hold an embedding: such a cycle would keep every call's tensors until a collection.)
         self.source = Source(self.evaluation, self.generators, self.x, self.attached)
@@ -95,9 +94,8 @@ class Oracles:
         """y_0, without a graph; init is called once."""
         if self._start is None:
             self._before_start = self.generators.peek()
-            batch = self.batches.inner_at(0)
-            self._start = self.evaluation.without_graph(self.evaluation.start, self.x, batch)
-            self._start = starts.dense(self._start) if self.engine.pure else self._start
+            start = self.evaluation.without_graph(self.evaluation.start, self.x, self.batches.inner_at(0))
+            self._start = starts.dense(start) if self.engine.pure else start
         return self._start
 
     def differentiable_start(self) -> Tree:
@@ -390,9 +388,7 @@ class Oracles:
         return self.inner(inner, self.attached, embedded)
 
     def step_forward(self, inner: Tree, state: Any, step: int, embedded: Any, drawn: State | None) -> Pushed:
-        """One step with its derivative, on a batch of `differentiable_embedding`; `drawn` is the generators' state
-        before that was made. Raises ValueError where products forward and backward disagree.
-        """
+        """One step with its derivative, on a batch of `differentiable_embedding`; `drawn`: the generators before it."""
         known, made = self.problem.memo.setdefault("forward", []), self.shared
         if not isinstance(made, Embedding):
             made = Embedding(self.source, self.batches.inner_at(step), (drawn, tree.detach(embedded)))

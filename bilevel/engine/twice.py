@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from bilevel.engine import autodiff
+from bilevel.engine import autodiff, scaling
 from bilevel.engine.base import Losses
 from bilevel.engine.rematerialize import inside
 from bilevel.engine.replay import Generators
@@ -88,7 +88,7 @@ def _custom(values: list[Tensor], outside: set[object]) -> set[str]:
             del made
             continue
         name = node.name()
-        if name in _KNOWN or name.startswith(_SPREAD):
+        if name in _KNOWN or name.startswith(_SPREAD) or scaling.is_edge(node):
             continue
         compiled = name.startswith("CompiledFunction")
         if compiled or isinstance(node, BackwardCFunction) or "CppNode" in name or name.startswith(_DOUBTFUL):

@@ -8,7 +8,10 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from bilevel.hypergradient import check_movable
+from bilevel.hypergradient import check_kind, check_movable
+from bilevel.loop.early_stopping import EarlyStopping
+from bilevel.loop.mixed_precision import MixedPrecision
+from bilevel.loop.precision_check import PrecisionCheck
 from bilevel.space import tree
 from bilevel.space.tree import Tree
 
@@ -64,15 +67,27 @@ def check_options(who: str, loader: Any, epochs: Any, accumulate: Any, clip: Any
             )
 
 
+def check_objects(who: str, precision: Any, check: Any, stop: Any) -> None:
+    """Raise TypeError unless these are None or of their kinds."""
+    for name, value, kind, write in (
+        ("precision", precision, MixedPrecision, "bilevel.loop.MixedPrecision(torch.bfloat16)"),
+        ("check", check, PrecisionCheck, "bilevel.loop.PrecisionCheck(every=100)"),
+        ("stop", stop, EarlyStopping, "bilevel.loop.EarlyStopping(patience=10)"),
+    ):
+        if value is not None:
+            check_kind(who, name, value, kind, write)
+
+
 def check_saving(folder: Any, keep: Any) -> None:
     """Raise ValueError unless files can be saved there, and so many kept."""
     if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 1):
         raise ValueError(f"OuterLoop.save() was given keep={keep!r}; an integer of at least 1, or None, was needed")
     path = pathlib.Path(folder)
     if path.is_file() or path.suffix in (".pt", ".pth", ".ckpt"):
+        other = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}-steps")
         raise ValueError(
             f"OuterLoop.save() was given {str(path)!r}; a folder was needed, in which each save is a new file: write "
-            f"save({str(path.with_suffix(''))!r})"
+            f"save({str(other)!r})"
         )
 
 

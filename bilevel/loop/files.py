@@ -36,7 +36,8 @@ class DamagedFileError(ValueError):
 
 def listed(folder: pathlib.Path) -> list[pathlib.Path]:
     """The files of a folder, the newest first: by the order in which they were saved."""
-    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_serial, reverse=True)
+    found = (path for path in folder.iterdir() if _NAME.fullmatch(path.name) and not path.is_dir())
+    return sorted(found, key=_serial, reverse=True)
 
 
 def write(folder: pathlib.Path, index: int, contents: Any, keep: int | None) -> pathlib.Path:
@@ -48,7 +49,7 @@ def write(folder: pathlib.Path, index: int, contents: Any, keep: int | None) -> 
     path = folder / f"{_serial(before[0]) + 1 if before else 1:06d}-step-{index}.pt"
     temporary = folder / f"{_TEMPORARY}{os.getpid()}.tmp"
     try:
-        torch.save(contents, temporary)
+        _put(contents, temporary)
         _seal(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -59,6 +60,17 @@ def write(folder: pathlib.Path, index: int, contents: Any, keep: int | None) -> 
         for old in [path, *before][keep:]:
             old.unlink(missing_ok=True)
     return path
+
+
+def _put(contents: Any, temporary: pathlib.Path) -> None:
+    temporary.touch()  # a folder that cannot be written to says so itself
+    try:
+        torch.save(contents, temporary)
+    except RuntimeError as error:
+        raise OSError(
+            f"OuterLoop could not write a file in {temporary.parent}: {error}. Is the disk full? The files of before "
+            f"are as they were, and so is the loop: make room, and save again or go on"
+        ) from error
 
 
 def read(path: pathlib.Path) -> Any:
@@ -76,6 +88,8 @@ def chosen(path: pathlib.Path, *, older: bool, missing_ok: bool) -> tuple[pathli
     """The file that a path stands for, and what it holds; see `OuterLoop.load`."""
     if missing_ok and not (listed(path) if path.is_dir() else path.exists()):
         return None
+    if not path.exists() and not path.is_symlink():
+        raise FileNotFoundError(f"OuterLoop found nothing at {path} to load; missing_ok=True begins anew")
     if path.is_dir():
         folder, found = path, listed(path)
         if not found:
@@ -112,6 +126,17 @@ def _serial(path: pathlib.Path) -> int:
 
 def _wrong(path: pathlib.Path) -> str | None:
     """What is wrong with a file, as a clause; None if it is whole."""
+    try:
+        return _wrong_inside(path)
+    except FileNotFoundError:
+        if path.is_symlink():
+            return "is a link to a file that is not there"
+        raise
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def _wrong_inside(path: pathlib.Path) -> str | None:
     comment = len(_MARK) + 64
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)

@@ -16,6 +16,8 @@ from bilevel.space import tree
 
 _LOOKED_AT = 1 << 20
 """Numbers of a tensor that are looked at: those of larger ones at equal distances."""
+_DEEP, _LONG = 8, 100
+"""How deep settings are looked at, and up to how many entries of a container."""
 
 
 def digest(batches: Any) -> str:
@@ -54,25 +56,62 @@ def _bytes(leaf: Tensor) -> bytes:
     return flat.view(torch.uint8).numpy(force=True).tobytes() if flat.numel() else b""
 
 
-def described(name: str, value: Any) -> dict[str, str]:
-    """Its settings by their paths: the fields of dataclasses, the entries of containers, the names of functions.
+def described(name: str, value: Any, within: tuple[int, ...] = ()) -> dict[str, str]:
+    """Its settings by their paths: the fields of dataclasses, the entries of containers, what functions close over.
 
-    Other objects are named by their type.
+    Of a module: its layers, and the tensors that do not require grad. Of other objects: their type, the modules and
+    dataclasses that they have as attributes, and, where they are called, their other attributes.
     """
+    if id(value) in within or len(within) > _DEEP:
+        return {name: type(value).__name__}
+    return {name: _text(value)} | {
+        key: text
+        for part, inside in _parts(value).items()
+        for key, text in described(f"{name}{part}", inside, (*within, id(value))).items()
+    }
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    """What a setting is made of, by the ends of their paths."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        found = {name: type(value).__name__}
-        for field in dataclasses.fields(value):
-            if field.compare:  # not what it remembers for itself
-                found |= described(f"{name}.{field.name}", getattr(value, field.name))
-        return found
+        fields = [field for field in dataclasses.fields(value) if field.compare]  # not what it remembers for itself
+        return {f".{field.name}": getattr(value, field.name) for field in fields}
+    if isinstance(value, torch.nn.Module):
+        return {f".{part}": inside for part, inside in _module(value).items()}
+    if isinstance(value, (Mapping, list, tuple)) and len(value) > _LONG:
+        return {}
     if isinstance(value, Mapping):
-        return {key: text for part in value for key, text in described(f"{name}[{part!r}]", value[part]).items()}
+        return {f"[{part!r}]": inside for part, inside in value.items() if not isinstance(part, Tensor)}
     if isinstance(value, (list, tuple)):
-        found = {name: f"{type(value).__name__} of {len(value)}"}
-        for place, part in enumerate(value):
-            found |= described(f"{name}[{place}]", part)
-        return found
-    return {name: _text(value)}
+        return {f"[{place}]": part for place, part in enumerate(value)}
+    if isinstance(value, functools.partial):
+        return {".func": value.func, ".args": value.args, ".keywords": value.keywords}
+    if isinstance(value, types.MethodType):
+        return {".__self__": value.__self__}
+    if isinstance(value, types.FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        return {f".{part}": inside for part, cell in cells for inside in _content(cell)}
+    if isinstance(value, (type, Tensor)):
+        return {}
+    called = callable(value)
+    return {
+        f".{part}": inside
+        for part, inside in getattr(value, "__dict__", {}).items()
+        if isinstance(inside, torch.nn.Module) or dataclasses.is_dataclass(inside) or (called and part[0] != "_")
+    }
+
+
+def _module(module: torch.nn.Module) -> dict[str, Any]:
+    layers = {part: f"{type(each).__name__}({each.extra_repr()})" for part, each in module.named_modules() if part}
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return {"training": module.training} | layers | {part: leaf for part, leaf in tensors if not leaf.requires_grad}
+
+
+def _content(cell: Any) -> list[Any]:
+    try:
+        return [cell.cell_contents]
+    except ValueError:  # not assigned yet
+        return []
 
 
 def _text(value: Any) -> str:
@@ -83,12 +122,23 @@ def _text(value: Any) -> str:
     if isinstance(value, (set, frozenset)):
         return repr(sorted(map(_text, value)))
     if isinstance(value, Tensor):
-        return repr(value.tolist()) if value.numel() == 1 else f"a tensor {digest(value)}"
+        return _tensor(value)
     if isinstance(value, functools.partial):
         return f"partial of {_text(value.func)}"
+    if isinstance(value, (Mapping, list, tuple)):
+        long = len(value) > _LONG and not isinstance(value, Mapping)
+        return f"{type(value).__name__} of {len(value)}" + (f", {digest(value)}" if long else "")
     if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)):
         return f"{value.__module__}.{value.__qualname__}"
     return type(value).__name__
+
+
+def _tensor(value: Tensor) -> str:
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.is_meta or value.is_sparse or value.is_quantized:
+        return type(value).__name__
+    if value.requires_grad and value.numel() > 1:
+        return f"a tensor of {tuple(value.shape)} that requires grad"
+    return repr(value.tolist()) if value.numel() == 1 else f"a tensor {digest(value)}"
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

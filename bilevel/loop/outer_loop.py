@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -15,7 +16,10 @@ from bilevel.engine.base import Engine
 from bilevel.estimators.base import Estimator
 from bilevel.inner.base import InnerSolver
 from bilevel.loop import checks, files, snapshot
+from bilevel.loop.early_stopping import EarlyStopping
+from bilevel.loop.mixed_precision import MixedPrecision
 from bilevel.loop.moving import finished_first
+from bilevel.loop.precision_check import PrecisionCheck
 from bilevel.loop.randomness import Randomness, owned_by
 from bilevel.loop.reader import Reader
 from bilevel.loop.step import Step
@@ -44,9 +48,15 @@ class OuterLoop:
         accumulate: batches of a step: it is made with the mean of their hypergradients. Each begins with the y and the
             estimator's state that the one before left. What a pass leaves over makes a step with fewer.
         clip: what the norm of the hypergradient is clipped to, over all outer tensors; or a function that is called
-            with the list of outer tensors once their `.grad` is set, and changes it.
+            with the list of outer tensors once their `.grad` is set, and changes it. Of a mean it is the mean that is
+            clipped; the step's hypergradient is the one before.
+        precision: runs the losses in reduced precision. Of float16 a hypergradient that overflows is skipped, with its
+            batches; the step says so.
+        check: computes hypergradients once more in full precision now and then, and warns where they differ.
+        stop: ends the loop when the outer loss gets no better. It and `precision` are saved and loaded along.
         generators: those that losses or the loader draw from besides the global ones: `torch.Generator`,
-            `random.Random`, numpy's. Those that a DataLoader, its sampler or its data set have as attributes are found.
+            `random.Random`, numpy's. Those that the loader, and DataLoaders, samplers and data sets that it has as
+            attributes, have as attributes are found.
         also: objects with `state_dict` and `load_state_dict` to save and load along, by name.
 
     Attributes:
@@ -100,17 +110,24 @@ class OuterLoop:
         scheduler: LRScheduler | Sequence[LRScheduler] = (),
         accumulate: int = 1,
         clip: float | Callable[[list[Tensor]], Any] | None = None,
+        precision: MixedPrecision | None = None,
+        check: PrecisionCheck | None = None,
+        stop: EarlyStopping | None = None,
         generators: Sequence[Any] = (),
         also: Mapping[str, Any] | None = None,
     ) -> None:
         checks.check_optimizer("OuterLoop", outer, optimizer)
         checks.check_options("OuterLoop", loader, epochs, accumulate, clip, also)
+        checks.check_objects("OuterLoop", precision, check, stop)
         schedulers = checks.schedulers("OuterLoop", scheduler, optimizer)
         parts = (problem, outer, solver, estimator, optimizer, carry, frozenset(tolerate), engine)
-        stepping = Stepping("OuterLoop", *parts, schedulers, accumulate, clip, frames=5)
         random = Randomness([*generators, *owned_by(loader)])
+        stepping = Stepping("OuterLoop", *parts, schedulers, accumulate, clip, frames=5)
+        stepping.stop, stepping.precision, stepping.check, stepping.random = stop, precision, check, random
         reader, made_with = Reader(loader, epochs, random), snapshot.settings(stepping, loader)
-        self._parts = snapshot.Parts(stepping, reader, random, dict(also or {}), made_with)
+        own = {"(precision)": precision, "(stop)": stop}
+        saved = {**(also or {}), **{name: value for name, value in own.items() if value is not None}}
+        self._parts = snapshot.Parts(stepping, reader, random, saved, made_with)
         self._carried = Carried(inner, state)
         self._index = 0
         self._torn = ""
@@ -142,6 +159,16 @@ class OuterLoop:
         """How many passes over the loader were finished."""
         return self._parts.reader.epoch
 
+    @property
+    def total(self) -> int | None:
+        """How many steps there are in all, from the first on; None where the loader has no length or the passes no
+        end. Early stopping and `skip` make fewer.
+        """
+        reader = self._parts.reader
+        if reader.epochs is None or not hasattr(reader.loader, "__len__"):
+            return None
+        return reader.epochs * -(-len(reader.loader) // self._parts.stepping.accumulate)
+
     def __iter__(self) -> Self:
         return self
 
@@ -158,22 +185,26 @@ class OuterLoop:
 
     def _step(self) -> Step:
         parts = self._parts
-        while not parts.reader.over:
+        begun, lr = time.perf_counter(), parts.stepping.rates()
+        while not parts.reader.over and not parts.stepping.stopped:
             with self._undone():
-                found, carried = parts.stepping.group(parts.reader.take, self._carried, self._index)
-                if found is not None:
-                    parts.stepping.show(found)
+                made = parts.stepping.group(parts.reader.take, self._carried, self._index)
+                if made is not None and not made.skipped:
+                    parts.stepping.show(made.hypergradient)
                 with finished_first():
-                    if found is not None:
+                    if made is not None:
                         self._torn = f"outer step {self._index} was cut off while x was being moved"
-                        parts.stepping.move(found)
-                        self._carried, self._index, self._torn = carried, self._index + 1, ""
+                        parts.stepping.move(made)
+                        self._carried, self._index, self._torn = made.left, self._index + 1, ""
                         parts.reader.settle()
                     else:
                         parts.reader.turn()
                     self._done += 1
-            if found is not None:
-                return Step(self._index - 1, found)
+            if made is not None:
+                seconds = time.perf_counter() - begun
+                return Step(self._index - 1, made.hypergradient, lr, seconds, made.precision, made.skipped)
+        if not parts.reader.over:
+            parts.stepping.leave()
         raise StopIteration
 
     @contextlib.contextmanager
@@ -230,7 +261,8 @@ class OuterLoop:
             RuntimeError: a step is being made.
 
         Warns:
-            UserWarning: settings differ, so that the run will not go on as it would have.
+            UserWarning: settings differ, so that the run will not go on as it would have. Of functions, their names and
+                what they close over are compared: numbers, fixed tensors, layers; not what they do, nor globals.
         """
         self._parts.check(state, self._carried.inner)
         with self._alone("load a state", torn=True):
@@ -255,6 +287,7 @@ class OuterLoop:
 
         Raises:
             ValueError: keep is smaller than 1, or the folder has the name of a file.
+            OSError: it could not be written, as on a full disk; the files of before stay, and the loop can go on.
             RuntimeError, TypeError: as `state_dict`.
         """
         checks.check_saving(folder, keep)
@@ -275,8 +308,8 @@ class OuterLoop:
 
         Raises:
             FileNotFoundError: there is none.
-            bilevel.loop.DamagedFileError: it is empty, cut short, altered, or was written by something else; the
-                message names the newest whole one before it.
+            bilevel.loop.DamagedFileError: it is empty, cut short, altered, cannot be read, or was written by something
+                else; the message names the newest whole one before it.
             TypeError, ValueError, RuntimeError: as `load_state_dict`.
         """
         chosen = files.chosen(pathlib.Path(path), older=older, missing_ok=missing_ok)

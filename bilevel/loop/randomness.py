@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+_LOADING = (DataLoader, Sampler, Dataset)
 _THROUGH = ("loader", "sampler", "batch_sampler", "dataset")
 """Where a loader's own generators are looked for, beside the loader itself."""
 
@@ -100,18 +102,30 @@ class Randomness:
 
 
 def owned_by(loader: Any) -> list[Any]:
-    """The generators that a loader, its samplers and its data set have as attributes, each once."""
+    """The generators that a loader, the loaders in it, their samplers and data sets have as attributes, each once."""
+    found = [each for part in parts_of(loader) for each in _attributes(part).values() if _kind(each) is not None]
+    return list({id(each): each for each in found}.values())
+
+
+def parts_of(loader: Any) -> list[Any]:
+    """A loader, and the loaders, samplers and data sets that it has as attributes, and so on; each once."""
     found: dict[int, Any] = {}
-    queue, seen = [loader], set[int]()
+    queue = [loader]
     while queue:
         value = queue.pop(0)
-        if id(value) in seen:
+        if id(value) in found:
             continue
-        seen.add(id(value))
-        attributes = getattr(value, "__dict__", {})
-        found |= {id(each): each for each in attributes.values() if _kind(each) is not None}
-        queue += [each for name in _THROUGH if (each := attributes.get(name)) is not None]
+        found[id(value)] = value
+        for name, part in _attributes(value).items():
+            each = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else (part,)
+            queue += [one for one in each if isinstance(one, _LOADING)]
+            if name in _THROUGH and part is not None:
+                queue.append(part)
     return list(found.values())
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    return getattr(value, "__dict__", {})
 
 
 def _kind(generator: Any) -> str | None:

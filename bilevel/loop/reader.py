@@ -10,9 +10,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from bilevel.loop.identity import digest
 from bilevel.loop.moving import finished_first
-from bilevel.loop.randomness import Drawn, Randomness
+from bilevel.loop.randomness import Drawn, Randomness, parts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +98,14 @@ class Reader:
             raise StopIteration
         if self._broken:
             self._reopen()
-        if self._iterator is None:
-            self._open()
-            self._now = None
-        assert self._iterator is not None, "it was opened"
-        before, kept = self._now or self.random.peek(), len(self._taken)
-        self._now = None
+        kept = len(self._taken)
         try:
+            if self._iterator is None:
+                self._open()
+                self._now = None
+            assert self._iterator is not None, "it was opened"
+            before = self._now or self.random.peek()
+            self._now = None
             batches = next(self._iterator)
             read = _Read(batches, before, self.random.peek())
             with finished_first():
@@ -156,8 +159,10 @@ class Reader:
             )
         self._iterator, now = None, self.random.peek()
         if self._began is not None:
-            iterator = self._reached(_Place(self.count, self._state, self._began, self._last()))
+            place = _Place(self.count, self._state, self._began, self._last())
+            iterator = self._reached(place, self.epoch, begun=bool(self.count or self._taken))
             for read in self._taken:
+                assert iterator is not None, "batches of this pass are taken"
                 self._skip(iterator, _Place(1, last=_Last(read.before, digest(read.batches))))
             self._iterator = iterator
             self.random.set(now)
@@ -192,7 +197,7 @@ class Reader:
         over = self.epochs is not None and saved["epoch"] >= self.epochs
         further = self._once and self._read > 0 and not over
         try:
-            iterator = self._further(place) if further else self._reached(place) if place.began is not None else None
+            iterator = self._further(place) if further else self._reached(place, saved["epoch"], begun=place.count > 0)
         except BaseException:
             self._broken = True  # whatever was read of it
             raise
@@ -205,8 +210,8 @@ class Reader:
             self._used = _Last(self._used.before, digest(self._used.batches))
         return self._used
 
-    def _reached(self, place: _Place) -> Iterator[Any]:
-        """A new iterator, at that place of its pass."""
+    def _reached(self, place: _Place, epoch: int, *, begun: bool) -> Iterator[Any] | None:
+        """A new iterator, at that place of its pass; None where no batch was used: to open it draws numbers again."""
         if place.state is not None:
             if _state_of(self.loader) is None:
                 raise ValueError(
@@ -214,7 +219,10 @@ class Reader:
                     f"{type(self.loader).__name__}, which does not; the loader of that time was needed"
                 )
             self.loader.load_state_dict(copy.deepcopy(place.state))
-            return iter(self.loader)
+            return iter(self.loader) if begun else None
+        _with_workers(self.loader, epoch)
+        if not begun:
+            return None
         if place.began is not None:
             self.random.set(place.began)
         iterator = iter(self.loader)
@@ -253,6 +261,16 @@ class Reader:
                 f"differ, or it draws from a generator that the loop does not know: hand that over "
                 f"(OuterLoop(generators=[...])), seed it, or give the loader state_dict and load_state_dict"
             )
+
+
+def _with_workers(loader: Any, epoch: int) -> None:
+    """DataLoaders that keep their workers draw a number when they start them, in their first pass and no other."""
+    for part in parts_of(loader):
+        if isinstance(part, DataLoader) and part.persistent_workers:
+            if epoch == 0:
+                part._iterator = None
+            elif part._iterator is None:
+                iter(part)
 
 
 def _state_of(loader: Any) -> Any:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from bilevel.loop import plain
 from bilevel.loop.identity import described, differences
-from bilevel.loop.randomness import Drawn, Randomness
+from bilevel.loop.randomness import Drawn, Randomness, parts_of
 from bilevel.loop.reader import Reader
 from bilevel.loop.stepping import Carried, Stepping
 from bilevel.space import tree
@@ -152,11 +152,15 @@ class Parts:
 def settings(stepping: Stepping, loader: Any) -> dict[str, str]:
     """What a loop was made with, by name."""
     device = tree.tensors(stepping.outer)[0].device.type
-    found = {"loader": _name(loader), "optimizer": _name(stepping.optimizer), "device": device}
+    found = {"loader": _name(loader), "optimizer": _wrapped(stepping.optimizer), "device": device}
+    for part in parts_of(loader):
+        if isinstance(dtype := getattr(part, "dtype", None), torch.dtype):
+            found["loader.dtype"] = repr(dtype)
     for name in ("problem", "solver", "estimator", "engine", "carry", "tolerate", "accumulate", "clip"):
         found |= described(name, getattr(stepping, name))
     for name, value in stepping.optimizer.defaults.items():
         found |= described(f"optimizer.{name}", value)
+    found |= _of_groups(stepping.optimizer) | _of_projections(stepping.optimizer)
     for place, scheduler in enumerate(stepping.schedulers):
         where = f"scheduler[{place}]"
         found |= described(f"{where}.state_dict()", scheduler.state_dict()) | {where: _name(scheduler)}
@@ -177,6 +181,34 @@ def held(optimizer: Optimizer, outer: Tree) -> tuple[list[list[str]], list[Tenso
 
 def _name(value: Any) -> str:
     return type(value).__name__
+
+
+def _wrapped(optimizer: Optimizer) -> str:
+    """Its name, and that of the one that it holds."""
+    inside = getattr(optimizer, "optimizer", None)
+    return _name(optimizer) + (f" of {_wrapped(inside)}" if isinstance(inside, Optimizer) else "")
+
+
+def _of_groups(optimizer: Optimizer) -> dict[str, str]:
+    """The settings of several groups."""
+    if len(optimizer.param_groups) == 1:
+        return {}
+    return {
+        key: text
+        for place, group in enumerate(optimizer.param_groups)
+        for name in optimizer.defaults
+        for key, text in described(f"optimizer.param_groups[{place}][{name!r}]", group.get(name)).items()
+    }
+
+
+def _of_projections(optimizer: Optimizer) -> dict[str, str]:
+    """The sets on which an optimizer puts its tensors back, in their order."""
+    found = getattr(optimizer, "projections", None)
+    return (
+        {}
+        if found is None
+        else described("optimizer.projections", [*found.values()] if isinstance(found, Mapping) else found)
+    )
 
 
 def _kinds(found: Mapping[str, str], start: str) -> list[str]:

@@ -1,6 +1,8 @@
 """How one outer step is made: the hypergradient of its batches, and x moved by it."""
 
 import dataclasses
+import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +19,14 @@ from bilevel.engine.split import split_over
 from bilevel.engine.together import ended, guarded
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.company import ALONE
-from bilevel.hypergradient import hypergradient, set_grad
+from bilevel.hypergradient import set_grad
 from bilevel.inner.base import InnerSolver
+from bilevel.loop.accumulation import mean
+from bilevel.loop.computing import Computing, status_seen, usable
+from bilevel.loop.early_stopping import EarlyStopping
+from bilevel.loop.mixed_precision import MixedPrecision
+from bilevel.loop.precision_check import Precision, PrecisionCheck
+from bilevel.loop.randomness import Randomness
 from bilevel.outcome import BilevelError, Hypergradient, Status, readable
 from bilevel.problem import Problem
 from bilevel.space import tree
@@ -31,6 +39,18 @@ class Carried:
 
     inner: Tree | None
     state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A hypergradient to move x along, what it leaves, how much of it reduced precision has kept where that was looked
+    at, and whether x is left where it is instead, since float16 overflowed.
+    """
+
+    hypergradient: Hypergradient
+    left: Carried
+    precision: Precision | None = None
+    skipped: bool = False
 
 
 @dataclasses.dataclass
@@ -55,27 +75,43 @@ class Stepping:
     clip: float | Callable[[list[Tensor]], Any] | None = None
     frames: int = 5
     warned: bool = False
+    stop: EarlyStopping | None = None
+    precision: MixedPrecision | None = None
+    check: PrecisionCheck | None = None
+    left: bool = False
+    random: Randomness = dataclasses.field(default_factory=Randomness)
 
-    def group(self, take: Callable[[], Any], carried: Carried, index: int) -> tuple[Hypergradient | None, Carried]:
+    @functools.cached_property
+    def computing(self) -> Computing:
+        """How hypergradients are made."""
+        return Computing(
+            self.problem, self.solver, self.estimator, self.engine, self.precision, self.check, self.random
+        )
+
+    def group(self, take: Callable[[], Any], carried: Carried, index: int) -> Made | None:
         """The mean hypergradient of the next batches, fewer at the end, and what is left; None after the last batch."""
-        found, company = list[Hypergradient](), getattr(self.estimator, "company", ALONE)
-        ranks = split_over(self.problem)
+        found, left, precision = list[Hypergradient](), carried, None
+        company, ranks = getattr(self.estimator, "company", ALONE), split_over(self.problem)
         while len(found) < self.accumulate:
             with company.guarded(), guarded(ranks, self.outer):
                 batches = self._taken(take)
             if batches is None:
                 break
-            one = self._one(batches, carried, index)
-            inner = carried.inner
+            one, looked = self._one(batches, left, index, look=not found)
+            precision = precision or looked
+            if self.computing.overflowed(one):
+                # torch.amp.GradScaler leaves such a step out, too: nothing has moved but the place in the data.
+                return Made(one, carried, precision, skipped=True)
+            inner = left.inner
             if self.carry and self.problem.init is None:
                 inner = tree.detach(one.inner if one.next_inner is None else one.next_inner)
-            carried = Carried(inner, one.state)
+            left = Carried(inner, one.state)
             found.append(one)
         if not found:
             with company.guarded():
                 ended(ranks, self.outer)
             company.ended()
-        return (_mean(found) if found else None), carried
+        return Made(mean(found), left, precision) if found else None
 
     def _taken(self, take: Callable[[], Any]) -> Batches | None:
         """The next batch; None after the last."""
@@ -90,25 +126,17 @@ class Stepping:
             )
         return batches
 
-    def _one(self, batches: Batches, carried: Carried, index: int) -> Hypergradient:
-        found = hypergradient(
-            self.problem,
-            self.outer,
-            carried.inner,
-            batches,
-            solver=self.solver,
-            estimator=self.estimator,
-            state=carried.state,
-            engine=self.engine,
+    def _one(
+        self, batches: Batches, carried: Carried, index: int, look: bool
+    ) -> tuple[Hypergradient, Precision | None]:
+        found, precision = self.computing.hypergradient(
+            index if look else None, self.outer, carried.inner, batches, carried.state
         )
         with spans.span(spans.OUTER):
-            # Without data nothing can be seen to fail: a forecast takes the step that a sound hypergradient would.
-            status = found.status if not isinstance(found.code, Tensor) or readable(found.code) else Status.OK
-            if status.failed and (
-                status not in self.tolerate
-                or status in (Status.NONFINITE, Status.DIVERGED)
-                or not bool(tree.finite(found.grad))
-            ):
+            status = status_seen(found)
+            if self.computing.overflowed(found):
+                return found, precision
+            if status.failed and (status not in self.tolerate or not usable(found)):
                 raise BilevelError(
                     f"outer step {index}: {status.name}: {status.value} The outer variable was not moved by this step.",
                     status,
@@ -116,7 +144,25 @@ class Stepping:
             if status.failed or (status is Status.INNER_UNSTABLE and not self.warned):
                 warnings.warn(f"{self.who}() stepped through {status.name}: {status.value}", stacklevel=self.frames)
                 self.warned = True
-        return found
+        if precision is not None and self.computing.check is not None:
+            self.computing.check.warn(index, precision, self.frames)
+        return found, precision
+
+    @property
+    def stopped(self) -> bool:
+        """Whether early stopping has said so."""
+        return self.stop is not None and self.stop.stopped
+
+    def leave(self) -> None:
+        """Early stopping ends the loop: others that make the estimates with this process are told, once."""
+        if not self.left:
+            self.left = True
+            getattr(self.estimator, "company", ALONE).ended()
+
+    def rates(self) -> tuple[float, ...]:
+        """The lr of each parameter group of the optimizer; NaN where it has none, or one without data."""
+        rates = [group.get("lr", math.nan) for group in self.optimizer.param_groups]
+        return tuple(math.nan if isinstance(lr, Tensor) and not readable(lr) else float(lr) for lr in rates)
 
     def show(self, found: Hypergradient) -> None:
         """Put the hypergradient where the optimizer looks for it, clipped."""
@@ -130,25 +176,19 @@ class Stepping:
             else:
                 torch.nn.utils.clip_grad_norm_(xs, self.clip)
 
-    def move(self, found: Hypergradient) -> None:
-        """Move x, and the learning rates on."""
+    def move(self, made: Made) -> None:
+        """Move x, and the learning rates on; nothing of these where the step is skipped."""
+        found, precision = made.hypergradient, self.computing.precision
         with spans.span(spans.OUTER):
+            if precision is not None:
+                precision.update(not made.skipped, tree.tensors(self.outer)[0].device)
+            if made.skipped:
+                return
+            if self.stop is not None:
+                self.stop.see(found.outer_loss)  # before x is moved: it is the loss of this x
             self.optimizer.step()
             for scheduler in self.schedulers:
                 if isinstance(scheduler, ReduceLROnPlateau):
-                    scheduler.step(found.outer_loss)
+                    scheduler.step(float(found.outer_loss))
                 else:
                     scheduler.step()
-
-
-def _mean(found: list[Hypergradient]) -> Hypergradient:
-    """The last one, with the means over all of them: of the gradient and of both losses."""
-    if len(found) == 1:
-        return found[0]
-    count = len(found)
-    return dataclasses.replace(
-        found[-1],
-        grad=tree.tree_map(lambda *leaves: sum(leaves[1:], leaves[0]) / count, *(one.grad for one in found)),
-        outer_loss=torch.stack([one.outer_loss for one in found]).mean(),
-        inner_loss=torch.stack([one.inner_loss for one in found]).mean(),
-    )

@@ -62,7 +62,7 @@ class Ranks:
 
     @property
     def pretended(self) -> bool:
-        """Whether nothing is sent, as in a forecast: torch's "fake" group, where this process stands for one of many."""
+        """Whether nothing is sent, as in a forecast, where one process stands for all: torch's "fake" group."""
         return dist.is_available() and dist.is_initialized() and dist.get_backend(self.group) == "fake"
 
     @property

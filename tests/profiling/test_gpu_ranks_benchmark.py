@@ -1,6 +1,6 @@
 """The ranks section of the GPU benchmark, rehearsed on a CPU; and, where there are GPUs, a run with NCCL."""
 
-import importlib.util
+import importlib
 import pathlib
 import sys
 
@@ -14,22 +14,18 @@ FOLDER = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
 def section(monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setenv("PYTHONPATH", str(FOLDER))
-    spec = importlib.util.spec_from_file_location("gpu_ranks", FOLDER / "gpu_ranks.py")
-    made = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_ranks", made)
-    spec.loader.exec_module(made)
-    return made
+    monkeypatch.delitem(sys.modules, "gpu_ranks", raising=False)
+    return importlib.import_module("gpu_ranks")
 
 
-def test_it_is_rehearsed_on_a_cpu(section, tmp_path, capsys):
+def test_it_is_rehearsed_on_a_cpu(section, capsys):
     assert section.main(["--smoke", "--models", "perceptron", "--estimators", "unrolled"]) == 0
     shown = capsys.readouterr().out
     rows = [line for line in shown.partition("\n\n")[2].splitlines() if line.startswith("| perceptron")]
-    assert [row.split(" | ")[2] for row in rows] == ["1", "2"]
+    assert [row.split(" | ")[2] for row in rows] == ["2"]
     for row in rows:
         memory, sent, status = row.removesuffix(" |").split(" | ")[-3:]
-        assert status == "OK"
+        assert status.strip() == "OK", shown
         for figure in (memory, sent):
             real, _, wanted = figure.partition(" (")
             assert wanted == f"{real})"  # the forecast's
@@ -43,6 +39,7 @@ def test_it_says_what_it_needs(section, capsys):
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_ranks_on_gpus(section):
     count = torch.cuda.device_count()
     real, wanted = section.cell("perceptron", "unrolled", "cuda", count)
