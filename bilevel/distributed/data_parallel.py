@@ -23,9 +23,9 @@ def data_parallel(
     hypergradient adds two of a few numbers, which see that x, y, the state, the solver and the estimator are the same
     on every rank, and the answer too. Each loss waits for the device once, to learn whether a rank failed.
 
-    - A rank whose loss raises: all raise `RankError`, which names it; so they do where its data end or fail in `iterate`
-      or `OuterLoop`. A rank that dies, or raises in a backward or in a start, is told by torch: the group's connection
-      breaks or its time-out ends; torchrun ends all.
+    - A rank whose loss raises: all raise `RankError`, which names it; so they do where its data end or fail in
+      `iterate` or `OuterLoop`. A rank that dies, or raises in a backward or in a start, is told by torch: the group's
+      connection breaks or its time-out ends; torchrun ends all.
     - Random numbers: what an estimator draws is the same on every rank, whatever the ranks' seeds. What a loss draws
       (dropout) is each rank's own, so N ranks equal one in distribution.
     - Problem.init must do without the batch; one that looks at it is refused.

@@ -90,7 +90,7 @@ NO_MEANS = {
 
 def hypergradient(ranks, loss, rows=COUNT, *, count=None, check=True, x=None, **more):
     batch = {name: leaf[:rows] for name, leaf in BATCH.items()}
-    problem = bl.Problem(loss, loss if more else lambda y, x, b: each(y, b).mean(), **more)
+    problem = bl.Problem(loss, loss if more or count else lambda y, x, b: each(y, b).mean(), **more)
     batches = bl.Batches(batch, batch)
     if ranks is not None:
         problem = bl.distributed.data_parallel(problem, ranks, count, check=check)
