@@ -130,7 +130,7 @@ def accepted(ranks):
     return [
         hypergradient(ranks, quadratic, features=gram, x=draws(COUNT, seed=3)).grad,
         hypergradient(ranks, masked, count=weighed).grad,
-        hypergradient(ranks, dropped).status.name,
+        hypergradient(ranks, dropped).grad.shape,  # (not refused for another mask at each call)
     ]
 
 
@@ -139,7 +139,7 @@ def test_means_of_other_kinds_are_accepted(ranks):
     for found in ranks.run(4, accepted):
         for one, other in zip(found[:2], expected[:2], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
-        assert found[2] == "OK"
+        assert found[2] == (COUNT,)
 
 
 SETTINGS = {
