@@ -23,8 +23,9 @@ def data_parallel(
     hypergradient adds two of a few numbers, which see that x, y, the state, the solver and the estimator are the same
     on every rank, and the answer too. Each loss waits for the device once, to learn whether a rank failed.
 
-    - A rank whose loss raises: all raise `RankError`, which names it. A rank that dies, or raises in a backward or in a
-      loader, is told by torch: the group's connection breaks or its time-out ends; torchrun ends all.
+    - A rank whose loss raises: all raise `RankError`, which names it; so they do where its data end or fail in
+      `iterate` or `OuterLoop`. A rank that dies, or raises in a backward or in a start, is told by torch: the group's
+      connection breaks or its time-out ends; torchrun ends all.
     - Random numbers: what an estimator draws is the same on every rank, whatever the ranks' seeds. What a loss draws
       (dropout) is each rank's own, so N ranks equal one in distribution.
     - Problem.init must do without the batch; one that looks at it is refused.
@@ -36,10 +37,14 @@ def data_parallel(
         problem: with losses that are means.
         ranks: the processes.
         count: how many examples a rank's batch holds; under `TaskMean` it is given one task's batch. None: the leading
-            dimension of the batch's tensors, which must agree.
-        check: hold each loss, at its first batch, against its values on two halves of it: where it is no mean (a sum,
-            batch normalization, weights by place and not by index), that is an error. It cannot look at random losses
-            and at batches of other kinds than tensors with one leading dimension.
+            dimension of the batch's tensors, which must agree. Of a mean over tokens or over a mask it is how many of
+            them there are: `lambda batch: int(batch["mask"].sum())`. It is taken at its word.
+        check: hold each loss, at its first batch, against its values on parts: two halves of a rank's rows, and rows of
+            two ranks, beside the given x and y (there too much looks like a mean where y is 0). Where it is no mean (a
+            sum, a mean by class weights or by a mask, batch normalization, weights by place and not by index), that is
+            an error; in half precision from a difference of 5 % on, where the loss cannot be had in float32. It costs
+            some calls of each loss once, and a gather of 4 rows a rank. It cannot look at random losses, at later
+            batches, and at batches of other kinds than tensors with one leading dimension.
 
     Returns:
         The problem for `hypergradient`, `iterate` and `adapt`. Make it once: it remembers what was learned about it.

@@ -20,8 +20,8 @@ from bilevel.space.tree import Tree
 NEEDS_GRAPH = "does not require grad"
 """What torch says when a function takes a gradient inside, of an argument that was passed without a graph."""
 
-_LOOSE = 1e3
-"""Roundings by which the mean of two parts may differ from the whole."""
+_TIGHT, _LOOSE = 1e2, 1e3
+"""Roundings by which the mean of two parts may differ from the whole, where wider numbers can be asked or not."""
 _LOOSEST = 0.05
 _NARROW = (torch.bfloat16, torch.float16)
 _SAMPLE = 4
@@ -79,12 +79,13 @@ class Mean:
         eps = max(torch.finfo(dtype).eps for dtype in (*floats, self.dtype))
         narrow = any(dtype in _NARROW for dtype in (*floats, self.dtype))
         near, wider = (moved(y), moved(x)), torch.float32 if narrow else None
+        single = min(eps, torch.finfo(torch.float32).eps)
         for point in (near, (y, x)):
-            found = self._tried(point, wider, min(eps, torch.finfo(torch.float32).eps)) if narrow else None
-            found = self._tried(point, None, eps) if found is None else found
+            found = self._tried(point, wider, single, _TIGHT) if narrow else None
+            found = self._tried(point, None, eps, _LOOSE if narrow else _TIGHT) if found is None else found
             if found is not None and not found.agree:
                 # (Wider numbers say whether it was rounding.)
-                again = self._tried(point, torch.float64, min(eps, torch.finfo(torch.float32).eps))
+                again = self._tried(point, torch.float64, single, _TIGHT) or self._tried(point, None, eps, _LOOSE)
                 found = again if again is not None and again.agree else found
             if found is not None:
                 return found
@@ -99,11 +100,12 @@ class Mean:
                 raise no_part(self.name, error) from error
         return None
 
-    def _tried(self, point: tuple[Tree, Tree], dtype: torch.dtype | None, eps: float) -> Verdict | None:
+    def _tried(self, point: tuple[Tree, Tree], dtype: torch.dtype | None, eps: float, loose: float) -> Verdict | None:
         try:
             y, x, whole, parts = _cast((*point, self.trial.whole, self.trial.parts), dtype)
             value = self._value(y, x, whole)
             own = [self._value(y, x, part) for part in parts]
+            torch.stack([value, *own])
         except Exception:  # (Not everything can be called everywhere and in every dtype.)
             return None
         with torch.no_grad():
@@ -112,7 +114,7 @@ class Mean:
             if not bool(value.isfinite().all()):
                 return None
             # (Infinite, or not a number, where the whole is finite: no mean.)
-            off = ((mean - value).abs() - min(_LOOSE * eps, _LOOSEST) * size).nan_to_num(nan=torch.inf).reshape(-1)
+            off = ((mean - value).abs() - min(loose * eps, _LOOSEST) * size).nan_to_num(nan=torch.inf).reshape(-1)
         at = int(off.argmax())
         return Verdict(not bool(off[at] > 0), float(value.reshape(-1)[at]), float(mean.reshape(-1)[at]))
 
@@ -233,6 +235,23 @@ def joined(batch: Any, others: list[Tensor]) -> Trial | None:
 def roundings(dtype: torch.dtype) -> float:
     """How far a number that was summed in another order may be off, relative."""
     return min(_LOOSE * torch.finfo(dtype).eps, _LOOSEST)
+
+
+def examples(batch: Any, who: str) -> int:
+    """The leading dimension of a batch's tensors, those without dimensions left out.
+
+    Raises:
+        ValueError: there is none, or they differ.
+    """
+    sizes = sorted({leaf.shape[0] for leaf in tree.tensors(batch) if leaf.dim()})
+    if len(sizes) != 1:
+        found = f"tensors with leading dimensions {sizes}" if sizes else "no tensor with a dimension"
+        raise ValueError(
+            f"{who} was given a batch with {found}, which does not say how many examples this rank has. Write "
+            f"data_parallel(problem, ranks, count=lambda batch: len(batch['labels'])); count=lambda batch: 1 where "
+            f"every rank's batch weighs the same"
+        )
+    return sizes[0]
 
 
 def row_count(batch: Any) -> int | None:

@@ -24,6 +24,7 @@ from bilevel.engine.means import (
     Verdict,
     across,
     agreed,
+    examples,
     halves,
     moved,
     no_part,
@@ -386,20 +387,3 @@ def over(problem: Problem, ranks: Ranks, count: Callable[[Any], int] | None, *, 
     if features is not None:
         features = SplitFeatures(Rows(features, "features", ranks, count, check), (inner.rows, outer.rows))
     return dataclasses.replace(problem, inner_loss=whole, outer_loss=outer, init=init, features=features)
-
-
-def examples(batch: Any, who: str) -> int:
-    """The leading dimension of a batch's tensors, those without dimensions left out.
-
-    Raises:
-        ValueError: there is none, or they differ.
-    """
-    sizes = sorted({leaf.shape[0] for leaf in tree.tensors(batch) if leaf.dim()})
-    if len(sizes) != 1:
-        found = f"tensors with leading dimensions {sizes}" if sizes else "no tensor with a dimension"
-        raise ValueError(
-            f"{who} was given a batch with {found}, which does not say how many examples this rank has. Write "
-            f"data_parallel(problem, ranks, count=lambda batch: len(batch['labels'])); count=lambda batch: 1 where "
-            f"every rank's batch weighs the same"
-        )
-    return sizes[0]

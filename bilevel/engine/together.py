@@ -21,8 +21,8 @@ from bilevel.engine.replay import Generators
 from bilevel.space import bits, tree
 from bilevel.space.ranks import RankError, Ranks, without_data
 
-_PARTS, _FAILED = 8, 1
-"""How many values are compared, and what a rank sends that cannot compare."""
+_PARTS, _FAILED, _ENDED = 8, 1, 2
+"""How many values are compared, and what a rank sends that cannot compare, or has no more data."""
 
 
 @contextlib.contextmanager
@@ -108,8 +108,27 @@ def guarded(ranks: Ranks | None, outer: Any) -> Iterator[None]:
             leaves = [leaf for leaf in tree.tensors(outer) if not without_data(leaf)]
             if leaves:
                 with contextlib.suppress(RuntimeError):
-                    ranks.largest([torch.full((1 + 2 * _PARTS,), _FAILED, device=leaves[0].device)])
+                    ranks.largest([torch.full((2 + 2 * _PARTS,), _FAILED, device=leaves[0].device)])
         raise
+
+
+def ended(ranks: Ranks | None, outer: Any) -> None:
+    """This rank's data have ended: raises on all ranks if others go on.
+
+    Raises:
+        RankError: others go on.
+    """
+    leaves = [leaf for leaf in tree.tensors(outer) if not without_data(leaf)]
+    if ranks is None or not leaves:
+        return
+    said = torch.zeros(2 + 2 * _PARTS, dtype=torch.int64, device=leaves[0].device)
+    said[0] = _ENDED
+    (found,) = ranks.largest([said])
+    if int(found[0]) == _FAILED or int(found[1]):
+        raise RankError(f"this rank's data have ended, and those of another one go on, or failed. {_AS_MANY}")
+
+
+_AS_MANY = "Give every rank as many batches, with an empty part where it has no rows left"
 
 
 def _check_apart(who: str, ranks: Ranks, estimator: Any) -> None:
@@ -131,13 +150,15 @@ def _different(ranks: Ranks, device: torch.device, values: Sequence[Any], what: 
     """
     own = torch.stack([_of(value, device) for value in values])
     own = torch.cat([own, own.new_zeros(_PARTS - len(own))])
-    (found,) = ranks.largest([torch.cat([own.new_zeros(1), own, -own])])
+    (found,) = ranks.largest([torch.cat([own.new_tensor([0, 1]), own, -own])])
     if without_data(found):
         return [None] * len(values)
     numbers = found.tolist()
     if numbers[0] == _FAILED:
         raise RankError(f"another rank failed before {what} were compared; its own output says why")
-    pairs = zip(numbers[1 : 1 + _PARTS], numbers[1 + _PARTS :], strict=True)
+    if numbers[0] == _ENDED:
+        raise RankError(f"the data of another rank have ended, and this one goes on. {_AS_MANY}")
+    pairs = zip(numbers[2 : 2 + _PARTS], numbers[2 + _PARTS :], strict=True)
     return [None if high == -low else high for high, low in pairs][: len(values)]
 
 

@@ -15,6 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from bilevel.batches import Batches
 from bilevel.engine import spans
 from bilevel.engine.base import Engine
+from bilevel.engine.split import split_over
+from bilevel.engine.together import ended, guarded
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.company import ALONE
 from bilevel.hypergradient import set_grad
@@ -89,9 +91,9 @@ class Stepping:
     def group(self, take: Callable[[], Any], carried: Carried, index: int) -> Made | None:
         """The mean hypergradient of the next batches, fewer at the end, and what is left; None after the last batch."""
         found, left, precision = list[Hypergradient](), carried, None
-        company = getattr(self.estimator, "company", ALONE)
+        company, ranks = getattr(self.estimator, "company", ALONE), split_over(self.problem)
         while len(found) < self.accumulate:
-            with company.guarded():
+            with company.guarded(), guarded(ranks, self.outer):
                 batches = self._taken(take)
             if batches is None:
                 break
@@ -106,6 +108,8 @@ class Stepping:
             left = Carried(inner, one.state)
             found.append(one)
         if not found:
+            with company.guarded():
+                ended(ranks, self.outer)
             company.ended()
         return Made(mean(found), left, precision) if found else None
 

@@ -177,8 +177,9 @@ class TaskMean(Estimator):
             before, began = _rows_of(state, instance), generators.peek()
             own = self._own(instance, state, least=0)
             drew = None if generators.same(began, generators.peek()) else began
-            words = company.words(own, instance, self._described(instance), before, drew)
-        return self._joined(instance, own, company.whole(own, words, instance), company.first)
+            described = {"estimator": self.estimator, "solver": instance.solver, "weights": self.weights}
+            words = company.words(own, instance, described, before, drew)
+        return self._joined(instance, own, company.whole(own, words, instance, described), company.first)
 
     def _own(self, instance: Instance, state: Any, *, least: int = 1) -> Tasks:
         """The tasks of these batches."""
@@ -266,10 +267,6 @@ class TaskMean(Estimator):
                 f"(hg.state), or state=None to start afresh"
             )
         return state
-
-    def _described(self, instance: Instance) -> str:
-        kinds = " in ".join(type(each).__name__ for each in (self.estimator, instance.solver, self.weights) if each)
-        return f"{kinds} ({instance.solver.max_steps} steps)"
 
 
 def _rows_of(state: Any, instance: Instance) -> Any:

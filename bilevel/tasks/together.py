@@ -9,8 +9,9 @@ import contextlib
 import dataclasses
 import hashlib
 import pickle
+import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -31,13 +32,14 @@ Value = TypeVar("Value")
 class Words:
     """What one rank says at a meeting: plain numbers and text. `rest` is a pickle, made where it can still fail alone.
 
-    `place` says at which meeting; `shared` what tasks share in their state, before and after; `drew` from which state
-    of the random generators, if from any.
+    `place` says at which meeting; `settings` is a digest of the settings of what is `described`; `shared` what tasks
+    share in their state, before and after; `drew` from which state of the random generators, if from any.
     """
 
     place: str
     error: str | None = None
     described: str = ""
+    settings: str = ""
     outer: tuple[str, tuple[int, ...]] = ("", ())
     count: int = 0
     losses: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
@@ -87,13 +89,13 @@ class Together:
         self._check_outer(everyone, outer)
         return [pickle.loads(each.rest) for each in everyone]
 
-    def words(self, own: Tasks, instance: Instance, described: str, before: Any, drew: Drawn | None) -> Words:
+    def words(self, own: Tasks, instance: Instance, described: Any, before: Any, drew: Drawn | None) -> Words:
         """What this rank will say of its tasks.
 
         Args:
             own: these.
             instance: of them.
-            described: what all ranks must do alike.
+            described: what all ranks must do alike: objects by their names.
             before: the state that they began with.
             drew: the random generators before, if the tasks drew.
         """
@@ -108,7 +110,8 @@ class Together:
             ) from error
         return Words(
             "tasks",
-            described=described,
+            described=" in ".join(type(each).__name__ for each in described.values() if each),
+            settings=_digest(repr(sorted(_settings(described).items()))),
             outer=_outer(instance.outer),
             count=own.count,
             losses=(outer_losses, inner_losses),
@@ -121,7 +124,7 @@ class Together:
             rest=rest,
         )
 
-    def whole(self, own: Tasks, words: Words, instance: Instance) -> Tasks:
+    def whole(self, own: Tasks, words: Words, instance: Instance, described: Any) -> Tasks:
         """The tasks of all ranks in the order of the ranks, the same bits on each; `inner` and `state` are its own.
 
         Raises:
@@ -129,7 +132,7 @@ class Together:
             ValueError: the ranks do not compute one thing.
         """
         everyone, xs = self._met(words), tree.tensors(instance.outer)
-        self._check(everyone, instance)
+        self._check(everyone, instance, described)
         rest = [pickle.loads(each.rest) for each in everyone]
         losses = [
             torch.tensor(
@@ -185,7 +188,7 @@ class Together:
             )
         return everyone
 
-    def _check(self, everyone: Sequence[Words], instance: Instance) -> None:
+    def _check(self, everyone: Sequence[Words], instance: Instance, described: Any) -> None:
         """Raise unless the ranks compute one thing. What is raised depends on what all have said, and so do all."""
         found = [each.described for each in everyone]
         if len(set(found)) > 1:
@@ -193,6 +196,15 @@ class Together:
                 f"the ranks of one mean over tasks do different things: "
                 f"{', '.join(f'rank {rank} {text}' for rank, text in enumerate(found))}; the same estimator, weights "
                 f"and solver were needed"
+            )
+        if len({each.settings for each in everyone}) > 1:
+            every = self.ranks.gathered(_settings(described))
+            names = list(dict.fromkeys(key for one in every for key in one))
+            first = next(name for name in names if len({one.get(name, "nothing") for one in every}) > 1)
+            raise ValueError(
+                f"the ranks of one mean over tasks do different things: "
+                f"{', '.join(f'rank {rank} has {first} {one.get(first)}' for rank, one in enumerate(every))}; the same "
+                f"estimator, weights and solver were needed"
             )
         self._check_outer(everyone, instance.outer)
         if not sum(each.count for each in everyone):
@@ -309,6 +321,29 @@ def _tensors(value: Any, device: torch.device) -> Any:
 
 def _or_zeros(leaf: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if leaf is None else leaf.to(like.dtype)
+
+
+def _settings(value: Any, name: str = "") -> dict[str, str]:
+    """What a value is made of, as text by paths. Random generators and groups are a rank's own, and are left out."""
+    if isinstance(value, (torch.Generator, Ranks)):
+        return {}
+    if isinstance(value, Tensor):
+        return {name: f"a tensor {value.dtype} {tuple(value.shape)} {_digest(repr(fingerprints(value)))}"}
+    parts: dict[Any, Any]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # (Not what it remembers for itself.)
+        parts = {f".{each.name}": getattr(value, each.name) for each in dataclasses.fields(value) if each.compare}
+    elif isinstance(value, Mapping):
+        parts = {f".{key}" if name else str(key): part for key, part in value.items()}
+    elif isinstance(value, (list, tuple)):
+        parts = {f"[{place}]": part for place, part in enumerate(value)}
+    else:
+        # (Where an object lies, and on which of several devices, is a rank's own.)
+        return {name: re.sub(r" at 0x[0-9a-f]+|(?<=cuda):\d+", "", repr(value))}
+    found = {name: type(value).__name__}
+    for key, part in parts.items():
+        found |= _settings(part, name + key)
+    return found
 
 
 def _outer(outer: Tree) -> tuple[str, tuple[int, ...]]:

@@ -116,8 +116,8 @@ def test_ranks_that_do_not_compute_one_thing_are_refused_on_all(ranks: Any) -> N
         "outer ['start'] is not the same on all ranks",
         "different tensors: rank 0 ['start'] (2,) torch.float64; ['shift'] (2,) torch.float64; ['another'] (3,)",
         "torch.float32",
-        "Forward in Descent (2 steps)",
-        "3 steps",
+        "Forward in Descent",
+        "solver.steps 3",
         "GradientSimilarity",
         "no tasks: the leading size is 0 on every rank",
     ]
