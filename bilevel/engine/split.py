@@ -246,7 +246,8 @@ class SplitLoss:
         self.rows.known["across"] = True
 
     def _verdict(self, y: Tree, x: Tree, trial: Trial, dtype: torch.dtype) -> Verdict | None:
-        return Mean(self.rows.function, self.rows.name, trial, dtype).verdict(y, x)
+        with _disable_current_modes():  # (Made once, and no part of a step's memory.)
+            return Mean(self.rows.function, self.rows.name, trial, dtype).verdict(y, x)
 
 
 @dataclasses.dataclass(frozen=True)
