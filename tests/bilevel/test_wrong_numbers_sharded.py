@@ -148,7 +148,7 @@ def sharded(ranks: Ranks, what: str) -> str:
     ],
 )
 def test_a_sharded_module_is_right_or_refused_in_words(ranks: Any, what: str, message: str) -> None:
-    """Frozen parameters shrank by weight decay; a rank that does not reach a tensor of x took another's gradient."""
+    """Frozen parameters shrank by weight decay; where ranks reach tensors of x of other sizes, all of them hung."""
     for answer in ranks.run(2, sharded, what):
         assert re.search(message, answer), answer
 
