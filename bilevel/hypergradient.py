@@ -96,9 +96,12 @@ def _on_parts(
     """The hypergradient where each rank has a part of y: of DTensors, by way of their parts."""
     eager = engine is None or isinstance(engine, Eager)
     check_kind("hypergradient", "problem", problem, Problem, "bilevel.Problem(inner_loss, outer_loss)")
+    check_kind("hypergradient", "batches", batches, Batches, "bilevel.Batches(inner=..., outer=...)")
     shards.check("hypergradient", problem, (estimator, solver), eager=eager, split=split_over(problem) is not None)
     given = shards.Whole.of("hypergradient", outer, sharding)
     shards.check_same("the outer variables", given.plain, sharding.ranks, exact=True)
+    given_whole = {"inner": inner, "Batches.inner": batches.inner, "Batches.outer": batches.outer}
+    shards.check_whole(given_whole, sharding.ranks)
     posed, part = shards.posed(problem, sharding, given.spread), sharding.parts(inner)
     moves = shards.shared(solver, sharding.ranks)
     found = _estimated(posed, given.plain, part, batches, moves, estimator, state, engine, sharding.ranks)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.engine.hooked import backward, hooked, part_of
+from bilevel.engine.shards import advised
+from bilevel.outcome import readable
 from bilevel.space import tree
 from bilevel.space.ranks import Ranks
 from bilevel.space.shards import spread
@@ -30,8 +32,9 @@ def fully_sharded(module: nn.Module, loss: Loss) -> Callable[[Tree, Tree, Any], 
 
     Returns:
         A loss for `Problem(inner_loss, outer_loss)`; y is `dict(module.named_parameters())`, whose DTensors
-        `hypergradient` takes as `inner`. The module's own parameters are what they were after each call, `.grad`
-        included; what was learned comes back as `hg.inner`, for `module.load_state_dict(hg.inner)`.
+        `hypergradient` takes as `inner`, without parameters that are frozen (`requires_grad` is False), which stay
+        what they are. The module's own parameters are what they were after each call, `.grad` included; what was
+        learned comes back as `hg.inner`, for `module.load_state_dict(hg.inner)` (`strict=False` where some are frozen).
 
     It is differentiated once: estimators of second derivatives are refused (NotTwiceDifferentiableError). For those,
     `gathered`.
@@ -90,12 +93,19 @@ class _FullySharded:
         self._ranks = Ranks(mesh.get_group())
 
     def __call__(self, inner: Tree, outer: Tree, batch: Any) -> Tensor:
-        if not isinstance(inner, dict) or set(inner) != set(self._parameters):
+        moved = {name: parameter for name, parameter in self._parameters.items() if parameter.requires_grad}
+        if not isinstance(inner, dict) or set(inner) != set(moved):
+            write = "inner=dict(module.named_parameters())"
+            if frozen := [name for name in self._parameters if name not in moved]:
+                write = (
+                    f"inner={{name: p for name, p in module.named_parameters() if p.requires_grad}}, without those "
+                    f"that are frozen ({', '.join(frozen)})"
+                )
             raise ValueError(
-                "a loss of fully_sharded() was given another inner variable than the parameters of its module; pass "
-                "inner=dict(module.named_parameters())"
+                f"a loss of fully_sharded() was given another inner variable than the parameters of its module that "
+                f"have requires_grad; pass {write}"
             )
-        parts = [part_of(inner[name]) if spread(inner[name]) else inner[name] for name in self._parameters]
+        parts = [part_of(inner[name]) if spread(inner[name]) else inner[name] for name in moved]
         entries, structure = tree.flatten((outer, batch))
         places = [i for i, entry in enumerate(entries) if isinstance(entry, Tensor)]
 
@@ -109,7 +119,8 @@ class _FullySharded:
             for i, leaf in zip(places, others, strict=True):
                 filled[i] = leaf
             x, data = tree.unflatten(filled, structure)
-            with self._holding(tensors[:count]), torch.set_grad_enabled(any(wanted)):
+            holding = self._holding(list(moved.values()), tensors[:count])
+            with _advised(), holding, torch.set_grad_enabled(any(wanted)):
                 value = self._loss(self._module, x, data)
                 if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
                     given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
@@ -120,28 +131,34 @@ class _FullySharded:
                     backward(value)
                 slopes = [
                     None if parameter.grad is None or not want else parameter.grad.to_local()  # type: ignore[attr-defined]
-                    for parameter, want in zip(self._parameters.values(), wanted[:count], strict=True)
+                    for parameter, want in zip(moved.values(), wanted[:count], strict=True)
                 ]
-            reached = [leaf.grad for leaf in others if leaf.grad is not None]
-            loss, *summed = self._ranks.sum([value.detach(), *reached])
-            means = iter([each / self._ranks.size for each in summed])
-            rest = [None if leaf.grad is None else next(means) for leaf in others]
+            # A rank whose rows do not reach a tensor of x adds zero: all ranks sum the same tensors.
+            asked = [leaf for leaf in others if leaf.requires_grad]
+            slots = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in asked]
+            here = value.new_tensor([leaf.grad is not None for leaf in asked])
+            loss, there, *summed = self._ranks.sum([value.detach(), here, *slots])
+            reached = (there if readable(there) else here).tolist()
+            means = {
+                id(leaf): slope / self._ranks.size for leaf, slope, n in zip(asked, summed, reached, strict=True) if n
+            }
+            rest = [means.get(id(leaf)) for leaf in others]
             return loss / self._ranks.size, [*slopes, *rest]
 
         return hooked(run, [*parts, *(entries[i] for i in places)])
 
     @contextlib.contextmanager
-    def _holding(self, parts: Sequence[Tensor]) -> Iterator[None]:
-        """Other numbers in the place of the module's parameters, and no gradients."""
+    def _holding(self, parameters: Sequence[nn.Parameter], parts: Sequence[Tensor]) -> Iterator[None]:
+        """Other numbers in the place of parameters of the module, and no gradients."""
         self._reshard()
-        own = [parameter.to_local().data for parameter in self._parameters.values()]  # type: ignore[attr-defined]
+        own = [parameter.to_local().data for parameter in parameters]  # type: ignore[attr-defined]
         kept = [None if _same(leaf, part) else leaf.clone() for leaf, part in zip(own, parts, strict=True)]
-        gradients = [parameter.grad for parameter in self._parameters.values()]
+        gradients = [parameter.grad for parameter in parameters]
         try:
             for leaf, part, other in zip(own, parts, kept, strict=True):
                 if other is not None:
                     leaf.copy_(part)
-            for parameter in self._parameters.values():
+            for parameter in parameters:
                 parameter.grad = None
             yield
         finally:
@@ -149,7 +166,7 @@ class _FullySharded:
             for leaf, other in zip(own, kept, strict=True):
                 if other is not None:
                     leaf.copy_(other)
-            for parameter, gradient in zip(self._parameters.values(), gradients, strict=True):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
 
     def _reshard(self) -> None:
@@ -159,6 +176,13 @@ class _FullySharded:
         for layer in self._module.modules():
             if isinstance(layer, FSDPModule):
                 layer.reshard()
+
+
+def _advised() -> contextlib.AbstractContextManager[None]:
+    return advised(
+        "a loss of fully_sharded() used parameters of its module, which are DTensors outside its layers, beside plain "
+        "tensors: write parameter.full_tensor(), or, for a penalty on all weights, the solver's weight_decay"
+    )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -9,8 +9,9 @@ Two operators cross the border, and each is the other's transpose:
 differentiable where it must move numbers between ranks, and says nothing: tests/bilevel/test_shards.py.)
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from bilevel.engine.collectives import vary
 from bilevel.linear.base import LinearSolver
 from bilevel.outcome import readable
 from bilevel.problem import Problem
-from bilevel.space import tree
+from bilevel.space import bits, tree
 from bilevel.space.ranks import Ranks
 from bilevel.space.shards import Sharding, spread
 from bilevel.space.tree import Tree
@@ -43,7 +44,12 @@ class OnParts:
 
     def __call__(self, inner: Tree, outer: Tree, batch: Any) -> Tensor:
         """The loss, the same plain tensor on every rank."""
-        found = self.loss(joined(self.sharding, inner), wrapped(self.sharding, outer, self.spread_outer), batch)
+        with advised(
+            "a loss was given inner as DTensors and other tensors as plain ones: pass outer and the tensors of the "
+            "batches as distribute_tensor(tensor, mesh, [Replicate()]) (made before the call: inside a loss it cuts "
+            "the graph), or let the loss use bilevel.distributed.gathered(inner)"
+        ):
+            found = self.loss(joined(self.sharding, inner), wrapped(self.sharding, outer, self.spread_outer), batch)
         return plain(found) if spread(found) else found
 
 
@@ -87,6 +93,47 @@ class Whole:
         """A tree of plain tensors with DTensors where the caller has them."""
         with torch.no_grad():
             return wrapped(self.sharding, leaves, self.spread)
+
+
+@contextlib.contextmanager
+def advised(advice: str) -> Iterator[None]:
+    """Turn torch's error about plain tensors among DTensors into one that says what to write."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "mixed torch.Tensor and DTensor" not in str(error):
+            raise
+        raise ValueError(f"{advice} ({error})") from error
+
+
+def check_whole(value: Tree, ranks: Ranks) -> None:
+    """Raise ValueError on every rank where one has other bits in a DTensor that all of them have whole.
+
+    Args:
+        value: what the caller gave: inner, and the batches.
+        ranks: of the mesh of inner.
+
+    Communication: one all-reduce of two numbers for each such tensor.
+    """
+    from torch.distributed.tensor import Replicate
+
+    leaves = [
+        (name, leaf.to_local())
+        for name, leaf in zip(tree.names(value), tree.flatten(value)[0], strict=True)
+        if spread(leaf) and any(type(place) is Replicate for place in leaf.placements)
+    ]
+    if not leaves:
+        return
+    found = torch.stack([bits.of(leaf) for _, leaf in leaves])
+    high, low = ranks.largest([torch.stack([found, -found])])[0]
+    if readable(high) and (
+        apart := [name for (name, _), off in zip(leaves, (high + low).tolist(), strict=True) if off]
+    ):
+        raise ValueError(
+            f"hypergradient() was given DTensors that are placed as whole on every rank (Replicate) and differ between "
+            f"ranks: {', '.join(apart)}. Make them with distribute_tensor(tensor, mesh, [Replicate()]), which sends "
+            f"the numbers of one rank to all; rows of each rank's own are DTensor.from_local(rows, mesh, [Shard(0)])"
+        )
 
 
 def check(who: str, problem: Problem, strategies: tuple[Any, ...], *, eager: bool, split: bool) -> None:
@@ -150,8 +197,8 @@ def agreed(value: Tree, ranks: Ranks) -> Tree:
         if bool(ranks.largest([off.double()])[0]):
             raise ValueError(
                 "the ranks over which inner is sharded have different gradients in the outer variable, where each "
-                "must have the whole: let the losses use outer as DTensors (distribute_tensor(x, mesh, [Replicate()])),"
-                " or compute the same on every rank from gathered weights"
+                "must have the whole: pass outer as DTensors (distribute_tensor(x, mesh, [Replicate()]) before "
+                "the call) and let the losses use them, or compute the same on every rank from gathered weights"
             )
     return tree.like(value, mean)
 

@@ -15,6 +15,7 @@ from bilevel.loop.randomness import Drawn, Randomness, parts_of
 from bilevel.loop.reader import Reader
 from bilevel.loop.stepping import Carried, Stepping
 from bilevel.space import tree
+from bilevel.space.shards import Sharding
 from bilevel.space.tree import Tree
 
 FORMAT, VERSION = "bilevel.OuterLoop", 1
@@ -53,6 +54,7 @@ class Parts:
             "held": names,
             "others": others,
             "inner": plain.saved_tree(carried.inner),
+            "part": part_of(carried.inner),
             "state": state,
             "on_host": plain.on_host(state, self.device),
             "optimizer": stepping.optimizer.state_dict(),
@@ -84,6 +86,7 @@ class Parts:
                 f"Load it with the library that saved it"
             )
         names, others = held(self.stepping.optimizer, self.stepping.outer)
+        _check_part(saved.get("part"), part_of(inner))
         plain.loaded_tree("outer variable", self.stepping.outer, saved["outer"])
         plain.loaded_tree("inner variable", inner, saved["inner"])
         _same("the tensors of its optimizer, in groups and in this order,", saved["held"], names)
@@ -147,6 +150,26 @@ class Parts:
             inner = tree.like(inner, [leaf.to(self.device, copy=True) for leaf in leaves])
         self.random.set(Drawn.from_dict(saved["random"]))
         return Carried(inner, plain.placed(saved["state"], self.device, saved["on_host"]))
+
+
+def part_of(inner: Tree | None) -> list[int] | None:
+    """This rank, and how many there are, where an inner variable is sharded over ranks."""
+    sharding = None if inner is None else Sharding.of("OuterLoop", inner)
+    return None if sharding is None else [sharding.ranks.rank, sharding.ranks.size]
+
+
+def _check_part(before: list[int] | None, now: list[int] | None) -> None:
+    if before != now:
+        had, have = (
+            "an inner variable that is whole"
+            if part is None
+            else f"the part of an inner variable that rank {part[0]} of {part[1]} has"
+            for part in (before, now)
+        )
+        raise ValueError(
+            f"OuterLoop was saved with {had}, and is loaded with {have}: each rank loads the file that it saved, in a "
+            f"run of as many ranks. Nothing was loaded"
+        )
 
 
 def settings(stepping: Stepping, loader: Any) -> dict[str, str]:
