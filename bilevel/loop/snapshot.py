@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from bilevel.estimators.base import Estimator
 from bilevel.loop import plain
 from bilevel.loop.identity import described, differences
 from bilevel.loop.randomness import Drawn, Randomness, parts_of
@@ -54,7 +55,7 @@ class Parts:
             "held": names,
             "others": others,
             "inner": plain.saved_tree(carried.inner),
-            "part": part_of(carried.inner),
+            "part": part_of(carried.inner, stepping.estimator),
             "state": state,
             "on_host": plain.on_host(state, self.device),
             "optimizer": stepping.optimizer.state_dict(),
@@ -86,7 +87,7 @@ class Parts:
                 f"Load it with the library that saved it"
             )
         names, others = held(self.stepping.optimizer, self.stepping.outer)
-        _check_part(saved.get("part"), part_of(inner))
+        _check_part(saved.get("part"), part_of(inner, self.stepping.estimator))
         plain.loaded_tree("outer variable", self.stepping.outer, saved["outer"])
         plain.loaded_tree("inner variable", inner, saved["inner"])
         _same("the tensors of its optimizer, in groups and in this order,", saved["held"], names)
@@ -152,10 +153,12 @@ class Parts:
         return Carried(inner, plain.placed(saved["state"], self.device, saved["on_host"]))
 
 
-def part_of(inner: Tree | None) -> list[int] | None:
-    """This rank, and how many there are, where an inner variable is sharded over ranks."""
+def part_of(inner: Tree | None, estimator: Estimator) -> list[int] | None:
+    """This rank, and how many there are, where an inner variable or its tasks are split over ranks."""
     sharding = None if inner is None else Sharding.of("OuterLoop", inner)
-    return None if sharding is None else [sharding.ranks.rank, sharding.ranks.size]
+    company = getattr(estimator, "company", None)  # (of a stranger's estimator there may be none)
+    ranks = getattr(company, "ranks", None) if sharding is None else sharding.ranks
+    return None if ranks is None else [ranks.rank, ranks.size]
 
 
 def _check_part(before: list[int] | None, now: list[int] | None) -> None:
@@ -163,7 +166,7 @@ def _check_part(before: list[int] | None, now: list[int] | None) -> None:
         had, have = (
             "an inner variable that is whole"
             if part is None
-            else f"the part of an inner variable that rank {part[0]} of {part[1]} has"
+            else f"the part of an inner variable or of its tasks that rank {part[0]} of {part[1]} has"
             for part in (before, now)
         )
         raise ValueError(

@@ -122,3 +122,18 @@ def test_another_number_of_ranks_is_told_what_there_is(ranks: Any, tmp_path: Any
     ranks.run(2, saves, str(tmp_path))
     (said,) = ranks.run(1, loads, str(tmp_path))
     assert "rank-0-of-2, rank-1-of-2" in said
+
+
+def swapped(ranks: Ranks, folder: str) -> str:
+    run(made(ranks), ranks, folder, until=1)
+    (other,) = (pathlib.Path(folder) / f"rank-{1 - ranks.rank}-of-2").iterdir()
+    ranks.agree(None, "both have looked")
+    with pytest.raises(ValueError, match="each rank loads the file that it saved") as caught:
+        made(ranks).load(other)
+    return str(caught.value)
+
+
+def test_a_file_of_another_rank_is_refused(ranks: Any, tmp_path: Any) -> None:
+    first, second = ranks.run(2, swapped, str(tmp_path))
+    assert "rank 1 of 2" in first
+    assert "rank 0 of 2" in second
