@@ -426,6 +426,7 @@ def test_the_same_on_a_gpu(scaler):
         estimator=bl.Unrolled(),
         precision=MixedPrecision(torch.float16, made),
         check=PrecisionCheck(every=11),
+        carry=False,
     )
     assert list(loop)[-1].precision.cosine > 0.99
 
