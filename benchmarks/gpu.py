@@ -6,6 +6,7 @@
                                             # without --out
     python benchmarks/gpu.py --section engine    # exact second order by the engines against torch by hand
                                                  # (gpu_engine.py; --smoke rehearses it on a CPU)
+    python benchmarks/gpu.py --section ranks     # work split over all GPUs (gpu_ranks.py; --smoke likewise)
 
 Needs torch and this repository, no network and no data. Cells (three models x estimators x K) run one after another in
 this process, the small K first, so that a run that is cut short has something on everything. A cell that does not fit
@@ -38,7 +39,7 @@ import tables
 import torch
 from bilevel_profiling import Case, measure
 from bilevel_profiling.measurement.environment import environment
-from bilevel_profiling.measurement.passes import Trial
+from bilevel_profiling.measurement.trial import Trial
 from bilevel_profiling.meters.cuda import Cuda
 from bilevel_profiling.records.failure import of_error
 from bilevel_profiling.records.growth import fit
@@ -329,6 +330,10 @@ def main(arguments=None):
         import gpu_engine
 
         return gpu_engine.main(listed[2:])
+    if listed[:2] == ["--section", "ranks"]:
+        import gpu_ranks
+
+        return gpu_ranks.main(listed[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda (default), or cpu for a rehearsal at small sizes")
     parser.add_argument(
@@ -340,10 +345,11 @@ def main(arguments=None):
     parser.add_argument(
         "--out", type=Path, help="file of rows; default results/gpu-<device>-<date>.jsonl on CUDA, none on a CPU"
     )
-    parser.add_argument("--section", choices=("forecasts", "engine"), default="forecasts", help="engine: comes first")
+    sections = ("forecasts", "engine", "ranks")
+    parser.add_argument("--section", choices=sections, default="forecasts", help="any but the first: comes first")
     given = parser.parse_args(listed)
-    if given.section == "engine":
-        parser.error("--section engine comes before its own options")
+    if given.section != "forecasts":
+        parser.error(f"--section {given.section} comes before its own options")
     kind = torch.device(given.device).type
     if kind not in SIZES:
         parser.error(f"--device {given.device}: cuda or cpu was needed")

@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from bilevel_profiling import Case
 from bilevel_profiling.cases import case_file
-from bilevel_profiling.measurement.passes import STEPPED_THROUGH, Trial
+from bilevel_profiling.measurement.passes import STEPPED_THROUGH
+from bilevel_profiling.measurement.trial import Trial
 from bilevel_profiling.meters.clock import Clock
 from bilevel_profiling.meters.cuda import Cuda
 from bilevel_profiling.meters.oracles import Oracles

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.batches import Batches, PerStep
-from bilevel.engine import autodiff, spans
+from bilevel.engine import autodiff, shards, spans
 from bilevel.engine.base import Derivatives, Engine
 from bilevel.engine.eager import Eager
 from bilevel.engine.split import split_over
@@ -22,6 +22,8 @@ from bilevel.inner.base import InnerSolver
 from bilevel.outcome import Hypergradient, Status, code_if, worst
 from bilevel.problem import Problem
 from bilevel.space import tree
+from bilevel.space.ranks import Ranks
+from bilevel.space.shards import Sharding, spread
 from bilevel.space.tree import Tree
 
 
@@ -41,7 +43,9 @@ def hypergradient(
     Args:
         problem: the two losses.
         outer: x, a pytree of floating tensors of one device and dtype; not changed.
-        inner: the start of y, a pytree likewise; not changed. None if the problem has `init`.
+        inner: the start of y, a pytree likewise; not changed. None if the problem has `init`. DTensors if y is sharded
+            over processes: all ranks then call this together, the losses receive DTensors, and so do the results
+            `inner` and `next_inner`; `state` holds this rank's parts. See `bilevel.distributed.fully_sharded`.
         batches: the data.
         solver: how y moves.
         estimator: how the hypergradient is estimated.
@@ -72,12 +76,60 @@ def hypergradient(
         {'target': tensor([1., 1.])}
     """
     check_kind("hypergradient", "estimator", estimator, Estimator, "bilevel.Implicit(bilevel.CG(max_steps=10))")
+    sharding = Sharding.of("hypergradient", inner)
+    if sharding is not None:
+        return _on_parts(sharding, problem, outer, inner, batches, solver, estimator, state, engine)
+    return _estimated(problem, outer, inner, batches, solver, estimator, state, engine, None)
+
+
+def _on_parts(
+    sharding: Sharding,
+    problem: Problem,
+    outer: Tree,
+    inner: Tree,
+    batches: Batches,
+    solver: InnerSolver,
+    estimator: Estimator,
+    state: Any,
+    engine: Engine | None,
+) -> Hypergradient:
+    """The hypergradient where each rank has a part of y: of DTensors, by way of their parts."""
+    eager = engine is None or isinstance(engine, Eager)
+    check_kind("hypergradient", "problem", problem, Problem, "bilevel.Problem(inner_loss, outer_loss)")
+    shards.check("hypergradient", problem, (estimator, solver), eager=eager, split=split_over(problem) is not None)
+    given = shards.Whole.of("hypergradient", outer, sharding)
+    shards.check_same("the outer variables", given.plain, sharding.ranks, exact=True)
+    posed, part = shards.posed(problem, sharding, given.spread), sharding.parts(inner)
+    moves = shards.shared(solver, sharding.ranks)
+    found = _estimated(posed, given.plain, part, batches, moves, estimator, state, engine, sharding.ranks)
+    shards.check_same("the losses", [found.outer_loss, found.inner_loss], sharding.ranks)
+    (code,) = sharding.ranks.largest([torch.as_tensor(found.code)])
+    return dataclasses.replace(
+        found,
+        grad=given.like(shards.agreed(found.grad, sharding.ranks)),
+        inner=sharding.joined(found.inner),
+        next_inner=None if found.next_inner is None else sharding.joined(found.next_inner),
+        code=code,
+    )
+
+
+def _estimated(
+    problem: Problem,
+    outer: Tree,
+    inner: Tree | None,
+    batches: Batches,
+    solver: InnerSolver,
+    estimator: Estimator,
+    state: Any,
+    engine: Engine | None,
+    parts: Ranks | None,
+) -> Hypergradient:
     ranks = split_over(problem)
     with estimator.company.guarded(), guarded(ranks, outer):
         check_arguments("hypergradient", problem, outer, inner, batches, solver)
         derivatives = opened("hypergradient", engine)
         start = None if inner is None else tree.detach(inner)
-        instance = Instance(problem, tree.detach(outer), start, batches, solver, engine=derivatives)
+        instance = Instance(problem, tree.detach(outer), start, batches, solver, engine=derivatives, ranks=parts)
     calls = spans.Calls()
     given = estimator, solver, state
     with prepared(), spans.listen(calls), contextlib.ExitStack() as stack:
@@ -91,7 +143,7 @@ def hypergradient(
             f"outer variable {', '.join(names[i] for i in sorted(estimate.unused))} influences neither loss: its "
             f"hypergradient is zero. Is it used in inner_loss or outer_loss, from the `outer` argument and not from a "
             f"copy of it?",
-            stacklevel=2,
+            stacklevel=3 if parts is None else 4,
         )
     xs = tree.tensors(instance.outer)
     own = Owned([*xs, *tree.tensors(instance.inner), *given_in(batches)])
@@ -154,7 +206,9 @@ class Owned:
 
     def __init__(self, given: Sequence[Tensor]) -> None:
         # (A sparse tensor of a batch has no storage of its own, and nothing that is returned is sparse.)
-        self._seen = {leaf.untyped_storage()._cdata for leaf in given if leaf.layout is torch.strided}
+        self._seen = {
+            leaf.untyped_storage()._cdata for leaf in given if leaf.layout is torch.strided and not spread(leaf)
+        }
 
     def tensor(self, leaf: Tensor) -> Tensor:
         """The tensor, or a copy."""
@@ -289,6 +343,12 @@ def _check_variables(who: str, outer: Tree, inner: Tree | None, problem: Problem
                 )
                 raise TypeError(
                     f"{variable} {name} is a {type(leaf).__name__}; a pytree of floating tensors was needed{hint}"
+                )
+            if spread(leaf):
+                raise TypeError(
+                    f"{who}() was given the DTensor {variable} {name}; plain tensors were needed. An inner variable "
+                    f"that is sharded over processes is taken by hypergradient() and iterate(), where all of inner "
+                    f"are DTensors"
                 )
             if not leaf.is_floating_point():
                 raise TypeError(

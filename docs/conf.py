@@ -58,6 +58,7 @@ def setup(app):
     app.add_html_math_renderer(
         "drawn", inline_renderers=(inline_formula, None), block_renderers=(displayed_formula, None)
     )
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
 # Formulas become inline SVG, drawn by matplotlib: the built pages load nothing from anywhere.

@@ -97,8 +97,8 @@ LIBRARY = House(
             "engine.twice",
             "engine.evaluation",
         },
-        {"engine.along", "engine.compiled"},
-        {"inner.dynamics", "engine.embedding"},
+        {"engine.along", "engine.compiled", "engine.shards"},
+        {"inner.dynamics", "engine.embedding", "engine.hooked"},
         {"inner.gradient", "engine.linearization", "engine.point"},
         {"inner.base"},
         {"inner", "engine.refusals"},
@@ -167,6 +167,7 @@ PROFILER = House(
     name="bilevel_profiling",
     folder=ROOT / "profiling" / "bilevel_profiling",
     layers=(
+        {"cases.parallel"},
         {"records", "cases.builtin"},
         {"baselines"},
         {"cases", "meters", "report.content"},
@@ -200,7 +201,7 @@ PROFILER = House(
 )
 # What the profiler knows of the library besides its public names: it listens to spans, walks trees, asks the catalogue
 # for all estimators, and says that tensors on the CPU stand for those of a device, which may be offloaded.
-PROFILER_SEES = {"engine.spans", "engine.offload", "space.tree", "problems", "integrations", "testing"}
+PROFILER_SEES = {"engine.spans", "engine.offload", "space.tree", "distributed", "problems", "integrations", "testing"}
 
 # Who may call which part of torch's differentiation machinery.
 DIFFERENTIATION = {
@@ -217,6 +218,8 @@ DIFFERENTIATION = {
         "engine.layer",
         "engine.implied",
         "engine.collectives",
+        "engine.shards",
+        "engine.hooked",
         "engine.compiled.engine",
     },
     "torch.func": {

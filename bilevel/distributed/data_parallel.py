@@ -23,16 +23,14 @@ def data_parallel(
     hypergradient adds two of a few numbers, which see that x, y, the state, the solver and the estimator are the same
     on every rank, and the answer too. Each loss waits for the device once, to learn whether a rank failed.
 
-    What happens to
-        a rank whose loss raises: all raise `RankError`, which names it. A rank that dies, or raises in a backward or
-            in a loader, is told by torch: the group's connection breaks or its time-out ends; torchrun ends all.
-        random numbers: what an estimator draws is the same on every rank, whatever the ranks' seeds. What a loss
-            draws (dropout) is each rank's own, so N ranks equal one in distribution.
-        Problem.init: it must do without the batch; one that looks at it is refused.
-        Problem.features: each rank makes those of its rows; they must not mix rows.
-        closed forms, residuals, GaussNewton's outputs: they look at the batch elsewhere than in a loss, and are
-            refused when they do.
-        bilevel.Compiled and bilevel.solution: refused.
+    - A rank whose loss raises: all raise `RankError`, which names it. A rank that dies, or raises in a backward or in a
+      loader, is told by torch: the group's connection breaks or its time-out ends; torchrun ends all.
+    - Random numbers: what an estimator draws is the same on every rank, whatever the ranks' seeds. What a loss draws
+      (dropout) is each rank's own, so N ranks equal one in distribution.
+    - Problem.init must do without the batch; one that looks at it is refused.
+    - Problem.features: each rank makes those of its rows; they must not mix rows.
+    - Closed forms, residuals, GaussNewton's outputs look at the batch elsewhere than in a loss, and are refused when
+      they do. bilevel.Compiled and bilevel.solution are refused.
 
     Args:
         problem: with losses that are means.

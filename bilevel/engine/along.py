@@ -34,7 +34,7 @@ class Along:
 
     def __init__(self, evaluation: Evaluation, outer: Tree, *, graph: bool) -> None:
         self._evaluation, self._outer, self._graph = evaluation, outer, graph
-        self.space = Space(evaluation.tasks)
+        self.space = Space(evaluation.tasks, evaluation.ranks)
 
     def value(self, function: Callable[..., Any], trees: tuple[Tree, ...], batch: Any) -> Any:
         """function(*trees, outer, batch), for each task."""

@@ -16,6 +16,7 @@ from bilevel.engine.replay import Generators
 from bilevel.engine.split import NEEDS_GRAPH, Withheld, split_over
 from bilevel.problem import Problem, Pulled, distance
 from bilevel.space import tree
+from bilevel.space.ranks import Ranks
 from bilevel.space.tree import Tree
 
 _OF_VMAP = ("vmap", "Batching rule", "functorch", "storage", "transform", "register a hook")
@@ -28,10 +29,11 @@ class Evaluation:
     Args:
         problem: what is evaluated.
         tasks: number of tasks, when inner variable and batches have a leading task dimension.
+        ranks: the processes of which each holds a part of y; None for one that holds all.
     """
 
-    def __init__(self, problem: Problem, tasks: int | None) -> None:
-        self.problem, self.tasks = problem, tasks
+    def __init__(self, problem: Problem, tasks: int | None, ranks: Ranks | None = None) -> None:
+        self.problem, self.tasks, self.ranks = problem, tasks, ranks
 
     def inner(self, inner: Tree, outer: Tree, embedded: Any) -> Tensor:
         """The inner loss at the result of `embed`, without a proximal term: 0-dim, or of shape (tasks,)."""

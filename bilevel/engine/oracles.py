@@ -40,6 +40,7 @@ from bilevel.inner.dynamics import Dynamics
 from bilevel.problem import Problem, Pulled, distance
 from bilevel.space import tree
 from bilevel.space.inner_product import Space
+from bilevel.space.ranks import Ranks
 from bilevel.space.tree import Leaves, PartialLeaves, Tree
 
 
@@ -57,6 +58,7 @@ class Oracles:
         posed: the problem and the outer batch whose outer loss a dynamics sees, where an estimator has put another one
             in the place of f; None for the same.
         constant: the outer tensors, by position, that nobody differentiates in.
+        ranks: the processes of which each holds a part of y; None for one that holds all.
     """
 
     def __init__(
@@ -71,12 +73,15 @@ class Oracles:
         engine: Derivatives | None = None,
         posed: tuple[Problem, Any] | None = None,
         constant: frozenset[int] = frozenset(),
+        ranks: Ranks | None = None,
     ) -> None:
-        self.problem, self.batches, self.space = problem, batches, Space(tasks)
+        self.problem, self.batches, self.space = problem, batches, Space(tasks, ranks)
         self.dynamics = dynamics if tasks is None else dynamics.over(tasks)
         self.x, self.attached = tree.detach(outer), tree.attach(outer, constant)
-        self.evaluation, self.engine = Evaluation(problem, tasks), engine or Eager().open()
-        self._posed = (self.evaluation, batches.outer) if posed is None else (Evaluation(posed[0], tasks), posed[1])
+        self.evaluation, self.engine = Evaluation(problem, tasks, ranks), engine or Eager().open()
+        self._posed = (
+            (self.evaluation, batches.outer) if posed is None else (Evaluation(posed[0], tasks, ranks), posed[1])
+        )
         self.generators = Generators(tree.tensors(outer)[0].device)
         # (It must not hold an embedding: such a cycle would keep every call's tensors until a collection.)
         self.source = Source(self.evaluation, self.generators, self.x, self.attached)
@@ -254,7 +259,7 @@ class Oracles:
         """The inner loss; the first time, whether its second derivative is there."""
         loss = self.inner(inner, outer, embedded)
         if not self.problem.memo.get("twice differentiable"):
-            twice.check(loss, self.inner, inner, outer, embedded)
+            twice.check(loss, self.inner, inner, outer, embedded, alone=self.space.ranks is None)
             self.problem.memo["twice differentiable"] = True
         return loss
 

@@ -28,6 +28,9 @@ ORACLES = (INNER_GRADIENT, OUTER_GRADIENT, HVP, MIXED)
 
 COLLECTIVE = "bilevel.collective"
 """Numbers go between processes."""
+ASIDE = "bilevel.aside"
+"""What is done in it is about processes, such as telling others an object: its tensors have data, also where those of
+the problem have none."""
 UNREAD = "bilevel.unread"
 """A test for convergence on tensors without data, which cannot be read: the loop goes on to its step limit."""
 HOST = "bilevel.host"

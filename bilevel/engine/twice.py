@@ -25,14 +25,25 @@ and batch normalization, which is in a loss that takes a gradient through them."
 _KNOWN = ("BilevelSolutionBackward", "_SolvedBackward", "_InsideBackward", "_VaryBackward", "_TotalBackward")
 """The nodes of the library's own: of layers, which refuse in words what they cannot differentiate again, and of sums
 over ranks, which can be differentiated to any order."""
+_SPREAD = ("_WholeBackward", "_LocalBackward", "_ToTorchTensor", "Redistribute")
+"""The nodes between ranks, ours and DTensor's, whose second derivatives are tested. (Not that of DTensor.from_local: in
+torch 2.13 its backward is no function of its cotangent where that must move between ranks.)"""
 _KINK_FREE = 0.02
 """Two step sizes must give the same difference this closely: between kinks they do, across kinks they do not."""
 _MISSING = 1e-3
 """The part of a difference that a product must lack to be called incomplete."""
 
 
-def check(value: Tensor, loss: Losses, inner: Tree, outer: Tree, batch: object) -> None:
+def check(value: Tensor, loss: Losses, inner: Tree, outer: Tree, batch: object, *, alone: bool = True) -> None:
     """Raise unless autograd returns the whole second derivative in y of the loss behind `value`, a loss with its graph.
+
+    Args:
+        value: the loss.
+        loss: what computes it.
+        inner: y.
+        outer: x.
+        batch: its data.
+        alone: whether this process has all of y; where it has a part, nothing can be held against differences.
 
     Raises:
         NotTwiceDifferentiableError: it has not, with the name of the node.
@@ -42,6 +53,8 @@ def check(value: Tensor, loss: Losses, inner: Tree, outer: Tree, batch: object) 
         raise autodiff.not_twice_differentiable("torch.compile", compiled=True)
     if not custom or type(value) is not Tensor:
         return
+    if not alone:
+        raise autodiff.not_twice_differentiable(", ".join(sorted(custom)))
     generators = Generators(value.device)
     before = generators.peek()
     try:
@@ -75,7 +88,7 @@ def _custom(values: list[Tensor], outside: set[object]) -> set[str]:
             del made
             continue
         name = node.name()
-        if name in _KNOWN or scaling.is_edge(node):
+        if name in _KNOWN or name.startswith(_SPREAD) or scaling.is_edge(node):
             continue
         compiled = name.startswith("CompiledFunction")
         if compiled or isinstance(node, BackwardCFunction) or "CppNode" in name or name.startswith(_DOUBTFUL):

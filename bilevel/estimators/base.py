@@ -28,6 +28,7 @@ from bilevel.linear.base import LinearSolver
 from bilevel.outcome import Solution, Status, code_if, worst
 from bilevel.problem import Problem
 from bilevel.space import tree
+from bilevel.space.ranks import Ranks
 from bilevel.space.tree import PartialLeaves, Tree
 
 _GAINED, _NOTABLE = 0.05, 0.05
@@ -63,6 +64,7 @@ class Instance:
     posed: tuple[Problem, Any] | None = None
     constant: frozenset[int] = frozenset()
     known: Known | None = None
+    ranks: Ranks | None = None
 
     @functools.cached_property
     def oracles(self) -> Oracles:
@@ -77,6 +79,7 @@ class Instance:
             engine=self.engine,
             posed=self.posed,
             constant=self.constant,
+            ranks=self.ranks,
         )
 
     def facing(self, outer: Any, known: Known | None, engine: Derivatives | None) -> "Instance":

@@ -54,6 +54,8 @@ class Aggregated(Dynamics):
         (tensor(1.2500), tensor(0.3125))
     """
 
+    sharded = True
+
     optimizer: Optimizer
     share: float | Callable[[Tree], Any] = 0.5
     inner_scale: float = 1.0

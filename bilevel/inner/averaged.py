@@ -53,6 +53,8 @@ class Averaged(Dynamics):
         (tensor(0.6250), tensor(0.6250))
     """
 
+    sharded = True
+
     optimizer: Optimizer
     decay: Hyper | None = 0.999
     start: int = 0

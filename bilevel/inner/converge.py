@@ -39,6 +39,8 @@ class Converge(InnerSolver):
         (<Status.OK: 'Computed as asked.'>, 22)
     """
 
+    sharded = True
+
     optimizer: Optimizer | Dynamics
     tol: float = 1e-6
     max_steps: int = 1000

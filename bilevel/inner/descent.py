@@ -29,6 +29,8 @@ class Descent(InnerSolver):
         20
     """
 
+    sharded = True
+
     optimizer: Optimizer | Dynamics
     steps: int
 

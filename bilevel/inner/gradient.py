@@ -25,6 +25,8 @@ class GradientDynamics(Dynamics):
         True
     """
 
+    sharded = True
+
     optimizer: Optimizer
 
     @property

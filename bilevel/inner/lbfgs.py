@@ -64,6 +64,8 @@ class LBFGS(Dynamics):
         (tensor([2.0000, 1.0000]), 'OK')
     """
 
+    sharded = True
+
     memory: int = 10
     lr: Hyper = 1.0
     search: LineSearch | None = None

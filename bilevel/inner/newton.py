@@ -62,6 +62,8 @@ class Newton(Dynamics):
         (tensor(0.5000), tensor(-0.0100))
     """
 
+    sharded = True
+
     linear: Solves
     search: LineSearch | None = dataclasses.field(default_factory=Armijo)
 

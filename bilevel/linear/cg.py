@@ -60,6 +60,8 @@ class CG(LinearSolver):
         tensor([1.0000, 0.2500])
     """
 
+    sharded = True
+
     max_steps: int = 10
     tol: float = 1e-6
     damping: float = 0.0

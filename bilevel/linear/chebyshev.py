@@ -56,6 +56,8 @@ class Chebyshev(LinearSolver):
         tensor([1.0000, 0.2500])
     """
 
+    sharded = True
+
     worse_than_zero = Status.NOT_CONTRACTIVE
 
     lowest: float

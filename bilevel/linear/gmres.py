@@ -54,6 +54,8 @@ class GMRES(LinearSolver):
         tensor([-4.,  3.])
     """
 
+    sharded = True
+
     max_steps: int = 20
     restart: int = 20
     tol: float = 1e-6

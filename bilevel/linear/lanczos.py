@@ -119,7 +119,8 @@ def spectrum(
 
 
 def _start(like: Leaves, space: Space, seed: int) -> Leaves:
-    generator = torch.Generator().manual_seed(seed)
+    # (Each rank draws for its own part: the same on all would miss what is opposite on two of them.)
+    generator = torch.Generator().manual_seed(seed if space.ranks is None else seed + 7919 * space.ranks.rank)
     drawn = tuple(torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in like)
     return space.scaled(1 / space.norm(drawn), drawn)
 

@@ -51,6 +51,8 @@ class LevenbergMarquardt(LinearSolver):
         ('OK', True)
     """
 
+    sharded = True
+
     solver: LinearSolver
     first: float = 1e-3
     factor: float = 10.0

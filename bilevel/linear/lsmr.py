@@ -56,6 +56,8 @@ class LSMR(LinearSolver):
         tensor([1., 1.])
     """
 
+    sharded = True
+
     max_steps: int = 20
     tol: float = 1e-6
     damping: float = 0.0

@@ -57,6 +57,8 @@ class MINRES(LinearSolver):
         tensor([ 1., -1.])
     """
 
+    sharded = True
+
     max_steps: int = 20
     tol: float = 1e-6
     damping: float = 0.0

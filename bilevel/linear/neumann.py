@@ -51,6 +51,8 @@ class Neumann(LinearSolver):
         tensor([0.3750])
     """
 
+    sharded = True
+
     worse_than_zero = Status.NOT_CONTRACTIVE
 
     steps: int = 10

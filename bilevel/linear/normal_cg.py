@@ -55,6 +55,8 @@ class NormalCG(LinearSolver):
         tensor([ 1.0000, -0.5000])
     """
 
+    sharded = True
+
     max_steps: int = 20
     tol: float = 1e-6
     damping: float = 0.0

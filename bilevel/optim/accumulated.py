@@ -47,6 +47,8 @@ class Accumulated(Optimizer):
         tensor([-2.])
     """
 
+    sharded = True
+
     optimizer: Optimizer
     every: int
 

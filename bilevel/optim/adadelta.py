@@ -49,6 +49,8 @@ class Adadelta(Optimizer):
         tensor([-0.7071, -0.7071])
     """
 
+    sharded = True
+
     lr: Hyper = 1.0
     rho: Hyper = 0.9
     eps: Hyper = 1e-6

@@ -53,6 +53,8 @@ class Adagrad(Optimizer):
         tensor([-0.2784, -0.2784])
     """
 
+    sharded = True
+
     lr: Hyper = 1e-2
     lr_decay: Hyper = 0.0
     weight_decay: Hyper = 0.0

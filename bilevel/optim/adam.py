@@ -98,6 +98,8 @@ class Adam(Optimizer):
         tensor([-0.1000, -0.1000])
     """
 
+    sharded = True
+
     lr: Hyper = 1e-3
     betas: tuple[Hyper, Hyper] = (0.9, 0.999)
     eps: Hyper = 1e-8
@@ -142,6 +144,8 @@ class AdamW(Optimizer):
         >>> y
         tensor([0.8900, 0.8900])
     """
+
+    sharded = True
 
     lr: Hyper = 1e-3
     betas: tuple[Hyper, Hyper] = (0.9, 0.999)

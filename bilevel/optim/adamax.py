@@ -49,6 +49,8 @@ class Adamax(Optimizer):
         tensor([-0.1000, -0.1000])
     """
 
+    sharded = True
+
     lr: Hyper = 2e-3
     betas: tuple[Hyper, Hyper] = (0.9, 0.999)
     eps: Hyper = 1e-8

@@ -45,6 +45,8 @@ class ClippedByValue(Optimizer):
         tensor([-0.5000, -1.0000])
     """
 
+    sharded = True
+
     optimizer: Optimizer
     limit: Hyper
 

@@ -77,6 +77,11 @@ class Groups(Optimizer):
         object.__setattr__(self, "rules", tuple((which, optimizer) for which, optimizer in rules))
 
     @property
+    def sharded(self) -> bool:  # type: ignore[override]
+        # (A function would be told the shape of a part.)
+        return not any(callable(which) for which, _ in self._pairs)
+
+    @property
     def step_limit(self) -> int | None:
         limits = [optimizer.step_limit for optimizer in self._optimizers]
         return min((limit for limit in limits if limit is not None), default=None)

@@ -51,6 +51,8 @@ class Lion(Optimizer):
         tensor([-0.1000,  0.1000])
     """
 
+    sharded = True
+
     lr: Hyper = 1e-4
     betas: tuple[Hyper, Hyper] = (0.9, 0.99)
     weight_decay: Hyper = 0.0

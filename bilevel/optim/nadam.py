@@ -66,6 +66,8 @@ class NAdam(Optimizer):
         tensor([-0.1056, -0.1056])
     """
 
+    sharded = True
+
     lr: Hyper = 2e-3
     betas: tuple[Hyper, Hyper] = (0.9, 0.999)
     eps: Hyper = 1e-8

@@ -54,6 +54,8 @@ class RAdam(Optimizer):
         tensor([-0.3000, -0.3000])
     """
 
+    sharded = True
+
     lr: Hyper = 1e-3
     betas: tuple[Hyper, Hyper] = (0.9, 0.999)
     eps: Hyper = 1e-8

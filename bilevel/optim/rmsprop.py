@@ -53,6 +53,8 @@ class RMSprop(Optimizer):
         tensor([-0.2000, -0.2000])
     """
 
+    sharded = True
+
     lr: Hyper = 1e-2
     alpha: Hyper = 0.99
     eps: Hyper = 1e-8

@@ -50,6 +50,8 @@ class Scheduled(Optimizer):
         (tensor([-1.5000]), 2)
     """
 
+    sharded = True
+
     optimizers: tuple[Optimizer, ...]
     hold: bool = False
 

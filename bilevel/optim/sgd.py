@@ -62,6 +62,8 @@ class SGD(Optimizer):
         tensor([-1., -1.])
     """
 
+    sharded = True
+
     lr: Hyper
     momentum: Hyper = 0.0
     dampening: Hyper = 0.0

@@ -1,9 +1,12 @@
 """A number that tells the bits of tensors apart: what ranks compare in the place of all the numbers."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bilevel.space import tree
 from bilevel.space.tree import Tree
@@ -16,7 +19,17 @@ _ODD = (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9)
 def fingerprints(value: Tree) -> list[int]:
     """A number for each tensor of a tree, which another tensor of its shape and dtype has only by chance."""
     found = [of(leaf) for leaf in tree.tensors(value)]
-    return torch.stack(found).tolist() if found else []
+    return numbers(torch.stack(found)) if found else []
+
+
+def numbers(value: Tensor) -> Any:
+    """The numbers of a tensor as a list, or as one; of a tensor without data some that take as many bytes."""
+    if isinstance(value, FakeTensor):
+        known: Any = 0.0 if value.is_floating_point() else 1 << 62
+        for size in reversed(value.shape):
+            known = [known] * size
+        return known
+    return value.detach().tolist()
 
 
 def of(leaf: Tensor) -> Tensor:
@@ -33,7 +46,8 @@ def of(leaf: Tensor) -> Tensor:
     flat, size = leaf.reshape(-1), 1 << (15 if leaf.device.type == "cpu" else 22)
     found = torch.full((), leaf.numel(), dtype=torch.int64, device=leaf.device)
     weights = _weights(min(size, flat.numel()), leaf.device)
-    for low in range(0, flat.numel(), size):
+    # (Of what has no data, as much as shows the memory that it takes.)
+    for low in range(0, flat.numel(), size)[: 2 if isinstance(leaf, FakeTensor) else None]:
         part = flat[low : low + size]
         bits = part.view(_INTEGERS[part.element_size()]).to(torch.int64).mul(_ODD[0])
         bits.bitwise_xor_(bits >> 29).mul_(weights[: len(bits)])
@@ -51,5 +65,5 @@ def _made(size: int, device: torch.device) -> Tensor:
 def _weights(size: int, device: torch.device) -> Tensor:
     """An odd number for each place in a piece."""
     known = 1 << max(10, (size - 1).bit_length())
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), _disable_current_modes():  # (they are kept: no meter's, and never without data)
         return _made(known, device)

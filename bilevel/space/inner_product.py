@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bilevel.space.ranks import Ranks
+
 Leaves = tuple[Tensor, ...]
 NARROW = (torch.float16, torch.bfloat16)
 """The 16-bit types: sums over them are taken in float32."""
@@ -23,6 +25,9 @@ class Space:
     Args:
         tasks: number of tasks. Every leaf then has a leading dimension of that size, and `dot`, `norm` and `largest`
             return shape (tasks,) instead of a 0-dim tensor. None: one vector.
+        ranks: the processes of which each holds a part of every vector, so that no number is on two of them. `dot`,
+            `norm`, `total` and `largest` then are those of the whole, the same bits on every rank, and each is one
+            all-reduce of a number; all ranks must call them alike. None: this process holds all of it.
 
     Leaves without elements count as zero vectors. At least one leaf is needed.
 
@@ -34,29 +39,37 @@ class Space:
     """
 
     tasks: int | None = None
+    ranks: Ranks | None = None
 
     def dot(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
         """Inner product: 0-dim, or shape (tasks,); of 16-bit numbers in float32, which does not overflow at 65504."""
-        return torch.stack([self._dot(_summable(a), _summable(b)) for a, b in zip(x, y, strict=True)]).sum(0)
+        found = torch.stack([self._dot(_summable(a), _summable(b)) for a, b in zip(x, y, strict=True)]).sum(0)
+        return found if self.ranks is None else self._summed(found)
 
     def norm(self, x: Sequence[Tensor]) -> Tensor:
         """Euclidean norm: 0-dim, or shape (tasks,). Summed in float64, so that squares neither overflow nor vanish."""
         # (Apple GPUs have no float64.)
         wide = torch.float32 if x[0].device.type == "mps" else torch.float64
         if self.tasks is None and _at_once(x):
-            return _norm(x)
-        parts = [_norms(self._rows(leaf), wide) for leaf in x]
-        return self._unrow(torch.linalg.vector_norm(torch.stack(parts), dim=0))
+            found = _norm(x)
+        else:
+            parts = [_norms(self._rows(leaf), wide) for leaf in x]
+            found = self._unrow(torch.linalg.vector_norm(torch.stack(parts), dim=0))
+        return found if self.ranks is None else self._summed(found.square()).sqrt()
 
     def total(self, leaf: Tensor) -> Tensor:
         """The sum of all numbers of a leaf, in float64: 0-dim, or shape (tasks,)."""
-        return self._unrow(self._rows(leaf).sum(1, dtype=torch.float64))
+        found = self._unrow(self._rows(leaf).sum(1, dtype=torch.float64))
+        return found if self.ranks is None else self._summed(found)
 
     def largest(self, x: Sequence[Tensor]) -> Tensor:
         """Maximum norm: 0-dim, or shape (tasks,)."""
         rows = [self._rows(leaf) for leaf in x]
         parts = [torch.linalg.vector_norm(row, float("inf"), dim=1) if row.shape[1] else row.sum(1) for row in rows]
-        return self._unrow(torch.stack(parts).amax(0))
+        found = self._unrow(torch.stack(parts).amax(0))
+        if self.ranks is None:
+            return found
+        return torch.where(self._summed(found.isnan().float()) > 0, torch.nan, self.ranks.largest([found])[0])
 
     def axpy(self, alpha: Tensor | float, x: Sequence[Tensor], y: Sequence[Tensor]) -> Leaves:
         """Sum alpha x + y, in the dtype of y; alpha is a number, 0-dim, or one number per task."""
@@ -88,6 +101,21 @@ class Space:
     def zeros_like(self, x: Sequence[Tensor]) -> Leaves:
         """The zero vector."""
         return tuple(torch.zeros_like(leaf) for leaf in x)
+
+    def _summed(self, part: Tensor) -> Tensor:
+        """The sum over ranks of what each has.
+
+        Raises:
+            ValueError: it is to be differentiated.
+        """
+        assert self.ranks is not None, "asked for where there are ranks"
+        if part.requires_grad:
+            raise ValueError(
+                "a step of the inner loop takes a dot product or a norm of the inner variable, and the steps are to be "
+                "differentiated; with an inner variable that is sharded over processes that is not done. Use an "
+                "estimator at the solution, such as Implicit(CG(10)), or one of first order"
+            )
+        return self.ranks.sum([part])[0]
 
     def _rows(self, leaf: Tensor) -> Tensor:
         # (A size of -1 is ambiguous for a leaf without elements.)

@@ -61,6 +61,11 @@ class Ranks:
         return dist.get_rank(self.group)
 
     @property
+    def pretended(self) -> bool:
+        """Whether nothing is sent, as in a forecast, where one process stands for all: torch's "fake" group."""
+        return dist.is_available() and dist.is_initialized() and dist.get_backend(self.group) == "fake"
+
+    @property
     def members(self) -> list[int]:
         """The processes by their ranks among all, in the order of this group's."""
         _check_initialized()
@@ -81,7 +86,7 @@ class Ranks:
         """What every rank has for a small picklable value, in the order of the ranks."""
         size = self.size
         found: list[Any] = [None] * size
-        with spans.span(spans.COLLECTIVE), _told():
+        with spans.span(spans.COLLECTIVE), spans.span(spans.ASIDE), _told():
             dist.all_gather_object(found, pickle.dumps(value), group=self.group)
         return [pickle.loads(one) for one in found]
 
@@ -104,7 +109,7 @@ class Ranks:
 
     def _reduced(self, leaves: Sequence[Tensor], operation: Any) -> tuple[Tensor, ...]:
         _check_initialized()
-        if any(without_data(leaf) for leaf in leaves):
+        if any(without_data(leaf) for leaf in leaves) and not self.pretended:
             return tuple(leaf.clone() for leaf in leaves)
         found: list[Tensor | None] = [None] * len(leaves)
         kinds = {(leaf.dtype, leaf.device): None for leaf in leaves}

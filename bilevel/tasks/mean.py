@@ -167,7 +167,8 @@ class TaskMean(Estimator):
 
     def estimate(self, instance: Instance, state: Any) -> Estimate:
         company = self.company
-        if not isinstance(company, Together) or isinstance(tree.tensors(instance.outer)[0], FakeTensor):
+        unread = isinstance(tree.tensors(instance.outer)[0], FakeTensor)
+        if not isinstance(company, Together) or (unread and not company.ranks.pretended):
             own = self._own(instance, state)
             return self._joined(instance, own, own, lambda make: make())
         with company.guarded():

@@ -19,8 +19,8 @@ from torch import Tensor
 from bilevel.engine.replay import State as Drawn
 from bilevel.estimators.base import Instance
 from bilevel.space import tree
-from bilevel.space.bits import fingerprints
-from bilevel.space.ranks import RankError, Ranks
+from bilevel.space.bits import fingerprints, numbers
+from bilevel.space.ranks import RankError, Ranks, without_data
 from bilevel.space.tree import PartialLeaves, Tree
 from bilevel.tasks.rows import Tasks, shared_fields
 
@@ -98,7 +98,7 @@ class Together:
             drew: the random generators before, if the tasks drew.
         """
         stats = [{name: _plain(value) for name, value in part.items()} for part in own.stats]
-        outer_losses, inner_losses = (tuple(each.detach().tolist()) for each in (own.outer_loss, own.inner_loss))
+        outer_losses, inner_losses = (tuple(numbers(each)) for each in (own.outer_loss, own.inner_loss))
         try:
             rest = pickle.dumps((stats, own.ids))
         except Exception as error:
@@ -113,7 +113,7 @@ class Together:
             count=own.count,
             losses=(outer_losses, inner_losses),
             dtype=own.outer_loss.dtype if own.count else None,
-            code=int(own.code),
+            code=0 if without_data(own.code) else int(own.code),
             reached=tuple(tuple(leaf is not None for leaf in grad) for grad in own.grads),
             unused=own.unused,
             shared=(_shared(before), _shared(own.state)),
@@ -298,11 +298,7 @@ class _Numbers:
 
 
 def _plain(value: Any) -> Any:
-    return (
-        _Numbers(value.detach().flatten().tolist(), tuple(value.shape), value.dtype)
-        if isinstance(value, Tensor)
-        else value
-    )
+    return _Numbers(numbers(value.flatten()), tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
 
 
 def _tensors(value: Any, device: torch.device) -> Any:

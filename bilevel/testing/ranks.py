@@ -74,7 +74,9 @@ class Pool:
     def _start(self) -> None:
         self._folder = tempfile.mkdtemp()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.tensor", "bilevel", "bilevel.testing"])
+        context.set_forkserver_preload(
+            ["torch", "torch._dynamo", "torch.distributed.tensor", "bilevel", "bilevel.testing"]
+        )
         for rank in range(LARGEST):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self._folder, there, sys.path), daemon=True)

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bilevel_profiling.baselines.baseline import Baseline as Baseline
     from bilevel_profiling.cases.case import Case as Case
+    from bilevel_profiling.cases.parallel import DATA as DATA
+    from bilevel_profiling.cases.parallel import TASKS as TASKS
+    from bilevel_profiling.cases.parallel import Parallel as Parallel
     from bilevel_profiling.comparison.work import compare as compare
     from bilevel_profiling.forecasting import Advice as Advice
     from bilevel_profiling.forecasting import Fit as Fit
@@ -25,11 +28,16 @@ if TYPE_CHECKING:
     from bilevel_profiling.records.record import Function as Function
     from bilevel_profiling.records.record import Iteration as Iteration
     from bilevel_profiling.records.record import Phase as Phase
+    from bilevel_profiling.records.record import Rank as Rank
     from bilevel_profiling.records.record import Record as Record
     from bilevel_profiling.report.tensorboard import to_tensorboard as to_tensorboard
 
 # No module bears the name of a function here: importing it would put the module in the function's place.
 _HOMES = {
+    "DATA": "cases.parallel",
+    "Parallel": "cases.parallel",
+    "Rank": "records.record",
+    "TASKS": "cases.parallel",
     "Advice": "forecasting",
     "Alive": "records.record",
     "Baseline": "baselines.baseline",
@@ -53,6 +61,8 @@ _HOMES = {
     "trace": "meters.trace",
 }
 __all__ = [
+    "DATA",
+    "TASKS",
     "Advice",
     "Alive",
     "Baseline",
@@ -63,7 +73,9 @@ __all__ = [
     "Function",
     "Iteration",
     "NotMonotone",
+    "Parallel",
     "Phase",
+    "Rank",
     "Record",
     "Recorder",
     "compare",

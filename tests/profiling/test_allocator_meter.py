@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 from bilevel_profiling import Case
-from bilevel_profiling.measurement.passes import Trial
+from bilevel_profiling.measurement.trial import Trial
 from bilevel_profiling.meters import Allocator, Tensors
 from torch.utils._python_dispatch import _disable_current_modes
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from bilevel_profiling import Case, ForecastError, Record, forecast, measure, recommend
 from bilevel_profiling.cases.case_file import load
-from bilevel_profiling.measurement.passes import Figures, Trial
+from bilevel_profiling.measurement.passes import Figures
+from bilevel_profiling.measurement.trial import Trial
 from bilevel_profiling.meters.devices import DEVICES, Device
 from bilevel_profiling.meters.oracles import Oracles
 from bilevel_profiling.meters.tensors import Tensors

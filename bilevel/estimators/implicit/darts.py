@@ -54,6 +54,8 @@ class Darts(Estimator):
         tensor(0.2500)
     """
 
+    sharded = True
+
     xi: float | None = None
     radius: float | None = None
 

@@ -70,6 +70,8 @@ class FixedPoint(Estimator):
         tensor(0.2500)
     """
 
+    sharded = True
+
     linear: LinearSolver
 
     def __post_init__(self) -> None:

@@ -49,6 +49,8 @@ class Implicit(Estimator):
         (tensor(0.2500), 'OK')
     """
 
+    sharded = True
+
     linear: LinearSolver
 
     def __post_init__(self) -> None:

@@ -71,6 +71,8 @@ class MemoryReduced(Estimator):
         (tensor(0.2500), tensor(0.2500))
     """
 
+    sharded = True
+
     steps: int = 20
     tol: float = 1e-8
     damping: float = 0.0

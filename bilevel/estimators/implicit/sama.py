@@ -66,6 +66,8 @@ class Sama(Estimator):
         tensor(0.2500)
     """
 
+    sharded = True
+
     scale: float = 1.0
     radius: float | None = None
 

@@ -53,6 +53,8 @@ class T1T2(Estimator):
         tensor(0.2500)
     """
 
+    sharded = True
+
     scale: float | None = 1.0
     difference: bool = False
 

@@ -43,7 +43,7 @@ from bilevel.estimators.penalty.base import (
 )
 from bilevel.estimators.state import State, per_task
 from bilevel.space import tree
-from bilevel.space.inner_product import Space
+from bilevel.space.inner_product import PLAIN, Space
 from bilevel.space.tree import Leaves, PartialLeaves, Tree
 
 _PHIS = ("gradient", "value")
@@ -93,6 +93,8 @@ class BOME(Estimator):
         (tensor(0.1690), tensor(2.2534), tensor(0.4127))
     """
 
+    sharded = True
+
     eta: float = 0.5
     phi: str = "gradient"
     rate: float | None = None
@@ -131,7 +133,7 @@ class BOME(Estimator):
             before = oracles.generators.peek()
             between = gap(instance, y, found.inner, found.steps)
             outer_loss, f_y, f_x = oracles.outer_gradient(y)
-            multiplier = self._multiplier(between, f_y, f_x)
+            multiplier = self._multiplier(oracles.space, between, f_y, f_x)
             direction = combined(multiplier, between.in_inner, f_y)
             grad = combined(multiplier, between.in_outer, f_x)
             after = moved(y, direction, rate)
@@ -159,17 +161,17 @@ class BOME(Estimator):
                 next_inner=after,
             )
 
-    def _multiplier(self, between: Gap, f_y: Leaves, f_x: PartialLeaves) -> Tensor:
+    def _multiplier(self, space: Space, between: Gap, f_y: Leaves, f_x: PartialLeaves) -> Tensor:
         """The multiplier; 0 where the gap has no gradient."""
-        q = (*between.in_inner, *between.in_outer)
-        square = _dot(q, q)
+        q_y, q_x = between.in_inner, between.in_outer
+        square = _dot(space, q_y, q_y) + _dot(PLAIN, q_x, q_x)
         phi = self.eta * (square if self.phi == "gradient" else between.value)
-        least = (phi - _dot((*f_y, *f_x), q)).clamp_min(0)
+        least = (phi - _dot(space, f_y, q_y) - _dot(PLAIN, f_x, q_x)).clamp_min(0)
         found = torch.where(square > 0, least / torch.where(square > 0, square, 1.0), 0.0)
         return found.to(f_y[0].dtype)
 
 
-def _dot(x: PartialLeaves, y: PartialLeaves) -> Tensor:
-    """The product of two directions in y and x, where None is zero."""
+def _dot(space: Space, x: PartialLeaves, y: PartialLeaves) -> Tensor:
+    """The product of two directions, where None is zero."""
     pairs = [(a, b) for a, b in zip(x, y, strict=True) if a is not None and b is not None]
-    return Space().dot([a for a, _ in pairs], [b for _, b in pairs])
+    return space.dot([a for a, _ in pairs], [b for _, b in pairs]) if pairs else torch.zeros(())

@@ -87,6 +87,8 @@ class F2SA(Estimator):
         tensor(0.2381)
     """
 
+    sharded = True
+
     multiplier: Schedule
 
     def __post_init__(self) -> None:

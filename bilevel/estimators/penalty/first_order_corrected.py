@@ -91,6 +91,8 @@ class FirstOrderCorrected(Estimator):
         tensor(0.2499)
     """
 
+    sharded = True
+
     nu: float | None = None
     scheme: str | int = "symmetric"
     warm_sides: bool = False

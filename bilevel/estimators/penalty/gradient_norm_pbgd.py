@@ -92,6 +92,8 @@ class GradientNormPBGD(Estimator):
         tensor(0.2469)
     """
 
+    sharded = True
+
     gamma: Schedule
     rate: float | None = None
 

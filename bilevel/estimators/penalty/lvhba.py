@@ -129,6 +129,8 @@ class LVHBA(Estimator):
         (tensor(1.), tensor(2.0000), 1.0)
     """
 
+    sharded = True
+
     constraint: Callable[[Tree, Tree, Any], Tensor]
     projection: Callable[[Tree, Tree, Any], Tree]
     c: Schedule

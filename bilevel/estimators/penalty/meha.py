@@ -98,6 +98,8 @@ class MEHA(Estimator):
         (tensor(0.4667), tensor(0.0667), tensor(0.4933))
     """
 
+    sharded = True
+
     c: Schedule
     gamma: float = 1.0
     rate: float | None = None

@@ -94,6 +94,8 @@ class PBGD(Estimator):
         tensor(0.2381)
     """
 
+    sharded = True
+
     gamma: Schedule
     rate: float | None = None
 

@@ -42,6 +42,8 @@ class FirstOrder(Estimator):
         tensor(0.5000)
     """
 
+    sharded = True
+
     sees = frozenset({Path.START, Path.OUTER_LOSS})
 
     @property

@@ -110,6 +110,8 @@ class Unrolled(Estimator):
         (tensor(0.1016), tensor(0.0508))
     """
 
+    sharded = True
+
     keep: str = "graph"
     segment: int | None = None
     last: int | None = None

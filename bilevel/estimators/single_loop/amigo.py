@@ -77,6 +77,8 @@ class AmIGO(Estimator):
         (tensor(0.2500), tensor(0.2500))
     """
 
+    sharded = True
+
     rate: Rate
     steps: int = 10
     tol: float = TOL

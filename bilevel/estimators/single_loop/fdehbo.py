@@ -114,6 +114,8 @@ class FdeHBO(Estimator):
         (0.25, 0)
     """
 
+    sharded = True
+
     rate: Rate
     eta: Rate = 0.5
     radius: float = math.inf

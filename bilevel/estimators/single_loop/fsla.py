@@ -100,6 +100,8 @@ class FSLA(Estimator):
         tensor(0.2500)
     """
 
+    sharded = True
+
     rate: Rate
     eta: Rate = 0.1
     tol: float = TOL

@@ -90,6 +90,8 @@ class MASOBA(Estimator):
         tensor(0.2500)
     """
 
+    sharded = True
+
     rate: Rate
     theta: Rate = 0.1
     tol: float = TOL

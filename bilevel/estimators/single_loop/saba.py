@@ -116,6 +116,8 @@ class SABA(Estimator):
         tensor(0.2500)
     """
 
+    sharded = True
+
     rate: Rate
     inner_batches: int
     outer_batches: int = 1

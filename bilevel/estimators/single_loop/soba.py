@@ -77,6 +77,8 @@ class SOBA(Estimator):
         (tensor(0.2500), tensor(0.2500))
     """
 
+    sharded = True
+
     rate: Rate
     tol: float = TOL
 

@@ -86,6 +86,8 @@ class StocBiO(Estimator):
         tensor(0.1758)
     """
 
+    sharded = True
+
     rate: Rate
     terms: int = 10
     tol: float = TOL

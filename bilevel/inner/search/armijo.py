@@ -41,6 +41,8 @@ class Armijo(LineSearch):
         tensor(0.)
     """
 
+    sharded = True
+
     decrease: float = 1e-4
     trials: int = 30
 

@@ -48,6 +48,8 @@ class Wolfe(LineSearch):
         tensor(0.)
     """
 
+    sharded = True
+
     decrease: float = 1e-4
     flatness: float = 0.9
     trials: int = 30

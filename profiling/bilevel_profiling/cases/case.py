@@ -10,7 +10,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 import bilevel as bl
+from bilevel.distributed import Ranks
 from bilevel.space import tree
+from bilevel_profiling.cases.parallel import Parallel
 
 Setup = Callable[..., Any]
 """`setup(device)` or `setup(device, seed=...)` -> (problem, outer, inner, batches)."""
@@ -43,6 +45,8 @@ class Case:
             outer phase.
         engine: how derivatives are computed, such as `bl.Compiled()`; None for operator by operator.
         engine_name: of the engine in the record; by default its class in lower case, "" for None.
+        parallel: how the work is split where several ranks do it together.
+        ranks: those that do: every one of them measures the same case at the same time. None for this process alone.
 
     Example:
         >>> import bilevel as bl
@@ -63,12 +67,16 @@ class Case:
     outer_optimizer: OuterOptimizer = adam
     engine: bl.Engine | None = None
     engine_name: str = ""
+    parallel: Parallel | None = None
+    ranks: Ranks | None = None
 
     def __post_init__(self) -> None:
         for name, kind, write in (
             ("solver", bl.InnerSolver, "bl.Descent(bl.SGD(lr=0.1), steps=20)"),
             ("estimator", bl.Estimator, "bl.Unrolled()"),
             ("engine", (bl.Engine, type(None)), "None or bl.Compiled()"),
+            ("parallel", (Parallel, type(None)), "None, DATA or TASKS of bilevel_profiling"),
+            ("ranks", (Ranks, type(None)), "None or bl.distributed.Ranks()"),
         ):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"Case was given a {type(getattr(self, name)).__name__} as {name}; {write} was needed")
@@ -78,6 +86,11 @@ class Case:
             )
         object.__setattr__(self, "name", self.name or name_of(self.setup))
         object.__setattr__(self, "label", self.label or type(self.estimator).__name__)
+        if self.ranks is not None and self.parallel is None:
+            raise ValueError(
+                f"case {self.name} was given ranks, and it does not say what each of them has a part of; write "
+                f"parallel=DATA or parallel=TASKS (of bilevel_profiling), in a case file PARALLEL = DATA"
+            )
         known = "" if self.engine is None else type(self.engine).__name__.lower()
         object.__setattr__(self, "engine_name", self.engine_name or known)
 
@@ -87,8 +100,24 @@ class Case:
         return f"{self.label} ({self.engine_name})" if self.engine_name else self.label
 
     def pose(self) -> "Posed":
-        """Make the problem."""
-        return pose(self.setup, self.device, self.seed)
+        """Make the problem; with ranks, this rank's part of it."""
+        made = pose(self.setup, self.device, self.seed)
+        if self.ranks is None or self.parallel is None:
+            return made
+        how, ranks = self.parallel, self.ranks
+        outer, inner = how.outer(made.outer, ranks), how.inner(made.inner, ranks)
+        return Posed(how.problem(made.problem, ranks), outer, inner, how.batches(made.batches, ranks))
+
+    def part(self, batches: bl.Batches) -> bl.Batches:
+        """Of the batches of an outer step, those of this rank."""
+        return batches if self.ranks is None or self.parallel is None else self.parallel.batches(batches, self.ranks)
+
+    @property
+    def at_work(self) -> bl.Estimator:
+        """The estimator, with its ranks where it has some."""
+        if self.ranks is None or self.parallel is None:
+            return self.estimator
+        return self.parallel.estimator(self.estimator, self.ranks)
 
 
 @dataclasses.dataclass(frozen=True)

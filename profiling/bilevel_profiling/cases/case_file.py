@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | `setup(device)` | makes (problem, outer, inner, batches) | an error |
 | `ESTIMATORS` | dict of label to estimator | `default_estimators()` |
+| `PARALLEL` | a `Parallel`, such as DATA or TASKS: how its work is split over processes | it runs on one only |
 | `BASELINES` | dict of label to a function that returns a hypergradient, or a `Baseline` | none of its own |
 | `ENGINES` | dict of label to engine: each estimator is a row with each | the default, eager |
 | `OPTIMIZER` | the inner optimizer; or an inner solver, whose limit of steps is then K | bl.SGD(lr=0.1) |
@@ -36,6 +37,7 @@ from bilevel_profiling.cases import builtin as cases
 from bilevel_profiling.cases import engines as named_engines
 from bilevel_profiling.cases import library
 from bilevel_profiling.cases.case import OuterOptimizer, Setup, adam, name_of
+from bilevel_profiling.cases.parallel import Parallel
 
 MOVES: tuple[type, ...] = (bl.Optimizer, bl.InnerSolver, *filter(None, [getattr(bl.inner, "Dynamics", None)]))
 
@@ -77,6 +79,7 @@ class Definition:
     baselines: Mapping[str, Function | Baseline] = dataclasses.field(default_factory=dict)
     engines: Mapping[str, bl.Engine] = dataclasses.field(default_factory=dict)
     """None: the default of the library."""
+    parallel: Parallel | None = None
     title: str = ""
     """The first line of the file's docstring."""
 
@@ -106,6 +109,11 @@ class Definition:
                     f'write "label": bl.Unrolled()'
                 )
         self._check_baselines()
+        if not isinstance(self.parallel, (Parallel, type(None))):
+            raise CaseError(
+                f"case {self.name}: PARALLEL (parallel=) is {self.parallel!r}; DATA, TASKS or a Parallel of "
+                f"bilevel_profiling was needed"
+            )
         if not isinstance(self.engines, Mapping) or not all(
             isinstance(label, str) and label and isinstance(engine, bl.Engine) for label, engine in self.engines.items()
         ):
@@ -291,6 +299,7 @@ def _defined(name: str, module: ModuleType) -> Definition:
         "preload": "PRELOAD",
         "baselines": "BASELINES",
         "engines": "ENGINES",
+        "parallel": "PARALLEL",
     }
     found = {field: getattr(module, attribute) for field, attribute in names.items() if hasattr(module, attribute)}
     if "inner_steps" in found:

@@ -11,7 +11,10 @@ from bilevel_profiling.comparison import progress
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-_SETTINGS = ("seed", "repeats", "time_limit", "threads", "memory_limit", "resume", "retry_failed", "trace", "snapshot")
+_SETTINGS = (
+    *("seed", "repeats", "time_limit", "threads", "memory_limit"),
+    *("resume", "retry_failed", "trace", "snapshot", "processes"),
+)
 """Options that are fields of `Settings` under the same name."""
 
 
@@ -71,6 +74,16 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
         type=types.count,
         metavar="N",
         help="outer steps of each loop, at the largest K; 0 for none; default: the case's own",
+    )
+    add(
+        "--processes",
+        type=types.positive,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="N",
+        help="each estimator with each of these numbers of processes, its work split over them as the case says (gloo; "
+        "on CUDA NCCL, a GPU for each); default: one process without a group",
     )
     add("--seed", type=int, default=0, metavar="N", help="of data, initialization and random losses (default 0)")
     add(
@@ -178,7 +191,7 @@ def _compared(options: argparse.Namespace, executor: "Executor | None") -> int:
         settings = Settings(
             device=chosen_device(options.device, elsewhere=options.executor is not None),
             command=options.command,
-            **{name: getattr(options, name) for name in _SETTINGS},
+            **{name: getattr(options, name) for name in _SETTINGS} | {"processes": tuple(options.processes)},
         )
         labels = options.estimators
         if labels == [library.ALL]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bilevel_profiling.cli import options as types
 from bilevel_profiling.cli.output import DONE, NOTHING, print_records, print_rows, say, unwritable, wrong
 from bilevel_profiling.comparison import progress
+from bilevel_profiling.records.ranks import processes
 from bilevel_profiling.records.record import Record
 
 if TYPE_CHECKING:
@@ -55,6 +56,14 @@ def add(verbs: "types.Verbs") -> argparse.ArgumentParser:
         help="the largest K that the search for the budget looks at (default 256)",
     )
     add("--on", metavar="DEVICE", help="a GPU for lower bounds on the time, such as a100 or h100 (see: bilevel list)")
+    add(
+        "--ranks",
+        type=types.positive,
+        nargs="+",
+        action="extend",
+        metavar="N",
+        help="for one of so many processes, its work split as the case says: memory, and bytes sent; none is started",
+    )
     add("--alive", action="store_true", help="also print what would be alive at each peak")
     add("--out", metavar="DIR", help="also write the records and a report there")
     add(
@@ -76,6 +85,8 @@ def run(options: argparse.Namespace) -> int:
         return wrong(str(error))
     if options.on is not None and options.on not in DEVICES:
         return wrong(f"--on {options.on}: there is no such device; write one of {', '.join(DEVICES)}")
+    if options.ranks and (wrongly := _unsplit(definition, options)):
+        return wrong(wrongly)
     cases = list(cases_of(definition, options, options.inner_steps or definition.inner_steps))
     records = _forecasts(cases, options)
     if options.out is not None:
@@ -214,7 +225,20 @@ def cases_of(definition: "Definition", options: argparse.Namespace, inner_steps:
                 outer_optimizer=definition.outer_optimizer,
                 engine=engine,
                 engine_name=name,
+                parallel=definition.parallel,
             )
+
+
+def _unsplit(definition: "Definition", options: argparse.Namespace) -> str:
+    """Why there is no forecast for ranks; "" where there is one."""
+    if options.budget is not None:
+        return "--ranks with --budget: the search for a budget is for one process; give --ranks alone"
+    if definition.parallel is None:
+        return (
+            f"case {definition.name} does not say how its work is split over processes: write PARALLEL = DATA or "
+            f"PARALLEL = TASKS (of bilevel_profiling) into its file"
+        )
+    return ""
 
 
 def _device(asked: str) -> str:
@@ -227,16 +251,22 @@ def _forecasts(cases: "list[Case]", options: argparse.Namespace) -> list[Record]
     from bilevel_profiling.forecasting import forecast
 
     watcher = progress.chosen()
+    asked = [(case, count) for case in cases for count in options.ranks or [None]]
     tasks = [
-        progress.Task(case.name, f"{case.title}, K = {case.solver.max_steps}", 5 + case.solver.max_steps)
-        for case in cases
+        progress.Task(
+            case.name,
+            ", ".join(filter(None, [case.title, f"K = {case.solver.max_steps}", processes(count)])),
+            5 + case.solver.max_steps,
+        )
+        for case, count in asked
     ]
     records = []
     watcher.start(tasks)
     try:
-        for case, task in zip(cases, tasks, strict=True):
+        for (case, count), task in zip(asked, tasks, strict=True):
             watcher.begin(task)
-            records.append(_tried(case, functools.partial(forecast, case, on=options.on, command=options.command)))
+            work = functools.partial(forecast, case, on=options.on, ranks=count, command=options.command)
+            records.append(dataclasses.replace(_tried(case, work), processes=count))
             watcher.finish(task, progress.row_text(records[-1]))
     finally:
         watcher.stop()

@@ -34,6 +34,8 @@ def fingerprint(settled: Settled) -> str:
     for place, function in enumerate((None if isinstance(source, str) else source, *functions)):
         if callable(function):
             parts[f"function {place}"] = _told(function)
+    if (split := overrides.get("parallel")) is not None:
+        parts["parallel"] = _told(split)
     return hashlib.sha256("\n".join(f"{name}\n{parts[name]}" for name in sorted(parts)).encode()).hexdigest()[:16]
 
 

@@ -62,6 +62,7 @@ class Key:
     dtype: str
     source: str
     engine: str = ""
+    processes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +196,7 @@ def _by_key(records: Sequence[Record]) -> dict[tuple[Key, int], Record]:
     found: dict[tuple[Key, int], Record] = {}
     for record in records:
         what = record.case, record.estimator, record.inner_steps
-        key = Key(*what, record.device, record.seed, record.dtype, record.source, record.engine)
+        key = Key(*what, record.device, record.seed, record.dtype, record.source, record.engine, record.processes)
         found[key, sum(known == key for known, _ in found)] = record
     return found
 

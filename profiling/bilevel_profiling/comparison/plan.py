@@ -11,6 +11,8 @@ from typing import Any
 import bilevel as bl
 from bilevel_profiling.cases.case import Setup, in_steps
 from bilevel_profiling.cases.case_file import CaseError, Definition, given
+from bilevel_profiling.measurement import together
+from bilevel_profiling.records.ranks import processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,9 @@ class Settings:
             are measured anew.
         trace: also write a torch.profiler trace of each run, into traces/.
         snapshot: also write a snapshot of the CUDA allocator for each run, into snapshots/; of no effect on the CPU.
+        processes: the numbers of ranks to measure with, such as (1, 2, 4): each cell is a row with each, run by as many
+            processes in one group (gloo on the CPU; NCCL on CUDA, a GPU for each), its work split as the case says.
+            None at all: one process without a group.
         wait_limit: with an executor, seconds without an answer, beyond what a run may take, after which it is given up.
         command: kept in the records' environments.
     """
@@ -64,6 +69,7 @@ class Settings:
     retry_failed: bool = False
     trace: bool = False
     snapshot: bool = False
+    processes: tuple[int, ...] = ()
     wait_limit: float = 3600.0
     command: str = ""
 
@@ -82,6 +88,8 @@ class Cell:
     """Its label in the case; empty for the default."""
     tasks: str = ""
     """For a mean over tasks, how they are weighted, as a name."""
+    processes: int | None = None
+    """Ranks that run it together; None for one process without a group."""
 
     @property
     def steps(self) -> int:
@@ -90,8 +98,9 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """What the row is called where engines are told apart."""
-        return f"{self.label} ({self.engine})" if self.engine else self.label
+        """What the row is called where engines and numbers of processes are told apart."""
+        more = ", ".join(filter(None, [self.engine, processes(self.processes)]))
+        return f"{self.label} ({more})" if more else self.label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +111,7 @@ class Settled:
     case: Definition
     labels: tuple[str, ...]
     seed: int = 0
+    processes: tuple[int | None, ...] = (None,)
 
     @property
     def cells(self) -> list[Cell]:
@@ -116,7 +126,11 @@ class Settled:
                 tasks = _tasks(rows[label])
                 row = f"{label}, {name}" if name else label
                 engines = ("",) if label in case.baselines else tuple(case.engines) or ("",)
-                found += [Cell(row, label, solver, name, engine, tasks) for engine in engines]
+                found += [
+                    Cell(row, label, solver, name, engine, tasks, count)
+                    for engine in engines
+                    for count in self.processes
+                ]
         return found
 
     @property
@@ -158,9 +172,11 @@ def settle(plans: Sequence[Plan], settings: Settings | None = None, *, far: bool
             )
     _check_labels(found)
     _check_numbers(settings)
+    _check_split(found, settings)
     for each in found:
         _check_sendable(each.plan, far)
-    return [dataclasses.replace(each, labels=_labels(each)) for each in found]
+    counts = tuple(sorted(set(settings.processes))) or (None,)
+    return [dataclasses.replace(each, labels=_labels(each), processes=counts) for each in found]
 
 
 def _loaded(plan: Plan, settings: Settings) -> Settled:
@@ -212,6 +228,21 @@ def _check_numbers(settings: Settings) -> None:
             f"a memory limit was given for device {settings.device}; it limits the address space, of which CUDA takes "
             f"more than it uses. Leave it out, or write torch.cuda.set_per_process_memory_fraction(...) into setup"
         )
+
+
+def _check_split(found: list[Settled], settings: Settings) -> None:
+    try:
+        for count in settings.processes:
+            together.check_possible(count, settings.device)
+    except ValueError as error:
+        raise CaseError(str(error)) from None
+    for each in found if settings.processes else ():
+        if each.case.parallel is None:
+            raise CaseError(
+                f"case {each.case.name} does not say how its work is split over processes. Write PARALLEL = DATA (its "
+                f"losses are means over the rows of the batches) or PARALLEL = TASKS (its estimators are means over "
+                f"tasks) into the case file, with from bilevel_profiling import DATA, TASKS; or compare(parallel=DATA)"
+            )
 
 
 class _Pickler(pickle.Pickler):

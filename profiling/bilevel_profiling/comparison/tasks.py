@@ -22,8 +22,8 @@ from bilevel_profiling.records.note import Note, NoteKind
 from bilevel_profiling.records.record import Iteration, Record, Target
 from bilevel_profiling.records.records_file import RecordsFile
 
-Key = tuple[str, str, str, int | None]
-"""Case, label, engine, K."""
+Key = tuple[str, str, str, int | None, int | None]
+"""Case, label, engine, K, processes."""
 _BESIDE = Note(
     "Other runs of this comparison were at work on the same machine meanwhile: times may be longer than alone. Memory "
     "is that of the run's own process.",
@@ -113,7 +113,7 @@ class Piece(abc.ABC):
     @property
     def key(self) -> Key:
         """Of the row."""
-        return self.settled.case.name, self.cell.label, self.cell.engine, self.cell.steps
+        return self.settled.case.name, self.cell.label, self.cell.engine, self.cell.steps, self.cell.processes
 
     def job(self, site: Site) -> cells.Job:
         """The cell, in a form that another process can make its case from."""
@@ -131,7 +131,13 @@ class Piece(abc.ABC):
             repeats=settings.repeats,
             threads=settings.threads,
             command=settings.command,
+            split=None if self.alone else self.settled.case.parallel,
         )
+
+    @property
+    def alone(self) -> bool:
+        """Whether one process does it, without a group."""
+        return self.cell.processes is None
 
     def asked(self, site: Site, what: str, *arguments: Any, **more: Any) -> Errand:
         """The errand of a function of `cell`."""
@@ -141,12 +147,15 @@ class Piece(abc.ABC):
             arguments=arguments,
             time_limit=site.settings.time_limit,
             preload=tuple(self.settled.case.preload),
+            processes=None if self.alone else self.cell.processes,
+            device=site.settings.device,
             **more,
         )
 
     def stem(self, *more: str) -> str:
         """Of the names of its files."""
-        label = "-".join(filter(None, [self.cell.label, self.cell.engine]))
+        ranks = "" if self.cell.processes is None else f"{self.cell.processes}-processes"
+        label = "-".join(filter(None, [self.cell.label, self.cell.engine, ranks]))
         return "-".join([self.settled.case.name, label, str(self.cell.steps), *more])
 
 
@@ -155,6 +164,10 @@ class Reference(Piece):
     """Make a float64 hypergradient, of the program of the cell's solver or of the solution."""
 
     target: Target
+
+    @property
+    def alone(self) -> bool:
+        return True  # that of the whole problem: what ranks find together is compared with it
 
     @property
     def task(self) -> Task:
@@ -273,8 +286,11 @@ class Row(Piece):
             for r in others
             if r.device == job.device
         )
+        split = self.settled.case.parallel
         return dataclasses.replace(
-            described(job.case(self.settled.case), site.settings.command),
+            described(dataclasses.replace(job, split=None).case(self.settled.case), site.settings.command),
+            processes=self.cell.processes,
+            split="" if self.alone or split is None else split.name,
             dtype=next(dtypes, "float32"),
             status=failure.status,
             reason=failure.reason,
@@ -336,7 +352,7 @@ class OuterLoop(Piece):
 
 def key_of(record: Record) -> Key:
     """What makes a row the same row."""
-    return record.case, record.estimator, record.engine, record.inner_steps
+    return record.case, record.estimator, record.engine, record.inner_steps, record.processes
 
 
 def _loop_text(iterations: Sequence[Iteration], metrics: Mapping[str, float]) -> str:

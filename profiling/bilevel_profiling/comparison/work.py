@@ -17,6 +17,7 @@ import bilevel as bl
 from bilevel_profiling.baselines import packages
 from bilevel_profiling.baselines.baseline import Baseline, Function
 from bilevel_profiling.cases.case import OuterOptimizer, Setup
+from bilevel_profiling.cases.parallel import Parallel
 from bilevel_profiling.comparison import resume as resuming
 from bilevel_profiling.comparison.dispatch import Dispatch, check
 from bilevel_profiling.comparison.folder import Folder
@@ -47,6 +48,7 @@ class Choices(TypedDict, total=False):
     name: str | None
     baselines: Sequence[str] | Mapping[str, Function | Baseline] | None
     engines: Sequence[str] | Mapping[str, bl.Engine] | None
+    parallel: Parallel | None
     seeds: Sequence[int] | None
     device: str
     seed: int
@@ -58,6 +60,7 @@ class Choices(TypedDict, total=False):
     retry_failed: bool
     trace: bool
     snapshot: bool
+    processes: int | Sequence[int] | None
     wait_limit: float
     command: str
 
@@ -92,8 +95,8 @@ def compare(
             function that returns a hypergradient (or a `Baseline`); the `engines` to measure every estimator with, by
             label, such as {"eager": bl.Eager(), "compiled": bl.Compiled()}, or names, such as ["eager", "compiled"];
             `seeds`, such as range(5), with each of which all is measured, as a case of its own ("quadratic, seed 3");
-            and the fields of `Settings`, where `memory_limit`
-            may also be text such as "4GiB".
+            `parallel`, how the work is split over `processes`; and the fields of `Settings`, where `memory_limit` may
+            also be text such as "4GiB", and `processes` one number.
 
     Returns:
         The records, one for each estimator, engine and solver; failures are among them, and with `resume` the rows that
@@ -145,6 +148,8 @@ def compare(
         asked["baselines"] = packages.named(_names("baselines", asked["baselines"]))
     if "engines" in asked and not isinstance(asked["engines"], Mapping):
         asked["engines"] = _names("engines", asked["engines"])
+    if isinstance(how.get("processes"), int):
+        how["processes"] = (how["processes"],)
     seeds = asked.pop("seeds", [None])
     if not isinstance(seeds, Sequence) or isinstance(seeds, str) or not seeds or ("seed" in how and seeds != [None]):
         raise TypeError(

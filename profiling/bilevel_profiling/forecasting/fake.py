@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 
 import bilevel as bl
+from bilevel.distributed import Ranks
 from bilevel.engine import offload, spans
 from bilevel.space import tree
 from bilevel_profiling.cases.case import Case, name_of
@@ -25,11 +26,14 @@ from bilevel_profiling.forecasting.optimizers import put_back
 from bilevel_profiling.forecasting.shapes import Shapes
 from bilevel_profiling.forecasting.unreadable import ForecastError as ForecastError
 from bilevel_profiling.forecasting.unreadable import explained
+from bilevel_profiling.forecasting.world import Aside, world
 from bilevel_profiling.measurement import engines
 from bilevel_profiling.measurement.environment import environment
-from bilevel_profiling.measurement.passes import Figures, Trial, described
+from bilevel_profiling.measurement.passes import Figures, described, ranks_here
 from bilevel_profiling.measurement.surroundings import frozen_heap, own_random_state, without_warnings
+from bilevel_profiling.measurement.trial import Trial
 from bilevel_profiling.meters.base import Meter
+from bilevel_profiling.meters.collectives import Collectives
 from bilevel_profiling.meters.devices import DEVICES, Device
 from bilevel_profiling.meters.oracles import Oracles
 from bilevel_profiling.meters.storages import in_blocks
@@ -53,7 +57,12 @@ OTHER_KERNELS = (
 
 
 def forecast(
-    what: Case | Callable[[], object], *, name: str = "", on: Device | str | None = None, command: str = ""
+    what: Case | Callable[[], object],
+    *,
+    name: str = "",
+    on: Device | str | None = None,
+    ranks: int | None = None,
+    command: str = "",
 ) -> Record:
     """Say what something would cost, without running it.
 
@@ -70,6 +79,8 @@ def forecast(
         name: of a function in the record.
         on: a `Device`, or the name of one in `bilevel_profiling.meters.devices.DEVICES`, for a lower bound on its time
             (`roofline_seconds`).
+        ranks: N, for what the first of so many processes would hold and send, without starting any: of a case its
+            part, as its `parallel` says. N only changes what is split, so that 512 take no longer than 2.
         command: kept in the record's environment.
 
     Returns:
@@ -79,7 +90,8 @@ def forecast(
     Raises:
         ForecastError: the code reads a tensor's value (`.item()`, `if tensor:`, a boolean mask); it names the line and
             the remedy.
-        ValueError: there is no such device.
+        ValueError: there is no such device; or a case was given ranks and does not say how it is split.
+        RuntimeError: ranks are asked for in a process that is in a group of torch.distributed.
         Exception: whatever `setup`, a loss or the function raises.
 
     Example:
@@ -98,6 +110,10 @@ def forecast(
             f"forecast() was given a {type(what).__name__}; a Case or a function without arguments was needed"
         )
     device = on if isinstance(on, Device) or on is None else _device(on)
+    if ranks is not None:
+        with world(ranks):
+            mine = dataclasses.replace(what, ranks=Ranks()) if isinstance(what, Case) else what
+            return dataclasses.replace(forecast(mine, name=name, on=on, command=command), processes=ranks)
     with own_random_state(), frozen_heap(), without_warnings():
         return _of_case(what, device, command) if isinstance(what, Case) else _of_call(what, name, device, command)
 
@@ -135,6 +151,9 @@ def _of_case(case: Case, device: Device | None, command: str) -> Record:
         if not engines.sees_operators(case.engine):  # tracing is no part of the call
             trial.hypergradient()
             trial.tidy()
+        if any(hasattr(leaf, "device_mesh") for leaf in tree.tensors((trial.posed.outer, trial.posed.inner))):
+            trial()  # DTensor thinks about each operator once, on tensors without data of its own
+            trial.tidy()
         figures, notes, blocks = _metered(trial, device, shapes)
         facts: dict[str, Any] = {"dtype": str(trial.posed.dtype).removeprefix("torch."), "base_tensor_bytes": sum(base)}
         del trial
@@ -166,6 +185,8 @@ def _metered(call: Callable[[], Any], device: Device | None, shapes: Shapes) -> 
     """
     figures, unread, tensors = Figures(), _Unread(), Tensors(shapes.stand_in)
     meters: list[Meter] = [Oracles(), Work(device), tensors]  # the last is asked first, and sees what the code calls
+    if ranks_here():
+        meters.insert(0, Collectives(clocked=False))
     traced: list[str] = []
     gc.collect()
     with contextlib.ExitStack() as around:
@@ -216,7 +237,7 @@ def without_data() -> Iterator[Shapes]:
     Raises:
         ForecastError: see `forecast`.
     """
-    with explained(), Shapes() as shapes:
+    with explained(), Shapes() as shapes, Aside(shapes):
         try:
             yield shapes
         finally:

@@ -16,6 +16,7 @@ from typing import Any
 import bilevel as bl
 from bilevel_profiling.cases.case import Case, in_steps, limit_of
 from bilevel_profiling.forecasting.fake import forecast
+from bilevel_profiling.measurement.surroundings import frozen_heap
 from bilevel_profiling.records import sizes
 from bilevel_profiling.records.record import Record
 
@@ -148,9 +149,10 @@ def fit(
         return needed(forecasts[value]) <= limit
 
     low, high = 0, at_most + 1
-    while low + 1 < high:
-        value = _next(low, high, limit, {value: needed(record) for value, record in forecasts.items()})
-        low, high = (value, high) if fits(value) else (low, value)
+    with frozen_heap():  # once for all forecasts
+        while low + 1 < high:
+            value = _next(low, high, limit, {value: needed(record) for value, record in forecasts.items()})
+            low, high = (value, high) if fits(value) else (low, value)
     return Fit(over, low, at_most, limit, dict(sorted(forecasts.items())))
 
 

@@ -21,6 +21,7 @@ from bilevel_profiling.forecasting import kernels
 _VIEW, _FRESH, _OTHER = range(3)
 _READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _NONE = object()
+_wait_tensor = torch.ops._c10d_functional.wait_tensor.default
 
 
 # torch's mode is made to be entered, not wrapped: its `dispatch` is the one place where the mode itself is off.
@@ -32,10 +33,14 @@ class Shapes(FakeTensorMode):
         self._known: dict[Any, Any] = {}
         self.unseen: set[OpOverload] = set()
         """Operators that make more than was counted."""
+        self.aside = 0
+        """Above 0, tensors have data after all."""
         self._doubles: dict[int, tuple[weakref.ref[Tensor], Tensor, Tensor | None]] = {}
 
     def stand_in(self, tensor: Tensor) -> Tensor:
         """The tensor without data that takes the place of one that exists already: always the same one."""
+        if self.aside:
+            return tensor
         known = self._doubles.get(id(tensor))
         if known is None or known[0]() is not tensor:
             with _disable_current_modes():
@@ -58,6 +63,8 @@ class Shapes(FakeTensorMode):
     ) -> Any:
         """One operation."""
         kwargs = kwargs or {}
+        if func is _wait_tensor:
+            return args[0]  # torch's rule of shapes makes another one
         kind = _kinds.get(func)
         if kind is None:
             kind = _kinds[func] = _kind(func)

@@ -9,15 +9,19 @@ from typing import Any
 import torch
 
 import bilevel as bl
+from bilevel.distributed import Ranks
 from bilevel_profiling.baselines.counting import uncounted
 from bilevel_profiling.cases.case import Case
 from bilevel_profiling.cases.case_file import Definition, given
+from bilevel_profiling.cases.parallel import Parallel
 from bilevel_profiling.measurement import engines, references
-from bilevel_profiling.measurement.isolate import Gate
+from bilevel_profiling.measurement.inside import Gate
 from bilevel_profiling.measurement.loop import outer_loop
-from bilevel_profiling.measurement.passes import Trial, measure
+from bilevel_profiling.measurement.passes import measure
 from bilevel_profiling.measurement.references import Reference, References
+from bilevel_profiling.measurement.trial import Trial
 from bilevel_profiling.meters.resident import trim
+from bilevel_profiling.records.failure import unfinished
 from bilevel_profiling.records.record import Loop, Record
 
 _WATCHED = 0.15
@@ -50,6 +54,8 @@ class Job:
     """Where a trace of a call goes."""
     snapshot: Path | None = None
     """Where, on CUDA, a snapshot of the allocator goes."""
+    split: Parallel | None = None
+    """How the work is split over the ranks that this process is one of; None for a process alone."""
 
     def definition(self) -> Definition:
         """The case's definition, loaded in this process, which takes its number of threads."""
@@ -70,20 +76,27 @@ class Job:
             outer_optimizer=definition.outer_optimizer,
             engine=definition.engines[self.engine] if self.engine else None,
             engine_name=self.engine,
+            parallel=self.split,
+            ranks=None if self.split is None else Ranks(),
         )
 
 
 def cost(job: Job, program: Path | str, solution: Path | str) -> Record:
     """Everything but resident memory. A reference is the path of its file, or a sentence on why there is none."""
     known = References(_reference(program), _reference(solution))
-    return measure(
-        job.case(job.definition()),
+    case = job.case(job.definition())
+    first = case.ranks is None or case.ranks.rank == 0
+    record = measure(
+        case,
         repeats=job.repeats,
         errors=known,
-        trace=job.trace,
-        snapshot=job.snapshot,
+        trace=job.trace if first else None,
+        snapshot=job.snapshot if first else None,
         command=job.command,
     )
+    if case.ranks is not None and unfinished(record):
+        raise MemoryError(record.reason)  # the others wait for this rank, and must hear that it has ended
+    return record
 
 
 def resident(job: Job, gate: Gate) -> None:
@@ -100,7 +113,8 @@ def resident(job: Job, gate: Gate) -> None:
         with uncounted():
             trial.hypergradient()
         trial.tidy()
-        if time.perf_counter() - started > _WATCHED:
+        enough = time.perf_counter() - started > _WATCHED
+        if enough if case.ranks is None else any(case.ranks.gathered(enough)):  # all make as many calls
             return
 
 

@@ -15,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bilevel_profiling.measurement import isolate
+from bilevel_profiling.measurement import isolate, together
 from bilevel_profiling.records.failure import Failure
+from bilevel_profiling.records.ranks import joined, with_resident
+from bilevel_profiling.records.record import Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Errand:
         time_limit: seconds for each run.
         memory_limit: bytes for each run beyond what torch has taken.
         preload: modules that take long to import.
+        processes: N, for a run on so many ranks (see `together`), each with these limits; None for one process alone.
+        device: of the ranks.
     """
 
     what: str
@@ -79,18 +83,36 @@ class Errand:
     time_limit: float
     memory_limit: int | None = None
     preload: tuple[str, ...] = ()
+    processes: int | None = None
+    device: str = "cpu"
 
     def do(self) -> Answer:
         """Do it here, each run in a fresh process."""
         isolate.warm_up(available(self.preload))
         limits: dict[str, Any] = {"time_limit": self.time_limit, "memory_limit": self.memory_limit}
         job = Packed(self.job, self.changes, self.roots, self.marks)
+        if self.processes is not None:
+            return self._together(job, {**limits, "processes": self.processes, "device": self.device})
         outcome = isolate.run(call, self.what, job, *self.arguments, **limits)
         answer = Answer(outcome.value, outcome.failure, outcome.log)
         if not self.watched or outcome.failure is not None or outcome.value.wall_seconds is None:
             return answer
         grown, log = _resident(job, limits)
         return dataclasses.replace(answer, resident_bytes=grown, resident_log=log)
+
+    def _together(self, job: "Packed", limits: Mapping[str, Any]) -> Answer:
+        """Do it on ranks; what is not a record comes from the first of them."""
+        outcome = together.run(call, self.what, job, *self.arguments, **limits)
+        if outcome.failure is not None:
+            return Answer(None, outcome.failure, outcome.log)
+        if not all(isinstance(value, Record) for value in outcome.values):
+            return Answer(outcome.values[0], None, outcome.log)
+        answer = Answer(joined(outcome.values), None, outcome.log)
+        if not self.watched or answer.value.wall_seconds is None:
+            return answer
+        grown, log = _resident_of_ranks(job, limits)
+        record = with_resident(answer.value, grown)
+        return dataclasses.replace(answer, value=record, resident_bytes=max(grown, default=None), resident_log=log)
 
 
 def call(what: str, *arguments: Any) -> Any:
@@ -126,6 +148,23 @@ def _resident(job: Packed, limits: Mapping[str, Any]) -> tuple[int | None, str]:
     if outcome.failure is not None:
         return None, f"{outcome.failure.status}: {outcome.failure.reason}\n{outcome.log}"
     return meters[-1].figures()["resident_bytes"], ""
+
+
+def _resident_of_ranks(job: Packed, limits: Mapping[str, Any]) -> tuple[list[int], str]:
+    from bilevel_profiling.meters.resident import Resident
+
+    meters: dict[int, Resident] = {}
+
+    def around(rank: int, pid: int) -> Resident:
+        return meters.setdefault(rank, Resident(pid))
+
+    try:
+        outcome = together.run(call, "resident", job, around=around, **limits)
+    except ImportError:  # memory-profiler is optional
+        return [], ""
+    if outcome.failure is not None:
+        return [], f"{outcome.failure.status}: {outcome.failure.reason}\n{outcome.log}"
+    return [meters[rank].figures()["resident_bytes"] for rank in sorted(meters)], ""
 
 
 def _opened(data: bytes, changes: Mapping[str, Any], roots: Sequence[str], marks: Mapping[str, str]) -> Any:

@@ -10,8 +10,6 @@ Several threads may run functions at once, and so may a worker of a pool that wa
 
 import contextlib
 import dataclasses
-import faulthandler
-import gc
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.process
@@ -21,13 +19,13 @@ import signal
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from bilevel_profiling.measurement import inside
 from bilevel_profiling.records.failure import (
     CRASHED,
     ERROR,
@@ -35,7 +33,6 @@ from bilevel_profiling.records.failure import (
     Failure,
     last_words,
     limited,
-    of_error,
     of_exit,
     of_timeout,
 )
@@ -50,8 +47,6 @@ _WAIT = "OMP_WAIT_POLICY"
 _CHILDREN = threading.Lock()
 """multiprocessing looks after all children whenever one is started or asked for: two threads that do so at once read
 one exit status twice, and the second reads 255."""
-Gate = Callable[[], None]
-"""Called by the function in the other process when it is ready to be watched; returns when it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,72 +107,152 @@ def run(
         >>> run(divmod, 17, 0, time_limit=60).failure.status
         'ERROR'
     """
-    payload = pickle.dumps((function, arguments, around is not None))
-    killed_before = _kernel_kills()
-    with _CHILDREN:
-        context = _started(_context())
-    descriptor, log = tempfile.mkstemp(prefix="bilevel-", suffix=".log")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_enter, args=(theirs, log, payload, memory_limit))  # type: ignore[attr-defined]
-    try:
-        with _CHILDREN, _allowed_children():
-            process.start()
-        theirs.close()
-        value, failure = _awaited(ours, process, time_limit, around)
-    finally:
-        if process.pid is not None:
-            with _CHILDREN:
-                if process.is_alive():
-                    process.kill()
-                process.join()
-        ours.close()
-        with open(descriptor, "rb") as stream:
-            text = stream.read().decode("utf-8", errors="replace")
-        Path(log).unlink(missing_ok=True)
-    if failure is not None and failure.status == CRASHED:
-        failure = of_exit(process.exitcode, last_words(text) if process.exitcode != -signal.SIGKILL else "")
-        if process.exitcode == -signal.SIGKILL and _kernel_kills() != killed_before:
-            failure = Failure(
-                OUT_OF_MEMORY,
-                "The kernel killed the process, because the machine, or the container, had no memory left.",
-            )
-    if failure is not None and failure.status == OUT_OF_MEMORY and memory_limit is not None:
-        failure = Failure(OUT_OF_MEMORY, limited(failure.reason, memory_limit))
-    return Outcome(value, failure, text)
+    child = Child(function, arguments, around=around, memory_limit=memory_limit)
+    with child:
+        wait([child], time_limit)
+    return child.outcome
 
 
-def _awaited(
-    ours: multiprocessing.connection.Connection,
-    process: Any,
-    time_limit: float,
-    around: Callable[[int], AbstractContextManager[Any]] | None,
-) -> tuple[Any, Failure | None]:
-    deadline, begun = time.monotonic() + time_limit, False
-    with contextlib.ExitStack() as watching:
-        while True:
-            ready = multiprocessing.connection.wait(
-                [ours, process.sentinel], timeout=max(deadline - time.monotonic(), 0)
-            )
-            if not ready:
-                return None, of_timeout(time_limit)
-            try:
-                kind, value = ours.recv() if ours.poll() else ("ended", None)
-            except (EOFError, ConnectionError):
-                kind = "ended"
-            if kind == "begun":
-                begun = True
-            elif kind == "ready":
-                assert around is not None
-                watching.enter_context(around(process.pid))
-                ours.send("go")
-            elif kind == "value":
-                return value, None
+class Child:
+    """A fresh process that calls a function, begun and ended by `with`; `wait` hears it in between.
+
+    Args:
+        function, arguments, around, memory_limit: see `run`.
+        surroundings: makes a context manager, in the other process, around the call and outside of its memory limit.
+
+    Attributes:
+        done: whether it has said how it ended.
+        outcome: how it ended, after the block; neither value nor failure where it had to be ended.
+
+    Raises:
+        TypeError, AttributeError, pickle.PicklingError: see `run`.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[Any],
+        *,
+        around: Callable[[int], AbstractContextManager[Any]] | None = None,
+        memory_limit: int | None = None,
+        surroundings: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        self._payload = pickle.dumps((function, tuple(arguments), around is not None, surroundings))
+        self._around, self._memory_limit = around, memory_limit
+        self._watching = contextlib.ExitStack()
+        self._value: Any = None
+        self._failure: Failure | None = None
+        self._begun = False
+        self.done, self.outcome = False, Outcome()
+
+    def __enter__(self) -> Self:
+        self._killed_before = _kernel_kills()
+        with _CHILDREN:
+            context = _started(_context())
+        self._descriptor, self._log = tempfile.mkstemp(prefix="bilevel-", suffix=".log")
+        self._ours, theirs = context.Pipe()
+        arguments = (theirs, self._log, self._payload, self._memory_limit)
+        self._process = context.Process(target=inside.enter, args=arguments)  # type: ignore[attr-defined]
+        try:
+            with _CHILDREN, _allowed_children():
+                self._process.start()
+            theirs.close()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._watching.close()
+            if self._process.pid is not None:
+                with _CHILDREN:
+                    if self._process.is_alive():
+                        self._process.kill()
+                    self._process.join()
+        finally:
+            self._ours.close()
+            with open(self._descriptor, "rb") as stream:
+                text = stream.read().decode("utf-8", errors="replace")
+            Path(self._log).unlink(missing_ok=True)
+        self.outcome = Outcome(self._value, self._explained(text), text)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended with a failure."""
+        return self._failure is not None
+
+    @property
+    def speaks(self) -> list[Any]:
+        """What to wait for: its words, and its end."""
+        return [self._ours, self._process.sentinel]
+
+    def stop(self, failure: Failure) -> None:
+        """It took too long."""
+        self._failure, self.done = failure, True
+
+    def hear(self) -> None:
+        """Take what it says."""
+        try:
+            kind, value = self._ours.recv() if self._ours.poll() else ("ended", None)
+        except (EOFError, ConnectionError):
+            kind, value = "ended", None
+        if kind == "begun":
+            self._begun = True
+        elif kind == "ready":
+            assert self._around is not None
+            self._watching.enter_context(self._around(self._process.pid))
+            self._ours.send("go")
+        else:
+            self.done = True
+            if kind == "value":
+                self._value = value
             elif kind == "failure":
-                return None, value
+                self._failure = value
             else:
                 with _CHILDREN:
-                    process.join(10)
-                return None, of_exit(process.exitcode) if begun else Failure(ERROR, _NEVER_BEGAN)
+                    self._process.join(10)
+                self._failure = of_exit(self._process.exitcode) if self._begun else Failure(ERROR, _NEVER_BEGAN)
+            self._watching.close()
+
+    def _explained(self, log: str) -> Failure | None:
+        """The failure, with what is known only when the process has ended."""
+        failure, code = self._failure, self._process.exitcode
+        if failure is not None and failure.status == CRASHED:
+            failure = of_exit(code, last_words(log) if code != -signal.SIGKILL else "")
+            if code == -signal.SIGKILL and _kernel_kills() != self._killed_before:
+                failure = Failure(
+                    OUT_OF_MEMORY,
+                    "The kernel killed the process, because the machine, or the container, had no memory left.",
+                )
+        if failure is not None and failure.status == OUT_OF_MEMORY and self._memory_limit is not None:
+            failure = Failure(OUT_OF_MEMORY, limited(failure.reason, self._memory_limit))
+        return failure
+
+
+def wait(children: Sequence[Child], time_limit: float, grace: float = 0.0) -> None:
+    """Hear processes until all have ended, or one has failed and `grace` seconds have passed since.
+
+    Args:
+        children: begun.
+        time_limit: seconds after which those that have not ended get the failure TIMEOUT.
+        grace: for what others have to say.
+    """
+    deadline, last = time.monotonic() + time_limit, None
+    while waiting := [child for child in children if not child.done]:
+        until = deadline if last is None else min(deadline, last)
+        ready = multiprocessing.connection.wait(
+            [end for child in waiting for end in child.speaks], timeout=max(until - time.monotonic(), 0)
+        )
+        if not ready:
+            for child in waiting if last is None else ():
+                child.stop(of_timeout(time_limit))
+            return
+        for child in waiting:
+            if any(end in ready for end in child.speaks):
+                child.hear()
+        if last is None and any(child.failed for child in children):
+            last = time.monotonic() + grace
 
 
 def _context(preload: Sequence[str] = ()) -> BaseContext:
@@ -262,66 +337,3 @@ def _kernel_kills() -> int:
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
     return 0
-
-
-@contextlib.contextmanager
-def _limited(extra: int | None) -> Iterator[None]:
-    """At most so many bytes of address space beyond what is there: torch's own share is another on every machine."""
-    if extra is None:
-        yield
-        return
-    import resource
-
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = pages * resource.getpagesize() + extra
-    # The hard limit stays, so that there is memory again to say what happened.
-    resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def _enter(
-    connection: multiprocessing.connection.Connection, log: str, payload: bytes, memory_limit: int | None
-) -> None:
-    """The other process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C our parent ends us
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
-    with contextlib.suppress(OSError):  # both sides have it open; whoever is killed now leaves no file behind
-        os.unlink(log)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    faulthandler.enable()
-    gc.freeze()  # what the server loaded is no garbage: without it every collection walks all of torch, 0.2 s
-    watched = threading.Event()
-    threading.Thread(target=_follow, args=(connection, watched), daemon=True).start()
-
-    def gate() -> None:
-        connection.send(("ready", None))
-        watched.wait()
-
-    connection.send(("begun", None))
-    try:
-        function, arguments, gated = pickle.loads(payload)
-        with _limited(memory_limit):
-            message = ("value", function(*arguments, *((gate,) if gated else ())))
-    except BaseException as error:
-        traceback.print_exc()
-        message = ("failure", of_error(error))
-    try:
-        connection.send(message)
-    except (TypeError, AttributeError, pickle.PicklingError) as error:
-        traceback.print_exc()
-        connection.send(("failure", of_error(error)))
-
-
-def _follow(connection: multiprocessing.connection.Connection, watched: threading.Event) -> None:
-    """Hear the parent's word; end with it, so that no work outlives the command that wanted it."""
-    try:
-        connection.recv()
-        watched.set()
-        connection.recv()
-    except (EOFError, OSError):
-        os._exit(1)

@@ -12,9 +12,9 @@ from bilevel_profiling.baselines.counting import uncounted
 from bilevel_profiling.cases.case import Case, Posed, leaves_of, seeded
 from bilevel_profiling.cases.case_file import Definition
 from bilevel_profiling.measurement import engines
-from bilevel_profiling.measurement.passes import Trial
 from bilevel_profiling.measurement.running import Running, status_of
 from bilevel_profiling.measurement.surroundings import without_warnings
+from bilevel_profiling.measurement.trial import Trial
 from bilevel_profiling.records.record import Iteration, Loop
 
 _METERED = 2
@@ -81,13 +81,14 @@ def _iterations(
         posed.inner,
         iter(waiting.pop, None),
         solver=case.solver,
-        estimator=case.estimator,
+        estimator=case.at_work,
         optimizer=case.outer_optimizer(tree.tensors(outer)),
         engine=case.engine,
     )
     for index in range(steps):
         made = definition.batches
-        waiting.append(posed.batches if made is None else seeded(made, index, case.device, seed=case.seed))
+        fresh = posed.batches if made is None else case.part(seeded(made, index, case.device, seed=case.seed))
+        waiting.append(fresh)
         running = Running(index, torch.device(case.device), tensors, seen=engines.sees_operators(case.engine))
         try:
             step = next(loop)

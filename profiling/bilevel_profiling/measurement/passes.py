@@ -2,7 +2,8 @@
 
 Passes, each over the same call: twice to warm up, for the status, the oracle calls and the error, and so that an engine
 has traced, compiled and checked what it runs; the clock, repeated; the CUDA allocator; live tensor bytes; FLOPs. The
-last two slow the call down and are therefore not timed. Under an engine that hides its operators from them, the
+last two slow the call down and are therefore not timed. In a group of processes, of which every rank must make the same
+measurement at the same time, also what goes between them. Under an engine that hides its operators from them, the
 allocator's own record takes their place (see `engines`). Resident memory needs a process of its own and is left to
 `compare`.
 """
@@ -22,17 +23,18 @@ import bilevel as bl
 from bilevel.space import tree
 from bilevel_profiling.baselines.baseline import UNCOUNTED, WITHOUT_INNER, baseline_of
 from bilevel_profiling.baselines.counting import uncounted
-from bilevel_profiling.cases.case import Case, leaves_of, name_of
+from bilevel_profiling.cases.case import Case, name_of
 from bilevel_profiling.cases.target import target_of
 from bilevel_profiling.measurement import engines, references
 from bilevel_profiling.measurement.environment import environment
 from bilevel_profiling.measurement.surroundings import frozen_heap, own_random_state, without_warnings
+from bilevel_profiling.measurement.trial import Trial
 from bilevel_profiling.meters.allocator import Allocator
 from bilevel_profiling.meters.base import Meter, observe
 from bilevel_profiling.meters.clock import Clock
+from bilevel_profiling.meters.collectives import Collectives
 from bilevel_profiling.meters.cuda import Cuda
 from bilevel_profiling.meters.oracles import Oracles
-from bilevel_profiling.meters.storages import storage_sizes
 from bilevel_profiling.meters.tensors import Tensors
 from bilevel_profiling.meters.trace import trace as traced
 from bilevel_profiling.meters.work import Work
@@ -140,7 +142,7 @@ def _measured_case(case: Case, passes: _Passes, errors: bool | references.Refere
             figures.take(trial, case.device, passes)
         del trial
         if errors is not False and grad is not None:
-            known = references.of_case(case) if errors is True else errors
+            known = references.of_case(dataclasses.replace(case, ranks=None)) if errors is True else errors
             known = known.of_compiled() if _compiled() else known
             program, solution = references.errors(grad, known.program), references.errors(grad, known.solution)
             record = dataclasses.replace(
@@ -169,6 +171,8 @@ def described(case: Case, command: str = "") -> Record:
         solver=repr(case.solver),
         engine=case.engine_name,
         engine_settings="" if case.engine is None else repr(case.engine),
+        processes=None if case.ranks is None else case.ranks.size,
+        split="" if case.ranks is None or case.parallel is None else case.parallel.name,
         inner_steps=case.solver.max_steps,
         device=case.device,
         seed=case.seed,
@@ -176,7 +180,7 @@ def described(case: Case, command: str = "") -> Record:
     )
 
 
-def _first(trial: "Trial", figures: "Figures") -> tuple[list[torch.Tensor] | None, dict[str, Any]]:
+def _first(trial: Trial, figures: "Figures") -> tuple[list[torch.Tensor] | None, dict[str, Any]]:
     """The warm-up: its gradient (None after a failure), and what it says about the case."""
     oracles, started = Oracles(), time.perf_counter()
     try:
@@ -207,79 +211,6 @@ def _first(trial: "Trial", figures: "Figures") -> tuple[list[torch.Tensor] | Non
     figures.fields["notes"] = (*figures.fields.get("notes", ()), *engines.notes(stats[-1]))
     trial.tidy()
     return grad if all(bool(leaf.isfinite().all()) for leaf in grad) else None, facts
-
-
-class Trial:
-    """One outer step of a case that can be taken again and again.
-
-    On a GPU it holds what a user's own loop would hold: the outer variable once, and its optimizer's state. What to put
-    back waits on the host.
-    """
-
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        gc.collect()
-        with Tensors() as self._made:
-            posed = case.pose()
-        self.outer_step = True
-        self._outer = leaves_of(posed.outer)
-        self._saved = [leaf.detach().to("cpu", copy=True) for leaf in tree.tensors(self._outer)]
-        self.posed = dataclasses.replace(posed, outer=self._outer)
-        self._optimizer = case.outer_optimizer(tree.tensors(self._outer))
-        self.tidy()
-
-    def base_sizes(self) -> list[int]:
-        """Bytes of the storages that are there between the calls: data, variables, what the losses captured of what
-        `setup` made, and the outer optimizer's state once it has taken a step.
-        """
-        gc.collect()
-        held = storage_sizes((self.posed.tensors(self.case.solver.max_steps), list(self._optimizer.state.values())))
-        return list({**self._made.live_sizes(), **held}.values())
-
-    def hypergradient(self) -> bl.Hypergradient:
-        """The hypergradient alone."""
-        posed, case = self.posed, self.case
-        return bl.hypergradient(
-            posed.problem,
-            self._outer,
-            posed.inner,
-            posed.batches,
-            solver=case.solver,
-            estimator=case.estimator,
-            engine=case.engine,
-        )
-
-    def __call__(self) -> bl.Hypergradient:
-        """The hypergradient and, unless it failed, the outer optimizer's step."""
-        if not self.outer_step:
-            return self.hypergradient()
-        posed, case = self.posed, self.case
-        loop = bl.iterate(
-            posed.problem,
-            self._outer,
-            posed.inner,
-            [posed.batches],
-            solver=case.solver,
-            estimator=case.estimator,
-            optimizer=self._optimizer,
-            engine=case.engine,
-        )
-        return next(loop).hypergradient
-
-    def prime(self) -> None:
-        """Make the outer optimizer's state, with a step of zeros."""
-        for leaf in tree.tensors(self._outer):
-            leaf.grad = torch.zeros_like(leaf)
-        self._optimizer.step()
-        self.tidy()
-
-    def tidy(self) -> None:
-        """Put the outer variable and the random numbers back, and drop the gradient."""
-        with torch.no_grad():
-            for leaf, saved in zip(tree.tensors(self._outer), self._saved, strict=True):
-                leaf.copy_(saved)
-                leaf.grad = None
-        torch.manual_seed(self.case.seed)
 
 
 class Figures:
@@ -329,11 +260,12 @@ class Figures:
         cuda = Cuda(device, workspaces=engines.may_lose_workspaces(engine), tensors=not seen, snapshot=passes.snapshot)
         gpu = torch.device(device).type == "cuda"
         meters: list[Meter] = [Tensors(), Work()] if seen else [] if gpu else [Allocator()]
-        started = time.perf_counter()
+        started, together = time.perf_counter(), ranks_here()
         gc.collect()
         with self.of(clock):
+            # Ranks must make the same calls, so that their number cannot depend on anybody's clock.
             while len(clock.seconds) < passes.repeats and (
-                len(clock.seconds) < 2 or time.perf_counter() - started < _LONG
+                together or len(clock.seconds) < 2 or time.perf_counter() - started < _LONG
             ):
                 with clock:
                     result: object = call()
@@ -352,9 +284,21 @@ class Figures:
                 del result
                 tidy()
                 gc.collect()
+        if together:
+            self._exchange(call, device, passes.repeats, tidy)
         if passes.trace is not None:
             traced(call, passes.trace)
             tidy()
+
+    def _exchange(self, call: Callable[[], object], device: str, repeats: int, tidy: Callable[[], None]) -> None:
+        """What goes to other ranks, and how long that takes: as often as the clock runs."""
+        meter = Collectives(device)
+        with self.of(meter):
+            for _ in range(repeats):
+                with meter:
+                    result: object = call()
+                del result
+                tidy()
 
     def record(self, record: Record) -> Record:
         """`record` with the figures filled in."""
@@ -372,6 +316,11 @@ class Figures:
         # What is left of a torn call is no leak.
         self.fields.pop("kept_tensor_bytes", None)
         return dataclasses.replace(self.record(record), status=failure.status, reason=failure.reason)
+
+
+def ranks_here() -> bool:
+    """Whether this process is in a group of torch.distributed."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _compiled() -> tuple[str, ...]:

@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from bilevel_profiling.meters.allocator import Allocator as Allocator
     from bilevel_profiling.meters.base import Meter as Meter
     from bilevel_profiling.meters.clock import Clock as Clock
+    from bilevel_profiling.meters.collectives import Collectives as Collectives
     from bilevel_profiling.meters.cuda import Cuda as Cuda
     from bilevel_profiling.meters.oracles import Oracles as Oracles
     from bilevel_profiling.meters.resident import Resident as Resident
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Allocator": "allocator",
     "Clock": "clock",
+    "Collectives": "collectives",
     "Cuda": "cuda",
     "Meter": "base",
     "Oracles": "oracles",
@@ -22,7 +24,7 @@ _HOMES = {
     "Tensors": "tensors",
     "Work": "work",
 }
-__all__ = ["Allocator", "Clock", "Cuda", "Meter", "Oracles", "Resident", "Tensors", "Work"]
+__all__ = ["Allocator", "Clock", "Collectives", "Cuda", "Meter", "Oracles", "Resident", "Tensors", "Work"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,9 @@ Run = Callable[[Any, Any, Any], Any]
 class Operators(TorchDispatchMode):
     """Hands operators to `run`. Compilation must be switched off around it.
 
+    An operator on sharded tensors (DTensor) arrives as what it is made of: operators on this rank's shards, and
+    collectives.
+
     Example:
         >>> import torch
         >>> with Operators(lambda operator, args, kwargs: print(operator) or operator(*args, **kwargs)):
@@ -34,6 +37,8 @@ class Operators(TorchDispatchMode):
         return False  # the wrapper that torch would put around each operation costs more than a meter
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _wraps(types):
+            return NotImplemented  # the wrapper is asked, and what it does arrives here
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked by autograd more often than anything is computed
         # A span opening or closing, or another question: no operator on tensors.
@@ -45,3 +50,15 @@ class Operators(TorchDispatchMode):
             if parts is not NotImplemented:
                 return parts
         return self._run(func, args, kwargs or {})
+
+
+def _wraps(types: Any) -> bool:
+    """Whether tensors are among the arguments that are made of others by torch.distributed."""
+    return any(kind.__module__ in _DISTRIBUTED for kind in types)
+
+
+_DISTRIBUTED = {
+    "torch.distributed.tensor",
+    "torch.distributed.tensor._api",
+    "torch.distributed._functional_collectives",
+}

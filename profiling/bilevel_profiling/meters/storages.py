@@ -34,7 +34,8 @@ def storages_of(tensor: Tensor) -> Iterator[UntypedStorage]:
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         for name in names:
-            yield from storages_of(getattr(tensor, name))
+            if isinstance(part := getattr(tensor, name), Tensor):  # a DTensor names its mesh as well
+                yield from storages_of(part)
     elif tensor.layout == torch.strided:
         yield tensor.untyped_storage()
     elif tensor.layout == torch.sparse_coo:

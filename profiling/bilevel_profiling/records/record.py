@@ -57,7 +57,25 @@ class Phase:
     cuda_allocated_bytes: int | None = None
     wall_seconds: float | None = None
     matmul_flops: int | None = None
+    sent_bytes: int | None = None
+    collective_seconds: float | None = None
     calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rank:
+    """What one of several processes found that ran a cell together; figures as in the record."""
+
+    rank: int
+    status: str = "OK"
+    base_tensor_bytes: int | None = None
+    peak_tensor_bytes: int | None = None
+    kept_tensor_bytes: int | None = None
+    cuda_allocated_bytes: int | None = None
+    resident_bytes: int | None = None
+    wall_seconds: float | None = None
+    sent_bytes: int | None = None
+    collective_seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +161,11 @@ class Record:
     outer_size: int | None = None
     """Q: numbers in the outer variable."""
     tasks: int | None = None
+    processes: int | None = None
+    """N: ranks of the group that ran it together; None for one process without a group. Sizes, FLOPs and calls are then
+    those of the rank with the highest peak (the first of them), times and errors the largest of all ranks."""
+    split: str = ""
+    """What each rank has a part of: data, tasks, ..."""
 
     status: str = "OK"
     """A bilevel.Status name, or OUT_OF_MEMORY, TIMEOUT, CRASHED, ERROR."""
@@ -197,6 +220,14 @@ class Record:
     roofline_device: str = ""
     calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Oracle calls: inner_gradient, outer_gradient, hvp, mixed."""
+    sent_bytes: int | None = None
+    """What a rank sends to others in one call, if they stand in a ring: see meters.traffic."""
+    collective_seconds: float | None = None
+    """Spent in collectives, waiting for slower ranks included, each waited for at once."""
+    collectives: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Their calls: all_reduce, all_gather, ..."""
+    ranks: tuple[Rank, ...] = ()
+    """Each process, in the order of the ranks."""
     phases: Mapping[str, Phase] = dataclasses.field(default_factory=dict)
     """inner, hypergradient, outer."""
     timeline: tuple[Point, ...] = ()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from bilevel_profiling.records.record import Record
-from bilevel_profiling.report.content import alive, columns, footnotes, laws, loops
+from bilevel_profiling.report.content import alive, columns, footnotes, laws, loops, ranks
 from bilevel_profiling.report.content.groups import EXACT, Group, environment, group, settings
 from bilevel_profiling.report.content.laws import GROWTH
 from bilevel_profiling.report.content.summary import PLAIN_TITLE, Name, Sentence, at, sentences
@@ -53,6 +53,7 @@ def _case(each: Group, figures: Sequence[tuple[str, str]]) -> list[str]:
         ("P", first.inner_size, "numbers in the inner variable"),
         ("Q", first.outer_size, "in the outer variable"),
         ("T", first.tasks, "tasks"),
+        ("N", each.processes, "processes"),
     )
     known = [f"{name} = {size:,} {what}" for name, size, what in sizes if size is not None]
     parts = [
@@ -69,6 +70,7 @@ def _case(each: Group, figures: Sequence[tuple[str, str]]) -> list[str]:
         (loops.title(each), loops.outcome(each), ""),
         ("Growth with K", laws.table(each), _broken(each)),
         (f"By phase, {at(each)}" if at(each) else "By phase", columns.phases(each), ""),
+        (f"By rank, {at(each)}" if at(each) else "By rank", ranks.table(each), ""),
     ):
         if rows:
             parts += [f"### {title}", _table(header, rows), below]

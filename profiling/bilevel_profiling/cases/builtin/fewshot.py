@@ -17,6 +17,7 @@ from torch import Tensor
 
 import bilevel as bl
 from bilevel.problems import fewshot
+from bilevel_profiling.cases import parallel
 
 TASKS, SHOT, QUERY, WIDTH, STRENGTH = 2, 5, 5, 16, 0.5
 # Half the usual step: batch normalization gives an untrained net a Hessian with eigenvalues from -40 to 30, and with
@@ -24,6 +25,7 @@ TASKS, SHOT, QUERY, WIDTH, STRENGTH = 2, 5, 5, 16, 0.5
 # unrolling points anywhere near the gradient.
 LR = fewshot.INNER_LR / 2
 OPTIMIZER = bl.SGD(lr=LR)
+PARALLEL = parallel.TASKS
 INNER_STEPS = [1, 3, 5]
 OUTER_STEPS = 15
 

@@ -15,9 +15,11 @@ from torch import Tensor
 
 import bilevel as bl
 from bilevel.problems import hypercleaning
+from bilevel_profiling.cases.parallel import DATA
 
 HIDDEN = 128
 OPTIMIZER = bl.SGD(lr=hypercleaning.INNER_LR)
+PARALLEL = DATA
 INNER_STEPS = [5, 20, 50]
 OUTER_STEPS = 15
 PRELOAD = ("sklearn.datasets", "sklearn.model_selection", "sklearn.metrics")

@@ -10,8 +10,10 @@ from torch import Tensor
 
 import bilevel as bl
 from bilevel.problems import ridge
+from bilevel_profiling.cases.parallel import DATA
 
 OPTIMIZER = bl.SGD(lr=0.4)
+PARALLEL = DATA
 INNER_STEPS = [5, 20, 80]
 SOLUTION = bl.Converge(bl.SGD(lr=0.4), tol=1e-12, max_steps=5000)
 OUTER_STEPS = 30

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from bilevel_profiling.records import units
 from bilevel_profiling.records.record import Record
+from bilevel_profiling.report.content import ranks
 from bilevel_profiling.report.content.footnotes import QUANTILES, SPREAD, WIDE, marker, wide
 from bilevel_profiling.report.content.groups import Group
 from bilevel_profiling.report.content.text import clean
@@ -46,7 +47,7 @@ class Column:
 
 def columns(group: Group) -> list[Column]:
     """The columns that say something about this group: those measured in at least one of its rows."""
-    numbers = [*_memory(group), *_time(group), *_work(group), *_errors()]
+    numbers = [*_memory(group), *_time(group), *_ranks(), *_work(group), *_errors()]
     return [
         *_identity(group),
         *(column for column in numbers if any(column.cell(record) != units.MISSING for record in group.rows)),
@@ -200,6 +201,15 @@ def _time(group: Group) -> list[Column]:
             rank=4,
         ),
         *_roofline(group),
+    ]
+
+
+def _ranks() -> list[Column]:
+    """What goes between processes that run a cell together."""
+    return [
+        Column("peaks MiB", "ranks", ranks.peaks, ranks.PEAKS, short="MiB", rank=7),
+        Column("sent MiB", "ranks", lambda r: units.mebibytes(r.sent_bytes), ranks.SENT, rank=2),
+        Column("waited ms", "ranks", ranks.waited, ranks.WAITED, rank=2),
     ]
 
 

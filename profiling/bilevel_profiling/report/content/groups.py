@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from bilevel_profiling.records.failure import failed
+from bilevel_profiling.records.ranks import processes
 from bilevel_profiling.records.record import Record, Target
 from bilevel_profiling.records.units import finite, rounding
 
@@ -72,6 +73,12 @@ class Group:
     def steps(self) -> tuple[int | None, ...]:
         """Every K, ascending; None first where a record has none."""
         return tuple(dict.fromkeys(record.inner_steps for record in self.rows))
+
+    @functools.cached_property
+    def processes(self) -> int | None:
+        """Ranks that ran each cell together, where they were as many for all."""
+        found = {record.processes for record in self.records}
+        return found.pop() if len(found) == 1 else None
 
     @property
     def bilevel(self) -> bool:
@@ -167,8 +174,8 @@ def group(records: Iterable[Record]) -> list[Group]:
 
     Figures that were not measured never share a label with those that were: beside measured records of the case, the
         estimator's label says
-    what they are; where all of a case are of one kind, its title does. Likewise the label says the engine, where a case
-    was measured with several.
+    what they are; where all of a case are of one kind, its title does. Likewise the label says the engine, and the
+    number of processes, where a case was measured with several.
     """
     found: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
@@ -178,16 +185,22 @@ def group(records: Iterable[Record]) -> list[Group]:
     for (case, device, dtype), members in found.items():
         title = case if cases.count(case) == 1 else f"{case} ({device}, {dtype})"
         sources, engines = {record.source for record in members}, {record.engine for record in members}
+        counts = {record.processes for record in members}
         if len(sources) == 1:
             title += "" if sources == {MEASURED} else f": {members[0].source}"
-        members = [_told_apart(record, len(engines) > 1, len(sources) > 1) for record in members]
+        several = len(engines) > 1, len(counts) > 1, len(sources) > 1
+        members = [_told_apart(record, *several) for record in members]
         groups.append(Group(title, tuple(members)))
     return groups
 
 
-def _told_apart(record: Record, by_engine: bool, by_source: bool) -> Record:
+def _told_apart(record: Record, by_engine: bool, by_processes: bool, by_source: bool) -> Record:
     """The record with what it is in its label."""
-    said = [record.engine if by_engine else "", record.source if by_source and record.source != MEASURED else ""]
+    said = [
+        record.engine if by_engine else "",
+        processes(record.processes) if by_processes else "",
+        record.source if by_source and record.source != MEASURED else "",
+    ]
     more = ", ".join(filter(None, said))
     return dataclasses.replace(record, estimator=f"{record.estimator} ({more})") if more else record
 

@@ -12,7 +12,7 @@ from bilevel_profiling.records import units
 from bilevel_profiling.records.failure import Severity, failed, noted, severity
 from bilevel_profiling.records.growth import Verdict
 from bilevel_profiling.records.record import Record
-from bilevel_profiling.report.content import alive, columns, footnotes, laws, loops, summary
+from bilevel_profiling.report.content import alive, columns, footnotes, laws, loops, ranks, summary
 from bilevel_profiling.report.content.groups import EXACT, Group, environment, estimators, group, settings
 from bilevel_profiling.report.content.text import at_k, clean, listing, plural, slug
 from bilevel_profiling.report.figures import case_figures, styles, stylesheet
@@ -92,7 +92,7 @@ def _templates() -> "TemplateModule":
     made.filters["clean"] = clean
     made.tests["name"] = lambda part: isinstance(part, summary.Name)
     made.globals |= {
-        **{module.__name__.rpartition(".")[2]: module for module in (alive, columns, footnotes, laws, loops, summary)},
+        **{each.__name__.rpartition(".")[2]: each for each in (alive, columns, footnotes, laws, loops, ranks, summary)},
         **{f.__name__: f for f in (at_k, case_figures, failed, noted, outline, plural, severity)},
         **{"classes": _classes, "gauge": _gauge, "references": _references, "settings": _settings},
         **{"sizes": _sizes, "BROKEN": Verdict.BROKEN.upper(), "EXACT": f"{EXACT:g}", "MISSING": units.MISSING},
@@ -131,7 +131,8 @@ def _settings(each: Group) -> list[tuple[str, str]]:
 def _sizes(each: Group) -> str:
     first = each.records[0]
     sizes = (("P", first.inner_size, "inner"), ("Q", first.outer_size, "outer"), ("T", first.tasks, "tasks"))
-    known = [f"{name} = {size:,} {what}" for name, size, what in sizes if size is not None]
+    more = (("N", each.processes, "processes"),)
+    known = [f"{name} = {size:,} {what}" for name, size, what in (*sizes, *more) if size is not None]
     return "  ·  ".join([clean(first.device), clean(first.dtype), *known])
 
 

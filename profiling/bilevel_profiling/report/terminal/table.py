@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from bilevel_profiling.records.failure import Severity, severity
 from bilevel_profiling.records.growth import Verdict
 from bilevel_profiling.records.record import Record
-from bilevel_profiling.report.content import footnotes, laws, loops
+from bilevel_profiling.report.content import footnotes, laws, loops, ranks
 from bilevel_profiling.report.content.columns import Column, columns, folded_calls
 from bilevel_profiling.report.content.groups import Group, group
 from bilevel_profiling.report.content.summary import Name, sentences
@@ -67,7 +67,7 @@ def _case(each: Group, width: int) -> "list[RenderableType]":
         Text(f"{f'({mark}) ' if mark.isalpha() else f'{mark} ' if mark else 'All rows: '}{text}", "dim")
         for mark, text in footnotes.lines(each)
     ]
-    for header, rows in (loops.outcome(each), laws.table(each)):
+    for header, rows in (ranks.table(each), loops.outcome(each), laws.table(each)):
         if rows:
             parts += [Text(), _plain(header, rows, width)]
     parts += [
@@ -94,7 +94,10 @@ def _sizes(each: Group) -> str:
     first = each.records[0]
     known = [
         f"{name} = {size:,}"
-        for name, size in (("P", first.inner_size), ("Q", first.outer_size), ("T", first.tasks))
+        for name, size in (
+            *(("P", first.inner_size), ("Q", first.outer_size), ("T", first.tasks)),
+            ("processes", each.processes),
+        )
         if size is not None
     ]
     return ", ".join([clean(first.device), clean(first.dtype), *known])
