@@ -217,11 +217,12 @@ def test_products_of_second_order_survive_float16_too(estimator):
     assert not norm > 0 or cosine(lost.grad, reference) < 0.9 or not 0.9 < norm / reference.norm() < 1.1
 
 
-def coupled():
+def coupled(device="cpu"):
     """g = |M y - x|^2 / 2, f = |N y - t|^2 / 2: dF/dx = M^-T N' (N M^-1 x - t), by hand in float64."""
     g = torch.Generator().manual_seed(0)
     M = torch.eye(8) + 0.1 * torch.randn(8, 8, generator=g)
     N, t, x = torch.randn(8, 8, generator=g), torch.randn(8, generator=g), torch.randn(8, generator=g)
+    M, N, t, x = (each.to(device) for each in (M, N, t, x))
     problem = bl.Problem(
         lambda y, x, b: ((M @ y[:, None])[:, 0] - x).square().sum() / 2,
         lambda y, x, b: ((N @ y[:, None])[:, 0] - t).square().sum() / 2,
@@ -414,19 +415,18 @@ def test_an_overflow_is_seen_whatever_the_estimator(label):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("scaler", [None, "cuda"])
 def test_the_same_on_a_gpu(scaler):
-    problem, x, _ = coupled()
-    loss = {name: getattr(problem, name) for name in ("inner_loss", "outer_loss")}
-    moved = bl.Problem(*(lambda y, x, b, f=f: f(y.cpu(), x.cpu(), b).cuda() for f in loss.values()))
+    problem, x, _ = coupled("cuda")
     made = None if scaler is None else torch.amp.GradScaler(scaler, init_scale=2.0**8)
     loop = loop_of(
-        moved,
-        x.cuda(),
+        problem,
+        x,
         torch.zeros(8, device="cuda"),
         12,
         solver=bl.Descent(bl.SGD(0.5), 30),
         estimator=bl.Unrolled(),
         precision=MixedPrecision(torch.float16, made),
         check=PrecisionCheck(every=11),
+        carry=False,
     )
     assert list(loop)[-1].precision.cosine > 0.99
 
