@@ -49,8 +49,8 @@ ASSUMPTIONS = f"""\
   checks that ranks agree included. NCCL may take trees; protocols come on top; links inside a machine and between
   machines are not told apart.
 - No time is forecast: neither overlap of sending with computing, nor waiting for slower ranks, nor congestion.
-- Data and tasks are checked against measured ranks at small sizes (tests/profiling/test_ranks_measured.py: 2 and 4
-  ranks on a CPU); the sharded rows are not: no test holds FSDP2 under tensors without data against a run.
+- Checked against measured ranks at small sizes, 2 and 4 on a CPU (tests/profiling/test_ranks_measured.py and
+  test_ranks_sharded.py): data, tasks, and DTensors; FSDP2, which the sharded rows use, was not held against a run.
 """
 
 
