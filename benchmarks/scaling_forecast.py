@@ -49,8 +49,9 @@ ASSUMPTIONS = f"""\
   checks that ranks agree included. NCCL may take trees; protocols come on top; links inside a machine and between
   machines are not told apart.
 - No time is forecast: neither overlap of sending with computing, nor waiting for slower ranks, nor congestion.
-- Checked against measured ranks at small sizes, 2 and 4 on a CPU (tests/profiling/test_ranks_measured.py and
-  test_ranks_sharded.py): data, tasks, and DTensors; FSDP2, which the sharded rows use, was not held against a run.
+- Checked against measured ranks at small sizes, 2 and 4 on a CPU: data, tasks and DTensors to the byte
+  (tests/profiling/test_ranks_measured.py and test_ranks_sharded.py); memory of FSDP2, which the sharded rows use, to 2%
+  (benchmarks/sharded_transformer.py).
 """
 
 
