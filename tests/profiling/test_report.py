@@ -25,6 +25,7 @@ from bilevel_profiling.records import units
 from bilevel_profiling.records.record import Alive, Iteration, Phase, Record, Target
 from bilevel_profiling.report import markdown
 from bilevel_profiling.report.content import columns, footnotes, groups, laws, loops, summary
+from bilevel_profiling.report.content.text import shorten
 from bilevel_profiling.report.figures import case_figures, loop, palette, scales, svg, timeline
 from bilevel_profiling.report.html import page
 
@@ -709,3 +710,16 @@ def test_every_column_explains_itself() -> None:
         shown = columns.columns(each)
         assert all(column.explanation for column in shown)
         assert len({(column.section, column.header) for column in shown}) == len(shown)
+
+
+@pytest.mark.parametrize(
+    ("text", "length", "short"),
+    [
+        ("implicit CG (1 process)", 26, "implicit CG (1 process)"),
+        ("first-order corrected (2 processes)", 26, "first-order…(2 processes)"),
+        ("first-order corrected (2 processes)", 20, "first-order correct…"),
+        ("(all of it in parentheses, and long)", 12, "(all of it…"),
+    ],
+)
+def test_a_short_label_still_tells_processes_apart(text, length, short):
+    assert shorten(text, length) == short

@@ -19,9 +19,14 @@ def clean(text: str) -> str:
 
 
 def shorten(text: str, length: int) -> str:
-    """`text`, or its beginning and an ellipsis, in at most `length` characters."""
+    """`text`, or its beginning and an ellipsis, in at most `length` characters; what it says last in parentheses (2
+    processes) stays, where there is room for it and for as much of the rest.
+    """
     text = clean(text)
-    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+    if len(text) <= length:
+        return text
+    last = match[0] if (match := re.search(r"\([^()]*\)$", text)) and 2 * len(match[0]) <= length else ""
+    return text[: length - 1 - len(last)].rstrip() + "…" + last
 
 
 def slug(text: str) -> str:

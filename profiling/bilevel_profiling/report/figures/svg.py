@@ -92,7 +92,7 @@ def cross(x: float, y: float, tip: str) -> Markup:
 
 def clip(label: str) -> str:
     """A label short enough to stand beside a line."""
-    return shorten(label, 22)
+    return shorten(label, 26)
 
 
 def label_room(labels: Iterable[str]) -> float:
