@@ -138,6 +138,15 @@ class Pressed(torch.optim.SGD):
                 other -= 0.1 * other.grad
 
 
+@pytest.fixture
+def keyboard():
+    """Ctrl-C interrupts, as on a terminal: what runs in the background of a shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("keyboard")
 def test_an_interrupt_waits_until_x_is_moved():
     handler = signal.getsignal(signal.SIGINT)
     seeded(1)
@@ -153,6 +162,7 @@ def test_an_interrupt_waits_until_x_is_moved():
     assert list(loop) == []
 
 
+@pytest.mark.usefixtures("keyboard")
 def test_interrupts_at_random_moments():
     """Wherever they come, in the midst of a hypergradient, of the loader or between two lines of the loop."""
     steps, times, count = 30, random.Random(1), 0

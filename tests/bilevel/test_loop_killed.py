@@ -1,6 +1,7 @@
 """kill -9 at a hundred random moments."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -15,4 +16,4 @@ def test_a_run_that_is_killed_a_hundred_times_ends_as_one_that_is_not():
     first, *words = done.stdout.split()
     assert (first, words[0]) == ("100", "kills,")
     assert int(words[1]) > 10  # while a file was written
-    assert "17 of 17 parts of the state are those of the undisturbed run, to the bit" in done.stdout
+    assert re.search(r"(\d+) of \1 parts of the state are those of the undisturbed run, to the bit", done.stdout)

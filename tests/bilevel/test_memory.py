@@ -20,7 +20,7 @@ from bilevel.estimators import Estimate, Estimator, Instance
 from bilevel.estimators.reverse.unrolled import shrinking
 
 STEPS = (10, 50, 200)
-FLAT = (12, 25)
+FLAT = (20, 32)
 """Thirteen steps more: one y kept in each would be thirteen, and a peak may differ by a hundredth."""
 PRODUCTS = 10
 """Of linear solvers."""

@@ -439,6 +439,7 @@ def test_what_is_no_executor_and_what_cannot_be_sent_are_refused_at_once(tmp_pat
 
     setup.__module__, setup.__qualname__ = "__main__", "setup"
     monkeypatch.setattr(sys.modules["__main__"], "setup", setup, raising=False)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", __file__, raising=False)  # (a worker of xdist has none)
     with pytest.raises(TypeError, match="setup needs setup of the main script, which the workers of an executor"):
         compare(setup, executor=Executor(), **known)
     with pytest.raises(ValueError, match="wait_limit is 0"):
