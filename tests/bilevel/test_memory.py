@@ -21,7 +21,7 @@ from bilevel.estimators.reverse.unrolled import shrinking
 
 STEPS = (10, 50, 200)
 FLAT = (20, 32)
-"""Thirteen steps more: one y kept in each would be thirteen, and a peak may differ by a hundredth."""
+"""Twelve steps more: one y kept in each would be twelve, and a peak may differ by a hundredth."""
 PRODUCTS = 10
 """Of linear solvers."""
 FEATURES, HIDDEN, ROWS, BATCH = 196, 75, 1250, 125
