@@ -43,8 +43,9 @@ def data_parallel(
             two ranks, beside the given x and y (there too much looks like a mean where y is 0). Where it is no mean (a
             sum, a mean by class weights or by a mask, batch normalization, weights by place and not by index), that is
             an error; in half precision from a difference of 5 % on, where the loss cannot be had in float32. It costs
-            some calls of each loss once, and a gather of 4 rows a rank. It cannot look at random losses, at later
-            batches, and at batches of other kinds than tensors with one leading dimension.
+            some calls of each loss once, copies of y and x, and a gather of 4 rows a rank; meters do not see it. It
+            cannot look at random losses, at later batches, and at batches of other kinds than tensors with one leading
+            dimension.
 
     Returns:
         The problem for `hypergradient`, `iterate` and `adapt`. Make it once: it remembers what was learned about it.
