@@ -86,7 +86,8 @@ LIBRARY = House(
             "problem",
             "functional",
         },
-        {"engine.split", "engine.together"},
+        {"engine.together"},
+        {"engine.split"},
         {
             "optim",
             "linear",

@@ -34,6 +34,7 @@ from bilevel.engine.means import (
     wrapped,
 )
 from bilevel.engine.replay import Generators
+from bilevel.engine.together import check_seen
 from bilevel.problem import Loss, Problem, Pulled
 from bilevel.space import bits, tree
 from bilevel.space.ranks import Ranks, without_data
@@ -147,7 +148,9 @@ class SplitLoss:
 
         Raises:
             RankError: another rank's loss failed.
+            ValueError: the call that is under way cannot see that its data are split.
         """
+        check_seen()
         (y, tie_y), (x, tie_x) = tied(self.rows.ranks, inner), tied(self.rows.ranks, outer)
         like, ties = tree.tensors(inner)[0], [tie for tie in (tie_y, tie_x) if tie is not None]
         embedded = isinstance(batch, Embedded | Tried)
@@ -368,8 +371,15 @@ def split_over(problem: Problem) -> Ranks | None:
     if not isinstance(problem, Problem):
         return None  # (which is refused where arguments are checked)
     inner = problem.inner_loss.inner_loss if isinstance(problem.inner_loss, Pulled) else problem.inner_loss
-    split = [each for each in (inner, problem.outer_loss) if isinstance(each, SplitLoss)]
+    split = [each for each in map(_behind, (inner, problem.outer_loss)) if isinstance(each, SplitLoss)]
     return split[0].rows.ranks if split else None
+
+
+def _behind(loss: Any) -> Any:
+    """A loss behind what runs it in another precision, which names it as its `function`."""
+    while not isinstance(loss, SplitLoss) and callable(getattr(loss, "function", None)):
+        loss = loss.function
+    return loss
 
 
 def over(problem: Problem, ranks: Ranks, count: Callable[[Any], int] | None, *, check: bool) -> Problem:

@@ -7,6 +7,7 @@ and one pass over x, y and the state each.
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import re
 import zlib
@@ -24,6 +25,18 @@ from bilevel.space.ranks import RankError, Ranks, without_data
 _PARTS, _FAILED, _ENDED = 8, 1, 2
 """How many values are compared, and what a rank sends that cannot compare, or has no more data."""
 
+_UNSEEN = contextvars.ContextVar[bool]("bilevel_split_unseen", default=False)
+"""Whether a call is under way whose problem does not show that its data are split."""
+
+
+def check_seen() -> None:
+    """Raise ValueError where a loss that is split is called by one that hides it: nothing would be held alike."""
+    if _UNSEEN.get():
+        raise ValueError(
+            "a loss of data_parallel() was called from another function that was given as a loss, where nobody sees "
+            "that ranks share the work. Put data_parallel() outside: data_parallel(bilevel.Problem(yours, ...), ranks)"
+        )
+
 
 @contextlib.contextmanager
 def together(
@@ -33,7 +46,7 @@ def together(
 
     Args:
         who: is called, for messages.
-        ranks: that the data are split over; None where they are not, and nothing happens.
+        ranks: that the data are split over; None where they are not, or nobody sees it.
         instance: the problem and its data.
         given: other arguments that must be alike.
 
@@ -41,6 +54,18 @@ def together(
         ValueError: the arguments differ between ranks, or the engine traces.
         RankError: the results do.
     """
+    token = _UNSEEN.set(ranks is None)
+    try:
+        with _alike(who, ranks, instance, given) as same:
+            yield same
+    finally:
+        _UNSEEN.reset(token)
+
+
+@contextlib.contextmanager
+def _alike(
+    who: str, ranks: Ranks | None, instance: Any, given: Sequence[Any]
+) -> Iterator[Callable[[Sequence[Any]], None]]:
     leaves = tree.tensors(instance.outer)
     if ranks is None or (without_data(leaves[0]) and not ranks.pretended):
         yield lambda result: None

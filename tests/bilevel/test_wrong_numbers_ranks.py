@@ -221,3 +221,43 @@ def loops(ranks, what):
 def test_data_that_end_or_fail_on_one_rank_do_so_on_all(ranks, what, needed):
     for words, found in zip(needed, ranks.run(2, loops, what), strict=True):
         assert found.startswith(words), found
+
+
+def drawing(ranks, kind):
+    """A loop of an estimator that draws, each rank with a seed of its own, its losses inside something else."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(8, 3, generator=generator), torch.randn(8, generator=generator)
+    torch.manual_seed(ranks.rank)
+
+    def off(y, x, rows):
+        return (rows[0] @ y - rows[1]).square().mean() + (x.exp() * y.square()).sum()
+
+    split = bl.distributed.data_parallel(bl.Problem(off, off), ranks)
+    if kind == "a function":
+        split = bl.Problem(lambda y, x, rows: split_loss(y, x, rows) + 0, off)
+        split_loss = bl.distributed.data_parallel(bl.Problem(off, off), ranks).inner_loss
+    x = torch.zeros(3, requires_grad=True)
+    loop = bl.OuterLoop(
+        split,
+        x,
+        torch.zeros(3),
+        [bl.distributed.split(bl.Batches(whole, whole), ranks)] * 3,
+        solver=bl.Descent(bl.SGD(0.1), 5),
+        estimator=bl.estimators.ForwardGradient(),
+        optimizer=torch.optim.SGD([x], 0.1),
+        precision=bl.loop.MixedPrecision(torch.bfloat16) if kind == "precision" else None,
+    )
+    try:
+        assert len(list(loop)) == 3
+    except ValueError as error:
+        return str(error)
+    return x.tolist()
+
+
+@pytest.mark.parametrize("kind", ["precision", "a function"])
+def test_split_losses_inside_of_something_are_seen_or_refused(ranks, kind):
+    """Once each rank drew its own directions there, and x differed between ranks with status OK."""
+    first, second = ranks.run(2, drawing, kind)
+    assert first == second
+    assert isinstance(first, str) == (kind == "a function"), first
+    assert isinstance(first, list) or "Put data_parallel() outside" in first
